@@ -1,0 +1,94 @@
+"""Rewards that look inside the shapes world: is the plan right, is it painted, is the picture clean?
+
+Evaluation reports them beside the trained rewards, so that one sees *which* of the two experts learnt, and
+whether a policy pays for its score in texture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from unigrpo_cli import Options, RewardBatch, RewardContext
+
+class FidelityReward:
+    """Whether the picture shows exactly what the plan says: every thing in its colour, shape and cell."""
+
+    name = "fidelity"
+    summary = "1 when the picture shows exactly the plan that was written (shapes world)"
+    range = (0.0, 1.0)
+    needs = frozenset({"image", "reasoning"})
+    batch_size = None
+    licence = "ours"
+    Options = Options
+
+    def __init__(self, options: Options):
+        pass
+
+    def setup(self, context: RewardContext) -> None:
+        from unigrpo_plugins.detectors import ShapesDetector
+
+        self.detector = ShapesDetector()
+
+    def score(self, batch: RewardBatch) -> list[float]:
+        from unigrpo_cli.shapes.world import CELLS, parse_plan
+
+        from unigrpo_plugins.geneval import objects_by_class
+
+        scores = []
+        found = self.detector.detect(batch.pixels)
+        for image, detections, text in zip(batch.pixels, found, batch.reasoning, strict=True):
+            plan = parse_plan(text or "")
+            shown: Counter = Counter()
+            for label, seen in objects_by_class(image, detections).items():
+                for s in seen:
+                    if s.score > self.detector.threshold:
+                        column = int((s.box[0] + s.box[2]) / 2 * 3 / image.shape[1])
+                        row = int((s.box[1] + s.box[3]) / 2 * 3 / image.shape[0])
+                        shown[s.color, label, CELLS[3 * row + column]] += 1
+            planned = Counter((t.color, t.shape, t.cell) for t in plan or ())
+            scores.append(float(plan is not None and shown == planned))
+        return scores
+
+
+class PlanReward:
+    """Whether the written plan, if painted faithfully, would answer the prompt."""
+
+    name = "plan"
+    summary = "1 when the written plan answers the prompt (shapes world)"
+    range = (0.0, 1.0)
+    needs = frozenset({"reasoning", "metadata:include"})
+    batch_size = None
+    licence = "ours"
+    Options = Options
+
+    def __init__(self, options: Options):
+        pass
+
+    def score(self, batch: RewardBatch) -> list[float]:
+        from unigrpo_cli.shapes.world import parse_plan, satisfies
+
+        plans = [parse_plan(text or "") for text in batch.reasoning]
+        return [
+            float(plan is not None and satisfies(plan, metadata))
+            for plan, metadata in zip(plans, batch.metadata, strict=True)
+        ]
+
+
+class CleanReward:
+    """How even the background is: 1 minus ten times its deviation. Texture that no rule forbids shows here."""
+
+    name = "clean"
+    summary = "evenness of the background; falls when a policy drifts into texture (shapes world)"
+    range = (0.0, 1.0)
+    needs = frozenset({"image"})
+    batch_size = None
+    licence = "ours"
+    Options = Options
+
+    def __init__(self, options: Options):
+        pass
+
+    def score(self, batch: RewardBatch) -> list[float]:
+        from unigrpo_plugins.detectors import background_deviation
+
+        return [float(max(0.0, 1 - 10 * d)) for d in background_deviation(batch.pixels)]

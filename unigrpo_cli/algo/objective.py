@@ -1,0 +1,216 @@
+"""The joint objective (paper eq 2, 6, 7, 8): recorded actions and their scores in, one loss out.
+
+Every mean is written as a sum over an explicit denominator, `episodes`: the number of episodes behind one
+optimizer step. So a step may be split into micro-batches of any size and the gradients add up to the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
+
+PENALTIES = ("velocity-mse", "latent-kl", "none")
+TRUST_REGIONS = ("ratio-norm", "ratio")
+
+
+@dataclass(frozen=True)
+class ImageSteps:
+    """The stochastic steps of one image segment, for B episodes, as recorded at rollout; all fp32.
+
+    Args:
+        x_BKND, x_next_BKND: latents before and after each step.
+        t_BK, t_next_BK: times before and after each step.
+        t_second: second point of the time grid, scalar.
+    """
+
+    x_BKND: Tensor
+    x_next_BKND: Tensor
+    t_BK: Tensor
+    t_next_BK: Tensor
+    t_second: Tensor
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the behaviour policy did in B episodes: where text was acted, and every image segment's steps.
+
+    `mask_BL` is True where position l holds a sampled token: a forced end token is not one.
+    """
+
+    mask_BL: Tensor
+    images: tuple[ImageSteps, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one policy says about recorded actions.
+
+    Args:
+        log_prob_BL: log-probability of each text action at the sampling temperature; anything off-mask.
+        entropy_BL: entropy of the distribution each text action was drawn from, nats.
+        velocities: v_BKND of each image segment.
+    """
+
+    log_prob_BL: Tensor
+    entropy_BL: Tensor
+    velocities: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The choices of eq 2, 6, 7 and 8.
+
+    Args:
+        text_weight: weight of the text term; 0 leaves it out.
+        image_weight: the paper's lambda, weight of the image term and its penalty; 0 leaves both out.
+        text_clip, image_clip: clip ranges of the token ratio and of the (mean-reduced) step ratio.
+        text_kl: weight of the k3 estimate of KL to the reference on text; the paper has 0.
+        trust_region: "ratio-norm" (the paper) or "ratio", the plain log-ratio of Flow-GRPO.
+        penalty, penalty_weight: what holds the image policy near the reference, and how strongly.
+        kernel, noise_level: the transition that drew the image actions.
+    """
+
+    text_weight: float
+    image_weight: float
+    text_clip: float
+    image_clip: float
+    text_kl: float
+    trust_region: str
+    penalty: str
+    penalty_weight: float
+    kernel: str
+    noise_level: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss to minimise, its terms by name, and statistics.
+
+    `total` and `means` are shares of a mean over `episodes`: add them over micro-batches. `maxima` combine by
+    maximum. The constant mean of the advantages, which has no gradient, is left out of the surrogates.
+    """
+
+    total: Tensor
+    means: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+
+
+def text_term(
+    log_prob_BL: Tensor, old_BL: Tensor, mask_BL: Tensor, advantage_B: Tensor, *, clip: float, episodes: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq 2 without its KL: per episode the mean over its tokens, then the sum over episodes / `episodes`."""
+    log_ratio = torch.where(mask_BL, log_prob_BL - old_BL, 0.0)
+    surrogate = clipped_surrogate(log_ratio, advantage_B[:, None], clip)
+    return per_episode_mean(surrogate.gain, mask_BL).sum() / episodes, {
+        "text/clip_fraction": per_episode_mean(surrogate.clipped.float(), mask_BL).sum() / episodes,
+        "text/approx_kl": per_episode_mean(k3(-log_ratio, torch.zeros(())), mask_BL).sum() / episodes,
+    }
+
+
+def image_term(
+    log_ratio_BK: Tensor, advantage_B: Tensor, *, clip: float, episodes: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq 6: per episode the mean over its K stochastic steps, then the sum over episodes / `episodes`."""
+    surrogate = clipped_surrogate(log_ratio_BK, advantage_B[:, None], clip)
+    return surrogate.gain.mean(dim=1).sum() / episodes, {
+        "image/clip_fraction": surrogate.clipped.float().mean(dim=1).sum() / episodes,
+        "image/abs_log_ratio": log_ratio_BK.detach().abs().mean(dim=1).sum() / episodes,
+    }
+
+
+def per_episode_mean(value_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """Mean over the masked positions of each row, [B]; 0 for a row without any. Off-mask values may be NaN."""
+    kept = torch.where(mask_BL, value_BL, 0.0)
+    return kept.sum(dim=1) / mask_BL.sum(dim=1).clamp_min(1)
+
+
+def step_densities(steps: ImageSteps, v_BKND: Tensor, objective: Objective) -> flow.Transition:
+    """The transition of every recorded step under the velocities of one policy."""
+    return flow.transition(
+        objective.kernel,
+        steps.x_BKND,
+        v_BKND,
+        steps.t_BK[..., None, None],
+        steps.t_next_BK[..., None, None],
+        noise_level=objective.noise_level,
+        t_second=steps.t_second,
+    )
+
+
+def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objective) -> Tensor:
+    """Log-ratio of every image step of an episode, its image segments one after the other: [B, K]."""
+    ratios = []
+    for steps, v, v_old in zip(actions.images, new.velocities, old.velocities, strict=True):
+        p, p_old = step_densities(steps, v, objective), step_densities(steps, v_old, objective)
+        if objective.trust_region == "ratio-norm":
+            ratios.append(flow.ratio_norm(steps.x_next_BKND, p, p_old).mean(dim=(-2, -1)))
+        else:
+            ratios.append(flow.log_ratio(objective.kernel, steps.x_next_BKND, p, p_old))
+    return torch.cat(ratios, dim=1)
+
+
+def step_penalties(actions: Actions, new: Scores, reference: Scores, objective: Objective) -> Tensor:
+    """Distance from the reference at every image step of an episode: [B, K]."""
+    penalties = []
+    for steps, v, v_ref in zip(actions.images, new.velocities, reference.velocities, strict=True):
+        if objective.penalty == "velocity-mse":
+            penalties.append(flow.velocity_mse(v, v_ref))
+        else:
+            p, p_ref = step_densities(steps, v, objective), step_densities(steps, v_ref, objective)
+            penalties.append(flow.latent_kl(p, p_ref))
+    return torch.cat(penalties, dim=1)
+
+
+def unigrpo_loss(
+    actions: Actions,
+    new: Scores,
+    old: Scores,
+    reference: Scores | None,
+    advantage_B: Tensor,
+    objective: Objective,
+    *,
+    episodes: int,
+) -> Loss:
+    """Eq 7: -(text + lambda * image) + lambda * penalty_weight * penalty + text_kl * KL, to be minimised.
+
+    One advantage per episode multiplies every text and every image action of it.
+    """
+    advantage_B = advantage_B.to(new.log_prob_BL.dtype)
+    total = advantage_B.new_zeros(())
+    means: dict[str, Tensor] = {}
+    maxima: dict[str, Tensor] = {}
+    mask = actions.mask_BL
+    if objective.text_weight:
+        gain, stats = text_term(
+            new.log_prob_BL, old.log_prob_BL, mask, advantage_B, clip=objective.text_clip, episodes=episodes
+        )
+        total = total - objective.text_weight * gain
+        means |= stats | {"text/loss": -gain}
+        means["text/entropy"] = per_episode_mean(new.entropy_BL, mask).sum() / episodes
+        log_ratio = torch.where(mask, new.log_prob_BL - old.log_prob_BL, 0.0)
+        maxima["text/max_abs_log_ratio"] = log_ratio.abs().max()
+        if objective.text_kl:
+            assert reference is not None
+            # Masked before k3, not after: a NaN in the padding would come back through its derivative.
+            here, there = (torch.where(mask, x.log_prob_BL, 0.0) for x in (new, reference))
+            kl = per_episode_mean(k3(here, there), mask).sum() / episodes
+            total = total + objective.text_weight * objective.text_kl * kl
+            means["text/kl"] = kl
+    if objective.image_weight and actions.images:
+        log_ratio_BK = step_log_ratios(actions, new, old, objective)
+        gain, stats = image_term(log_ratio_BK, advantage_B, clip=objective.image_clip, episodes=episodes)
+        total = total - objective.image_weight * gain
+        means |= stats | {"image/loss": -gain}
+        maxima["image/max_abs_log_ratio"] = log_ratio_BK.abs().max()
+        if objective.penalty != "none":
+            assert reference is not None
+            penalty = step_penalties(actions, new, reference, objective).mean(dim=1).sum() / episodes
+            total = total + objective.image_weight * objective.penalty_weight * penalty
+            means[f"image/{objective.penalty}"] = penalty
+    detached = {name: value.detach() for name, value in means.items()}
+    return Loss(total, detached, {name: value.detach() for name, value in maxima.items()})

@@ -1,0 +1,325 @@
+"""Configuration: frozen, typed, printed with the run. Unknown keys are errors that name the near misses.
+
+Precedence, later wins: defaults here < preset < `--config file.toml` < `--set a.b=c` < named options.
+The defaults of the algorithm are the paper's; a preset says where and why it departs from them.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unigrpo_cli.errors import UsageError, suggest
+
+PRESETS = ("embedded", "paper")
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen table of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sampling(Section):
+    """How episodes are drawn, in training and (where eval does not say otherwise) in evaluation."""
+
+    think: bool = Field(True, description="write reasoning before painting")
+    max_new_tokens: Positive = Field(1024, description="budget of one text in tokens, its stop token included")
+    temperature: Rate = Field(1.0, description="of the sampled and the scored distribution [paper: 1]")
+    height: Positive = Field(1024, description="image height, pixels [paper: 1024]")
+    width: Positive = Field(1024, description="image width, pixels [paper: 1024]")
+    steps: Positive = Field(24, description="network calls per image [paper: 25 points = 24 calls]")
+    shift: Annotated[float, Field(gt=0)] = Field(3.0, description="time shift of the grid [paper: 3]")
+    kernel: Literal["flow", "dance", "cps"] = Field("flow", description="stochastic transition [paper: flow]")
+    noise_level: Annotated[float, Field(gt=0)] = Field(0.8, description="a of the transition [paper: 0.8]")
+    window: Literal["all", "fixed", "random", "sliding"] = Field(
+        "random", description="which steps are stochastic, one draw per rollout [paper: random]"
+    )
+    window_size: Positive = Field(3, description="stochastic steps K [paper: 3]")
+    window_within: tuple[Count, Positive] = Field(
+        (0, 5), description="half-open range of steps for the window [paper: 0, 5]"
+    )
+    window_every: Positive = Field(25, description="training steps between moves of a sliding window")
+    rows: Positive = Field(16, description="episodes sampled in one batch; changes speed, no sample")
+
+
+class Objective(Section):
+    """Equations 2, 6, 7, 8: what is maximised."""
+
+    text_weight: Rate = Field(1.0, description="weight of the text term")
+    image_weight: Rate = Field(1.0, description="lambda, weight of the image term [paper: 1]")
+    text_clip: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="clip range of the token ratio [paper: not given; 0.2 is the usual value of GRPO]"
+    )
+    image_clip: Annotated[float, Field(gt=0)] = Field(
+        1e-6, description="clip range of the step ratio, mean over the latent's elements [paper: 1e-6]"
+    )
+    text_kl: Rate = Field(0.0, description="weight of the k3 KL to the reference on text [paper: 0]")
+    trust_region: Literal["ratio-norm", "ratio"] = Field(
+        "ratio-norm", description="log-ratio that is clipped for images [paper: ratio-norm]"
+    )
+    penalty: Literal["velocity-mse", "latent-kl", "none"] = Field(
+        "velocity-mse", description="what holds images near the start [paper: velocity-mse]"
+    )
+    penalty_weight: Rate = Field(1.5e-5, description="weight of the penalty [paper: 1.5e-5]")
+    coupling: Literal["full", "detach"] = Field(
+        "full", description="whether the image loss trains the text expert through the context [paper: silent]"
+    )
+
+
+class Advantage(Section):
+    """Equation 1, and how several rewards become one advantage."""
+
+    std: Literal["group", "batch", "none"] = Field("group", description="what divides [paper: group]")
+    clamp: Annotated[float, Field(gt=0)] | None = Field(
+        5.0, description="largest magnitude [Flow-GRPO: 5; group deviations of 24 reach 4.8, so it rarely acts]"
+    )
+    combine: Literal["auto", "sum", "gdpo", "rank"] = Field(
+        "auto", description="several rewards: gdpo when their ranges differ, else sum"
+    )
+    shuffle: bool = Field(
+        False, description="a control: permute advantages over the batch, so that nothing can be learnt"
+    )
+
+
+class Train(Section):
+    """The loop and its optimizer."""
+
+    steps: Count = Field(1000, description="rollouts, each followed by epochs * updates optimizer steps")
+    prompts_per_step: Positive = Field(32, description="P, groups per rollout [paper: batch size 32]")
+    group_size: Annotated[int, Field(ge=2)] = Field(24, description="G, episodes per prompt [paper: 24]")
+    updates: Positive = Field(
+        2, description="optimizer steps per pass, on disjoint halves [both reproductions of the paper: 2]"
+    )
+    epochs: Positive = Field(1, description="passes over one rollout's episodes")
+    micro_batch: Positive = Field(8, description="episodes in one backward pass; changes memory, no gradient")
+    experts: Literal["both", "text", "image"] = Field(
+        "both", description="which actions and weights are trained [paper: both]"
+    )
+    tune: Literal["full", "lora"] = Field("full", description="all weights of the layers, or adapters")
+    also: tuple[Literal["embeddings", "head", "projections"], ...] = Field(
+        (), description="what else trains with tune = full: word embeddings, lm_head, latent in/out and time"
+    )
+    lora_rank: Positive = Field(64, description="rank of the adapters")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(128.0, description="scale of the adapters, times rank")
+    lr_text: Rate = Field(1e-6, description="learning rate of the text expert [paper: 1e-6]")
+    lr_image: Rate = Field(3e-5, description="learning rate of the image expert [paper: 3e-5]")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decays")
+    weight_decay: Rate = Field(0.0, description="AdamW's weight decay")
+    grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm over all weights")
+    warmup: Count = Field(0, description="optimizer steps of linear warm-up")
+    activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
+    checkpoint_every: Count = Field(100, description="steps between checkpoints; 0 for the last one only")
+    keep_checkpoints: Positive = Field(3, description="how many checkpoints stay on disk")
+    samples_every: Count = Field(25, description="steps between sheets of held-out samples; 0 for none")
+    drift_limit: Annotated[float, Field(gt=0)] = Field(
+        0.02, description="warn when rollout and replay log-probabilities differ by more (mean, text)"
+    )
+
+
+class Eval(Section):
+    """Held-out evaluation: Euler steps only, fixed noise."""
+
+    suite: str = Field("shapes", description="shapes, geneval, or a prompts file")
+    samples: Positive = Field(1, description="images per prompt")
+    limit: Count = Field(0, description="only the first n prompts of each task; 0 for all")
+    temperature: Rate = Field(1.0, description="of the reasoning; 0 is greedy")
+    steps: Positive = Field(49, description="network calls per image [paper: 50 points = 49 calls]")
+    rewards: tuple[str, ...] = Field((), description="rewards reported beside the trained ones")
+    seed: int = Field(42, description="of the noise, whatever the run's seed: runs are compared on the same")
+
+
+class Rewards(Section):
+    """How rewards are run."""
+
+    use: tuple[str, ...] = Field((), description="rewards, as [alias=]name[:weight](@key=value)*")
+    options: dict[str, Any] = Field({}, description="more options, as alias.key = value")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="seconds one call of a reward may take")
+    max_abstain: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="stop when a reward abstains on a larger share of recent samples"
+    )
+    on_error: Literal["raise", "abstain"] = Field("raise", description="what an exception in a reward does")
+    strict: bool = Field(False, description="a score outside the declared range is an error, not a warning")
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: str = Field("embedded", description="`embedded` or a model directory")
+    adapter: str | None = Field(None, description="a PEFT adapter directory put on the model")
+    preset: Literal["embedded", "paper"] = Field("embedded", description="where defaults come from")
+    prompts: str = Field("shapes", description="`shapes` or a .txt or .jsonl file of prompts to train on")
+    seed: int = Field(0, description="of everything random")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of frozen weights and activations")
+    threads: Count = Field(0, description="CPU threads; 0 leaves it to torch")
+    sampling: Sampling = Sampling()
+    objective: Objective = Objective()
+    advantage: Advantage = Advantage()
+    train: Train = Train()
+    eval: Eval = Eval()
+    reward: Rewards = Rewards()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        s, t = self.sampling, self.train
+        if s.window != "all":
+            lo, hi = s.window_within
+            if not lo + s.window_size <= hi <= s.steps:
+                raise ValueError(
+                    f"sampling.window_size={s.window_size} in sampling.window_within={list(s.window_within)} "
+                    f"does not fit sampling.steps={s.steps}"
+                )
+        if s.kernel == "cps" and s.window != "all" and s.window_within[1] == s.steps:
+            raise ValueError("kernel cps has no noise in the last step; end sampling.window_within before it")
+        if t.prompts_per_step % t.updates:
+            raise ValueError(
+                f"train.updates={t.updates} must divide train.prompts_per_step={t.prompts_per_step}: "
+                "groups are never split over updates"
+            )
+        if s.temperature == 0 and t.experts != "image":
+            raise ValueError("sampling.temperature=0 is greedy and leaves text nothing to learn from")
+        return self
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: list[str] | None = None,
+    named: dict[str, Any] | None = None,
+) -> Config:
+    """The resolved configuration.
+
+    Args:
+        preset: name of a preset; None takes the file's, or else "embedded".
+        file: TOML file.
+        overrides: `a.b=c` strings; c is a TOML value, or else a plain string.
+        named: dotted keys to values, None meaning "not given".
+
+    Raises:
+        UsageError: on an unknown key, a value of the wrong kind, or an unreadable file.
+    """
+    from_file = _read_toml(file) if file else {}
+    chosen = preset or from_file.get("preset") or "embedded"
+    if chosen not in PRESETS:
+        raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
+    values = tomllib.loads((files("unigrpo_cli") / "presets" / f"{chosen}.toml").read_text())
+    _merge(values, from_file)
+    for text in overrides or []:
+        key, found, value = text.partition("=")
+        if not found or not key.strip():
+            raise UsageError(f"--set {text}: write it as section.key=value, e.g. --set train.steps=50")
+        _merge(values, _nest(key.strip(), _toml_value(value.strip())))
+    for key, value in (named or {}).items():
+        if value is not None:
+            _merge(values, _nest(key, value))
+    values["preset"] = chosen
+    _check_keys(values, Config, "")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_one_line(error)) from error
+
+
+def _read_toml(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"no configuration file {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} is not readable TOML: {error}") from error
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nest(dotted: str, value: Any) -> dict:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(into: dict, new: dict) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _check_keys(values: dict, section: type[BaseModel], prefix: str) -> None:
+    """Name the unknown key and its near misses, which pydantic does not."""
+    for key, value in values.items():
+        if key not in section.model_fields:
+            known = [prefix + name for name in section.model_fields]
+            elsewhere = [path for path in config_keys() if path.rsplit(".", 1)[-1] == key]
+            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else suggest(prefix + key, known)
+            raise UsageError(f"unknown configuration key {prefix + key!r}: {hint}")
+        inner = section.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, dict):
+                raise UsageError(f"{prefix + key} is a section: set its keys, e.g. {prefix + key}.KEY=VALUE")
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[str, Any]]:
+    """All dotted keys with their description and default."""
+    keys: dict[str, tuple[str, Any]] = {}
+    for name, info in section.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys |= config_keys(inner, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = (info.description or "", info.default)
+    return keys
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML, to be read again by `--config`."""
+    lines: list[str] = []
+    sections: list[tuple[str, dict]] = []
+    for key, value in config.model_dump().items():
+        if isinstance(value, dict) and key != "options":
+            sections.append((key, value))
+        elif value is not None:
+            lines.append(f"{key} = {_toml(value)}")
+    for name, section in sections:
+        lines.append(f"\n[{name}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)

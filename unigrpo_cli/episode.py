@@ -1,0 +1,240 @@
+"""What happened: episodes, their segments, and the groups they are compared in.
+
+An episode is a list of segments, each either *given* (a prompt) or *acted* (text, an image). Prompt ->
+reasoning -> image is the first case; several rounds of thinking and painting are longer lists of the same.
+
+Everything needed to score the actions again is stored as it was, never re-made: token ids (not text), the
+fp32 latents around each stochastic step (not their noise), the times (not the recipe for them).
+
+Shape letters: L tokens of a segment, T points of the time grid, K stochastic steps, N image tokens of D
+numbers each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.errors import UsageError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for, e.g. Prompt("two red circles", "two red circles", {"tag": "counting", ...}).
+
+    `id` names the prompt in seeds and files; it differs from `text` where a list repeats a prompt.
+    `metadata` is what rewards may need: GenEval's `include` and `exclude`, a text to render, anything.
+    """
+
+    id: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GivenText:
+    """Text that was fed, not acted. `ids` [L] are all tokens as fed, delimiters included."""
+
+    role: str
+    text: str
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class TextActions:
+    """Sampled text. What was fed is `opening + ids + closing`; only `ids` are actions.
+
+    Args:
+        ids: [L] int64, the stop token included when it was sampled.
+        log_prob: [L] fp32, under the behaviour policy at `temperature`.
+        finished: True when the stop token was sampled, False when the budget ran out (truncated).
+        opening, closing: tokens fed before the first action and after the last; `closing` is the forced end
+            of a truncated text, and empty for a finished one.
+        text: `ids` decoded, for people and rewards; never encoded again.
+    """
+
+    ids: Tensor
+    log_prob: Tensor
+    finished: bool
+    temperature: float
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageActions:
+    """A painted image and the stochastic steps on the way to it.
+
+    Args:
+        grid: token rows and columns; N = rows * columns.
+        times: [T] fp32, the whole schedule; step k goes from times[k] to times[k + 1].
+        window: which steps were stochastic; its size is K (0 for an image painted by Euler steps alone).
+        kernel, noise_level: the transition that drew them.
+        before, after: [K, N, D] fp32, latents around each stochastic step.
+        log_prob: [K] fp32, mean over N and D, under the behaviour policy.
+        latent: [N, D] fp32, the final latent x_0.
+        pixels: [height, width, 3] uint8, the latent decoded: what rewards see.
+    """
+
+    grid: tuple[int, int]
+    times: Tensor
+    window: Window
+    kernel: str
+    noise_level: float
+    before: Tensor
+    after: Tensor
+    log_prob: Tensor
+    latent: Tensor
+    pixels: Tensor
+
+
+Segment = GivenText | TextActions | ImageActions
+_KINDS: dict[str, type] = {"given_text": GivenText, "text": TextActions, "image": ImageActions}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One sample: `member` counts the samples of a prompt, `seed` is where all its randomness came from."""
+
+    prompt: Prompt
+    member: int
+    seed: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def reasoning(self) -> str | None:
+        """All sampled text, rounds joined by blank lines; None when the episode has no text actions."""
+        texts = [s.text for s in self.segments if isinstance(s, TextActions)]
+        return "\n\n".join(texts) if texts else None
+
+    @property
+    def images(self) -> tuple[ImageActions, ...]:
+        return tuple(s for s in self.segments if isinstance(s, ImageActions))
+
+    @property
+    def pixels(self) -> Tensor:
+        """The last image, which the terminal reward looks at."""
+        return self.images[-1].pixels
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one prompt: the set that an advantage is relative to."""
+
+    prompt: Prompt
+    episodes: tuple[Episode, ...]
+
+
+def flatten(groups: Sequence[Group]) -> list[Episode]:
+    """Episodes of all groups, group after group."""
+    return [episode for group in groups for episode in group.episodes]
+
+
+def save_episodes(groups: Sequence[Group], directory: Path) -> None:
+    """Write `episodes.json` and `episodes.safetensors` into a directory; the inverse of `load_episodes`."""
+    tensors: dict[str, Tensor] = {}
+    rows = []
+    for g, group in enumerate(groups):
+        members = []
+        for m, episode in enumerate(group.episodes):
+            segments = []
+            for s, segment in enumerate(episode.segments):
+                plain, own = _pack(segment)
+                segments.append(plain)
+                tensors |= {f"{g}.{m}.{s}.{name}": value.contiguous() for name, value in own.items()}
+            members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
+        prompt = group.prompt
+        rows.append(
+            {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "episodes": members}
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "episodes.safetensors")
+    text = json.dumps({"format": FORMAT, "groups": rows}, indent=1)
+    (directory / "episodes.json").write_text(text + "\n")
+
+
+def load_episodes(directory: Path) -> list[Group]:
+    """Read what `save_episodes` wrote.
+
+    Raises:
+        UsageError: when the directory holds no episodes, or damaged ones.
+    """
+    try:
+        data = json.loads((directory / "episodes.json").read_text())
+        if data.get("format") != FORMAT:
+            raise UsageError(
+                f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}"
+            )
+        tensors = load_file(directory / "episodes.safetensors")
+        return list(_groups(data["groups"], tensors))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{directory} holds no episodes ({Path(error.filename or '').name} is missing); "
+            "give a directory written by `unigrpo rollout --out DIR`"
+        ) from error
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{directory}: damaged episodes ({type(error).__name__}: {error})") from error
+
+
+def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
+    for g, row in enumerate(rows):
+        prompt = Prompt(row["id"], row["text"], row["metadata"])
+        episodes = []
+        for m, member in enumerate(row["episodes"]):
+            segments = []
+            for s, plain in enumerate(member["segments"]):
+                prefix = f"{g}.{m}.{s}."
+                own = {name: value for name, value in _prefixed(tensors, prefix, plain)}
+                segments.append(_unpack(plain, own))
+            episodes.append(Episode(prompt, member["member"], member["seed"], tuple(segments)))
+        yield Group(prompt, tuple(episodes))
+
+
+def _prefixed(tensors: dict[str, Tensor], prefix: str, plain: dict) -> Iterator[tuple[str, Tensor]]:
+    for name in plain["tensors"]:
+        yield name, tensors[prefix + name]
+
+
+def _pack(segment: Segment) -> tuple[dict, dict[str, Tensor]]:
+    """A segment as JSON values and named tensors."""
+    kind = next(name for name, cls in _KINDS.items() if type(segment) is cls)
+    plain: dict[str, Any] = {"kind": kind}
+    tensors = {}
+    for name, value in vars(segment).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            plain[name] = vars(value) if isinstance(value, Window) else value
+    return plain | {"tensors": sorted(tensors)}, tensors
+
+
+def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
+    values = {k: v for k, v in plain.items() if k not in ("kind", "tensors")} | tensors
+    if "window" in values:
+        values["window"] = Window(**values["window"])
+    for name in ("grid", "opening", "closing"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return _KINDS[plain["kind"]](**values)
+
+
+def same_structure(episodes: Sequence[Episode]) -> bool:
+    """Whether all episodes have the same kinds of segments in the same order, so that they can be stacked."""
+    return len({tuple(type(s) for s in e.segments) for e in episodes}) == 1
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` under a name that reads in a sentence; all shapes must agree."""
+    return torch.stack(list(tensors))

@@ -1,0 +1,45 @@
+"""Errors meant for people. Each says what was given, what is accepted, and what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnigrpoError(Exception):
+    """One clear line for the user; the command prints it and exits with `exit_code`, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(UnigrpoError):
+    """A wrong option, configuration key or input file."""
+
+    exit_code = 2
+
+
+class RewardError(UnigrpoError):
+    """A reward or plugin that failed, broke its contract or cannot be found."""
+
+    exit_code = 3
+
+
+class GateError(UnigrpoError):
+    """A threshold that was asked for was not reached."""
+
+    exit_code = 4
+
+
+class WeightsError(UnigrpoError):
+    """Model files that are missing, truncated or of the wrong shape."""
+
+    exit_code = 5
+
+
+def suggest(given: str, accepted: Iterable[str]) -> str:
+    """A tail for an error about a wrong name: the near misses, or else all that is accepted."""
+    options = sorted(accepted)
+    near = difflib.get_close_matches(given, options, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"accepted: {', '.join(options)}" if options else "nothing is accepted here"

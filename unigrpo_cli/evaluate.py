@@ -1,0 +1,190 @@
+"""Evaluation: fixed prompts, fixed noise, Euler steps, the same rewards; intervals and paired comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Episode, Group, Prompt, flatten
+from unigrpo_cli.models import Policy
+from unigrpo_cli.rewards.batch import Sample
+from unigrpo_cli.rewards.scoring import RewardSet, Scored
+from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.suites import task_of
+
+NO_NOISE = Window(0, 0)
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images, its 95 % bootstrap interval over prompts, the mean of its tasks' means, its n."""
+
+    mean: float
+    ci95: tuple[float, float]
+    task_mean: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one policy on one suite.
+
+    `values` holds the raw scores by reward, one per episode in the order of `prompt_ids`, NaN where a reward
+    abstained; from two evaluations on the same noise, `compare` makes a paired difference.
+    """
+
+    scores: dict[str, Estimate]
+    per_task: dict[str, dict[str, float]]
+    values: dict[str, NDArray[np.float64]]
+    prompt_ids: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.prompt_ids)
+
+    def means(self) -> dict[str, float]:
+        """Reward name to mean over images."""
+        return {name: estimate.mean for name, estimate in self.scores.items()}
+
+
+def eval_sampling(config: Config) -> Sampling:
+    """The run's sampling with evaluation's steps and temperature."""
+    return replace(train_sampling(config), steps=config.eval.steps, temperature=config.eval.temperature)
+
+
+def train_sampling(config: Config) -> Sampling:
+    """The part of the configuration that `rollout` takes."""
+    s = config.sampling
+    return Sampling(
+        think=s.think,
+        max_new_tokens=s.max_new_tokens,
+        temperature=s.temperature,
+        height=s.height,
+        width=s.width,
+        steps=s.steps,
+        shift=s.shift,
+        kernel=s.kernel,
+        noise_level=s.noise_level,
+        rows=s.rows,
+    )
+
+
+def samples_of(groups: Sequence[Group], step: int = 0) -> list[Sample]:
+    """Episodes as rewards see them."""
+    return [_sample(e, step) for e in flatten(groups)]
+
+
+def _sample(episode: Episode, step: int) -> Sample:
+    return Sample(
+        prompt=episode.prompt.text,
+        pixels=episode.pixels.numpy(),
+        reasoning=episode.reasoning,
+        metadata=episode.prompt.metadata,
+        id=f"{episode.prompt.id}/{episode.member}",
+        group_id=f"{step}/{episode.prompt.id}",
+    )
+
+
+def limited(prompts: Sequence[Prompt], per_task: int) -> list[Prompt]:
+    """The first `per_task` prompts of each task; all when it is 0."""
+    if not per_task:
+        return list(prompts)
+    seen: dict[str, int] = {}
+    kept = []
+    for prompt in prompts:
+        task = task_of(prompt)
+        seen[task] = seen.get(task, 0) + 1
+        if seen[task] <= per_task:
+            kept.append(prompt)
+    return kept
+
+
+def evaluate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    rewards: RewardSet,
+    sampling: Sampling,
+    *,
+    samples: int,
+    seed: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
+    on_groups: Callable[[list[Group], dict[str, Scored]], None] = lambda groups, scored: None,
+) -> Evaluation:
+    """Sample `samples` images per prompt by Euler steps and score them.
+
+    The noise depends on (seed, prompt, sample) alone, so two policies are compared on the same.
+
+    Args:
+        on_rows: told how many episodes are done, for a progress bar.
+        on_groups: given each batch of episodes with its scores; they are not kept here.
+    """
+    values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.rewards}
+    chunk = max(1, sampling.rows // samples)
+    for at in range(0, len(prompts), chunk):
+        groups = rollout(policy, prompts[at : at + chunk], samples, sampling, NO_NOISE, seed, on_rows)
+        scored = rewards.score(samples_of(groups), split="eval")
+        for name, own in scored.items():
+            values[name].append(own.scores)
+        on_groups(groups, scored)
+    tasks = np.array([task_of(p) for p in prompts for _ in range(samples)])
+    texts = [p.text for p in prompts for _ in range(samples)]
+    ids = [p.id for p in prompts for _ in range(samples)]
+    joined = {name: np.concatenate(parts) for name, parts in values.items()}
+    return summarise(joined, tasks, ids, texts, seed)
+
+
+def summarise(
+    values: dict[str, NDArray[np.float64]], tasks: NDArray, ids: Sequence[str], texts: Sequence[str], seed: int
+) -> Evaluation:
+    """An `Evaluation` from raw scores, one per episode."""
+    per_task: dict[str, dict[str, float]] = {}
+    scores = {}
+    for name, own in values.items():
+        by_task = {task: own[(tasks == task) & np.isfinite(own)] for task in dict.fromkeys(tasks)}
+        means = {task: float(x.mean()) for task, x in by_task.items() if len(x)}
+        for task, mean in means.items():
+            per_task.setdefault(str(task), {})[name] = mean
+        valid = np.isfinite(own)
+        if valid.any():
+            task_mean = float(np.mean(list(means.values())))
+            interval = bootstrap(own, texts, seed)
+            scores[name] = Estimate(float(own[valid].mean()), interval, task_mean, int(valid.sum()))
+    return Evaluation(scores, per_task, values, tuple(ids), tuple(texts))
+
+
+def bootstrap(values: NDArray[np.float64], texts: Sequence[str], seed: int) -> tuple[float, float]:
+    """95 % interval of the mean, resampling prompts: images of one prompt are not independent of each other."""
+    names, index = np.unique(np.asarray(texts), return_inverse=True)
+    valid = np.isfinite(values)
+    sums = np.bincount(index[valid], values[valid], len(names))
+    counts = np.bincount(index[valid], minlength=len(names))
+    draws = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
+    totals = counts[draws].sum(axis=1)
+    means = sums[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(first: Evaluation, second: Evaluation, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Paired differences second - first by reward, on the same prompts and noise, with 95 % intervals.
+
+    Raises:
+        ValueError: when the two were not made on the same prompts.
+    """
+    if first.prompt_ids != second.prompt_ids:
+        raise ValueError("evaluations of different prompts cannot be compared pair by pair")
+    differences = {}
+    for name in first.values.keys() & second.values.keys():
+        delta = second.values[name] - first.values[name]
+        if np.isfinite(delta).any():
+            low, high = bootstrap(delta, first.texts, seed)
+            differences[name] = {"mean": float(np.nanmean(delta)), "ci95": [low, high]}
+    return differences

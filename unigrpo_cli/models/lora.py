@@ -1,0 +1,92 @@
+"""Low-rank adapters on both experts, by peft, in its directory format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.mot import MoT
+
+TARGETS = (
+    r"language_model\.model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
+)
+
+
+def add_adapters(network: MoT, rank: int, alpha: float) -> None:
+    """Put fresh adapters on attention and MLP of both experts; everything else is frozen.
+
+    Adapters are fp32 whatever the base is: peft makes them in the base's dtype, and bf16 masters lose updates
+    of the sizes used here.
+    """
+    network.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=TARGETS, bias="none")
+    _inject(network, config)
+
+
+def _inject(network: MoT, config: LoraConfig) -> None:
+    inject_adapter_in_model(config, network)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    network.adapter_config = config
+
+
+def has_adapters(network: MoT) -> bool:
+    return hasattr(network, "adapter_config")
+
+
+def save_adapters(network: MoT, directory: Path, base: str) -> None:
+    """Write a PEFT adapter directory: `adapter_config.json` and `adapter_model.safetensors`."""
+    config: LoraConfig = network.adapter_config
+    config.base_model_name_or_path = base
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(directory))
+    state = {name: value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    save_file(state, directory / "adapter_model.safetensors")
+
+
+def load_adapters(network: MoT, directory: Path) -> None:
+    """Put the adapters of a PEFT directory on `network`, strictly.
+
+    Raises:
+        WeightsError: when files are missing or damaged, or do not fit the network.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        raise WeightsError(f"{directory} is no adapter: adapter_config.json is missing")
+    network.requires_grad_(False)
+    try:
+        state = load_file(directory / "adapter_model.safetensors")
+        _inject(network, LoraConfig.from_pretrained(str(directory)))
+        outcome = set_peft_model_state_dict(network, state)
+    except (FileNotFoundError, SafetensorError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{directory}: the adapter cannot be used here: {_first_line(error)}") from error
+    if outcome.unexpected_keys:
+        raise WeightsError(f"{directory}: the adapter does not fit, e.g. {outcome.unexpected_keys[0]}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+@contextmanager
+def adapters_off(network: torch.nn.Module) -> Iterator[None]:
+    """The network without its adapters, i.e. the base it started from."""
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers, "a policy without adapters and without a frozen copy has no reference"
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

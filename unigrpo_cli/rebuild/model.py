@@ -1,0 +1,231 @@
+"""Pre-train the embedded model: `python -m unigrpo_cli.rebuild.model --out DIR`.
+
+A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network.
+It is imperfect on purpose, in both kinds of action, so that reinforcement learning has something to mend:
+a share of its plans does not answer the prompt, and a share of its pictures does not show the plan. Both are
+modes it can sample around, which is what GRPO sharpens.
+
+`curve.jsonl` beside the weights is the training curve; docs/log.md has the story.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from unigrpo_cli.models.checkpoint import save_model
+from unigrpo_cli.models.mot import MoT, MoTConfig, NoisyImage
+from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, PixelCodec, UnifiedModel
+from unigrpo_cli.shapes.prompts import (
+    OPENINGS,
+    TAGS,
+    corrupt,
+    corrupt_plan,
+    draw_metadata,
+    draw_scene,
+    held_out,
+)
+from unigrpo_cli.shapes.render import SIZE, render
+from unigrpo_cli.shapes.world import (
+    CELLS,
+    COLORS,
+    MAX_THINGS,
+    NUMBERS,
+    PLURALS,
+    SHAPES,
+    THINK_CLOSE,
+    THINK_OPEN,
+    plan_text,
+)
+
+PATCH = 8
+WRONG_PLANS = 0.34
+WRONG_PICTURES = 0.26
+WITHOUT_THINKING = 0.12
+COPIES = 2  # noisy copies of a picture in one pass
+CE_WEIGHT = 0.2
+WIDTH = 128
+
+
+def build_tokenizer() -> Tokenizer:
+    """One token per word of the world, lower-cased, special tokens named as BAGEL's."""
+    special = ["<|endoftext|>", OPEN, CLOSE, *EDGES, UNKNOWN]
+    words = [THINK_OPEN, THINK_CLOSE, ",", *" ".join(OPENINGS).split(), "an", "and", "left", "right"]
+    words += ["above", "below", *(NUMBERS[n] for n in range(2, MAX_THINGS + 1))]
+    words += [*COLORS, *SHAPES, *PLURALS.values(), *CELLS]
+    vocabulary = {word: k for k, word in enumerate(dict.fromkeys([*special, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    return tokenizer
+
+
+def build_model(seed: int, width: int = WIDTH, layers: int = 4) -> UnifiedModel:
+    """The embedded model before training."""
+    tokenizer = build_tokenizer()
+    config = MoTConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=(width * 8 // 3 + 7) // 8 * 8,
+        vocab_size=tokenizer.get_vocab_size(),
+        latent_patch_size=PATCH,
+        latent_channels=3,
+        pixels_per_latent=1,
+        max_latent_size=SIZE // PATCH,
+        rope_theta=1e4,
+        prediction="clean",
+    )
+    torch.manual_seed(seed)
+    edges = [tokenizer.token_to_id(name) for name in EDGES]
+    network = MoT(config, (edges[0], edges[1]))
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 2 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+            if name.endswith(("o_proj.weight", "o_proj_moe_gen.weight", "down_proj.weight")):
+                parameter.data /= math.sqrt(2 * layers)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    return UnifiedModel(network, tokenizer, PixelCodec())
+
+
+class Examples(IterableDataset):
+    """Endless (ids, first plan token or length, picture) of the training split, mistakes included."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int):
+        self.words = tokenizer.get_vocab()
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        open_id, stop_id, unknown = (self.words[w] for w in (OPEN, CLOSE, UNKNOWN))
+        while True:
+            metadata = draw_metadata(TAGS[rng.integers(len(TAGS))], rng)
+            if held_out(metadata):
+                continue
+            plan = draw_scene(metadata, rng)
+            thinks = rng.random() >= WITHOUT_THINKING
+            if thinks and rng.random() < WRONG_PLANS:
+                plan = corrupt_plan(plan, metadata, rng)
+            shown = corrupt(plan, rng) if rng.random() < WRONG_PICTURES else plan
+            prompt = [
+                unknown if rng.random() < 0.01 else self.words[w] for w in metadata["prompt"].split()
+            ]
+            ids = [open_id, *prompt, stop_id]
+            start = len(ids)
+            if thinks:
+                ids += [open_id, *(self.words[w] for w in plan_text(plan).split()), stop_id]
+            yield torch.tensor(ids), start, torch.from_numpy(render(shown, rng))
+
+
+def collate(rows: list[tuple[Tensor, int, Tensor]]) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """ids_BL right-padded, lengths, mask of predicted tokens [B, L-1], pictures."""
+    ids = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+    lengths = [len(row[0]) for row in rows]
+    at = torch.arange(1, ids.shape[1])
+    starts = torch.tensor([row[1] for row in rows])[:, None]
+    mask = (at > starts) & (at < torch.tensor(lengths)[:, None])
+    return ids, lengths, mask, torch.stack([row[2] for row in rows])
+
+
+def losses(model: UnifiedModel, batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per plan token (mean), velocity error per element (mean)."""
+    ids, lengths, mask, pixels = batch
+    x_0 = model.encode_pixels(pixels)[:, None].expand(-1, COPIES, -1, -1)
+    # Logit-normal around sigmoid(1) = 0.73: the layout is decided at high noise, and without this shift the
+    # plan's cells are learnt last.
+    t_BK = torch.sigmoid(1 + torch.randn(len(ids), COPIES, generator=generator)).clamp(0.02, 1)
+    noise = torch.randn(x_0.shape, generator=generator)
+    t = t_BK[..., None, None]
+    image = NoisyImage((1 - t) * x_0 + t * noise, t_BK, model.grid(*pixels.shape[1:3]))
+    out = model.forward(model.empty_context(len(ids)), ids, lengths, image)
+    ce = F.cross_entropy(model.logits(out.hidden_BLC[:, :-1][mask]), ids[:, 1:][mask])
+    return ce, F.mse_loss(out.velocity_BKND, noise - x_0)
+
+
+def optimizers(network: MoT, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the layers' matrices, AdamW on everything else: half the steps of AdamW alone."""
+    muon, adam = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (muon if parameter.ndim == 2 and ".layers." in name else adam).append(parameter)
+    return [
+        torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adam, lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Warm-up, constant to 60 %, then linear to zero."""
+    return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (0.4 * steps)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report-every", type=int, default=500)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model = build_model(args.seed, args.width, args.layers)
+    network = model.network
+    average = copy.deepcopy(network)
+    data = DataLoader(
+        Examples(model.tokenizer, args.seed), args.batch, collate_fn=collate, num_workers=1, prefetch_factor=4
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    optims = optimizers(network, args.lr)
+    rates = [o.param_groups[0]["lr"] for o in optims]
+    args.out.mkdir(parents=True, exist_ok=True)
+    count = sum(p.numel() for p in network.parameters())
+    print(f"{count:,} parameters, {model.tokenizer.get_vocab_size()} words, {args.steps} steps", flush=True)
+    began, since = time.process_time(), []
+    with (args.out / "curve.jsonl").open("w") as curve:
+        for step, batch in zip(range(args.steps), data, strict=False):
+            ce, mse = losses(model, batch, generator)
+            (CE_WEIGHT * ce + mse).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            for optim, rate in zip(optims, rates, strict=True):
+                optim.param_groups[0]["lr"] = rate * schedule(step, args.steps)
+                optim.step()
+                optim.zero_grad()
+            with torch.no_grad():
+                decay = min(args.ema, (step + 1) / (step + 10))
+                for mean, now in zip(average.parameters(), network.parameters(), strict=True):
+                    mean.lerp_(now, 1 - decay)
+            since.append((ce.item(), mse.item()))
+            if (step + 1) % args.report_every == 0 or step + 1 == args.steps:
+                row = dict(zip(("ce", "velocity_mse"), np.mean(since, axis=0).round(4).tolist(), strict=True))
+                row = {"step": step + 1, "core_minutes": round((time.process_time() - began) / 60, 2)} | row
+                since = []
+                held = UnifiedModel(average, model.tokenizer, model.codec)
+                save_model(held, args.out)
+                curve.write(json.dumps(row) + "\n")
+                curve.flush()
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Recorded actions under some weights: the mirror image of `rollout.py`.
+
+One packed pass per turn of an episode: its text is read once, and all K recorded noisy states of the image
+that follows look at it side by side. Called under `no_grad` for the old and the reference policy, with
+gradients for the current one: the same lines either way, so before the first update the ratio is exactly 1.
+
+Shape letters: B episodes, L text actions (padded, all texts of an episode one after the other), K stochastic
+steps of one image, N image tokens of D numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
+from unigrpo_cli.algo.text import token
+from unigrpo_cli.episode import Episode, GivenText, ImageActions, TextActions, same_structure
+from unigrpo_cli.models import Policy
+from unigrpo_cli.models.mot import NoisyImage
+
+COUPLINGS = ("full", "detach")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Some text, given and acted, and perhaps an image after it: one packed pass.
+
+    Args:
+        ids_BS, length_B: all tokens of the turn, right-padded, and how many count.
+        row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 where off-mask.
+        action_BL, mask_BL: the acted ids, and where there are any.
+        image: the recorded noisy states, or None.
+        latent_BND: the finished image, which later turns see.
+    """
+
+    ids_BS: Tensor
+    length_B: list[int]
+    row_BL: Tensor
+    action_BL: Tensor
+    mask_BL: Tensor
+    image: NoisyImage | None
+    latent_BND: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Episodes of one structure, stacked.
+
+    `actions` is what the objective needs; `behaviour` the log-probabilities that were recorded when the
+    actions were drawn: text [B, L], images [B, K] one after the other.
+    """
+
+    turns: tuple[Turn, ...]
+    actions: Actions
+    temperature: float
+    behaviour_text_BL: Tensor
+    behaviour_image_BK: Tensor
+
+
+def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> Batch:
+    """Stack episodes for replay.
+
+    Raises:
+        ValueError: when their segments differ in kind or order, or their images in size or window.
+    """
+    if not same_structure(episodes):
+        raise ValueError("episodes replayed together must have the same segments in the same order")
+    turns, images, text_log_probs, image_log_probs = [], [], [], []
+    temperatures = {s.temperature for e in episodes for s in e.segments if isinstance(s, TextActions)}
+    if len(temperatures) > 1:
+        raise ValueError(f"episodes replayed together must share one temperature, got {sorted(temperatures)}")
+    pending: list[list[GivenText | TextActions]] = [[] for _ in episodes]
+    for column in zip(*(e.segments for e in episodes), strict=True):
+        if isinstance(column[0], ImageActions):
+            painted = [s for s in column if isinstance(s, ImageActions)]
+            steps = _image_steps(painted)
+            images.append(steps)
+            image_log_probs.append(torch.stack([s.log_prob for s in painted]))
+            turns.append(_turn(pending, painted, steps))
+            pending = [[] for _ in episodes]
+        else:
+            for row, segment in zip(pending, column, strict=True):
+                assert isinstance(segment, GivenText | TextActions)
+                row.append(segment)
+    if pending[0]:
+        turns.append(_turn(pending, None, None))
+    for episode in episodes:
+        own = [s.log_prob for s in episode.segments if isinstance(s, TextActions)]
+        text_log_probs.append(torch.cat(own) if own else torch.zeros(0))
+    mask_BL = torch.cat([turn.mask_BL for turn in turns], dim=1)
+    behaviour = torch.zeros(mask_BL.shape)
+    behaviour[mask_BL] = torch.cat(text_log_probs)
+    behaviour_image = torch.cat(image_log_probs, dim=1) if images else torch.zeros(len(episodes), 0)
+    batch = Batch(
+        tuple(turns),
+        Actions(mask_BL, tuple(images)),
+        temperatures.pop() if temperatures else 1.0,
+        behaviour,
+        behaviour_image,
+    )
+    return batch if str(device) == "cpu" else _to(batch, device)
+
+
+def _turn(
+    rows: list[list[GivenText | TextActions]], painted: list[ImageActions] | None, steps: ImageSteps | None
+) -> Turn:
+    """Text segments of every row, concatenated, and the image they end in."""
+    ids, at, actions = [], [], []
+    for row in rows:
+        tokens: list[int] = []
+        predictors: list[int] = []
+        acted: list[int] = []
+        for segment in row:
+            if isinstance(segment, GivenText):
+                tokens += segment.ids.tolist()
+                continue
+            tokens += segment.opening
+            predictors += range(len(tokens) - 1, len(tokens) - 1 + len(segment.ids))
+            acted += segment.ids.tolist()
+            tokens += [*segment.ids.tolist(), *segment.closing]
+        ids.append(torch.tensor(tokens, dtype=torch.long))
+        at.append(torch.tensor(predictors, dtype=torch.long))
+        actions.append(torch.tensor(acted, dtype=torch.long))
+    lengths = torch.tensor([len(a) for a in actions])
+    image = latent = None
+    if painted and steps:
+        image = NoisyImage(steps.x_BKND, steps.t_BK, painted[0].grid)
+        latent = torch.stack([s.latent for s in painted])
+    return Turn(
+        ids_BS=pad_sequence(ids, batch_first=True),
+        length_B=[len(row) for row in ids],
+        row_BL=pad_sequence(at, batch_first=True),
+        action_BL=pad_sequence(actions, batch_first=True),
+        mask_BL=torch.arange(int(lengths.max())) < lengths[:, None],
+        image=image,
+        latent_BND=latent,
+    )
+
+
+def _image_steps(painted: list[ImageActions]) -> ImageSteps:
+    """The stochastic steps of one image per row."""
+    if len({(s.grid, s.window, s.kernel, s.noise_level) for s in painted}) > 1:
+        raise ValueError("images replayed together must share size, window, kernel and noise level")
+    times = torch.stack([s.times for s in painted])
+    steps = list(painted[0].window.steps)
+    return ImageSteps(
+        x_BKND=torch.stack([s.before for s in painted]),
+        x_next_BKND=torch.stack([s.after for s in painted]),
+        t_BK=times[:, steps],
+        t_next_BK=times[:, [k + 1 for k in steps]],
+        t_second=times[0, 1],
+    )
+
+
+def _to(value, device):
+    """A dataclass, tuple or tensor with every tensor inside it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(v, device) for v in value)
+    if isinstance(value, Batch | Turn | Actions | ImageSteps | NoisyImage):
+        return replace(value, **{name: _to(v, device) for name, v in vars(value).items()})
+    return value
+
+
+def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool = True) -> Scores:
+    """Score recorded actions under the policy's present weights.
+
+    Args:
+        coupling: what the image loss teaches the text expert. "full": gradients flow through the context's
+            keys and values, for the painter's conditioning is part of the policy. "detach": they stop there,
+            as when rollout and training each hold a finished context.
+        image: False leaves out velocities (a text-only objective).
+
+    Raises:
+        ValueError: on an unknown coupling.
+    """
+    if coupling not in COUPLINGS:
+        raise ValueError(f"unknown coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
+    context = policy.empty_context(len(batch.turns[0].length_B))
+    log_probs, entropies, velocities = [], [], []
+    for k, turn in enumerate(batch.turns):
+        noisy = turn.image if image else None
+        has_text = turn.ids_BS.shape[1] > 0
+        out = policy.forward(
+            context,
+            turn.ids_BS if has_text else None,
+            turn.length_B if has_text else None,
+            noisy,
+            detach_context=coupling == "detach",
+        )
+        if turn.mask_BL.shape[1]:
+            assert out.hidden_BLC is not None
+            hidden = out.hidden_BLC[turn.mask_BL.nonzero()[:, 0], turn.row_BL[turn.mask_BL]]
+            scored = token(
+                policy.logits(hidden), temperature=batch.temperature, id=turn.action_BL[turn.mask_BL]
+            )
+            log_probs.append(_scatter(scored.log_prob, turn.mask_BL))
+            entropies.append(_scatter(scored.entropy, turn.mask_BL))
+        if noisy is not None:
+            assert out.velocity_BKND is not None
+            velocities.append(out.velocity_BKND)
+        context = out.context
+        if turn.image is not None and k + 1 < len(batch.turns):
+            context = look(policy, context, turn)
+    rows = len(batch.turns[0].length_B)
+    blank = torch.zeros(rows, 0, device=policy.device)
+    return Scores(
+        torch.cat(log_probs, dim=1) if log_probs else blank,
+        torch.cat(entropies, dim=1) if entropies else blank,
+        tuple(velocities),
+    )
+
+
+def look(policy: Policy, context, turn: Turn):
+    """The context after seeing the finished image of a turn, for the turns that follow."""
+    assert turn.latent_BND is not None and turn.image is not None
+    clean = NoisyImage(
+        turn.latent_BND[:, None], torch.zeros(len(turn.latent_BND), 1, device=policy.device), turn.image.grid
+    )
+    return policy.forward(context, image=clean, keep_image=True).context
+
+
+def _scatter(values: Tensor, mask_BL: Tensor) -> Tensor:
+    """Values of the masked positions, back in place; 0 elsewhere."""
+    return torch.zeros(mask_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        mask_BL, values
+    )

@@ -1,0 +1,139 @@
+"""What a reward is given and what it gives back. No torch is imported until a reward asks for tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One episode as a reward sees it.
+
+    Args:
+        prompt: the original request, never the reasoning.
+        pixels: the painted image, [height, width, 3] uint8.
+        reasoning: the text the policy wrote, or None when it wrote none.
+        metadata: of the prompt, e.g. GenEval's `include`.
+        id, group_id: equal group ids mark samples of one prompt in one rollout.
+    """
+
+    prompt: str
+    pixels: NDArray[np.uint8]
+    reasoning: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    group_id: str = ""
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Samples with column views; slicing gives a batch.
+
+    `step` is the training step (0 outside training) and `split` is "train" or "eval".
+    """
+
+    samples: tuple[Sample, ...]
+    step: int = 0
+    split: str = "train"
+    device: str = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: slice | Sequence[int]) -> RewardBatch:
+        if isinstance(index, slice):
+            return replace(self, samples=self.samples[index])
+        return replace(self, samples=tuple(self.samples[i] for i in index))
+
+    @property
+    def prompts(self) -> list[str]:
+        return [s.prompt for s in self.samples]
+
+    @cached_property
+    def images(self) -> list[Image]:
+        """PIL images, RGB."""
+        from PIL import Image
+
+        return [Image.fromarray(np.asarray(s.pixels)) for s in self.samples]
+
+    @property
+    def pixels(self) -> list[NDArray[np.uint8]]:
+        """Arrays [height, width, 3] uint8."""
+        return [np.asarray(s.pixels) for s in self.samples]
+
+    @cached_property
+    def tensors(self) -> torch.Tensor:
+        """[B, 3, height, width] fp32 in [0, 1]; all images must have one size."""
+        import torch
+
+        return torch.from_numpy(np.stack(self.pixels)).permute(0, 3, 1, 2).to(self.device).float() / 255
+
+    @property
+    def reasoning(self) -> list[str | None]:
+        return [s.reasoning for s in self.samples]
+
+    @property
+    def metadata(self) -> list[Mapping[str, Any]]:
+        return [s.metadata for s in self.samples]
+
+    @property
+    def ids(self) -> list[str]:
+        return [s.id for s in self.samples]
+
+    @property
+    def group_ids(self) -> list[str]:
+        return [s.group_id for s in self.samples]
+
+
+COLUMNS = (
+    "images",
+    "pixels",
+    "tensors",
+    "prompts",
+    "reasoning",
+    "metadata",
+    "ids",
+    "group_ids",
+    "step",
+    "split",
+    "batch",
+)
+"""Parameter names that a reward function may have; each gets that view of the batch."""
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of a batch of B samples.
+
+    Args:
+        scores: B numbers. NaN or None means "no opinion": the sample is left out of the group's statistics.
+        components: parts of the score by name, B numbers each; logged, not trained on.
+        info: one JSON-able dict per sample (reasons, boxes); saved beside the sample.
+    """
+
+    scores: Any
+    components: Mapping[str, Any] = field(default_factory=dict)
+    info: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward may use in `setup`.
+
+    `embedded` is True when the policy is the embedded model: rewards that ship small weights use them then.
+    """
+
+    device: str
+    seed: int
+    embedded: bool
+    offline: bool

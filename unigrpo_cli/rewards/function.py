@@ -1,0 +1,93 @@
+"""A reward from a plain function: its parameter names choose the columns it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from unigrpo_cli.errors import RewardError, suggest
+from unigrpo_cli.rewards.batch import COLUMNS, RewardBatch
+
+MARK = "__unigrpo_reward__"
+
+
+class Options(BaseModel):
+    """Options of a reward: subclass it with the fields a user may set as `name@key=value`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def reward(
+    name: str,
+    *,
+    range: tuple[float, float] = (float("-inf"), float("inf")),
+    summary: str = "",
+    batch_size: int | None = None,
+) -> Callable[[Callable], Callable]:
+    """Make a function a reward.
+
+        @reward("brightness", range=(0, 1))
+        def brightness(images):
+            return [sum(image.convert("L").getdata()) / 255 / image.width / image.height for image in images]
+
+    Parameters named like a column (images, pixels, tensors, prompts, reasoning, metadata, ids, group_ids, step,
+    split, batch) get it; parameters with a default are options (`brightness@gamma=2`). It may be async. It gives
+    back one number per sample; None or NaN means "no opinion".
+
+    Args:
+        range: what scores lie in, for checks and for choosing how rewards are combined.
+        summary: one line for listings; default the docstring's first line.
+        batch_size: largest batch per call; None for the whole rollout.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        setattr(function, MARK, _as_class(function, name, range, summary, batch_size))
+        return function
+
+    return decorate
+
+
+def _as_class(
+    function: Callable, name: str, range_: tuple[float, float], summary: str, batch_size: int | None
+) -> type:
+    parameters = inspect.signature(function).parameters.values()
+    columns = [p.name for p in parameters if p.name in COLUMNS]
+    options: dict[str, Any] = {}
+    for p in parameters:
+        if p.name in COLUMNS:
+            continue
+        if p.default is inspect.Parameter.empty:
+            raise RewardError(
+                f"reward {name!r}: parameter {p.name!r} is neither a column nor an option with a default; "
+                f"{suggest(p.name, COLUMNS)}"
+            )
+        annotated = p.annotation is not inspect.Parameter.empty and not isinstance(p.annotation, str)
+        kind = p.annotation if annotated else type(p.default) if p.default is not None else Any
+        options[p.name] = (kind, p.default)
+    line = summary or (inspect.getdoc(function) or "").split("\n")[0]
+
+    class FunctionReward:
+        __doc__ = function.__doc__
+
+        def __init__(self, options: BaseModel):
+            self.options = options
+
+        def score(self, batch: RewardBatch) -> Any:
+            given = {c: batch if c == "batch" else getattr(batch, c) for c in columns}
+            result = function(**given, **self.options.model_dump())
+            return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+    FunctionReward.__name__ = FunctionReward.__qualname__ = function.__name__
+    FunctionReward.__module__ = function.__module__
+    needs = {"reasoning"} & set(columns) | ({"image"} if {"images", "pixels", "tensors"} & set(columns) else set())
+    FunctionReward.name = name  # type: ignore[attr-defined]
+    FunctionReward.summary = line  # type: ignore[attr-defined]
+    FunctionReward.range = range_  # type: ignore[attr-defined]
+    FunctionReward.needs = frozenset(needs)  # type: ignore[attr-defined]
+    FunctionReward.batch_size = batch_size  # type: ignore[attr-defined]
+    FunctionReward.Options = create_model(f"{function.__name__}_options", __base__=Options, **options)  # type: ignore[attr-defined]
+    return FunctionReward

@@ -1,0 +1,90 @@
+"""The `--reward` grammar: `[alias=]name[:weight](@key=value)*`, comma-separated.
+
+    clip:0.5,geneval          two rewards, the first with half the weight
+    big=clip@model=ViT-H-14   an alias, and an option
+    mine:0                    weight 0: watched, not trained on
+
+The weight follows the name, so that values such as URLs keep their colons. A value with a comma or an @ goes to
+`--reward-opt alias.key=value`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from unigrpo_cli.errors import UsageError
+
+_ONE = re.compile(
+    r"^(?:(?P<alias>[A-Za-z_][\w.-]*)=)?"
+    r"(?P<name>[A-Za-z_][\w.-]*(?:/[A-Za-z_][\w.-]*)?)"
+    r"(?::(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?))?$"
+)
+
+
+@dataclass(frozen=True)
+class RewardChoice:
+    """One reward of a run: what to call it, which plugin, how much it counts, its options as given."""
+
+    alias: str
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | None = None) -> list[RewardChoice]:
+    """Choices from `--reward` texts and `alias.key` options.
+
+    Raises:
+        UsageError: on text outside the grammar, two rewards of one alias, or options for no reward.
+    """
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    choices: dict[str, RewardChoice] = {}
+    for part in parts:
+        choice = _parse_one(part)
+        if choice.alias in choices:
+            raise UsageError(
+                f"reward {choice.alias!r} is given twice; name them apart, e.g. {choice.alias}2={part}"
+            )
+        choices[choice.alias] = choice
+    for dotted, value in (extra or {}).items():
+        alias, found, key = dotted.partition(".")
+        if not found or alias not in choices:
+            raise UsageError(
+                f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(choices)}"
+            )
+        choices[alias].options[key] = value
+    return list(choices.values())
+
+
+def _parse_one(text: str) -> RewardChoice:
+    head, *pairs = text.split("@")
+    match = _ONE.match(head)
+    if not match:
+        raise UsageError(
+            f"cannot read reward {text!r}: write [alias=]name[:weight](@key=value)*, e.g. clip:0.5@model=embedded"
+        )
+    options = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found or not key:
+            raise UsageError(f"cannot read option {pair!r} of reward {head!r}: write @key=value")
+        options[key] = scalar(value)
+    weight = match["weight"]
+    try:
+        number = 1.0 if weight is None else float(weight)
+    except ValueError:
+        raise UsageError(f"weight {weight!r} of reward {match['name']!r} is no number") from None
+    return RewardChoice(match["alias"] or match["name"].rsplit("/")[-1], match["name"], number, options)
+
+
+def scalar(text: str) -> Any:
+    """A YAML scalar: numbers, booleans, null, else the text itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict | list) else value

@@ -1,0 +1,66 @@
+"""The hooks of unigrpo (pluggy). A plugin implements any of them with `unigrpo_cli.hookimpl`.
+
+Rewards are *registered* through a hook and *called* as objects: a hook call fans out to every plugin, which
+suits announcements and observers, but would give one reward's configuration and device no home.
+An implementation may take fewer arguments than the hook offers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unigrpo_cli.rewards.batch import RewardBatch, RewardContext
+    from unigrpo_cli.rewards.registry import RewardRegistry
+    from unigrpo_cli.rewards.scoring import Scored
+    from unigrpo_cli.suites import SuiteRegistry
+
+PROJECT = "unigrpo"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Hooks:
+    """All hooks, in the order in which a run calls them."""
+
+    @hookspec(historic=True)
+    def unigrpo_register_rewards(self, registry: RewardRegistry) -> None:
+        """Add rewards: `registry.add(name, factory)`. For plugins with several; one needs only an entry point."""
+
+    @hookspec(historic=True)
+    def unigrpo_register_suites(self, registry: SuiteRegistry) -> None:
+        """Add evaluation suites: `registry.add(name, load, summary=...)`, `load()` giving a list of prompts."""
+
+    @hookspec(historic=True)
+    def unigrpo_register_commands(self, app: Any) -> None:
+        """Add sub-commands to the Typer application: `app.add_typer(...)`."""
+
+    @hookspec
+    def unigrpo_configure(self, config: Any) -> None:
+        """See the resolved, frozen configuration before anything is loaded; raise UsageError to refuse it."""
+
+    @hookspec
+    def unigrpo_reward_setup(self, name: str, reward: Any, context: RewardContext) -> None:
+        """Called after a reward is ready."""
+
+    @hookspec(firstresult=True)
+    def unigrpo_before_score(self, batch: RewardBatch) -> RewardBatch | None:
+        """Give back a changed batch (resized, cropped) of the same samples, or None to leave it."""
+
+    @hookspec
+    def unigrpo_after_score(self, batch: RewardBatch, scored: Scored) -> None:
+        """See the scores of a batch. Only looks: an exception here is reported once and does not stop a run."""
+
+    @hookspec(firstresult=True)
+    def unigrpo_combine_rewards(
+        self, rewards: dict[str, Tensor], valid: dict[str, Tensor], weights: dict[str, float]
+    ) -> Tensor | None:
+        """Advantages [P, G] from rewards and validity [P, G] by name, or None for the built-in combination."""
+
+    @hookspec
+    def unigrpo_reward_teardown(self, name: str, reward: Any) -> None:
+        """Called before a reward is closed."""

@@ -1,0 +1,219 @@
+"""Which rewards there are and where they come from.
+
+A reward enters by an entry point of group `unigrpo.rewards` (name = reward, value = `module:object`), by the
+hook `unigrpo_register_rewards`, or from a file or module named with `--plugin`. Ours use entry points like
+anyone's. Entry points are listed without being imported and imported only when looked at, each inside its own
+guard: a broken plugin cannot break `--help`, and is fatal only to the run that asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from unigrpo_cli.errors import RewardError, UsageError, suggest
+from unigrpo_cli.rewards.function import MARK
+from unigrpo_cli.rewards.hooks import PROJECT, Hooks
+
+REWARD_GROUP, PLUGIN_GROUP = "unigrpo.rewards", "unigrpo"
+OURS = "unigrpo-cli"
+NO_AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
+PLUGINS_ENV, PLUGINS_DIR_ENV = "UNIGRPO_PLUGINS", "UNIGRPO_PLUGINS_DIR"
+
+
+@dataclass
+class RewardEntry:
+    """A reward that can be asked for. `load` imports it and may raise anything."""
+
+    name: str
+    origin: str
+    version: str
+    load: Callable[[], Any]
+    override: bool = False
+    _factory: Any = field(default=None, repr=False)
+    _error: str = field(default="", repr=False)
+
+    @property
+    def address(self) -> str:
+        """The name that is unique: `origin/name`."""
+        return f"{self.origin}/{self.name}"
+
+    def factory(self) -> Any:
+        """The reward's class.
+
+        Raises:
+            RewardError: when its plugin cannot be imported, or is no reward.
+        """
+        if self._factory is None and not self._error:
+            try:
+                found = self.load()
+            except (Exception, SystemExit) as error:  # whatever a stranger's module raises at import
+                self._error = f"{type(error).__name__}: {error}"
+            else:
+                self._factory = getattr(found, MARK, found)
+                if not callable(getattr(self._factory, "score", None)):
+                    self._error = "it has no `score` method and is not decorated with @reward"
+                    self._factory = None
+        if self._error:
+            raise RewardError(
+                f"reward {self.name!r} from {self.origin} cannot be loaded: {self._error}; "
+                f"`unigrpo rewards info {self.address}` tells more"
+            )
+        return self._factory
+
+
+class RewardRegistry:
+    """All known rewards; several may share a name as long as nobody asks for it by that name alone."""
+
+    def __init__(self) -> None:
+        self.entries: list[RewardEntry] = []
+        self.problems: list[str] = []
+        self._origin: tuple[str, str] = ("", "")
+
+    def add(self, name: str, factory: Any, *, override: bool = False) -> None:
+        """Add a reward class or decorated function; for `unigrpo_register_rewards`.
+
+        `override=True` makes it answer to `name` although another plugin has that name too.
+        """
+        self._put(RewardEntry(name, *self._origin, load=lambda: factory, override=override))
+
+    def _put(self, entry: RewardEntry) -> None:
+        if not any(e.address == entry.address for e in self.entries):
+            self.entries.append(entry)
+
+    def find(self, name: str) -> RewardEntry:
+        """The reward of a name or `origin/name`.
+
+        Raises:
+            RewardError: when there is none, or several and none overrides.
+        """
+        found = [e for e in self.entries if name in (e.name, e.address)]
+        chosen = [e for e in found if e.override] or found
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            addresses = " or ".join(e.address for e in chosen)
+            raise RewardError(f"several plugins offer a reward {name!r}: say which, {addresses}")
+        hint = suggest(name, {e.name for e in self.entries})
+        broken = f" ({'; '.join(self.problems)})" if self.problems else ""
+        raise RewardError(f"unknown reward {name!r}: {hint}{broken}")
+
+
+class Plugins:
+    """The plugins of one process: pluggy's manager, the reward registry, and how both are filled."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager(PROJECT)
+        self.manager.add_hookspecs(Hooks)
+        self.rewards = RewardRegistry()
+        self.manager.hook.unigrpo_register_rewards.call_historic(kwargs={"registry": self.rewards})
+
+    def load(self, wanted: list[str] | None = None, directory: Path | None = None) -> None:
+        """Fill both: installed plugins, then a directory if one is named, then `wanted` in order.
+
+        Args:
+            wanted: files, modules, or `no:name` to leave out an installed plugin or distribution.
+            directory: a folder whose .py files are plugins; never guessed, for loading runs them.
+
+        Raises:
+            RewardError: when a plugin asked for by name cannot be loaded.
+        """
+        wanted = [*filter(None, os.environ.get(PLUGINS_ENV, "").split(",")), *(wanted or [])]
+        blocked = {text.removeprefix("no:") for text in wanted if text.startswith("no:")}
+        if os.environ.get(NO_AUTOLOAD, "") in ("", "0"):
+            self._load_installed(blocked)
+        else:
+            self._load_installed(blocked, only=OURS)
+        if directory is None and os.environ.get(PLUGINS_DIR_ENV):
+            directory = Path(os.environ[PLUGINS_DIR_ENV])
+        if directory is not None:
+            if not directory.is_dir():
+                raise UsageError(f"no plugins directory {directory}")
+            wanted = [str(path) for path in sorted(directory.glob("*.py"))] + wanted
+        for text in wanted:
+            if not text.startswith("no:"):
+                self._load_named(text)
+
+    def _load_installed(self, blocked: set[str], only: str | None = None) -> None:
+        for point in entry_points(group=REWARD_GROUP):
+            origin, number = _distribution(point)
+            if not blocked & {point.name, origin, f"{origin}/{point.name}"} and only in (None, origin):
+                self.rewards._put(RewardEntry(point.name, origin, number, load=point.load))
+        for point in entry_points(group=PLUGIN_GROUP):
+            origin, number = _distribution(point)
+            if blocked & {point.name, origin} or only not in (None, origin):
+                continue
+            try:
+                self._register(point.load(), point.name, origin, number)
+            except (Exception, SystemExit) as error:  # an installed plugin must not break the command line
+                self.rewards.problems.append(
+                    f"plugin {point.name!r} of {origin} failed: {type(error).__name__}: {error}"
+                )
+
+    def _load_named(self, text: str) -> None:
+        try:
+            module = _from_file(Path(text)) if text.endswith(".py") else importlib.import_module(text)
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"--plugin {text}: {type(error).__name__}: {error}") from error
+        origin = Path(text).stem if text.endswith(".py") else text
+        try:
+            number = version(text.split(".")[0])
+        except (PackageNotFoundError, ValueError):
+            number = "-"
+        before = len(self.rewards.entries)
+        for value in list(vars(module).values()):
+            made = getattr(value, MARK, None)
+            if made is not None and getattr(value, "__module__", None) == module.__name__:
+                self.rewards._put(RewardEntry(made.name, origin, number, load=lambda value=value: value))
+        self._register(module, f"--plugin {text}", origin, number)
+        hooks = self.manager.get_hookcallers(module)
+        if len(self.rewards.entries) == before and not hooks:
+            raise RewardError(f"--plugin {text}: nothing in it; decorate a function with @reward(\"name\")")
+
+    def _register(self, module: Any, name: str, origin: str, number: str) -> None:
+        """Register hooks; rewards that the module adds are its own."""
+        if self.manager.is_registered(module):
+            return
+        self.rewards._origin = (origin, number)
+        self.manager.register(module, name)
+        for impl in self.manager.get_hookcallers(module) or ():
+            if not impl.has_spec():
+                self.manager.unregister(module)
+                known = [n for n in dir(Hooks) if n.startswith("unigrpo_")]
+                raise RewardError(f"{name} implements no such hook {impl.name!r}: {suggest(impl.name, known)}")
+
+
+def _distribution(point: EntryPoint) -> tuple[str, str]:
+    dist = point.dist
+    return (dist.name, dist.version) if dist is not None else ("unknown", "-")
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own, so that it shadows no real module and `sys.path` stays as it is."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"unigrpo_ext_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,294 @@
+"""Run rewards over samples: set up, call, check, and never let a failure become a number.
+
+A wrong shape always stops. An exception stops the run, naming reward and remedy, or abstains where the user
+chose so. NaN and None abstain. A call that does not come back in time stops. Nothing becomes 0.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from unigrpo_cli.errors import RewardError, suggest
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
+from unigrpo_cli.rewards.function import Options
+from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.registry import Plugins
+
+RECENT = 512  # samples over which the share of abstentions is taken
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One reward's answer for B samples: fp64 scores (NaN where it abstained), validity, parts, remarks."""
+
+    scores: NDArray[np.float64]
+    valid: NDArray[np.bool_]
+    components: dict[str, NDArray[np.float64]]
+    info: list[dict[str, Any]]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over valid samples; None when there is none."""
+        return float(self.scores[self.valid].mean()) if self.valid.any() else None
+
+
+@dataclass
+class OpenReward:
+    """A reward that is set up for a run."""
+
+    choice: RewardChoice
+    address: str
+    reward: Any
+    range: tuple[float, float]
+    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT))
+    warned_range: bool = False
+
+    @property
+    def alias(self) -> str:
+        return self.choice.alias
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How strictly rewards are run; see the `reward` section of the configuration."""
+
+    timeout_s: float = 120.0
+    max_abstain: float = 0.25
+    on_error: str = "raise"
+    strict: bool = False
+
+
+class RewardSet:
+    """The rewards of one run. Use as a context manager: leaving it tears them down."""
+
+    def __init__(
+        self, choices: Sequence[RewardChoice], plugins: Plugins, context: RewardContext, policy: Policy = Policy()
+    ):
+        """Find, configure and set up every reward.
+
+        Raises:
+            RewardError: on an unknown reward, a wrong option, or a failing setup.
+        """
+        self.plugins, self.context, self.policy = plugins, context, policy
+        self.rewards: list[OpenReward] = []
+        made = [(choice, *_construct(choice, plugins)) for choice in choices]
+        for choice, address, reward in made:
+            range_ = tuple(getattr(reward, "range", (-math.inf, math.inf)))
+            opened = OpenReward(choice, address, reward, (float(range_[0]), float(range_[1])))
+            if hasattr(reward, "setup"):
+                self._call(opened, lambda reward=reward: reward.setup(context), "setup")
+            plugins.manager.hook.unigrpo_reward_setup(name=choice.alias, reward=reward, context=context)
+            self.rewards.append(opened)
+
+    def __enter__(self) -> RewardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self.rewards:
+            self.plugins.manager.hook.unigrpo_reward_teardown(name=opened.alias, reward=opened.reward)
+            if hasattr(opened.reward, "teardown"):
+                self._call(opened, opened.reward.teardown, "teardown")
+        self.rewards = []
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by alias, its sign flipped for rewards where lower is better."""
+        return {
+            r.alias: r.choice.weight * (1 if getattr(r.reward, "higher_is_better", True) else -1)
+            for r in self.rewards
+        }
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        return {r.alias: r.range for r in self.rewards}
+
+    def check_needs(self, metadata: Sequence[Any], has_reasoning: bool) -> None:
+        """Before sampling: does every prompt carry what the rewards need?
+
+        Raises:
+            RewardError: naming the reward, what it lacks and for how many prompts.
+        """
+        for opened in self.rewards:
+            for need in sorted(getattr(opened.reward, "needs", ())):
+                kind, _, key = need.partition(":")
+                if kind == "metadata":
+                    lacking = [m for m in metadata if key not in m]
+                    if lacking:
+                        raise RewardError(
+                            f"reward {opened.alias!r} needs metadata {key!r}, which {len(lacking)} of "
+                            f"{len(metadata)} prompts lack; give a .jsonl file with it in every row"
+                        )
+                elif kind == "reasoning" and not has_reasoning:
+                    raise RewardError(
+                        f"reward {opened.alias!r} needs reasoning, but the policy does not think "
+                        "(sampling.think is false)"
+                    )
+            if hasattr(opened.reward, "check_metadata"):
+                self._call(opened, lambda o=opened: o.reward.check_metadata(metadata), "check_metadata")
+
+    def score(self, samples: Sequence[Sample], *, step: int = 0, split: str = "train") -> dict[str, Scored]:
+        """Scores of every reward, by alias.
+
+        Raises:
+            RewardError: when a reward fails, breaks its contract or abstains too often.
+        """
+        hook = self.plugins.manager.hook
+        batch = RewardBatch(tuple(samples), step, split, self.context.device)
+        changed = hook.unigrpo_before_score(batch=batch)
+        if changed is not None:
+            if len(changed) != len(batch):
+                raise RewardError(f"a plugin's unigrpo_before_score made {len(changed)} samples of {len(batch)}")
+            batch = changed
+        results = {opened.alias: self._score_one(opened, batch) for opened in self.rewards}
+        for alias, scored in results.items():
+            try:
+                hook.unigrpo_after_score(batch=batch, scored=scored)
+            except Exception as error:  # an observer's fault is not the run's
+                warnings.warn(f"unigrpo_after_score for {alias!r}: {error!r}", stacklevel=2)
+        return results
+
+    def _score_one(self, opened: OpenReward, batch: RewardBatch) -> Scored:
+        size = getattr(opened.reward, "batch_size", None) or len(batch)
+        parts = []
+        for at in range(0, len(batch), size):
+            piece = batch[at : at + size]
+            result = self._call(opened, lambda piece=piece: opened.reward.score(piece), "score", piece)
+            parts.append(self._checked(opened, result, len(piece)))
+        scored = _join(parts)
+        self._watch(opened, scored)
+        return scored
+
+    def _call(self, opened: OpenReward, function: Any, what: str, batch: RewardBatch | None = None) -> Any:
+        """Call into a plugin in a thread of its own, so that one that hangs can be left behind."""
+        box: list[Any] = []
+
+        def run() -> None:
+            try:
+                box.append((True, function()))
+            except BaseException as error:  # a reward may even call sys.exit
+                box.append((False, error))
+
+        thread = threading.Thread(target=run, daemon=True, name=f"reward {opened.alias}")
+        thread.start()
+        thread.join(self.policy.timeout_s if what == "score" else None)
+        where = f"reward {opened.alias!r} ({opened.address})"
+        if not box:
+            raise RewardError(
+                f"{where} gave no answer within {self.policy.timeout_s:g} s; "
+                "raise reward.timeout_s if it is only slow"
+            )
+        ok, value = box[0]
+        if ok:
+            return value
+        if isinstance(value, RewardError):
+            raise value
+        if what == "score" and batch is not None and self.policy.on_error == "abstain":
+            return [math.nan] * len(batch)
+        remedy = (
+            f"try it alone with `unigrpo rewards test {opened.choice.name}`, "
+            "or let failures abstain with --set reward.on_error=abstain"
+            if what == "score"
+            else f"see `unigrpo rewards info {opened.choice.name}`"
+        )
+        raise RewardError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
+
+    def _checked(self, opened: OpenReward, result: Any, count: int) -> Scored:
+        """A reward's answer as `Scored`.
+
+        Raises:
+            RewardError: when it is not one number per sample.
+        """
+        where = f"reward {opened.alias!r} ({opened.address})"
+        output = result if isinstance(result, RewardOutput) else RewardOutput(result)
+        scores = _numbers(output.scores, count, f"{where} gave")
+        valid = np.isfinite(scores)
+        components = {
+            name: _numbers(values, count, f"{where} component {name!r} has")
+            for name, values in output.components.items()
+        }
+        info = [dict(row) for row in output.info] if output.info is not None else [{} for _ in range(count)]
+        if len(info) != count:
+            raise RewardError(f"{where} gave {len(info)} info rows for {count} samples")
+        low, high = opened.range
+        outside = scores[valid & ((scores < low - 1e-6) | (scores > high + 1e-6))]
+        if len(outside):
+            worst = outside[np.abs(outside - np.clip(outside, low, high)).argmax()]
+            message = f"{where} gave {worst:g}, outside its declared range [{low:g}, {high:g}]"
+            if self.policy.strict:
+                raise RewardError(f"{message}; mend the reward or its range")
+            if not opened.warned_range:
+                opened.warned_range = True
+                warnings.warn(message, stacklevel=2)
+        return Scored(np.where(valid, scores, math.nan), valid, components, info)
+
+    def _watch(self, opened: OpenReward, scored: Scored) -> None:
+        opened.recent.extend((~scored.valid).tolist())
+        share = sum(opened.recent) / len(opened.recent)
+        if share > self.policy.max_abstain:
+            raise RewardError(
+                f"reward {opened.alias!r} ({opened.address}) abstained (NaN) on {share:.0%} of the last "
+                f"{len(opened.recent)} samples, more than reward.max_abstain={self.policy.max_abstain:g}; "
+                f"look into it with `unigrpo rewards test {opened.choice.name}`"
+            )
+
+
+def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:
+    """Find a reward's class and make it with its validated options."""
+    entry = plugins.rewards.find(choice.name)
+    factory = entry.factory()
+    accepted: type[BaseModel] = getattr(factory, "Options", Options)
+    for key in choice.options:
+        if key not in accepted.model_fields:
+            fields = accepted.model_fields
+            raise RewardError(f"reward {choice.alias!r} has no option {key!r}: {suggest(key, fields)}")
+    try:
+        options = accepted.model_validate(choice.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RewardError(
+            f"reward {choice.alias!r}: option {key}={first['input']!r}: {first['msg'].lower()}"
+        ) from error
+    try:
+        return entry.address, factory(options)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {choice.alias!r} ({entry.address}) cannot be made: {error!r}") from error
+
+
+def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
+    """One fp64 number per sample; None becomes NaN."""
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu().numpy()
+    if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
+        raise RewardError(f"{what} {type(values).__name__}; it must give a list of {count} numbers")
+    values = [math.nan if v is None else v for v in values]
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"{what} something that is no number: {error}") from error
+    if array.shape != (count,):
+        shape = len(values) if array.ndim == 1 else f"shape {list(array.shape)}"
+        raise RewardError(f"{what} {shape} scores for {count} samples; it must give one number per sample")
+    return array
+
+
+def _join(parts: Sequence[Scored]) -> Scored:
+    names = parts[0].components.keys() if parts else ()
+    return Scored(
+        np.concatenate([p.scores for p in parts]) if parts else np.zeros(0),
+        np.concatenate([p.valid for p in parts]) if parts else np.zeros(0, bool),
+        {name: np.concatenate([p.components[name] for p in parts]) for name in names},
+        [row for p in parts for row in p.info],
+    )

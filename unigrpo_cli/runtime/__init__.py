@@ -1,0 +1,1 @@
+"""Everything with a side effect: run directories, checkpoints, screens, pictures on disk."""

@@ -1,0 +1,88 @@
+"""A run's directory: configuration, environment, metrics, reports. What each file is stands in docs/files.md."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from unigrpo_cli.config import Config, to_toml
+from unigrpo_cli.errors import UsageError
+
+PACKAGES = ("unigrpo-cli", "torch", "transformers", "diffusers", "accelerate", "peft", "open_clip_torch", "numpy")
+
+
+def fresh_directory(out: Path | None, command: str) -> Path:
+    """A directory for a new run: `--out`, or runs/<date>-<time>-<command>. It must be empty.
+
+    Raises:
+        UsageError: when it holds something already, or cannot be written.
+    """
+    path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
+    k = 2
+    while out is None and path.exists():
+        path, k = path.with_name(f"{path.name.split('.')[0]}.{k}"), k + 1
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        hint = " (or --resume auto to go on with it)" if command == "train" else ""
+        raise UsageError(f"{path} is not empty: choose another --out{hint}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Versions that decide numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine()} | found
+
+
+class Run:
+    """Writes what a run leaves behind."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def describe(self, config: Config) -> None:
+        """`config.toml` (resolved, to be used again) and `environment.json`."""
+        (self.directory / "config.toml").write_text(to_toml(config))
+        self.write_json("environment.json", environment())
+
+    def write_json(self, name: str, content: Any) -> None:
+        text = json.dumps(content, indent=1, allow_nan=False, default=_plain)
+        (self.directory / name).write_text(text + "\n")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`; a number that is not finite becomes null."""
+        clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
+        with (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(clean, default=_plain) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metric lines of steps that a resumed run will do again."""
+        path = self.directory / "metrics.jsonl"
+        if path.is_file():
+            rows = [line for line in path.read_text().splitlines() if line.strip()]
+            kept = [line for line in rows if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.directory / "checkpoints" / f"step_{step:06d}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON of what json does not know: numpy and torch scalars."""
+    if hasattr(value, "item"):
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} does not belong into a report")
