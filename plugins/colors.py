@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from unigrpo_cli.shapes.world import COLORS
+
 
 def cielab(rgb: NDArray) -> NDArray[np.float64]:
     """sRGB in [0, 255], [..., 3], to CIE L*a*b* under D65 (IEC 61966-2-1, CIE 15)."""
     c = np.asarray(rgb, np.float64) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+        [
+            [0.4124564, 0.3575761, 0.1804375],
+            [0.2126729, 0.7151522, 0.0721750],
+            [0.0193339, 0.1191920, 0.9503041],
+        ]
     )
     xyz = linear @ to_xyz.T / np.array([0.95047, 1.0, 1.08883])
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)

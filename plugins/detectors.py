@@ -75,9 +75,7 @@ def _detect_stack(x_BHWC: NDArray[np.float32]) -> list[list[Detection]]:
     for b in range(count):
         ids, areas = np.unique(labels[b], return_counts=True)
         pieces += [
-            (b, labels[b] == i)
-            for i, area in zip(ids, areas, strict=True)
-            if i and area >= SMALLEST * unit**2
+            (b, labels[b] == i) for i, area in zip(ids, areas, strict=True) if i and area >= SMALLEST * unit**2
         ]
     found: list[list[Detection]] = [[] for _ in range(count)]
     side = max(4, round(WINDOW * unit))
@@ -121,7 +119,7 @@ def background(x_BHWC: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def connected(mask_BHW: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Label 4-connected pieces by spreading the largest pixel number through each; 0 is background."""
-    count, height, width = mask_BHW.shape
+    _, height, width = mask_BHW.shape
     labels = np.arange(1, height * width + 1, dtype=np.int32).reshape(1, height, width) * mask_BHW
     while True:
         grown = labels.copy()

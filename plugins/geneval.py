@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
-from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
 
+from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
 from unigrpo_plugins.geneval_rules import Seen, Verdict, judge, keep_confident
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MODES = ("official", "strict", "partial")
 
@@ -69,7 +70,10 @@ class GenEvalReward:
         return RewardOutput(
             [_value(v, mode) for v in verdicts],
             components={m: [_value(v, m) for v in verdicts] for m in MODES},
-            info=[{"reasons": list(v.reasons), "tag": m.get("tag")} for v, m in zip(verdicts, batch.metadata, strict=True)],
+            info=[
+                {"reasons": list(v.reasons), "tag": m.get("tag")}
+                for v, m in zip(verdicts, batch.metadata, strict=True)
+            ],
         )
 
     def _see(self, pixels: Sequence[NDArray[np.uint8]]) -> list[dict[str, list[Seen]]]:
@@ -86,9 +90,7 @@ class GenEvalReward:
             metadata,
             threshold=detector.threshold if options.threshold is None else options.threshold,
             counting_threshold=(
-                detector.counting_threshold
-                if options.counting_threshold is None
-                else options.counting_threshold
+                detector.counting_threshold if options.counting_threshold is None else options.counting_threshold
             ),
         )
 

@@ -10,6 +10,7 @@ from collections import Counter
 
 from unigrpo_cli import Options, RewardBatch, RewardContext
 
+
 class FidelityReward:
     """Whether the picture shows exactly what the plan says: every thing in its colour, shape and cell."""
 
@@ -31,7 +32,6 @@ class FidelityReward:
 
     def score(self, batch: RewardBatch) -> list[float]:
         from unigrpo_cli.shapes.world import CELLS, parse_plan
-
         from unigrpo_plugins.geneval import objects_by_class
 
         scores = []

@@ -71,7 +71,8 @@ class Objective(Section):
     )
     penalty_weight: Rate = Field(1.5e-5, description="weight of the penalty [paper: 1.5e-5]")
     coupling: Literal["full", "detach"] = Field(
-        "full", description="whether the image loss trains the text expert through the context [paper: silent]"
+        "full",
+        description="whether the image loss trains the text expert through the context [paper: silent]",
     )
 
 
@@ -80,7 +81,8 @@ class Advantage(Section):
 
     std: Literal["group", "batch", "none"] = Field("group", description="what divides [paper: group]")
     clamp: Annotated[float, Field(gt=0)] | None = Field(
-        5.0, description="largest magnitude [Flow-GRPO: 5; group deviations of 24 reach 4.8, so it rarely acts]"
+        5.0,
+        description="largest magnitude [Flow-GRPO: 5; group deviations of 24 reach 4.8, so it rarely acts]",
     )
     combine: Literal["auto", "sum", "gdpo", "rank"] = Field(
         "auto", description="several rewards: gdpo when their ranges differ, else sum"

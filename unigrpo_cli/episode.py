@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -156,9 +155,7 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
                 tensors |= {f"{g}.{m}.{s}.{name}": value.contiguous() for name, value in own.items()}
             members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
         prompt = group.prompt
-        rows.append(
-            {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "episodes": members}
-        )
+        rows.append({"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "episodes": members})
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "episodes.safetensors")
     text = json.dumps({"format": FORMAT, "groups": rows}, indent=1)
@@ -174,9 +171,7 @@ def load_episodes(directory: Path) -> list[Group]:
     try:
         data = json.loads((directory / "episodes.json").read_text())
         if data.get("format") != FORMAT:
-            raise UsageError(
-                f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}"
-            )
+            raise UsageError(f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}")
         tensors = load_file(directory / "episodes.safetensors")
         return list(_groups(data["groups"], tensors))
     except FileNotFoundError as error:
@@ -196,15 +191,10 @@ def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
             segments = []
             for s, plain in enumerate(member["segments"]):
                 prefix = f"{g}.{m}.{s}."
-                own = {name: value for name, value in _prefixed(tensors, prefix, plain)}
+                own = {name: tensors[prefix + name] for name in plain["tensors"]}
                 segments.append(_unpack(plain, own))
             episodes.append(Episode(prompt, member["member"], member["seed"], tuple(segments)))
         yield Group(prompt, tuple(episodes))
-
-
-def _prefixed(tensors: dict[str, Tensor], prefix: str, plain: dict) -> Iterator[tuple[str, Tensor]]:
-    for name in plain["tensors"]:
-        yield name, tensors[prefix + name]
 
 
 def _pack(segment: Segment) -> tuple[dict, dict[str, Tensor]]:
@@ -233,8 +223,3 @@ def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
 def same_structure(episodes: Sequence[Episode]) -> bool:
     """Whether all episodes have the same kinds of segments in the same order, so that they can be stacked."""
     return len({tuple(type(s) for s in e.segments) for e in episodes}) == 1
-
-
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack` under a name that reads in a sentence; all shapes must agree."""
-    return torch.stack(list(tensors))

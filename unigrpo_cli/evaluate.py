@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,15 @@ class Evaluation:
     def means(self) -> dict[str, float]:
         """Reward name to mean over images."""
         return {name: estimate.mean for name, estimate in self.scores.items()}
+
+    def report(self, values: bool = False) -> dict[str, Any]:
+        """As JSON: scores with intervals, per-task means, n; with `values` also what `load_report` needs."""
+        scores = {name: asdict(estimate) for name, estimate in self.scores.items()}
+        found: dict[str, Any] = {"scores": scores, "per_task": self.per_task, "n": self.n}
+        if values:
+            raw = {k: [None if x != x else x for x in v.tolist()] for k, v in self.values.items()}
+            found |= {"values": raw, "prompt_ids": self.prompt_ids, "texts": self.texts}
+        return found
 
 
 def eval_sampling(config: Config) -> Sampling:
@@ -126,7 +137,7 @@ def evaluate(
         on_rows: told how many episodes are done, for a progress bar.
         on_groups: given each batch of episodes with its scores; they are not kept here.
     """
-    values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.rewards}
+    values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.asked("eval")}
     chunk = max(1, sampling.rows // samples)
     for at in range(0, len(prompts), chunk):
         groups = rollout(policy, prompts[at : at + chunk], samples, sampling, NO_NOISE, seed, on_rows)
@@ -142,7 +153,11 @@ def evaluate(
 
 
 def summarise(
-    values: dict[str, NDArray[np.float64]], tasks: NDArray, ids: Sequence[str], texts: Sequence[str], seed: int
+    values: dict[str, NDArray[np.float64]],
+    tasks: NDArray,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    seed: int,
 ) -> Evaluation:
     """An `Evaluation` from raw scores, one per episode."""
     per_task: dict[str, dict[str, float]] = {}
@@ -188,3 +203,11 @@ def compare(first: Evaluation, second: Evaluation, seed: int = 0) -> dict[str, d
             low, high = bootstrap(delta, first.texts, seed)
             differences[name] = {"mean": float(np.nanmean(delta)), "ci95": [low, high]}
     return differences
+
+
+def load_report(path: Path) -> Evaluation:
+    """An evaluation from a file that holds its raw values."""
+    data = json.loads(path.read_text())
+    values = {k: np.array([np.nan if x is None else x for x in v]) for k, v in data["values"].items()}
+    scores = {k: Estimate(**(v | {"ci95": tuple(v["ci95"])})) for k, v in data["scores"].items()}
+    return Evaluation(scores, data["per_task"], values, tuple(data["prompt_ids"]), tuple(data["texts"]))

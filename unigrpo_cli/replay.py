@@ -197,9 +197,7 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
         if turn.mask_BL.shape[1]:
             assert out.hidden_BLC is not None
             hidden = out.hidden_BLC[turn.mask_BL.nonzero()[:, 0], turn.row_BL[turn.mask_BL]]
-            scored = token(
-                policy.logits(hidden), temperature=batch.temperature, id=turn.action_BL[turn.mask_BL]
-            )
+            scored = token(policy.logits(hidden), temperature=batch.temperature, id=turn.action_BL[turn.mask_BL])
             log_probs.append(_scatter(scored.log_prob, turn.mask_BL))
             entropies.append(_scatter(scored.entropy, turn.mask_BL))
         if noisy is not None:
@@ -228,6 +226,4 @@ def look(policy: Policy, context, turn: Turn):
 
 def _scatter(values: Tensor, mask_BL: Tensor) -> Tensor:
     """Values of the masked positions, back in place; 0 elsewhere."""
-    return torch.zeros(mask_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(
-        mask_BL, values
-    )
+    return torch.zeros(mask_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(mask_BL, values)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,9 +72,7 @@ def rollout(
         rows = todo[at : at + sampling.rows]
         episodes += _think_then_paint(policy, rows, sampling, window, seed)
         on_rows(len(rows))
-    return [
-        Group(prompt, tuple(episodes[k * members : (k + 1) * members])) for k, prompt in enumerate(prompts)
-    ]
+    return [Group(prompt, tuple(episodes[k * members : (k + 1) * members])) for k, prompt in enumerate(prompts)]
 
 
 def _think_then_paint(
@@ -134,9 +133,7 @@ def write_text(
             break
     context = out.context
     if alive.any():
-        context = policy.forward(
-            context, torch.full_like(fed, stop_id), length_B=[int(a) for a in alive]
-        ).context
+        context = policy.forward(context, torch.full_like(fed, stop_id), length_B=[int(a) for a in alive]).context
     ids_BL, log_prob_BL = torch.stack(ids, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu()
     texts = []
     for row, (n, truncated) in enumerate(zip(length.tolist(), alive.tolist(), strict=True)):
@@ -166,7 +163,7 @@ def paint(
     noise_BKND = noise_BKND.to(policy.device)
     x = torch.stack([normal(derive(s, "start"), *shape) for s in seeds]).to(policy.device)
     before, after, log_probs = [], [], []
-    for k, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for k, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(policy, context, x, t, grid)
         if k not in window.steps:
             x = flow.euler(x, v, t, t_next)

@@ -72,7 +72,7 @@ def sde_window(
             raise ValueError(f"window 'all' leaves out the last step, so it needs steps >= 2, got {steps}")
         return Window(0, steps - 1)
     lo, hi = within
-    if not (0 <= lo and size >= 1 and lo + size <= hi <= steps):
+    if not (lo >= 0 and size >= 1 and lo + size <= hi <= steps):
         raise ValueError(
             f"a window of size {size} in steps [{lo}, {hi}) does not fit a sampler of {steps} steps; "
             "choose 0 <= lo, lo + size <= hi <= steps"

@@ -21,9 +21,7 @@ class Token:
     entropy: Tensor
 
 
-def token(
-    logits: Tensor, *, temperature: float, uniform: Tensor | None = None, id: Tensor | None = None
-) -> Token:
+def token(logits: Tensor, *, temperature: float, uniform: Tensor | None = None, id: Tensor | None = None) -> Token:
     """Draw a token with `uniform` in [0, 1), or score the given `id`.
 
     Drawing inverts the cumulative distribution: one random number per token, whatever the vocabulary, so a

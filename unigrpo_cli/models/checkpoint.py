@@ -41,9 +41,7 @@ def resolve(model: str) -> Path:
     """
     directory = embedded_directory() if model == EMBEDDED else Path(model)
     if not directory.is_dir():
-        raise WeightsError(
-            f"no model at {model}: give `embedded` or a directory with {WEIGHTS} and its configs"
-        )
+        raise WeightsError(f"no model at {model}: give `embedded` or a directory with {WEIGHTS} and its configs")
     for name in ("llm_config.json", "config.json", "tokenizer.json", WEIGHTS):
         if not (directory / name).is_file():
             raise WeightsError(f"{directory} is not a complete model: {name} is missing")
@@ -83,9 +81,7 @@ def load_model(
     return UnifiedModel(network, tokenizer, PixelCodec(), extra.get("system_prompt", ""))
 
 
-def read_weights(
-    path: Path, network: MoT, device: torch.device | str, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def read_weights(path: Path, network: MoT, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors for `network` from a safetensors file, checked name by name and shape by shape first.
 
     The table of latent positions may be absent (it is a formula); where a file has it, the file's is used,
@@ -96,7 +92,7 @@ def read_weights(
         with safe_open(path, "pt", device=str(device)) as file:
             found = {
                 name: tuple(file.get_slice(name).get_shape())
-                for name in file.keys()
+                for name in file.keys()  # noqa: SIM118 - no dict
                 if not name.startswith(NOT_FOR_PAINTING)
             }
             if POSITIONS not in found:

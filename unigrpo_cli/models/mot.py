@@ -70,6 +70,11 @@ class MoTConfig:
         return self.latent_patch_size * self.pixels_per_latent
 
 
+def widen(x: Tensor) -> Tensor:
+    """fp32 for anything narrower; fp64 stays, so that tests can look closer."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in fp32, returned in the input's dtype."""
 
@@ -79,7 +84,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(widen(x), x.shape[-1:], widen(self.weight), self.eps).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -101,7 +106,7 @@ def rotate(x_BHLE: Tensor, position_BL: Tensor, theta: float) -> Tensor:
     frequency = theta ** -(torch.arange(half, device=x_BHLE.device, dtype=torch.float32) / half)
     angle = position_BL[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
-    a, b = x_BHLE.float().split(half, dim=-1)
+    a, b = widen(x_BHLE).split(half, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHLE.dtype)
 
 
@@ -369,8 +374,7 @@ class MoT(nn.Module):
 
         def blank() -> tuple[Tensor, ...]:
             return tuple(
-                torch.zeros(shape, device=self.device, dtype=self.dtype)
-                for _ in range(config.num_hidden_layers)
+                torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(config.num_hidden_layers)
             )
 
         position = torch.zeros(rows, dtype=torch.long, device=self.device)
@@ -467,7 +471,7 @@ class MoT(nn.Module):
 
     def _velocity(self, image: NoisyImage, hidden_RNC: Tensor) -> Tensor:
         """fp32 velocities [B, K, N, D] from final image states."""
-        out = self.llm2vae(hidden_RNC).float().view_as(image.x_BKND)
+        out = widen(self.llm2vae(hidden_RNC)).view_as(image.x_BKND)
         if self.config.prediction == "velocity":
             return out
         return (image.x_BKND - out) / image.t_BK.clamp_min(1e-3)[..., None, None]
@@ -488,7 +492,7 @@ class MoT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits over the vocabulary for the rows of `hidden` [..., C]."""
-        return self.language_model.lm_head(hidden).float()
+        return widen(self.language_model.lm_head(hidden))
 
 
 def expert_of(name: str) -> str:
@@ -543,4 +547,7 @@ def config_files(config: MoTConfig) -> dict[str, dict]:
             "downsample": sizes.pop("pixels_per_latent"),
         },
     }
-    return {"llm_config.json": {"model_type": "qwen2"} | sizes, "config.json": {"model_type": "bagel"} | image}
+    return {
+        "llm_config.json": {"model_type": "qwen2"} | sizes,
+        "config.json": {"model_type": "bagel"} | image,
+    }

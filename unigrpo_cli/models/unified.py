@@ -78,9 +78,7 @@ class UnifiedModel:
         """Words of `text` that the tokenizer cannot express (a word-level one has such; BPE has none)."""
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        spans = [
-            s for i, s in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown and i is not None
-        ]
+        spans = [s for i, s in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown and i is not None]
         return [text[a:b] for a, b in spans]
 
     # ----- the network
@@ -103,18 +101,14 @@ class UnifiedModel:
         keep_image: bool = False,
     ) -> MoTOutput:
         """Read text into the context, then look at images in it; see `MoT.forward`."""
-        return self.network(
-            context, ids_BL, length_B, image, detach_context=detach_context, keep_image=keep_image
-        )
+        return self.network(context, ids_BL, length_B, image, detach_context=detach_context, keep_image=keep_image)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits; ids beyond the tokenizer (a padded head has some) are impossible."""
         logits = self.network.logits(hidden)
         words = self.tokenizer.get_vocab_size()
         if words < logits.shape[-1]:
-            logits = torch.cat(
-                [logits[..., :words], torch.full_like(logits[..., words:], -torch.inf)], dim=-1
-            )
+            logits = torch.cat([logits[..., :words], torch.full_like(logits[..., words:], -torch.inf)], dim=-1)
         return logits
 
     # ----- pixels

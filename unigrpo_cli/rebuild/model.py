@@ -122,9 +122,7 @@ class Examples(IterableDataset):
             if thinks and rng.random() < WRONG_PLANS:
                 plan = corrupt_plan(plan, metadata, rng)
             shown = corrupt(plan, rng) if rng.random() < WRONG_PICTURES else plan
-            prompt = [
-                unknown if rng.random() < 0.01 else self.words[w] for w in metadata["prompt"].split()
-            ]
+            prompt = [unknown if rng.random() < 0.01 else self.words[w] for w in metadata["prompt"].split()]
             ids = [open_id, *prompt, stop_id]
             start = len(ids)
             if thinks:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 
@@ -64,16 +63,17 @@ class RewardBatch:
         """PIL images, RGB."""
         from PIL import Image
 
-        return [Image.fromarray(np.asarray(s.pixels)) for s in self.samples]
+        return [Image.fromarray(pixels) for pixels in self.pixels]
 
     @property
     def pixels(self) -> list[NDArray[np.uint8]]:
         """Arrays [height, width, 3] uint8."""
-        return [np.asarray(s.pixels) for s in self.samples]
+        return [s.pixels for s in self.samples]
 
     @cached_property
     def tensors(self) -> torch.Tensor:
         """[B, 3, height, width] fp32 in [0, 1]; all images must have one size."""
+        import numpy as np
         import torch
 
         return torch.from_numpy(np.stack(self.pixels)).permute(0, 3, 1, 2).to(self.device).float() / 255

@@ -27,12 +27,16 @@ _ONE = re.compile(
 
 @dataclass(frozen=True)
 class RewardChoice:
-    """One reward of a run: what to call it, which plugin, how much it counts, its options as given."""
+    """One reward of a run: what to call it, which plugin, how much it counts, its options as given.
+
+    `eval_only` rewards are asked in evaluation and never in training.
+    """
 
     alias: str
     name: str
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+    eval_only: bool = False
 
 
 def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | None = None) -> list[RewardChoice]:
@@ -53,9 +57,7 @@ def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | No
     for dotted, value in (extra or {}).items():
         alias, found, key = dotted.partition(".")
         if not found or alias not in choices:
-            raise UsageError(
-                f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(choices)}"
-            )
+            raise UsageError(f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(choices)}")
         choices[alias].options[key] = value
     return list(choices.values())
 

@@ -179,7 +179,7 @@ class Plugins:
         self._register(module, f"--plugin {text}", origin, number)
         hooks = self.manager.get_hookcallers(module)
         if len(self.rewards.entries) == before and not hooks:
-            raise RewardError(f"--plugin {text}: nothing in it; decorate a function with @reward(\"name\")")
+            raise RewardError(f'--plugin {text}: nothing in it; decorate a function with @reward("name")')
 
     def _register(self, module: Any, name: str, origin: str, number: str) -> None:
         """Register hooks; rewards that the module adds are its own."""

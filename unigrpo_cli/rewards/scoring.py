@@ -72,7 +72,11 @@ class RewardSet:
     """The rewards of one run. Use as a context manager: leaving it tears them down."""
 
     def __init__(
-        self, choices: Sequence[RewardChoice], plugins: Plugins, context: RewardContext, policy: Policy = Policy()
+        self,
+        choices: Sequence[RewardChoice],
+        plugins: Plugins,
+        context: RewardContext,
+        policy: Policy = Policy(),
     ):
         """Find, configure and set up every reward.
 
@@ -102,23 +106,28 @@ class RewardSet:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight by alias, its sign flipped for rewards where lower is better."""
+        """Weight in training by alias, its sign flipped for rewards where lower is better."""
         return {
             r.alias: r.choice.weight * (1 if getattr(r.reward, "higher_is_better", True) else -1)
-            for r in self.rewards
+            for r in self.asked("train")
         }
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        return {r.alias: r.range for r in self.rewards}
+        """Declared range by alias, of the rewards asked in training."""
+        return {r.alias: r.range for r in self.asked("train")}
 
-    def check_needs(self, metadata: Sequence[Any], has_reasoning: bool) -> None:
-        """Before sampling: does every prompt carry what the rewards need?
+    def asked(self, split: str) -> list[OpenReward]:
+        """The rewards that are asked in "train" or "eval"."""
+        return [r for r in self.rewards if split == "eval" or not r.choice.eval_only]
+
+    def check_needs(self, metadata: Sequence[Any], *, has_reasoning: bool, split: str) -> None:
+        """Before sampling: does every prompt carry what the rewards of a split need?
 
         Raises:
             RewardError: naming the reward, what it lacks and for how many prompts.
         """
-        for opened in self.rewards:
+        for opened in self.asked(split):
             for need in sorted(getattr(opened.reward, "needs", ())):
                 kind, _, key = need.partition(":")
                 if kind == "metadata":
@@ -137,7 +146,7 @@ class RewardSet:
                 self._call(opened, lambda o=opened: o.reward.check_metadata(metadata), "check_metadata")
 
     def score(self, samples: Sequence[Sample], *, step: int = 0, split: str = "train") -> dict[str, Scored]:
-        """Scores of every reward, by alias.
+        """Scores of every reward that is asked in this split, by alias.
 
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often.
@@ -149,7 +158,7 @@ class RewardSet:
             if len(changed) != len(batch):
                 raise RewardError(f"a plugin's unigrpo_before_score made {len(changed)} samples of {len(batch)}")
             batch = changed
-        results = {opened.alias: self._score_one(opened, batch) for opened in self.rewards}
+        results = {opened.alias: self._score_one(opened, batch) for opened in self.asked(split)}
         for alias, scored in results.items():
             try:
                 hook.unigrpo_after_score(batch=batch, scored=scored)

@@ -12,7 +12,16 @@ from typing import Any
 from unigrpo_cli.config import Config, to_toml
 from unigrpo_cli.errors import UsageError
 
-PACKAGES = ("unigrpo-cli", "torch", "transformers", "diffusers", "accelerate", "peft", "open_clip_torch", "numpy")
+PACKAGES = (
+    "unigrpo-cli",
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "peft",
+    "open_clip_torch",
+    "numpy",
+)
 
 
 def fresh_directory(out: Path | None, command: str) -> Path:
@@ -58,14 +67,14 @@ class Run:
         self.write_json("environment.json", environment())
 
     def write_json(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=1, allow_nan=False, default=_plain)
+        text = json.dumps(content, indent=1, allow_nan=False, default=plain_json)
         (self.directory / name).write_text(text + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`; a number that is not finite becomes null."""
         clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
         with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(clean, default=_plain) + "\n")
+            file.write(json.dumps(clean, default=plain_json) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop metric lines of steps that a resumed run will do again."""
@@ -79,7 +88,7 @@ class Run:
         return self.directory / "checkpoints" / f"step_{step:06d}"
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """JSON of what json does not know: numpy and torch scalars."""
     if hasattr(value, "item"):
         return value.item()

@@ -95,9 +95,7 @@ def satisfies(scene: Scene, metadata: dict) -> bool:
     matched: list[list[Thing]] = []
     for item in metadata["include"]:
         found = [
-            thing
-            for thing in scene
-            if thing.shape == item["class"] and item.get("color") in (None, thing.color)
+            thing for thing in scene if thing.shape == item["class"] and item.get("color") in (None, thing.color)
         ]
         if len(found) != item["count"]:
             return False

@@ -1,0 +1,143 @@
+"""What all commands share: their common options, their one error line, their JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unigrpo_cli.errors import UnigrpoError
+
+if TYPE_CHECKING:
+    from unigrpo_cli.config import Config
+    from unigrpo_cli.rewards.registry import Plugins
+    from unigrpo_cli.runtime.display import Display
+
+Model = Annotated[str | None, typer.Option("--model", help="`embedded`, a model directory, a checkpoint or a run.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter directory put on the model.")]
+Reward = Annotated[
+    list[str] | None,
+    typer.Option("--reward", help="Rewards, [alias=]name[:weight](@key=value)*, comma-separated; repeatable."),
+]
+RewardOpt = Annotated[
+    list[str] | None,
+    typer.Option("--reward-opt", "-R", help="An option of a reward, ALIAS.KEY=VALUE (any characters)."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Directory to write; default runs/<time>-<command>.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="Where defaults come from: embedded or paper.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, section.key=value; repeatable.")]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", "-p", help="file.py or module with rewards or hooks; no:NAME leaves one out."),
+]
+PluginsDir = Annotated[
+    Path | None,
+    typer.Option("--plugins-dir", help="Folder whose .py files are loaded as plugins (runs them)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
+Prompts = Annotated[str | None, typer.Option("--prompts", help="`shapes` or a .txt or .jsonl file of prompts.")]
+
+
+def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn our errors into a line on stderr and an exit code; a traceback only with --debug."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("UNIGRPO_DEBUG"):
+            return command(*args, **kwargs)
+        try:
+            return command(*args, **kwargs)
+        except UnigrpoError as error:
+            typer.echo(f"error: {error}", err=True)
+            leave(error.exit_code)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            leave(130)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            typer.echo(f"error: {type(error).__name__}: {reason} (--debug shows where)", err=True)
+            leave(1)
+
+    return wrapped
+
+
+def leave(code: int) -> None:
+    """Exit at once when a reward's thread was left hanging: the interpreter's own exit could wait for it."""
+    raise typer.Exit(code)
+
+
+def resolve_config(
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    overrides: list[str] | None = None,
+    named: dict[str, Any] | None = None,
+    reward: list[str] | None = None,
+    reward_opt: list[str] | None = None,
+) -> Config:
+    """The configuration of a command from its common options."""
+    from unigrpo_cli.config import load_config
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.rewards.grammar import scalar
+
+    named = dict(named or {})
+    if reward:
+        named["reward.use"] = reward
+    if reward_opt:
+        options = {}
+        for text in reward_opt:
+            key, found, value = text.partition("=")
+            if not found:
+                raise UsageError(f"--reward-opt {text}: write it as ALIAS.KEY=VALUE")
+            options[key] = scalar(value)
+        named["reward.options"] = options
+    return load_config(preset=preset, file=config, overrides=overrides, named=named)
+
+
+def load_plugins(plugin: list[str] | None, directory: Path | None, display: Display) -> Plugins:
+    """All plugins of this call; problems of installed ones are warnings."""
+    from unigrpo_cli.rewards.registry import Plugins
+
+    plugins = Plugins()
+    plugins.load(plugin, directory)
+    for problem in plugins.rewards.problems:
+        display.warn(problem)
+    return plugins
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """The one object on stdout."""
+    from unigrpo_cli.runtime.run import plain_json
+
+    sys.stdout.write(json.dumps(content, allow_nan=False, default=plain_json) + "\n")
+    sys.stdout.flush()
+
+
+def plugin_commands(app: typer.Typer) -> list[str]:
+    """Add sub-commands of installed plugins; returns what went wrong, which must not stop `--help`."""
+    from unigrpo_cli.rewards.registry import NO_AUTOLOAD, PLUGIN_GROUP
+
+    if not entry_points(group=PLUGIN_GROUP) or os.environ.get(NO_AUTOLOAD, "") not in ("", "0"):
+        return []
+    from unigrpo_cli.rewards.registry import Plugins
+
+    plugins = Plugins()
+    plugins.load()
+    problems = list(plugins.rewards.problems)
+    try:
+        plugins.manager.hook.unigrpo_register_commands.call_historic(kwargs={"app": app})
+    except Exception as error:
+        problems.append(f"a plugin's command cannot be added: {type(error).__name__}: {error}")
+    return problems

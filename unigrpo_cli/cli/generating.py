@@ -1,0 +1,102 @@
+"""`unigrpo generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unigrpo_cli.cli import common
+from unigrpo_cli.cli.common import one_error_line
+
+
+@one_error_line
+def generate(
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to paint.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A .txt file (a prompt a line) or a .jsonl file.")
+    ] = None,
+    model: common.Model = None,
+    adapter: common.Adapter = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Images per prompt.")] = 1,
+    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before painting.")] = True,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="Of the reasoning; 0 is greedy.")
+    ] = None,
+    out: common.Out = None,
+    seed: common.Seed = None,
+    preset: common.Preset = None,
+    config: common.ConfigFile = None,
+    overrides: common.Set = None,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Reason about prompts and paint them.
+
+    Writes --out: one PNG per image (prompt and reasoning inside) with a .json file beside it, and sheet.png.
+    """
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.evaluate import NO_NOISE, eval_sampling
+    from unigrpo_cli.rollout import rollout
+    from unigrpo_cli.runtime.display import Display
+    from unigrpo_cli.runtime.pictures import Tile, in_terminal, save_png, sheet
+    from unigrpo_cli.runtime.run import fresh_directory
+    from unigrpo_cli.session import load_policy
+    from unigrpo_cli.suites import as_prompts, read_prompts, typed_prompt
+
+    display = Display(json=json, quiet=quiet)
+    settings = common.resolve_config(
+        preset=preset,
+        config=config,
+        overrides=overrides,
+        named={
+            "model": model,
+            "adapter": adapter,
+            "sampling.think": think,
+            "eval.temperature": temperature,
+            "seed": seed,
+        },
+    )
+    if any(not text.strip() for text in texts or []):
+        raise UsageError("an empty prompt says nothing; write what to paint")
+    wanted = as_prompts([typed_prompt(text) for text in texts or []])
+    wanted += read_prompts(prompts) if prompts is not None else []
+    if not wanted:
+        raise UsageError('say what to paint: unigrpo generate "a red circle", or --prompts FILE')
+    policy = load_policy(settings.model, settings.adapter, settings)
+    unknown = sorted({word for prompt in wanted for word in policy.unknown_words(prompt.text)})
+    if unknown:
+        display.warn(
+            f"the model has no word for {', '.join(unknown[:8])}; it reads <unk> there. The embedded model "
+            "knows red circles, two blue stars, a heart above a cross and the like"
+        )
+    directory = fresh_directory(out, "generate")
+    with display.progress(len(wanted) * samples, "painting") as advance:
+        groups = rollout(policy, wanted, samples, eval_sampling(settings), NO_NOISE, settings.seed, advance)
+    images, tiles = [], []
+    for g, group in enumerate(groups):
+        for episode in group.episodes:
+            path = directory / f"{g:03d}_{episode.member:02d}.png"
+            pixels = episode.pixels.numpy()
+            story = {
+                "prompt": group.prompt.text,
+                "reasoning": episode.reasoning,
+                "model": settings.model,
+                "adapter": settings.adapter,
+                "seed": settings.seed,
+                "sample": episode.member,
+            }
+            save_png(pixels, path, story)
+            images.append({"path": str(path)} | story)
+            lines = (episode.reasoning,) if episode.reasoning else ()
+            tiles.append(Tile(pixels, group.prompt.text, lines))
+            display.say(f"[bold]{group.prompt.text}[/]")
+            if episode.reasoning:
+                display.say(f"  {episode.reasoning}")
+            if display.console.is_terminal and not quiet:
+                display.console.print(in_terminal(pixels))
+            display.say(f"  {path}")
+    sheet([tiles[k : k + 4] for k in range(0, len(tiles), 4)]).save(directory / "sheet.png")
+    if json:
+        common.print_json({"run": str(directory), "images": images})

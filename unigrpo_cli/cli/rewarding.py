@@ -1,0 +1,158 @@
+"""`unigrpo rewards`: list, info, test, new."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unigrpo_cli.cli import common
+from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.errors import RewardError, UsageError, suggest
+
+if TYPE_CHECKING:
+    from unigrpo_cli.rewards.registry import RewardEntry
+
+app = typer.Typer(help="See, try and start rewards.", no_args_is_help=True)
+KINDS = ("function", "class")
+
+
+@app.command("list")
+@one_error_line
+def list_rewards(
+    plugin: common.PluginOption = None, plugins_dir: common.PluginsDir = None, json: common.Json = False
+) -> None:
+    """All rewards that can be asked for, and where they come from."""
+    from rich.table import Table
+
+    from unigrpo_cli.runtime.display import Display
+
+    display = Display(json=json)
+    plugins = common.load_plugins(plugin, plugins_dir, display)
+    rows = [_facts(entry) for entry in sorted(plugins.rewards.entries, key=lambda e: e.address)]
+    if json:
+        common.print_json({"rewards": rows})
+        return
+    table = Table(box=None, header_style="dim")
+    for column in ("reward", "from", "version", "range", "needs", "what it says"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        last = row["summary"] if row["state"] == "ok" else f"[red]{row['state']}[/]"
+        shown = "" if row["range"] is None else f"{row['range'][0]:g} to {row['range'][1]:g}"
+        table.add_row(row["name"], row["origin"], row["version"], shown, ", ".join(row["needs"]), last)
+    display.say(table)
+
+
+def _facts(entry: RewardEntry) -> dict[str, Any]:
+    """What a reward says of itself; a broken one says why."""
+    row: dict[str, Any] = {
+        "name": entry.name,
+        "origin": entry.origin,
+        "version": entry.version,
+        "state": "ok",
+        "range": None,
+        "needs": [],
+        "summary": "",
+    }
+    try:
+        factory = entry.factory()
+    except RewardError as error:
+        return row | {"state": f"broken: {error}"}
+    range_ = getattr(factory, "range", None)
+    finite = range_ is not None and all(abs(x) != float("inf") for x in range_)
+    return row | {
+        "range": list(range_) if finite else None,
+        "needs": sorted(getattr(factory, "needs", ())),
+        "summary": getattr(factory, "summary", ""),
+    }
+
+
+@app.command("info")
+@one_error_line
+def info(
+    name: Annotated[str, typer.Argument(help="A reward, or origin/name.")],
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
+    json: common.Json = False,
+) -> None:
+    """A reward's options, needs and licence."""
+    from rich.markup import escape
+
+    from unigrpo_cli.rewards.function import Options
+    from unigrpo_cli.runtime.display import Display
+
+    display = Display(json=json)
+    plugins = common.load_plugins(plugin, plugins_dir, display)
+    entry = plugins.rewards.find(name)
+    factory = entry.factory()
+    accepted = getattr(factory, "Options", Options).model_fields
+    options = [
+        {"option": key, "default": field.default, "what": field.description or ""}
+        for key, field in accepted.items()
+    ]
+    facts = _facts(entry) | {
+        "doc": (factory.__doc__ or "").strip(),
+        "licence": getattr(factory, "licence", "not declared"),
+        "options": options,
+    }
+    if json:
+        common.print_json(facts)
+        return
+    display.say(f"[bold]{entry.address}[/] {entry.version}\n{facts['doc'] or facts['summary']}")
+    display.say(f"range {facts['range'] or 'not declared'}; needs {', '.join(facts['needs']) or 'nothing'}")
+    display.say(f"licence: {facts['licence']}")
+    for row in options:
+        display.say(f"  @{row['option']}={row['default']}  [dim]{escape(row['what'])}[/]")
+
+
+@app.command("test")
+@one_error_line
+def test(
+    name: Annotated[str, typer.Argument(help="A reward as in --reward, options included.")],
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
+    json: common.Json = False,
+) -> None:
+    """Check that a reward keeps its promises, on eight pictures of the shapes world. Exit 3 when it does not."""
+    from unigrpo_cli.rewards.contract import check_reward
+    from unigrpo_cli.runtime.display import Display
+
+    display = Display(json=json)
+    plugins = common.load_plugins(plugin, plugins_dir, display)
+    checks = check_reward(name, plugins=plugins)
+    for check in checks:
+        mark = "[green]ok[/]  " if check.ok else "[red]FAIL[/]"
+        display.say(f"{mark} {check.name}: {check.seen}")
+    if json:
+        common.print_json({"reward": name, "checks": [vars(check) for check in checks]})
+    if not all(check.ok for check in checks):
+        raise typer.Exit(RewardError.exit_code)
+
+
+@app.command("new")
+@one_error_line
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the reward, a Python identifier.")],
+    kind: Annotated[str, typer.Option("--kind", help="function or class.")] = "function",
+    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("."),
+) -> None:
+    """Start a reward: a file with a working example and its test."""
+    if kind not in KINDS:
+        raise UsageError(f"--kind {kind}: {suggest(kind, KINDS)}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise UsageError(f"{name!r} cannot name a reward: use lower-case letters, digits and _")
+    made = {f"{name}.py": f"{kind}.py.tmpl", f"test_{name}.py": "test.py.tmpl"}
+    for file in made:
+        if (out / file).exists():
+            raise UsageError(f"{out / file} exists already; choose another name or --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for file, template in made.items():
+        text = (files("unigrpo_cli") / "templates" / template).read_text()
+        (out / file).write_text(Template(text).substitute(name=name, file=f"{name}.py"))
+    path = out / f"{name}.py"
+    typer.echo(f"wrote {path} and its test; try: unigrpo rewards test {name} --plugin {path}")

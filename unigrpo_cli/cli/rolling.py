@@ -1,0 +1,153 @@
+"""`unigrpo rollout`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unigrpo_cli.cli import common
+from unigrpo_cli.cli.common import one_error_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from unigrpo_cli.episode import Group
+    from unigrpo_cli.rewards.scoring import Scored
+
+
+@one_error_line
+def rollout(
+    reward: common.Reward = None,
+    reward_opt: common.RewardOpt = None,
+    model: common.Model = None,
+    adapter: common.Adapter = None,
+    prompts: common.Prompts = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many prompts, from the first.")] = 8,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", min=2, help="Episodes per prompt (train.group_size).")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Score the episodes saved in this directory; samples nothing."),
+    ] = None,
+    out: common.Out = None,
+    seed: common.Seed = None,
+    preset: common.Preset = None,
+    config: common.ConfigFile = None,
+    overrides: common.Set = None,
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Sample groups of episodes as training would, or score saved ones again with other rewards.
+
+    Writes --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
+    """
+    from unigrpo_cli.episode import load_episodes, save_episodes
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.evaluate import samples_of, train_sampling
+    from unigrpo_cli.rewards.grammar import parse_rewards
+    from unigrpo_cli.rollout import rollout as sample
+    from unigrpo_cli.runtime.display import Display
+    from unigrpo_cli.runtime.pictures import save_png
+    from unigrpo_cli.runtime.run import Run, fresh_directory
+    from unigrpo_cli.session import is_embedded, load_policy, open_rewards
+    from unigrpo_cli.suites import training_prompts
+    from unigrpo_cli.train import window_of
+
+    display = Display(json=json, quiet=quiet)
+    plugins = common.load_plugins(plugin, plugins_dir, display)
+    settings = common.resolve_config(
+        preset=preset,
+        config=config,
+        overrides=overrides,
+        named={
+            "model": model,
+            "adapter": adapter,
+            "prompts": prompts,
+            "train.group_size": group_size,
+            "seed": seed,
+        },
+        reward=reward,
+        reward_opt=reward_opt,
+    )
+    plugins.manager.hook.unigrpo_configure(config=settings)
+    if not settings.reward.use:
+        raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
+    choices = parse_rewards(settings.reward.use, settings.reward.options)
+    groups: list[Group]
+    if source is not None:
+        groups = load_episodes(source)
+        chosen = [group.prompt for group in groups]
+        embedded = settings.model == "embedded"
+    else:
+        chosen = training_prompts(settings.prompts)[:limit]
+        policy = load_policy(settings.model, settings.adapter, settings)
+        embedded = is_embedded(policy)
+    with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:
+        thinks = settings.sampling.think if source is None else _all_think(groups)
+        rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
+        run = Run(fresh_directory(out, "rollout"))
+        if source is None:
+            total = len(chosen) * settings.train.group_size
+            with display.progress(total, "sampling") as advance:
+                groups = sample(
+                    policy,
+                    chosen,
+                    settings.train.group_size,
+                    train_sampling(settings),
+                    window_of(settings, 0),
+                    settings.seed,
+                    advance,
+                )
+        scored = rewards.score(samples_of(groups), split="train")
+    run.describe(settings)
+    save_episodes(groups, run.directory)
+    rows = _rows(groups, scored)
+    run.write_json("rewards.json", rows)
+    for row, episode in zip(rows, (e for g in groups for e in g.episodes), strict=True):
+        save_png(episode.pixels.numpy(), run.directory / "images" / row["image"], row)
+    means = {name: own.mean for name, own in scored.items()}
+    summary = {
+        "run": str(run.directory),
+        "episodes": len(rows),
+        "groups": len(groups),
+        "rewards": means,
+        "abstained": {name: int((~own.valid).sum()) for name, own in scored.items()},
+    }
+    words = ", ".join(f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in means.items())
+    display.say(f"{len(rows)} episodes in {len(groups)} groups: {words}\nwritten to {run.directory}")
+    if json:
+        common.print_json(summary)
+
+
+def _all_think(groups: Sequence[Group]) -> bool:
+    return all(e.reasoning is not None for g in groups for e in g.episodes)
+
+
+def _rows(groups: Sequence[Group], scored: dict[str, Scored]) -> list[dict[str, Any]]:
+    """One JSON row per episode: what was asked, written and scored."""
+    rows = []
+    for g, group in enumerate(groups):
+        for episode in group.episodes:
+            k = len(rows)
+            rows.append(
+                {
+                    "prompt": group.prompt.text,
+                    "prompt_id": group.prompt.id,
+                    "member": episode.member,
+                    "seed": episode.seed,
+                    "reasoning": episode.reasoning,
+                    "image": f"{g:04d}_{episode.member:03d}.png",
+                    "rewards": {n: float(s.scores[k]) if s.valid[k] else None for n, s in scored.items()},
+                    "components": {
+                        n: {part: float(v[k]) for part, v in s.components.items() if v[k] == v[k]}
+                        for n, s in scored.items()
+                    },
+                    "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
+                }
+            )
+    return rows

@@ -1,0 +1,70 @@
+"""`unigrpo train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unigrpo_cli.cli import common
+from unigrpo_cli.cli.common import one_error_line
+
+
+@one_error_line
+def train(
+    reward: common.Reward = None,
+    reward_opt: common.RewardOpt = None,
+    model: common.Model = None,
+    adapter: common.Adapter = None,
+    prompts: common.Prompts = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Training steps (train.steps).")] = None,
+    out: common.Out = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", help="`auto` (newest checkpoint of --out, or of the newest run) or a path."),
+    ] = None,
+    seed: common.Seed = None,
+    preset: common.Preset = None,
+    config: common.ConfigFile = None,
+    overrides: common.Set = None,
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Train a unified model with UniGRPO.
+
+    Writes --out: config.toml, metrics.jsonl, samples/, checkpoints/, eval_before.json, eval_after.json and
+    summary.json. Interrupting finishes the step, saves a checkpoint and exits with 130.
+    """
+    from unigrpo_cli.runtime.display import Display
+
+    display = Display(json=json, quiet=quiet)
+    plugins = common.load_plugins(plugin, plugins_dir, display)
+    named = {"model": model, "adapter": adapter, "prompts": prompts, "train.steps": steps, "seed": seed}
+
+    def resolved(file: Path | None) -> common.Config:
+        return common.resolve_config(
+            preset=preset,
+            config=file,
+            overrides=overrides,
+            named=named,
+            reward=reward,
+            reward_opt=reward_opt,
+        )
+
+    from unigrpo_cli import training_run
+
+    if resume is None:
+        settings = resolved(config)
+        summary = training_run.start(settings, plugins, display, out)
+    else:
+        checkpoint = training_run.checkpoint_to_resume(resume, out)
+        run = checkpoint.parent.parent
+        settings = resolved(config or run / "config.toml")
+        summary = training_run.go_on(settings, plugins, display, checkpoint)
+    if json:
+        common.print_json(summary)
+    if summary["interrupted"]:
+        raise typer.Exit(130)

@@ -1,0 +1,128 @@
+"""From configuration to live objects: device, plugins, rewards, policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.models.checkpoint import EMBEDDED, load_model
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rewards.batch import RewardContext
+from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import Policy, RewardSet
+from unigrpo_cli.runtime.state import STATE, newest_checkpoint, read_state
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of a configuration.
+
+    Raises:
+        UsageError: when it is not there, or several processes were launched.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this version trains in one process; start it without `accelerate launch` or torchrun")
+    if config.device == "auto":
+        from accelerate import PartialState
+
+        return PartialState().device
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {config.device!r} cannot be used ({reason}); try device=cpu") from error
+    return device
+
+
+def find_checkpoint(path: str) -> tuple[str, str | None]:
+    """Model and adapter behind a name: a model, a checkpoint, or a whole run (then its newest checkpoint)."""
+    directory = Path(path)
+    if (directory / "checkpoints").is_dir():
+        directory = newest_checkpoint(directory)
+    if (directory / STATE).is_file():
+        content = read_state(directory)
+        if content["tune"] == "lora":
+            return content["base"], str(directory)
+        return str(directory), None
+    return path, None
+
+
+def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel:
+    """A policy ready for sampling.
+
+    Raises:
+        WeightsError: when its files are missing or do not fit.
+    """
+    found, own_adapter = find_checkpoint(model) if model != EMBEDDED else (model, None)
+    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype])
+    policy.network.requires_grad_(False)
+    for name in (own_adapter, adapter):
+        if name is not None:
+            from unigrpo_cli.models.lora import has_adapters, load_adapters
+
+            if has_adapters(policy.network):
+                raise WeightsError(f"{model} has an adapter of its own; --adapter {adapter} cannot be added")
+            if not Path(name).is_dir():
+                raise WeightsError(f"no adapter directory {name}")
+            load_adapters(policy.network, Path(name))
+    check_size(policy, config)
+    return policy
+
+
+def check_size(policy: UnifiedModel, config: Config) -> None:
+    """Refuse an image size that the model cannot paint."""
+    try:
+        policy.grid(config.sampling.height, config.sampling.width)
+    except ValueError as error:
+        raise UsageError(f"sampling.height, sampling.width: {error}") from error
+
+
+def is_embedded(policy: UnifiedModel) -> bool:
+    """Whether a policy speaks the words of the shapes world, i.e. is the embedded model or grown from it."""
+    from unigrpo_cli.shapes.world import CELLS
+
+    return all(policy.tokenizer.token_to_id(cell) is not None for cell in CELLS)
+
+
+def reward_choices(config: Config) -> list[RewardChoice]:
+    """The trained rewards and, marked so, those that evaluation alone looks at.
+
+    Raises:
+        UsageError: when none is chosen.
+    """
+    if not config.reward.use:
+        raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
+    trained = parse_rewards(config.reward.use, config.reward.options)
+    return trained + watched_choices(config, {c.alias for c in trained})
+
+
+def watched_choices(config: Config, taken: set[str]) -> list[RewardChoice]:
+    """Rewards of `eval.rewards` that are not chosen already."""
+    watched = parse_rewards(config.eval.rewards) if config.eval.rewards else []
+    return [RewardChoice(c.alias, c.name, 0.0, c.options, eval_only=True) for c in watched if c.alias not in taken]
+
+
+def open_rewards(choices: Sequence[RewardChoice], plugins: Plugins, config: Config, *, embedded: bool) -> RewardSet:
+    """Set up rewards for a run.
+
+    Raises:
+        RewardError: when one is unknown, misconfigured or cannot be set up.
+    """
+    context = RewardContext(
+        device=str(device_of(config)),
+        seed=config.seed,
+        embedded=embedded,
+        offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
+    )
+    r = config.reward
+    return RewardSet(choices, plugins, context, Policy(r.timeout_s, r.max_abstain, r.on_error, r.strict))

@@ -1,0 +1,342 @@
+"""A training run from start to report: evaluate, train, evaluate again, and leave a directory behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.evaluate import (
+    NO_NOISE,
+    Evaluation,
+    compare,
+    eval_sampling,
+    evaluate,
+    limited,
+    load_report,
+    samples_of,
+)
+from unigrpo_cli.models.checkpoint import WEIGHTS, read_weights
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.rollout import rollout
+from unigrpo_cli.runtime.display import Display
+from unigrpo_cli.runtime.run import Run, fresh_directory
+from unigrpo_cli.runtime.samples import SHOWN, save_progress, save_samples
+from unigrpo_cli.runtime.state import (
+    STATE,
+    TrainState,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_state,
+    restore_state,
+    save_state,
+)
+from unigrpo_cli.session import is_embedded, load_policy, open_rewards, reward_choices
+from unigrpo_cli.suites import SuiteRegistry, training_prompts
+from unigrpo_cli.train import Step, train
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+
+def start(config: Config, plugins: Plugins, display: Display, out: Path | None) -> dict[str, Any]:
+    """A new run. Everything that can be refused is refused before its directory is made."""
+    return _run(config, plugins, display, None, out)
+
+
+def go_on(config: Config, plugins: Plugins, display: Display, checkpoint: Path) -> dict[str, Any]:
+    """Go on from a checkpoint, in its run's directory."""
+    return _run(config, plugins, display, checkpoint, None)
+
+
+def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
+    """The checkpoint behind `--resume`: a checkpoint, a run, or `auto`.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        if (path / STATE).is_file() or path.parent.name == "checkpoints":
+            return path
+        if not path.is_dir():
+            raise UsageError(f"--resume {resume}: no such checkpoint or run")
+        return newest_checkpoint(path)
+    if out is not None:
+        return newest_checkpoint(out)
+    runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise UsageError("--resume auto: no run below ./runs; give --out DIR or --resume PATH")
+    return newest_checkpoint(runs[-1].parent)
+
+
+def _run(
+    config: Config, plugins: Plugins, display: Display, checkpoint: Path | None, out: Path | None
+) -> dict[str, Any]:
+    plugins.manager.hook.unigrpo_configure(config=config)
+    choices = reward_choices(config)
+    suites = SuiteRegistry()
+    plugins.manager.hook.unigrpo_register_suites.call_historic(kwargs={"registry": suites})
+    prompts = training_prompts(config.prompts)
+    suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
+    state, base = _prepare(config, checkpoint)
+    _warn_of_unknown_words(state.policy, [*prompts, *suite], display)
+    with open_rewards(choices, plugins, config, embedded=is_embedded(state.policy)) as rewards:
+        thinks = config.sampling.think
+        rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
+        rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
+        directory = checkpoint.parent.parent if checkpoint else fresh_directory(out, "train")
+        run = Run(directory)
+        if checkpoint is None:
+            run.describe(config)
+        run.forget_after(state.step)
+        return _Session(config, display, run, state, base, rewards, prompts, suite).go()
+
+
+def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
+    """Policy and optimizer, fresh or as a checkpoint left them. The reference is always the base model."""
+    if checkpoint is None:
+        if config.adapter and config.train.tune == "full":
+            raise UsageError("train.tune=full cannot start from an adapter; use train.tune=lora")
+        policy = prepare_policy(load_policy(config.model, config.adapter, config), config)
+        return TrainState(policy, make_optimizer(policy, config)), config.model
+    content = read_state(checkpoint)
+    if content["tune"] != config.train.tune:
+        raise UsageError(
+            f"{checkpoint} was trained with train.tune={content['tune']}, the configuration says "
+            f"{config.train.tune}; resume with the former"
+        )
+    base = content["base"]
+    adapter = str(checkpoint) if content["tune"] == "lora" else None
+    policy = prepare_policy(load_policy(base, adapter, config), config)
+    if adapter is None:
+        network = policy.network
+        weights = read_weights(checkpoint / WEIGHTS, network, network.device, network.dtype)
+        network.load_state_dict(weights)
+    state = TrainState(policy, make_optimizer(policy, config))
+    restore_state(state, checkpoint, content)
+    return state, base
+
+
+def _warn_of_unknown_words(policy: UnifiedModel, prompts: Sequence[Prompt], display: Display) -> None:
+    unknown = sorted({word for prompt in prompts for word in policy.unknown_words(prompt.text)})
+    if unknown:
+        display.warn(
+            f"the model has no word for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}; "
+            "it reads <unk> there"
+        )
+
+
+class _Session:
+    """One run's moving parts, and the order of its chapters."""
+
+    def __init__(
+        self,
+        config: Config,
+        display: Display,
+        run: Run,
+        state: TrainState,
+        base: str,
+        rewards: RewardSet,
+        prompts: Sequence[Prompt],
+        suite: Sequence[Prompt],
+    ):
+        self.config, self.display, self.run, self.state, self.base = config, display, run, state, base
+        self.rewards, self.prompts, self.suite = rewards, prompts, suite
+        shown = {id(p): p for tag_first in _first_of_each_task(suite) for p in tag_first}
+        self.shown = list(shown.values())[:SHOWN]
+
+    def go(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate again. A first interrupt ends it after the step (or evaluation) at hand."""
+        began = time.perf_counter()
+        config, state, display = self.config, self.state, self.display
+        display.say(_headline(config, self.base, self.run.directory, state.step))
+        with _interrupts() as asked_to_stop:
+            if "eval_before" not in state.facts:
+                state.facts["eval_before"] = self.evaluate("before").means()
+                self.samples()
+            trained = time.perf_counter()
+            with display.training(config.train.steps, state.step, list(self.rewards.weights)) as view:
+
+                def after_step(step: Step) -> bool:
+                    self._remember(step.metrics)
+                    self._warn(step.metrics)
+                    self.run.log({"step": state.step} | step.metrics)
+                    view.update(state.step, step.metrics)
+                    last = asked_to_stop() or state.step == config.train.steps
+                    if last or self._due(config.train.samples_every):
+                        self.samples()
+                    if last or self._due(config.train.checkpoint_every):
+                        self.checkpoint()
+                    return asked_to_stop()
+
+                if not asked_to_stop():
+                    train(state, self.prompts, self.rewards, config, after_step)
+            seconds = time.perf_counter() - trained
+            if not self.run.checkpoint(state.step).exists():
+                self.checkpoint()
+            summary = self._summary(seconds, interrupted=asked_to_stop() and state.step < config.train.steps)
+            if summary["interrupted"]:
+                display.say(
+                    f"interrupted after step {state.step}; go on with `unigrpo train --resume {self.run.directory}`"
+                )
+            else:
+                after = self.evaluate("after")
+                before = load_report(self.run.directory / "eval_before.json")
+                summary["eval_after"] = after.means()
+                summary["intervals"] = {"before": _intervals(before), "after": _intervals(after)}
+                summary["difference"] = compare(before, after, config.eval.seed)
+                self._report(summary)
+        summary["seconds"] = time.perf_counter() - began
+        self.run.write_json("summary.json", summary)
+        return summary
+
+    def evaluate(self, when: str) -> Evaluation:
+        """The suite, written to eval_<when>.json."""
+        config = self.config
+        total = len(self.suite) * config.eval.samples
+        with self.display.progress(total, f"evaluating {when} training") as advance:
+            result = evaluate(
+                self.state.policy,
+                self.suite,
+                self.rewards,
+                eval_sampling(config),
+                samples=config.eval.samples,
+                seed=config.eval.seed,
+                on_rows=advance,
+            )
+        self.run.write_json(f"eval_{when}.json", result.report(values=True))
+        return result
+
+    def samples(self) -> None:
+        """The same held-out prompts on the same noise, as pictures."""
+        if not self.shown:
+            return
+        config, step = self.config, self.state.step
+        groups = rollout(self.state.policy, self.shown, 1, eval_sampling(config), NO_NOISE, config.eval.seed)
+        scored = self.rewards.score(samples_of(groups), step=step, split="eval")
+        folder = self.run.directory / "samples"
+        save_samples(groups, scored, folder, step)
+        save_progress(folder)
+
+    def checkpoint(self) -> None:
+        path = self.run.checkpoint(self.state.step)
+        save_state(self.state, path, base=self.base, tune=self.config.train.tune)
+        prune_checkpoints(self.run.directory, self.config.train.keep_checkpoints)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def _remember(self, metrics: dict[str, float]) -> None:
+        """Facts for the report: the first step's ratios, and the largest drift of all steps."""
+        facts = self.state.facts
+        for kind in ("text", "image"):
+            first = metrics.get(f"{kind}/first_max_abs_log_ratio")
+            facts.setdefault("ratio_step0_max_abs_log", {}).setdefault(kind, first)
+            drift = metrics.get(f"{kind}/drift_max")
+            known = facts.setdefault("rollout_drift_max_abs", {}).setdefault(kind, drift)
+            if drift is not None and known is not None:
+                facts["rollout_drift_max_abs"][kind] = max(drift, known)
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        limit = self.config.train.drift_limit
+        if metrics.get("text/drift_mean", 0.0) > limit and not self.state.facts.get("warned_of_drift"):
+            self.state.facts["warned_of_drift"] = True
+            self.display.warn(
+                f"rollout and replay log-probabilities differ by {metrics['text/drift_mean']:.3g} on average "
+                f"(limit {limit:g}): their numerics differ; the ratio is still exact, sampling is not"
+            )
+
+    def _summary(self, train_seconds: float, interrupted: bool) -> dict[str, Any]:
+        facts = self.state.facts
+        empty = {"text": None, "image": None}
+        return {
+            "run": str(self.run.directory),
+            "steps": self.state.step,
+            "interrupted": interrupted,
+            "train_seconds": train_seconds,
+            "eval_before": facts.get("eval_before"),
+            "eval_after": None,
+            "ratio_step0_max_abs_log": facts.get("ratio_step0_max_abs_log", empty),
+            "rollout_drift_max_abs": facts.get("rollout_drift_max_abs", empty),
+            "checkpoint": str(self.run.checkpoint(self.state.step)),
+        }
+
+    def _report(self, summary: dict[str, Any]) -> None:
+        table = Table(title=f"held-out {self.config.eval.suite}, {len(self.suite)} prompts", title_style="bold")
+        table.add_column("reward")
+        for name in ("before", "after", "difference, 95 %"):
+            table.add_column(name, justify="right")
+        for name, after in summary["eval_after"].items():
+            before = summary["eval_before"].get(name)
+            low_high = summary["difference"].get(name)
+            table.add_row(
+                name,
+                "-" if before is None else f"{before:.3f}",
+                f"{after:.3f}",
+                f"{low_high['mean']:+.3f} [{low_high['ci95'][0]:+.3f}, {low_high['ci95'][1]:+.3f}]"
+                if low_high
+                else "-",
+            )
+        self.display.say(table)
+        run = self.run.directory
+        self.display.say(
+            f"checkpoint {summary['checkpoint']}\npictures   {run / 'samples' / 'progress.png'}\n"
+            f'try        unigrpo generate --model {run} "three red circles above a blue square"'
+        )
+
+
+def _intervals(result: Evaluation) -> dict[str, tuple[float, float]]:
+    return {name: estimate.ci95 for name, estimate in result.scores.items()}
+
+
+def _first_of_each_task(suite: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """First the first prompt of every task, then the second ones, and so on, no text twice."""
+    from unigrpo_cli.suites import task_of
+
+    by_task: dict[str, dict[str, Prompt]] = {}
+    for prompt in suite:
+        by_task.setdefault(task_of(prompt), {}).setdefault(prompt.text, prompt)
+    columns = [list(prompts.values()) for prompts in by_task.values()]
+    for k in range(max(map(len, columns), default=0)):
+        yield [column[k] for column in columns if k < len(column)]
+
+
+def _headline(config: Config, base: str, directory: Path, step: int) -> str:
+    """The batch arithmetic, so that nobody has to guess it."""
+    t = config.train
+    episodes = t.prompts_per_step * t.group_size
+    each = episodes // t.updates
+    lines = [
+        f"[bold]UniGRPO[/] on {base}, {t.tune} tuning of {'both experts' if t.experts == 'both' else t.experts}",
+        f"step = {t.prompts_per_step} prompts x {t.group_size} episodes = {episodes} episodes, "
+        f"{t.epochs * t.updates} optimizer steps on {each}, {-(-each // t.micro_batch)} micro-batches each",
+        f"writing {directory}" + (f", going on from step {step}" if step else ""),
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Ctrl-C or SIGTERM asks to stop after the present step; a second one stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,54 @@
+"""Standing metrics of a training step: what was drawn, how it was judged, how exactly it is replayed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.objective import Objective, Scores, step_densities
+from unigrpo_cli.episode import Group, TextActions, flatten
+from unigrpo_cli.replay import Batch
+from unigrpo_cli.rewards.scoring import Scored
+
+
+def rollout_metrics(groups: Sequence[Group], scored: dict[str, Scored], advantage_B: Tensor) -> dict[str, float]:
+    """What was drawn and how it was judged, before any update."""
+    metrics: dict[str, float] = {}
+    for name, own in scored.items():
+        metrics[f"reward/{name}"] = math.nan if own.mean is None else own.mean
+        metrics[f"reward/{name}/abstained"] = float((~own.valid).mean())
+        for part, values in own.components.items():
+            metrics[f"reward/{name}/{part}"] = float(values[own.valid].mean()) if own.valid.any() else math.nan
+    advantage_PG = advantage_B.view(len(groups), -1)
+    metrics["advantage/zero_groups"] = float((advantage_PG == 0).all(dim=1).float().mean())
+    metrics["advantage/std"] = float(advantage_B.std(correction=0))
+    texts = [s for e in flatten(groups) for s in e.segments if isinstance(s, TextActions)]
+    if texts:
+        metrics["text/length"] = sum(len(t.ids) for t in texts) / len(texts)
+        metrics["text/truncated"] = sum(not t.finished for t in texts) / len(texts)
+    return metrics
+
+
+def drift(replayed: Sequence[tuple[Batch, Scores]], objective: Objective) -> dict[str, float]:
+    """How far replay is from rollout, in log-probability: the same weights, another way to compute them."""
+    text: list[Tensor] = []
+    image: list[Tensor] = []
+    for batch, old in replayed:
+        mask = batch.actions.mask_BL
+        text.append((old.log_prob_BL - batch.behaviour_text_BL)[mask].abs())
+        if old.velocities:
+            scores = [
+                flow.log_prob(objective.kernel, steps.x_next_BKND, step_densities(steps, v, objective))
+                for steps, v in zip(batch.actions.images, old.velocities, strict=True)
+            ]
+            image.append((torch.cat(scores, dim=1) - batch.behaviour_image_BK).abs().flatten())
+    found = {}
+    for name, parts in (("text", text), ("image", image)):
+        values = torch.cat(parts) if parts else torch.zeros(0)
+        if len(values):
+            found |= {f"{name}/drift_max": values.max().item(), f"{name}/drift_mean": values.mean().item()}
+    return found
