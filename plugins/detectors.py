@@ -185,7 +185,7 @@ def background_deviation(images: Sequence[Image]) -> list[float]:
     for image in images:
         x = image.astype(np.float32)[None] / 255
         difference = x - background(x)
-        objects = (np.abs(difference).max(axis=-1) > 4 * CONTRAST)[0]
+        objects = (np.abs(difference).max(axis=-1) > CONTRAST)[0]
         near = np.pad(objects, 2)
         height, width = objects.shape
         shifts = [near[i : i + height, j : j + width] for i in range(5) for j in range(5)]

@@ -152,7 +152,7 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
             for s, segment in enumerate(episode.segments):
                 plain, own = _pack(segment)
                 segments.append(plain)
-                tensors |= {f"{g}.{m}.{s}.{name}": value.contiguous() for name, value in own.items()}
+                tensors |= {f"{g}.{m}.{s}.{name}": value.clone() for name, value in own.items()}
             members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
         prompt = group.prompt
         rows.append({"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "episodes": members})

@@ -134,7 +134,7 @@ def write_text(
     context = out.context
     if alive.any():
         context = policy.forward(context, torch.full_like(fed, stop_id), length_B=[int(a) for a in alive]).context
-    ids_BL, log_prob_BL = torch.stack(ids, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu()
+    ids_BL, log_prob_BL = torch.stack(ids, dim=1).cpu(), torch.stack(log_probs, dim=1).float().cpu()
     texts = []
     for row, (n, truncated) in enumerate(zip(length.tolist(), alive.tolist(), strict=True)):
         own = ids_BL[row, :n].clone()
@@ -208,8 +208,8 @@ def paint(
 
 
 def velocity(policy: Policy, context: Context, x_BND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
-    """v_BND of one noisy image per row at a common time."""
+    """v_BND of one noisy image per row at a common time, fp32 as all latents are."""
     t_B1 = t.to(policy.device).expand(len(x_BND), 1)
     out = policy.forward(context, image=NoisyImage(x_BND[:, None], t_B1, grid))
     assert out.velocity_BKND is not None
-    return out.velocity_BKND[:, 0]
+    return out.velocity_BKND[:, 0].float()

@@ -19,8 +19,8 @@ KERNELS = ("flow", "dance", "cps")
 WINDOWS = ("all", "fixed", "random", "sliding")
 
 
-def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """Times t_T of a sampler with `steps` network calls: T = steps + 1 points, fp32, from 1 down to 0.
+def time_grid(steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Times t_T of a sampler with `steps` network calls: T = steps + 1 points from 1 down to 0.
 
     t = shift * u / (1 + (shift - 1) * u) for u evenly spaced. BAGEL counts points, we count calls: its
     "25 timesteps" are `steps=24`.
@@ -30,8 +30,8 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     """
     if steps < 1 or shift <= 0:
         raise ValueError(f"time_grid needs steps >= 1 and shift > 0, got steps={steps}, shift={shift}")
-    u = torch.linspace(1, 0, steps + 1)
-    return shift * u / (1 + (shift - 1) * u)
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (shift * u / (1 + (shift - 1) * u)).to(dtype)
 
 
 @dataclass(frozen=True)

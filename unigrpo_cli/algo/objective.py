@@ -185,7 +185,7 @@ def unigrpo_loss(
     means: dict[str, Tensor] = {}
     maxima: dict[str, Tensor] = {}
     mask = actions.mask_BL
-    if objective.text_weight:
+    if objective.text_weight and mask.shape[1]:
         gain, stats = text_term(
             new.log_prob_BL, old.log_prob_BL, mask, advantage_B, clip=objective.text_clip, episodes=episodes
         )

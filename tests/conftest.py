@@ -1,0 +1,44 @@
+"""Shared fixtures: a tiny true model, never a mock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rebuild.model import build_model
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        help="directory with flow_sde.safetensors, geneval_rules.jsonl and bagel_tiny/ to check against",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _only_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens to be installed beside us must not decide a test."""
+    monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("UNIGRPO_PLUGINS", raising=False)
+    monkeypatch.delenv("UNIGRPO_PLUGINS_DIR", raising=False)
+
+
+@pytest.fixture
+def tiny() -> UnifiedModel:
+    """The embedded architecture, untrained and small, in fp64: 2 layers of width 32."""
+    model = build_model(seed=0, width=32, layers=2)
+    model.network.double().requires_grad_(True)
+    model.network.latent_pos_embed.pos_embed.requires_grad_(False)
+    with torch.no_grad():  # biases and norms that are not at their neutral values, so that losing one shows
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.network.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model

@@ -1,0 +1,207 @@
+"""Rollout and its mirror image: replay of a fresh rollout says ratio 1, by whatever path, for any program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.objective import Objective, unigrpo_loss
+from unigrpo_cli.episode import Episode, Prompt, TextActions
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.replay import collate, replay
+from unigrpo_cli.rollout import Sampling, paint, read_given, rollout, write_text
+from unigrpo_cli.seeds import derive
+from unigrpo_cli.watch import drift
+
+SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
+WINDOW = flow.Window(1, 3)
+PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green heart", "a heart above a cross")]
+OBJECTIVE = Objective(1.0, 1.0, 0.2, 1e-4, 0.0, "ratio-norm", "velocity-mse", 0.1, "flow", 0.8)
+
+
+def _episodes(model: UnifiedModel, members: int = 2, sampling: Sampling = SAMPLING, seed: int = 0) -> list[Episode]:
+    groups = rollout(model, PROMPTS, members, sampling, WINDOW, seed)
+    return [e for g in groups for e in g.episodes]
+
+
+def test_replay_agrees_with_rollout(tiny: UnifiedModel) -> None:
+    """Decoding token by token from a cache and one packed pass: to 1e-5 in fp32 noise, 1e-7 here in fp64.
+
+    Latents are fp32 by design, so the image's log-probabilities carry fp32 rounding even here.
+    """
+    batch = collate(_episodes(tiny))
+    with torch.no_grad():
+        scores = replay(tiny, batch)
+    found = drift([(batch, scores)], OBJECTIVE)
+    assert found["text/drift_max"] < 1e-6  # behaviour log-probs are stored in fp32
+    assert found["image/drift_max"] < 1e-6
+
+
+def test_embedded_precision_drifts_less_than_1e_5(tiny: UnifiedModel) -> None:
+    tiny.network.float()
+    batch = collate(_episodes(tiny))
+    with torch.no_grad():
+        found = drift([(batch, replay(tiny, batch))], OBJECTIVE)
+    assert 0 < found["text/drift_max"] < 1e-5
+    assert found["image/drift_max"] < 1e-5
+
+
+@pytest.mark.parametrize("coupling", ["full", "detach"])
+def test_the_first_ratio_is_exactly_one(tiny: UnifiedModel, coupling: str) -> None:
+    """With and without gradients the replay computes the same numbers: log-ratio 0.0, not 1e-7."""
+    tiny.network.float()
+    batch = collate(_episodes(tiny))
+    with torch.no_grad():
+        old = replay(tiny, batch, coupling=coupling)
+    new = replay(tiny, batch, coupling=coupling)
+    assert new.log_prob_BL.requires_grad
+    advantage = torch.tensor([1.0, -1.0] * 3)
+    loss = unigrpo_loss(batch.actions, new, old, old, advantage, OBJECTIVE, episodes=6)
+    assert loss.maxima["text/max_abs_log_ratio"].item() == 0.0
+    assert loss.maxima["image/max_abs_log_ratio"].item() == 0.0
+
+
+def test_the_first_gradient_is_reinforces(tiny: UnifiedModel) -> None:
+    """At ratio 1, the objective's gradient is that of sum(A log p): the score-function estimator."""
+    batch = collate(_episodes(tiny))
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], dtype=torch.float64)
+    text_only = replace(OBJECTIVE, image_weight=0.0)
+    with torch.no_grad():
+        old = replay(tiny, batch)
+    unigrpo_loss(batch.actions, replay(tiny, batch), old, None, advantage, text_only, episodes=6).total.backward()
+    ours = {n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None}
+    tiny.network.zero_grad()
+    log_prob = replay(tiny, batch, image=False).log_prob_BL
+    mask = batch.actions.mask_BL
+    reinforce = -(torch.where(mask, log_prob, 0.0).sum(dim=1) / mask.sum(dim=1) * advantage).mean()
+    reinforce.backward()
+    for name, parameter in tiny.network.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_micro_batches_change_no_gradient(tiny: UnifiedModel) -> None:
+    """Other rows pad a batch differently; the gradient of all of them together stays."""
+    episodes = _episodes(tiny)
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], dtype=torch.float64)
+    results = []
+    for size in (6, 4, 1):
+        tiny.network.zero_grad()
+        for at in range(0, 6, size):
+            batch = collate(episodes[at : at + size])
+            with torch.no_grad():
+                old = replay(tiny, batch)
+            loss = unigrpo_loss(
+                batch.actions, replay(tiny, batch), old, old, advantage[at : at + size], OBJECTIVE, episodes=6
+            )
+            loss.total.backward()
+        results.append({n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None})
+    for other in results[1:]:
+        for name, gradient in results[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_padding_ids_do_not_matter(tiny: UnifiedModel) -> None:
+    batch = collate(_episodes(tiny))
+    turn = batch.turns[0]
+    assert len(set(turn.length_B)) > 1, "the case must have padding"
+    hole = torch.arange(turn.ids_BS.shape[1]) >= torch.tensor(turn.length_B)[:, None]
+    poisoned = replace(batch, turns=(replace(turn, ids_BS=torch.where(hole, 17, turn.ids_BS)),))
+    with torch.no_grad():
+        clean, spoilt = replay(tiny, batch), replay(tiny, poisoned)
+    mask = batch.actions.mask_BL
+    torch.testing.assert_close(clean.log_prob_BL[mask], spoilt.log_prob_BL[mask], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(clean.velocities[0], spoilt.velocities[0], rtol=1e-12, atol=1e-14)
+
+
+def test_the_stop_token_is_an_action_and_a_forced_one_is_not(tiny: UnifiedModel) -> None:
+    """Finished texts end in a scored stop token; truncated ones are closed by a token that nobody chose."""
+    finished = [e for e in _episodes(tiny, members=16) if e.segments[-2].finished]
+    truncated = [e for e in _episodes(tiny, members=16) if not e.segments[-2].finished]
+    assert finished
+    assert truncated
+    text = finished[0].segments[-2]
+    assert text.ids[-1] == tiny.stop_id
+    assert text.closing == ()
+    cut = truncated[0].segments[-2]
+    assert cut.closing == (tiny.stop_id,)
+    assert tiny.stop_id not in cut.ids
+    assert len(cut.ids) == SAMPLING.max_new_tokens
+    batch = collate([finished[0], truncated[0]])
+    assert batch.actions.mask_BL.sum(dim=1).tolist() == [len(text.ids), len(cut.ids)]
+    assert [int(batch.turns[0].ids_BS[row, n - 1]) for row, n in enumerate(batch.turns[0].length_B)] == [
+        tiny.stop_id
+    ] * 2
+
+
+def test_temperature_is_inside_the_scored_distribution(tiny: UnifiedModel) -> None:
+    """Sampled at 0.5 and scored at 0.5: no drift. Scored at 1: drift, which is how a mismatch would show."""
+    batch = collate(_episodes(tiny, sampling=replace(SAMPLING, temperature=0.5)))
+    assert batch.temperature == 0.5
+    with torch.no_grad():
+        assert drift([(batch, replay(tiny, batch))], OBJECTIVE)["text/drift_max"] < 1e-6
+        wrong = replace(batch, temperature=1.0)
+        assert drift([(wrong, replay(tiny, wrong))], OBJECTIVE)["text/drift_max"] > 1e-2
+
+
+def _two_rounds(model: UnifiedModel) -> list[Episode]:
+    """prompt, thinking, image, second thinking that sees the image, second image: five segments and a prompt."""
+    from unigrpo_cli.models.mot import NoisyImage
+
+    episodes = []
+    with torch.no_grad():
+        for member, prompt in enumerate(PROMPTS):
+            seed = derive(0, prompt.id, member)
+            given = model.preamble(prompt.text, think=True)
+            context = read_given(model, [torch.cat([s.ids for s in given])])
+            context, first = write_text(model, context, SAMPLING, [seed])
+            image = paint(model, context, SAMPLING, WINDOW, [seed])[0]
+            clean = NoisyImage(image.latent[None, None], torch.zeros(1, 1), image.grid)
+            context = model.forward(context, image=clean, keep_image=True).context
+            context, second = write_text(model, context, SAMPLING, [derive(seed, "again")])
+            repainted = paint(model, context, SAMPLING, WINDOW, [derive(seed, "again")])[0]
+            episodes.append(Episode(prompt, member, seed, (*given, first[0], image, second[0], repainted)))
+    return episodes
+
+
+def test_several_rounds_replay_like_one(tiny: UnifiedModel) -> None:
+    """Nothing assumes two acted segments: text, image, text that saw it, image again."""
+    episodes = _two_rounds(tiny)
+    batch = collate(episodes)
+    assert len(batch.turns) == 2
+    assert len(batch.actions.images) == 2
+    with torch.no_grad():
+        scores = replay(tiny, batch)
+    found = drift([(batch, scores)], OBJECTIVE)
+    assert found["text/drift_max"] < 1e-6
+    assert found["image/drift_max"] < 1e-6
+    counts = [sum(len(s.ids) for s in e.segments if isinstance(s, TextActions)) for e in episodes]
+    assert batch.actions.mask_BL.sum(dim=1).tolist() == counts
+
+
+def test_an_episode_without_thinking(tiny: UnifiedModel) -> None:
+    batch = collate(_episodes(tiny, sampling=replace(SAMPLING, think=False)))
+    assert batch.actions.mask_BL.shape[1] == 0
+    with torch.no_grad():
+        old = replay(tiny, batch)
+    assert drift([(batch, old)], OBJECTIVE)["image/drift_max"] < 1e-6
+    loss = unigrpo_loss(
+        batch.actions, replay(tiny, batch), old, old, torch.ones(6, dtype=torch.float64), OBJECTIVE, episodes=6
+    )
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+
+
+def test_what_cannot_be_stacked_is_refused(tiny: UnifiedModel) -> None:
+    thinking = _episodes(tiny)
+    plain = _episodes(tiny, sampling=replace(SAMPLING, think=False))
+    with pytest.raises(ValueError, match="same segments"):
+        collate([thinking[0], plain[0]])
+    hot = _episodes(tiny, sampling=replace(SAMPLING, temperature=2.0))
+    with pytest.raises(ValueError, match="one temperature"):
+        collate([thinking[0], hot[0]])
+    with pytest.raises(ValueError, match="coupling"):
+        replay(tiny, collate(thinking), coupling="some")

@@ -1,0 +1,149 @@
+"""Episodes: what they hold, that seeds decide them alone, that files give them back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.episode import (
+    Episode,
+    Group,
+    ImageActions,
+    Prompt,
+    TextActions,
+    flatten,
+    load_episodes,
+    save_episodes,
+)
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.seeds import derive, normal, uniform
+
+SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
+WINDOW = flow.Window(1, 3)
+PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green heart", "a heart above a cross")]
+
+
+def _roll(model: UnifiedModel, members: int = 3, seed: int = 0, **changes) -> list[Group]:
+    window = changes.pop("window", WINDOW)
+    return rollout(model, PROMPTS, members, replace(SAMPLING, **changes), window, seed)
+
+
+def _parts(episode: Episode) -> tuple[TextActions, ImageActions]:
+    text, image = episode.segments[-2:]
+    assert isinstance(text, TextActions)
+    assert isinstance(image, ImageActions)
+    return text, image
+
+
+def test_batch_size_changes_no_sample(tiny: UnifiedModel) -> None:
+    whole = flatten(_roll(tiny))
+    for rows in (1, 2, 5):
+        for a, b in zip(whole, flatten(_roll(tiny, rows=rows)), strict=True):
+            (text_a, image_a), (text_b, image_b) = _parts(a), _parts(b)
+            assert torch.equal(text_a.ids, text_b.ids)
+            assert torch.equal(image_a.pixels, image_b.pixels)
+            torch.testing.assert_close(image_a.latent, image_b.latent, atol=1e-5, rtol=0)
+
+
+def test_neither_do_other_prompts(tiny: UnifiedModel) -> None:
+    alone = rollout(tiny, PROMPTS[1:2], 2, SAMPLING, WINDOW, 0)[0].episodes
+    among = rollout(tiny, PROMPTS, 2, SAMPLING, WINDOW, 0)[1].episodes
+    for a, b in zip(alone, among, strict=True):
+        assert torch.equal(_parts(a)[0].ids, _parts(b)[0].ids)
+        assert torch.equal(_parts(a)[1].pixels, _parts(b)[1].pixels)
+
+
+def test_seeds_decide_everything(tiny: UnifiedModel) -> None:
+    one, same, other = (flatten(_roll(tiny, seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(_parts(a)[1].latent, _parts(b)[1].latent) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(_parts(a)[1].latent, _parts(b)[1].latent) for a, b in zip(one, other, strict=True))
+
+
+def test_members_share_the_window_and_nothing_else(tiny: UnifiedModel) -> None:
+    for group in _roll(tiny, members=4):
+        images = [_parts(e)[1] for e in group.episodes]
+        assert len({i.window for i in images}) == 1
+        starts = [i.before[0] for i in images]  # the first stochastic state already differs: own initial noise
+        noises = [(i.after - i.before)[0] for i in images]
+        for k in range(1, 4):
+            assert not torch.equal(starts[0], starts[k])
+            assert not torch.equal(noises[0], noises[k])
+
+
+def test_the_record_is_the_path(tiny: UnifiedModel) -> None:
+    """States chain, times are the schedule's, K follows the window, everything is fp32."""
+    image = _parts(_roll(tiny)[0].episodes[0])[1]
+    assert image.before.dtype == image.after.dtype == image.latent.dtype == torch.float32
+    assert image.before.shape == (3, 36, 192)
+    assert torch.equal(image.after[:-1], image.before[1:])
+    assert torch.equal(image.times, flow.time_grid(6, 1.0))
+    assert image.log_prob.shape == (3,)
+    assert image.pixels.shape == (48, 48, 3)
+
+
+def test_the_first_state_of_a_window_at_zero_is_the_seeds_noise(tiny: UnifiedModel) -> None:
+    episode = _roll(tiny, window=flow.Window(0, 2))[0].episodes[1]
+    expected = normal(derive(episode.seed, "start"), 36, 192)
+    assert torch.equal(_parts(episode)[1].before[0], expected)
+    assert episode.seed == derive(0, "a red circle", 1)
+
+
+def test_an_image_by_euler_steps_alone_records_no_action(tiny: UnifiedModel) -> None:
+    image = _parts(_roll(tiny, window=flow.Window(0, 0))[0].episodes[0])[1]
+    assert image.before.shape == (0, 36, 192)
+    assert image.log_prob.shape == (0,)
+
+
+def test_the_size_may_be_smaller_and_not_square(tiny: UnifiedModel) -> None:
+    image = _parts(_roll(tiny, height=24, width=40)[0].episodes[0])[1]
+    assert image.grid == (3, 5)
+    assert image.pixels.shape == (24, 40, 3)
+
+
+def test_seeds_are_63_bit_and_keys_do_not_run_together() -> None:
+    assert derive(0, "ab", "c") != derive(0, "a", "bc")
+    assert derive(0, 1) == derive(0, "1")
+    assert 0 <= derive(7, "x") < 2**63
+    assert torch.equal(uniform(5, 4), uniform(5, 9)[:4])  # a longer budget keeps the numbers of a shorter one
+
+
+def _same(a: object, b: object) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_files_give_back_what_was_saved(tiny: UnifiedModel, tmp_path: Path) -> None:
+    groups = _roll(tiny)
+    save_episodes(groups, tmp_path)
+    for before, after in zip(groups, load_episodes(tmp_path), strict=True):
+        assert before.prompt == after.prompt
+        for a, b in zip(before.episodes, after.episodes, strict=True):
+            assert (a.member, a.seed) == (b.member, b.seed)
+            for s, t in zip(a.segments, b.segments, strict=True):
+                assert type(s) is type(t)
+                assert all(_same(getattr(s, n), getattr(t, n)) for n in vars(s)), type(s)
+
+
+@pytest.mark.parametrize("damage", ["no file", "truncated", "not json", "missing tensor", "other format"])
+def test_damaged_episodes_are_refused(tiny: UnifiedModel, tmp_path: Path, damage: str) -> None:
+    save_episodes(_roll(tiny), tmp_path)
+    tensors, text = tmp_path / "episodes.safetensors", tmp_path / "episodes.json"
+    match damage:
+        case "no file":
+            tensors.unlink()
+        case "truncated":
+            tensors.write_bytes(tensors.read_bytes()[:-100])
+        case "not json":
+            text.write_text(text.read_text()[:-50])
+        case "missing tensor":
+            text.write_text(text.read_text().replace('"ids"', '"idz"'))
+        case "other format":
+            text.write_text(json.dumps(json.loads(text.read_text()) | {"format": 99}))
+    with pytest.raises(UsageError):
+        load_episodes(tmp_path)
