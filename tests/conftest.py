@@ -10,7 +10,7 @@ import torch
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rebuild.model import build_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are small: a second thread mostly waits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_euler_arrives_at_the_data() -> None:
     """With the exact velocity of a straight path, any grid ends at x_0."""
     x_0, noise, _ = _latents()
     x = noise
-    for t, t_next in zip(flow.time_grid(7, 3.0)[:-1], flow.time_grid(7, 3.0)[1:], strict=True):
+    for t, t_next in pairwise(flow.time_grid(7, 3.0)):
         x = flow.euler(x, noise - x_0, t.double(), t_next.double())
     torch.testing.assert_close(x, x_0, atol=1e-6, rtol=0)
 
@@ -119,7 +120,7 @@ def _variance_error(
     mean, variance = _marginal(start)
     grid = torch.linspace(start, END, steps + 1, dtype=torch.float64)
     points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in pairwise(grid):
         now = float(t)
         slope = (now - (1 - now) * SPREAD**2) / _marginal(now)[1]
         v = slope * points - slope * (1 - now) * MEAN - MEAN

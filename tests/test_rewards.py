@@ -327,7 +327,12 @@ def _write(path: Path, text: str) -> str:
     return str(path)
 
 
-FILE = 'from unigrpo_cli import reward\n\n@reward("{name}")\ndef {name}(prompts):\n    return [{value}] * len(prompts)\n'
+FILE = """from unigrpo_cli import reward
+
+@reward("{name}")
+def {name}(prompts):
+    return [{value}] * len(prompts)
+"""
 
 
 def test_a_file_and_what_it_leaves_alone(tmp_path: Path) -> None:
@@ -509,7 +514,9 @@ def test_built_ins_keep_the_contract(name: str) -> None:
     ],
 )
 def test_the_contract_finds_each_fault(tmp_path: Path, body: str, broken: str) -> None:
-    text = f'import random\nfrom unigrpo_cli import reward\n\n@reward("x", range=(0, 10) if "5.0" not in {body!r} else (0, 1))\ndef x(prompts):\n    {body}\n'
+    high = 1 if "5.0" in body else 10
+    head = f"import random\nfrom unigrpo_cli import reward\n\n@reward('x', range=(0, {high}))\n"
+    text = f"{head}def x(prompts):\n    {body}\n"
     checks = check_reward("x", plugin=_write(tmp_path / "x.py", text))
     assert not next(c for c in checks if c.name == broken).ok
 

@@ -13,7 +13,6 @@ from unigrpo_cli.shapes.prompts import (
     corrupt_plan,
     draw_metadata,
     draw_scene,
-    held_out,
     held_out_prompts,
     parse_prompt,
     request_of,

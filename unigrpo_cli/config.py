@@ -220,6 +220,8 @@ def load_config(
         key, found, value = text.partition("=")
         if not found or not key.strip():
             raise UsageError(f"--set {text}: write it as section.key=value, e.g. --set train.steps=50")
+        if key.strip() == "preset":
+            raise UsageError(f"a preset is chosen by --preset {value.strip()}, before --set")
         _merge(values, _nest(key.strip(), _toml_value(value.strip())))
     for key, value in (named or {}).items():
         if value is not None:

@@ -103,6 +103,8 @@ def reward_choices(config: Config) -> list[RewardChoice]:
     if not config.reward.use:
         raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
     trained = parse_rewards(config.reward.use, config.reward.options)
+    if not any(choice.weight for choice in trained):
+        raise UsageError("every reward has weight 0, so there is nothing to train on; give one a weight, name:1")
     return trained + watched_choices(config, {c.alias for c in trained})
 
 

@@ -6,6 +6,7 @@ import torch
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.seeds import derive
 
 ALSO = {
     "embeddings": ("language_model.model.embed_tokens.",),
@@ -23,7 +24,7 @@ def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
         from unigrpo_cli.models.lora import add_adapters, has_adapters
 
         if not has_adapters(network):
-            add_adapters(network, t.lora_rank, t.lora_alpha)
+            add_adapters(network, t.lora_rank, t.lora_alpha, derive(config.seed, "adapters"))
         else:
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_("lora_" in name)

@@ -21,15 +21,19 @@ TARGETS = (
 )
 
 
-def add_adapters(network: MoT, rank: int, alpha: float) -> None:
+def add_adapters(network: MoT, rank: int, alpha: float, seed: int) -> None:
     """Put fresh adapters on attention and MLP of both experts; everything else is frozen.
+
+    peft draws their first matrices from torch's global generator, which is seeded here and left as it was.
 
     Adapters are fp32 whatever the base is: peft makes them in the base's dtype, and bf16 masters lose updates
     of the sizes used here.
     """
     network.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=TARGETS, bias="none")
-    _inject(network, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _inject(network, config)
 
 
 def _inject(network: MoT, config: LoraConfig) -> None:

@@ -1,0 +1,276 @@
+"""The commands: what they print and write, and that bad input is one clear line and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from unigrpo_cli.cli import app
+from unigrpo_cli.models.checkpoint import embedded_directory
+
+FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def _refused(result: Result, code: int, *says: str) -> None:
+    """A non-zero exit, one line on stderr that says so, no traceback."""
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, result.output
+    assert "Traceback" not in result.output
+    for text in says:
+        assert text in errors[0], errors[0]
+
+
+def _reward(folder: Path, body: str, name: str = "mine") -> Path:
+    path = folder / f"{name}.py"
+    path.write_text(
+        f'import time\nfrom unigrpo_cli import reward\n\n@reward("{name}")\ndef {name}(images):\n    {body}\n'
+    )
+    return path
+
+
+# ----- what works
+
+
+def test_generate_writes_the_picture_with_its_story(tmp_path: Path) -> None:
+    prompt = "three red circles above a blue square"
+    out = tmp_path / "out"
+    result = _run("generate", prompt, "--out", out, "--json", "-n", 2)
+    assert result.exit_code == 0, result.output
+    images = json.loads(result.stdout)["images"]
+    assert len(images) == 2
+    for row in images:
+        path = Path(row["path"])
+        with Image.open(path) as image:
+            assert image.size == (48, 48)
+            inside = json.loads(image.text["unigrpo"])
+        assert inside == json.loads(path.with_suffix(".json").read_text())
+        assert inside["prompt"] == prompt
+        assert inside["reasoning"].startswith("<think>")
+    assert images[0]["reasoning"] != images[1]["reasoning"]
+    assert (out / "sheet.png").is_file()
+
+
+def test_generate_is_repeatable_and_seeds_differ(tmp_path: Path) -> None:
+    def pixels(name: str, *more: str) -> bytes:
+        result = _run("generate", "a red heart", "--out", tmp_path / name, "--json", *more)
+        return Image.open(json.loads(result.stdout)["images"][0]["path"]).tobytes()
+
+    assert pixels("a") == pixels("b") == pixels("c", "--set", "sampling.rows=1")
+    assert pixels("d", "--seed", "5") != pixels("a2")
+
+
+def test_generate_without_thinking(tmp_path: Path) -> None:
+    result = _run("generate", "a red heart", "--no-think", "--out", tmp_path / "o", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["images"][0]["reasoning"] is None
+
+
+def test_generate_from_a_file_and_unknown_words(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red heart\na purple elephant\n")
+    result = _run("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["images"]) == 2
+    assert "no word for elephant" in result.stderr
+
+
+def test_rollout_writes_episodes_that_can_be_scored_again(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    result = _run("rollout", "--reward", "geneval,clip", "--limit", 2, "--group-size", 3, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["episodes"] == 6
+    assert set(summary["rewards"]) == {"geneval", "clip"}
+    rows = json.loads((out / "rewards.json").read_text())
+    assert len(list((out / "images").glob("*.png"))) == len(rows) == 6
+    again = _run("rollout", "--from", out, "--reward", "geneval", "--out", tmp_path / "b", "--json")
+    assert json.loads(again.stdout)["rewards"]["geneval"] == pytest.approx(summary["rewards"]["geneval"])
+    other = _run("rollout", "--from", out, "--reward", "plan", "--out", tmp_path / "c", "--json")
+    assert other.exit_code == 0, other.output
+
+
+def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
+    result = _run("eval", "--limit", 2, "--out", tmp_path / "e", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["n"] == 12
+    assert set(report["scores"]) == {"geneval", "plan", "fidelity", "clean"}
+    for score in report["scores"].values():
+        assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
+    assert len(report["per_task"]) == 6
+    assert len(list((tmp_path / "e" / "images").glob("*.png"))) == 12
+
+
+def test_eval_compares_a_model_with_itself_as_equal(tmp_path: Path) -> None:
+    result = _run("eval", "--limit", 2, "--compare", "embedded", "--out", tmp_path / "e", "--json")
+    difference = json.loads(result.stdout)["difference"]["geneval"]
+    assert difference == {"mean": 0.0, "ci95": [0.0, 0.0]}
+
+
+def test_eval_gate(tmp_path: Path) -> None:
+    assert _run("eval", "--limit", 1, "--fail-under", "geneval=0", "--out", tmp_path / "a").exit_code == 0
+    failed = _run("eval", "--limit", 1, "--fail-under", "geneval=1.01", "--out", tmp_path / "b")
+    _refused(failed, 4, "under --fail-under geneval=1.01")
+
+
+def test_eval_of_geneval_prompts_by_clip(tmp_path: Path) -> None:
+    """The 553 prompts run through; what the embedded model cannot read, it says."""
+    result = _run("eval", "--suite", "geneval", "--limit", 1, "--reward", "clip", "--out", tmp_path / "e", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n"] == 6
+    assert "has no word for" in result.stderr
+
+
+def test_rewards_list_info_new_and_test(tmp_path: Path) -> None:
+    listed = json.loads(_run("rewards", "list", "--json").stdout)["rewards"]
+    assert {"clip", "geneval"} <= {row["name"] for row in listed}
+    assert all(row["state"] == "ok" for row in listed)
+    assert "mode" in {
+        o["option"] for o in json.loads(_run("rewards", "info", "geneval", "--json").stdout)["options"]
+    }
+    for kind in ("function", "class"):
+        made = _run("rewards", "new", f"my_{kind}", "--kind", kind, "--out", tmp_path)
+        assert made.exit_code == 0, made.output
+        tested = _run("rewards", "test", f"my_{kind}", "--plugin", tmp_path / f"my_{kind}.py", "--json")
+        assert tested.exit_code == 0, tested.output
+        assert all(c["ok"] for c in json.loads(tested.stdout)["checks"])
+
+
+def test_a_broken_plugin_is_listed_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run("--help").exit_code == 0
+    result = _run("rewards", "test", "mine", "--plugin", _reward(tmp_path, "return [1.0]"))
+    assert result.exit_code == 3
+    assert "1 scores for 8 samples" in result.output
+
+
+# ----- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["train", "--reward", "klip"], 3, ["unknown reward 'klip'", "did you mean clip"]),
+        (["train", "--reward", "clip@modle=x"], 3, ["no option 'modle'", "did you mean model"]),
+        (["train", "--reward", "clip@@"], 2, ["@key=value"]),
+        (["train", "--reward", "clip@model=ViT-B-32"], 3, ["needs @pretrained="]),
+        (["train", "--reward", "clip@model=nowhere@pretrained=x"], 3, ["cannot be loaded"]),
+        (["train", "--reward", "geneval", "-R", "clip.mode=x"], 2, ["--reward-opt clip.mode"]),
+        (["train", "--reward", "geneval", "--set", "train.stpes=3"], 2, ["did you mean train.steps"]),
+        (["train", "--reward", "geneval", "--set", "train.steps=x"], 2, ["train.steps = 'x'"]),
+        (["train", "--reward", "geneval", "--preset", "big"], 2, ["unknown preset 'big'"]),
+        (["train", "--reward", "geneval", "--config", "none.toml"], 2, ["no configuration file"]),
+        (["train", "--reward", "geneval", "--prompts", "none.txt"], 2, ["no prompts file"]),
+        (["train", "--reward", "geneval", "--model", "nowhere"], 5, ["no model at nowhere"]),
+        (["train", "--reward", "geneval", "--adapter", "nowhere", "--set", "train.tune=lora"], 5, ["no adapter"]),
+        (["train", "--reward", "geneval", "--plugin", "none.py"], 3, ["no file none.py"]),
+        (["train", "--reward", "geneval", "--resume", "nowhere"], 2, ["no such checkpoint or run"]),
+        (["train", "--reward", "geneval", "--resume", "auto"], 2, ["no run below ./runs"]),
+        (["train", "--reward", "geneval:0"], 2, ["weight 0"]),
+        (["train", "--reward", "geneval", "--set", "eval.suite=shape"], 2, ["did you mean shapes"]),
+        (["train", "--reward", "geneval", "--set", "sampling.height=50"], 2, ["multiples of 8"]),
+        (["train", "--reward", "geneval", "--set", "device=quantum"], 2, ["device 'quantum'"]),
+        (["rollout", "--from", "nowhere", "--reward", "geneval"], 2, ["holds no episodes"]),
+        (["rollout", "--reward", "plan", "--set", "sampling.think=false"], 3, ["does not think"]),
+        (["eval", "--suite", "geneval"], 3, ["cannot see", "bench"]),
+        (["eval", "--fail-under", "geneval"], 2, ["NAME=VALUE"]),
+        (["generate"], 2, ["say what to paint"]),
+        (["generate", " "], 2, ["empty prompt"]),
+        (["rewards", "info", "nothing"], 3, ["unknown reward"]),
+        (["rewards", "new", "Not-A-Name"], 2, ["cannot name a reward"]),
+        (["rewards", "new", "x", "--kind", "poem"], 2, ["accepted: class, function"]),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], code: int, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _refused(_run(*arguments), code, *says)
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+@pytest.mark.parametrize("content", ["", "{not json", '{"text": 1}'])
+def test_empty_and_malformed_prompt_files(tmp_path: Path, name: str, content: str) -> None:
+    if name == "p.txt" and content:
+        pytest.skip("any line is a prompt in a text file")
+    (tmp_path / name).write_text(content)
+    for command in (["train", "--reward", "clip"], ["rollout", "--reward", "clip"], ["generate"]):
+        _refused(_run(*command, "--prompts", tmp_path / name), 2, name)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the embedded model, to be damaged."""
+    return Path(shutil.copytree(embedded_directory(), tmp_path / "model"))
+
+
+def _truncate(model: Path) -> None:
+    weights = model / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def _resize(model: Path) -> None:
+    config = model / "llm_config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
+
+
+def _widen(model: Path) -> None:
+    config = model / "llm_config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 344', '"intermediate_size": 352'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_truncate, "damaged or truncated"),
+        (_resize, "unexpected"),
+        (_widen, "of another shape"),
+        (lambda m: (m / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+        (lambda m: (m / "config.json").write_text("{"), "unreadable configuration"),
+        (lambda m: (m / "llm_config.json").write_text("{}"), "unreadable configuration"),
+        (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    ],
+)
+def test_damaged_checkpoints(copy: Path, damage, says: str, tmp_path: Path) -> None:
+    damage(copy)
+    for command in (["generate", "a red heart"], ["eval", "--limit", "1"]):
+        _refused(_run(*command, "--model", copy, "--out", tmp_path / "out"), 5, says)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise ValueError('no judge')", ["failed in score", "ValueError: no judge", "rewards test mine"]),
+        ("raise SystemExit(0)", ["failed in score", "SystemExit"]),
+        ("return [float('nan')] * len(images)", ["abstained (NaN) on 100%", "max_abstain"]),
+        ("return [1.0]", ["1 scores for"]),
+        ("return 'good'", ["must give a list"]),
+        ("time.sleep(600)", ["no answer within 1 s", "reward.timeout_s"]),
+    ],
+)
+def test_rewards_that_fail_stop_the_run_with_their_name(tmp_path: Path, body: str, says: list[str]) -> None:
+    plugin = _reward(tmp_path, body)
+    more = ["--out", tmp_path / "run", "--set", "reward.timeout_s=1", *FAST]
+    _refused(_run("train", "--reward", "mine", "--plugin", plugin, *more), 3, "'mine'", *says)
+
+
+def test_an_output_directory_in_use(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    for command in (["train", "--reward", "geneval", *FAST], ["eval", "--limit", "1"], ["generate", "a heart"]):
+        _refused(_run(*command, "--out", tmp_path), 2, "not empty")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIGRPO_DEBUG", "1")
+    assert _run("generate").exception is not None

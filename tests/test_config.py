@@ -1,0 +1,92 @@
+"""Configuration: precedence, types, near misses, and that it survives being written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unigrpo_cli.config import PRESETS, Config, config_keys, load_config, to_toml
+from unigrpo_cli.errors import UsageError
+
+
+def test_later_wins(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("seed = 3\n[train]\nsteps = 7\nlr_text = 0.5\n")
+    config = load_config(file=file, overrides=["train.steps=8"], named={"seed": 9, "train.lr_image": None})
+    assert (config.train.steps, config.train.lr_text, config.seed) == (8, 0.5, 9)
+    assert config.preset == "embedded"
+    assert load_config(file=file).train.steps == 7
+
+
+def test_the_papers_values_are_the_paper_presets() -> None:
+    """Table 3 and the equations, one by one."""
+    c = load_config(preset="paper")
+    s, o, t = c.sampling, c.objective, c.train
+    assert (s.steps + 1, s.shift, s.noise_level, s.kernel, s.temperature) == (25, 3.0, 0.8, "flow", 1.0)
+    assert (s.window, s.window_within, s.window_size) == ("random", (0, 5), 3)
+    assert (s.height, s.width) == (1024, 1024)
+    assert (o.image_clip, o.penalty, o.penalty_weight) == (1e-6, "velocity-mse", 1.5e-5)
+    assert (o.image_weight, o.text_kl, o.trust_region) == (1.0, 0.0, "ratio-norm")
+    assert (t.group_size, t.prompts_per_step, t.lr_text, t.lr_image) == (24, 32, 1e-6, 3e-5)
+    assert c.eval.steps + 1 == 50
+    assert c.advantage.std == "group"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str) -> None:
+    config = load_config(preset=preset, overrides=["reward.options={clip.model = 'a,b'}", "advantage.clamp=2.5"])
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert load_config(file=file) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stpes=3", "unknown configuration key 'train.stpes': did you mean train.steps"),
+        ("steps=3", "did you mean"),
+        ("train.kernel=cps", "did you mean sampling.kernel"),
+        ("nonsense.key=1", "unknown configuration key 'nonsense'"),
+        ("train=3", "is a section"),
+        ("train.steps", "section.key=value"),
+        ("train.steps=many", "train.steps = 'many'"),
+        ("train.steps=-1", "greater than or equal to 0"),
+        ("train.group_size=1", "greater than or equal to 2"),
+        ("train.lr_text=nan", "finite"),
+        ("objective.image_clip=0", "greater than 0"),
+        ("sampling.kernel=euler", "'flow', 'dance' or 'cps'"),
+        ("sampling.window_size=9", "does not fit"),
+        ("train.updates=3", "must divide train.prompts_per_step"),
+        ("sampling.temperature=0", "greedy"),
+        ("preset=paper", "--preset paper"),
+    ],
+)
+def test_what_is_refused(override: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load_config(overrides=[override])
+
+
+def test_unknown_presets() -> None:
+    with pytest.raises(UsageError, match="unknown preset 'papre': did you mean paper"):
+        load_config(preset="papre")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no configuration file"):
+        load_config(file=tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    with pytest.raises(UsageError, match="not readable TOML"):
+        load_config(file=tmp_path / "bad.toml")
+    (tmp_path / "typo.toml").write_text("[trian]\nsteps = 1\n")
+    with pytest.raises(UsageError, match="did you mean train"):
+        load_config(file=tmp_path / "typo.toml")
+
+
+def test_it_is_frozen_and_every_key_is_described() -> None:
+    config = Config()
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+    keys = config_keys()
+    assert {"train.steps", "train.checkpoint_every", "sampling.window"} <= set(keys)
+    assert all(len(what) > 8 for what, _ in keys.values())

@@ -1,0 +1,281 @@
+"""A whole run on the embedded model: its report, its files, resuming, interrupting, adapters, every variant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from unigrpo_cli.cli import app
+from unigrpo_cli.config import load_config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.models.checkpoint import load_model
+from unigrpo_cli.models.lora import has_adapters
+from unigrpo_cli.train import prompts_for, window_of
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+SMALL = [
+    "train",
+    "--reward",
+    "geneval,clip",
+    *("--set", "train.prompts_per_step=2"),
+    *("--set", "train.group_size=4"),
+    *("--set", "eval.limit=1"),
+    *("--set", "sampling.steps=6"),
+    *("--set", "eval.steps=4"),
+    *("--set", "train.samples_every=2"),
+]
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def _train(out: Path, *more: str) -> dict:
+    result = _run(*SMALL, "--out", out, "--json", *more)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_report_and_files(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = _train(out, "--steps", "3", "--set", "train.checkpoint_every=2")
+    assert {"run", "steps", "seconds", "eval_before", "eval_after", "checkpoint"} <= set(summary)
+    assert summary["steps"] == 3
+    assert summary["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
+    assert 0 < summary["rollout_drift_max_abs"]["text"] <= 1e-5
+    assert summary["rollout_drift_max_abs"]["image"] <= 1e-5
+    assert {"geneval", "clip", "plan"} <= set(summary["eval_before"]) == set(summary["eval_after"])
+    assert json.loads((out / "summary.json").read_text())["steps"] == 3
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    documented = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
+    for key in rows[0]:
+        family = key.split("/")[0] if key.startswith(("reward/", "seconds/")) else key
+        tail = key.split("/")[-1]
+        assert f"`{family}" in documented or f"`{tail}`" in documented or f"/{tail}`" in documented, key
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    for name in ("config.toml", "environment.json", "eval_before.json", "eval_after.json", "samples/progress.png"):
+        assert (out / name).is_file(), name
+    assert (out / "samples" / "step_000000.png").is_file()
+    assert (out / "samples" / "step_000003.png").is_file()
+    again = _run("eval", "--model", out, "--limit", "1", "--out", tmp_path / "e", "--json", "--set", "eval.steps=4")
+    scores = json.loads(again.stdout)["scores"]
+    assert scores["geneval"]["mean"] == pytest.approx(summary["eval_after"]["geneval"])
+
+
+def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:06d}" / "ema.safetensors")
+
+
+def _metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
+    """4 steps, or 2 and then 2 more: weights, metrics and pictures."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _train(whole, "--steps", "4")
+    _train(parts, "--steps", "2")
+    resumed = _run("train", "--resume", parts, "--steps", "4", "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["steps"] == 4
+    a, b = _weights(whole, 4), _weights(parts, 4)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert _metrics(whole) == _metrics(parts)
+    one, two = ((r / "samples" / "step_000004" / "0.png").read_bytes() for r in (whole, parts))
+    assert one == two
+    start = load_file(embedded_weights())
+    assert any(not torch.equal(a[name], start[name]) for name in a), "nothing was trained"
+
+
+def embedded_weights() -> Path:
+    from unigrpo_cli.models.checkpoint import embedded_directory
+
+    return embedded_directory() / "ema.safetensors"
+
+
+def test_resume_forgets_what_it_does_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _train(run, "--steps", "3", "--set", "train.checkpoint_every=1")
+    first = _metrics(run)
+    result = _run("train", "--resume", run / "checkpoints" / "step_000001", "--json")
+    assert result.exit_code == 0, result.output
+    assert _metrics(run) == first
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _train(run, "--steps", "1")
+    checkpoint = run / "checkpoints" / "step_000001"
+    moments = checkpoint / "optimizer.safetensors"
+    moments.write_bytes(moments.read_bytes()[:500])
+    result = _run("train", "--resume", "auto", "--out", run, "--steps", "2")
+    assert result.exit_code == 5
+    assert "damaged" in result.stderr
+    (checkpoint / "state.json").write_text("{}")
+    result = _run("train", "--resume", checkpoint, "--steps", "2")
+    assert result.exit_code == 5
+    assert "checkpoint format" in result.stderr
+
+
+def test_resuming_with_another_kind_of_tuning_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _train(run, "--steps", "1")
+    result = _run("train", "--resume", run, "--set", "train.tune=lora")
+    assert result.exit_code == 2
+    assert "train.tune=full" in result.stderr
+    result = _run("train", "--resume", run, "--set", "train.experts=text", "--steps", "2")
+    assert result.exit_code == 5
+    assert "other weights" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_can_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", "from unigrpo_cli.cli import main; main()", *SMALL, "--out", str(run)]
+    process = subprocess.Popen(
+        [*command, "--steps", "500", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    summary = json.loads(output)
+    assert summary["interrupted"]
+    steps = summary["steps"]
+    assert 1 <= steps < 500
+    assert _run("generate", "a red heart", "--model", run, "--out", tmp_path / "g").exit_code == 0
+    resumed = _run("train", "--resume", "auto", "--out", run, "--steps", str(steps + 1), "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["steps"] == steps + 1
+    assert len(_metrics(run)) == steps + 1
+
+
+def test_adapters_train_save_and_load(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=4", "--set", "train.lr_image=1e-2"]
+    summary = _train(run, "--steps", "2", *lora)
+    assert summary["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
+    checkpoint = run / "checkpoints" / "step_000002"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in checkpoint.iterdir()}
+    assert not (checkpoint / "ema.safetensors").exists()
+
+    def painted(*model: str | Path) -> bytes:
+        out = tmp_path / f"g{len(list(tmp_path.iterdir()))}"
+        result = _run("generate", "a red heart", "--out", out, "--json", *model)
+        assert result.exit_code == 0, result.output
+        return Path(json.loads(result.stdout)["images"][0]["path"]).read_bytes()[-2000:]
+
+    assert painted("--model", run) == painted("--adapter", checkpoint)
+    whole = tmp_path / "whole"
+    _train(whole, "--steps", "3", *lora)
+    resumed = _run("train", "--resume", run, "--steps", "3", "--json")
+    assert resumed.exit_code == 0, resumed.output
+    a, b = (load_file(r / "checkpoints" / "step_000003" / "adapter_model.safetensors") for r in (whole, run))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(value.abs().max() > 0 for name, value in a.items() if "lora_B" in name)
+
+
+def test_adapters_off_is_the_start() -> None:
+    """The reference of LoRA is the same network without its adapters; afterwards they are on again."""
+    config = load_config(overrides=["train.tune=lora", "train.lora_rank=4"])
+    start = load_model("embedded")
+    policy = prepare_policy(load_model("embedded"), config)
+    assert has_adapters(policy.network)
+    with torch.no_grad():
+        for name, parameter in policy.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    ids = torch.tensor([[1, 9, 12, 2]])
+
+    def states(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model.forward(model.empty_context(1), ids).hidden_BLC
+
+    with policy.reference() as reference:
+        assert torch.equal(states(reference), states(start))
+    assert not torch.allclose(states(policy), states(start), atol=1e-2)
+    names = [n for n, p in policy.network.named_parameters() if p.requires_grad]
+    assert names
+    assert all("lora_" in n for n in names)
+
+
+def test_each_expert_has_its_learning_rate() -> None:
+    config = load_config(overrides=["train.lr_text=0.5", "train.lr_image=0.25"])
+    policy = prepare_policy(load_model("embedded"), config)
+    groups = {g["expert"]: g for g in make_optimizer(policy, config).param_groups}
+    assert (groups["text"]["lr"], groups["image"]["lr"]) == (0.5, 0.25)
+    named = {id(p): n for n, p in policy.network.named_parameters()}
+    assert all("_moe_gen" in named[id(p)] for p in groups["image"]["params"])
+    assert not any("_moe_gen" in named[id(p)] for p in groups["text"]["params"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "sampling.kernel=dance",
+        "sampling.kernel=cps",
+        "sampling.window=all",
+        "sampling.window=fixed",
+        "sampling.window=sliding",
+        "sampling.think=false",
+        "objective.trust_region=ratio",
+        "objective.penalty=latent-kl",
+        "objective.penalty=none",
+        "objective.text_kl=0.1",
+        "objective.coupling=detach",
+        "advantage.std=batch",
+        "advantage.std=none",
+        "advantage.combine=rank",
+        "train.epochs=2",
+        "train.updates=1",
+        "train.experts=text",
+        "train.experts=image",
+        "train.activation_checkpointing=true",
+        "train.also=['embeddings', 'head', 'projections']",
+        "train.warmup=3",
+        "train.micro_batch=3",
+    ],
+)
+def test_every_variant_steps(tmp_path: Path, setting: str) -> None:
+    """A step and a half of every named choice: finite, and the first ratio exact."""
+    more = ["--set", "eval.rewards=[]"] if "think=false" in setting else []
+    summary = _train(tmp_path / "run", "--steps", "1", "--set", setting, "--set", "train.samples_every=0", *more)
+    row = _metrics(tmp_path / "run")[0]
+    assert all(value == value for value in row.values())
+    for kind in ("text", "image"):
+        trained = f"{kind}/first_max_abs_log_ratio" in row
+        assert (summary["ratio_step0_max_abs_log"][kind] == 0.0) == trained
+        assert row.get(f"{kind}/first_max_abs_log_ratio", 0.0) == 0.0
+
+
+def test_prompts_go_round_and_depend_on_the_step_alone() -> None:
+    config = load_config(overrides=["train.prompts_per_step=4", "train.updates=1"])
+    prompts = [Prompt(str(k), str(k)) for k in range(10)]
+    seen = [p.text for step in range(5) for p in prompts_for(prompts, config, step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.text for p in prompts)
+    assert seen[:10] != seen[10:]
+    assert prompts_for(prompts, config, 3) == prompts_for(prompts, config, 3)
+    few = prompts_for(prompts[:1], config, 0)
+    assert len({p.id for p in few}) == 4, "a prompt that comes twice in a step gets noise of its own"
+
+
+def test_the_window_is_drawn_per_step() -> None:
+    config = load_config()
+    starts = {window_of(config, step).start for step in range(40)}
+    low, high = config.sampling.window_within
+    assert starts == set(range(low, high - config.sampling.window_size + 1))
+    assert window_of(config, 7) == window_of(config, 7)
