@@ -65,7 +65,7 @@ class ShapesDetector:
         return found
 
 
-def _detect_stack(x_BHWC: NDArray[np.float32]) -> list[list[Detection]]:
+def _detect_stack(x_BHWC: NDArray[np.floating]) -> list[list[Detection]]:
     count, height, width, _ = x_BHWC.shape
     unit = min(height, width) / 48
     difference = x_BHWC - background(x_BHWC)
@@ -86,8 +86,8 @@ def _detect_stack(x_BHWC: NDArray[np.float32]) -> list[list[Detection]]:
         if alpha.sum() < SMALLEST * unit**2 / 2:
             continue  # specks without a common colour: noise, not an object
         kept.append((b, mask))
-        ys, xs = np.indices(mask.shape)
-        cx, cy = (float(((axis + 0.5) * alpha).sum() / alpha.sum()) for axis in (xs, ys))
+        rows, columns = np.indices(mask.shape)
+        cx, cy = (float(((axis + 0.5) * alpha).sum() / alpha.sum()) for axis in (columns, rows))
         x0, y0 = int(cx) - side // 2, int(cy) - side // 2
         padded = np.pad(alpha, side)
         alphas.append(padded[y0 + side : y0 + 2 * side, x0 + side : x0 + 2 * side])
@@ -103,7 +103,7 @@ def _detect_stack(x_BHWC: NDArray[np.float32]) -> list[list[Detection]]:
     return found
 
 
-def confidence(fit: NDArray[np.float32]) -> float:
+def confidence(fit: NDArray[np.floating]) -> float:
     """Confidence from the fits of one piece: how good the best is, times how far ahead of the second."""
     first, second = np.sort(fit)[::-1][:2]
     good = np.clip((first - 0.60) / 0.20, 0, 1)
@@ -111,7 +111,7 @@ def confidence(fit: NDArray[np.float32]) -> float:
     return float(good * (0.5 + 0.5 * ahead))
 
 
-def background(x_BHWC: NDArray[np.float32]) -> NDArray[np.float32]:
+def background(x_BHWC: NDArray[np.floating]) -> NDArray[np.floating]:
     """Median colour of each picture's border, [B, 1, 1, 3]."""
     border = np.concatenate([x_BHWC[:, 0], x_BHWC[:, -1], x_BHWC[:, :, 0], x_BHWC[:, :, -1]], axis=1)
     return np.median(border, axis=1)[:, None, None, :]
@@ -134,8 +134,8 @@ def connected(mask_BHW: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 
 def _coverage_of(
-    difference: NDArray[np.float32], contrast: NDArray[np.float32], mask: NDArray[np.bool_]
-) -> NDArray[np.float32]:
+    difference: NDArray[np.floating], contrast: NDArray[np.floating], mask: NDArray[np.bool_]
+) -> NDArray[np.floating]:
     """How much of each pixel a piece covers: its difference from the background relative to its core's."""
     core = mask & (contrast >= 0.7 * contrast[mask].max())
     color = np.median(difference[core], axis=0)
@@ -158,8 +158,8 @@ def _unit(shape: str) -> tuple[float, float]:
 
 
 def shape_fits(
-    alpha_MHW: NDArray[np.float32], centre_M2: NDArray[np.float32], grid: NDArray[np.float32]
-) -> NDArray[np.float32]:
+    alpha_MHW: NDArray[np.floating], centre_M2: NDArray[np.floating], grid: NDArray[np.floating]
+) -> NDArray[np.floating]:
     """Soft intersection over union of each piece with each shape of its area and centroid: [M, shapes]."""
     area = alpha_MHW.sum(axis=(1, 2))
     fits = []

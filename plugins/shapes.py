@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from unigrpo_cli import Options, RewardBatch, RewardContext
+from unigrpo_cli import Options as NoOptions
+from unigrpo_cli import RewardBatch, RewardContext
 
 
 class FidelityReward:
@@ -20,9 +21,9 @@ class FidelityReward:
     needs = frozenset({"image", "reasoning"})
     batch_size = None
     licence = "ours"
-    Options = Options
+    Options = NoOptions
 
-    def __init__(self, options: Options):
+    def __init__(self, options: NoOptions):
         pass
 
     def setup(self, context: RewardContext) -> None:
@@ -59,9 +60,9 @@ class PlanReward:
     needs = frozenset({"reasoning", "metadata:include"})
     batch_size = None
     licence = "ours"
-    Options = Options
+    Options = NoOptions
 
-    def __init__(self, options: Options):
+    def __init__(self, options: NoOptions):
         pass
 
     def score(self, batch: RewardBatch) -> list[float]:
@@ -83,9 +84,9 @@ class CleanReward:
     needs = frozenset({"image"})
     batch_size = None
     licence = "ours"
-    Options = Options
+    Options = NoOptions
 
-    def __init__(self, options: Options):
+    def __init__(self, options: NoOptions):
         pass
 
     def score(self, batch: RewardBatch) -> list[float]:

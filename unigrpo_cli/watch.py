@@ -46,7 +46,7 @@ def drift(replayed: Sequence[tuple[Batch, Scores]], objective: Objective) -> dic
                 for steps, v in zip(batch.actions.images, old.velocities, strict=True)
             ]
             image.append((torch.cat(scores, dim=1) - batch.behaviour_image_BK).abs().flatten())
-    found = {}
+    found: dict[str, float] = {}
     for name, parts in (("text", text), ("image", image)):
         values = torch.cat(parts) if parts else torch.zeros(0)
         if len(values):

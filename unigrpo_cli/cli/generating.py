@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -79,7 +79,7 @@ def generate(
         for episode in group.episodes:
             path = directory / f"{g:03d}_{episode.member:02d}.png"
             pixels = episode.pixels.numpy()
-            story = {
+            story: dict[str, Any] = {
                 "prompt": group.prompt.text,
                 "reasoning": episode.reasoning,
                 "model": settings.model,

@@ -63,10 +63,10 @@ def _facts(entry: RewardEntry) -> dict[str, Any]:
         factory = entry.factory()
     except RewardError as error:
         return row | {"state": f"broken: {error}"}
-    range_ = getattr(factory, "range", None)
-    finite = range_ is not None and all(abs(x) != float("inf") for x in range_)
+    limits = list(getattr(factory, "range", ()))
+    finite = bool(limits) and all(abs(x) != float("inf") for x in limits)
     return row | {
-        "range": list(range_) if finite else None,
+        "range": limits if finite else None,
         "needs": sorted(getattr(factory, "needs", ())),
         "summary": getattr(factory, "summary", ""),
     }

@@ -130,7 +130,7 @@ def _all_think(groups: Sequence[Group]) -> bool:
 
 def _rows(groups: Sequence[Group], scored: dict[str, Scored]) -> list[dict[str, Any]]:
     """One JSON row per episode: what was asked, written and scored."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for g, group in enumerate(groups):
         for episode in group.episodes:
             k = len(rows)

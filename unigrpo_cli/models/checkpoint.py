@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.mot import LatentPositions, MoT, config_files, read_config
-from unigrpo_cli.models.unified import EDGES, PixelCodec, UnifiedModel
+from unigrpo_cli.models.unified import PixelCodec, UnifiedModel, edge_ids
 
 EMBEDDED = "embedded"
 WEIGHTS = "ema.safetensors"
@@ -70,11 +70,9 @@ def load_model(
             f"{directory}: this model paints in the latents of an autoencoder (factor "
             f"{config.pixels_per_latent}); this version reads models that paint pixels"
         )
-    edges = [tokenizer.token_to_id(name) for name in EDGES]
-    if None in edges:
-        raise WeightsError(f"{directory}/tokenizer.json lacks the image tokens {', '.join(EDGES)}")
+    edges = edge_ids(tokenizer)
     with torch.device("meta"):
-        network = MoT(config, (edges[0], edges[1]))
+        network = MoT(config, edges)
     state = read_weights(directory / WEIGHTS, network, device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
     network.latent_pos_embed.pos_embed.requires_grad_(False)

@@ -336,6 +336,26 @@ class NoisyImage:
     grid: tuple[int, int] = field(default=(0, 0))  # token rows and columns; rows * columns = N
 
 
+class Decoder(nn.Module):
+    """Embeddings, layers and both final norms; a room of its own for the sake of the tensor names."""
+
+    def __init__(self, config: MoTConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and the head over the vocabulary, not tied to the embeddings."""
+
+    def __init__(self, config: MoTConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
 class MoT(nn.Module):
     """The network. Prefill, decode, denoise and replay are four argument patterns of `forward`."""
 
@@ -346,14 +366,7 @@ class MoT(nn.Module):
         self.edge_ids = edge_ids
         self.activation_checkpointing = False
         width = config.hidden_size
-        model = nn.Module()
-        model.embed_tokens = nn.Embedding(config.vocab_size, width)
-        model.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_hidden_layers))
-        model.norm = RMSNorm(width, config.rms_norm_eps)
-        model.norm_moe_gen = RMSNorm(width, config.rms_norm_eps)
-        self.language_model = nn.Module()
-        self.language_model.model = model
-        self.language_model.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.language_model = LanguageModel(config)
         self.time_embedder = TimeEmbedder(width)
         self.vae2llm = nn.Linear(config.token_dim, width)
         self.llm2vae = nn.Linear(width, config.token_dim)

@@ -13,11 +13,29 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from unigrpo_cli.episode import GivenText
+from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.mot import Context, MoT, MoTOutput, NoisyImage, expert_of
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 EDGES = ("<|vision_start|>", "<|vision_end|>")
 UNKNOWN = "<unk>"
+
+
+def token_id(tokenizer: Tokenizer, name: str) -> int:
+    """The id of a special token.
+
+    Raises:
+        WeightsError: when the tokenizer does not have it.
+    """
+    found = tokenizer.token_to_id(name)
+    if found is None:
+        raise WeightsError(f"the tokenizer lacks {name}; models in BAGEL's format need it")
+    return found
+
+
+def edge_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The tokens before and after an image."""
+    return token_id(tokenizer, EDGES[0]), token_id(tokenizer, EDGES[1])
 
 
 class PixelCodec:
@@ -54,12 +72,12 @@ class UnifiedModel:
     @cached_property
     def open_id(self) -> int:
         """The token that opens a text segment; feeding it starts decoding."""
-        return self.tokenizer.token_to_id(OPEN)
+        return token_id(self.tokenizer, OPEN)
 
     @cached_property
     def stop_id(self) -> int:
         """The token that closes a text segment; sampling it stops decoding."""
-        return self.tokenizer.token_to_id(CLOSE)
+        return token_id(self.tokenizer, CLOSE)
 
     def given(self, role: str, text: str) -> GivenText:
         """A given text segment in the model's format: open, words, close."""

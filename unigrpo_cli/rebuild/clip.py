@@ -109,7 +109,7 @@ def near_miss(metadata: dict, rng: np.random.Generator) -> dict:
 
 def spoil(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A picture as a policy might paint it: sometimes noisy, sometimes soft."""
-    x = pixels.astype(np.float32)
+    x = pixels.astype(np.float64)
     if rng.random() < 0.35:
         x += rng.normal(0, rng.uniform(2, 16), x.shape)
     if rng.random() < 0.25:
@@ -145,7 +145,8 @@ class Pairs(IterableDataset):
 
 def collate(rows: list[tuple[Tensor, Tensor, str, str]]) -> tuple[Tensor, Tensor, list[str], list[str]]:
     """Pictures as the CLIP sees them, [B, 3, 64, 64], and captions."""
-    true, wrong = (_prepare(torch.stack([row[k] for row in rows])) for k in (0, 1))
+    true = _prepare(torch.stack([row[0] for row in rows]))
+    wrong = _prepare(torch.stack([row[1] for row in rows]))
     return true, wrong, [row[2] for row in rows], [row[3] for row in rows]
 
 

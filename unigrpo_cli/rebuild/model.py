@@ -2,11 +2,12 @@
 
 A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network.
 First it learns to plan and paint well; then, while the learning rate falls, it is shown mistakes of both kinds:
-plans that do not answer the prompt, and pictures that leave out things of the plan. So it is imperfect on purpose,
-in modes that it can sample around, which is what GRPO sharpens. Leaving out is one habit with one cure, whatever the
-plan, and a policy gradient of a hundred episodes can see it; recoloured or misplaced things are many (docs/log.md).
+plans that do not answer the prompt, and pictures that leave out things of the plan. So it is imperfect on
+purpose, in modes that it can sample around, which is what GRPO sharpens. Leaving out is one habit with one cure,
+whatever the plan, and the gradient of a hundred episodes can see it; recoloured or misplaced things are many
+habits (docs/log.md).
 
-`curve.jsonl` beside the weights is the training curve; docs/log.md has the story.
+`curve.jsonl` beside the weights is the training curve.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unigrpo_cli.models.checkpoint import save_model
 from unigrpo_cli.models.mot import MoT, MoTConfig, NoisyImage
-from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, PixelCodec, UnifiedModel
+from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, PixelCodec, UnifiedModel, edge_ids
 from unigrpo_cli.shapes.prompts import (
     OPENINGS,
     TAGS,
@@ -92,8 +93,7 @@ def build_model(seed: int, width: int = WIDTH, layers: int = 4) -> UnifiedModel:
         prediction="clean",
     )
     torch.manual_seed(seed)
-    edges = [tokenizer.token_to_id(name) for name in EDGES]
-    network = MoT(config, (edges[0], edges[1]))
+    network = MoT(config, edge_ids(tokenizer))
     for name, parameter in network.named_parameters():
         if parameter.ndim == 2 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
@@ -153,13 +153,15 @@ def losses(model: UnifiedModel, batch, generator: torch.Generator) -> tuple[Tens
     t = t_BK[..., None, None]
     image = NoisyImage((1 - t) * x_0 + t * noise, t_BK, model.grid(*pixels.shape[1:3]))
     out = model.forward(model.empty_context(len(ids)), ids, lengths, image)
+    assert out.hidden_BLC is not None and out.velocity_BKND is not None
     ce = F.cross_entropy(model.logits(out.hidden_BLC[:, :-1][mask]), ids[:, 1:][mask])
     return ce, F.mse_loss(out.velocity_BKND, noise - x_0)
 
 
 def optimizers(network: MoT, lr: float) -> list[torch.optim.Optimizer]:
     """Muon on the layers' matrices, AdamW on everything else: half the steps of AdamW alone."""
-    muon, adam = [], []
+    muon: list[Tensor] = []
+    adam: list[Tensor] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             (muon if parameter.ndim == 2 and ".layers." in name else adam).append(parameter)

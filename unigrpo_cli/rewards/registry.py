@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
@@ -175,7 +176,7 @@ class Plugins:
         for value in list(vars(module).values()):
             made = getattr(value, MARK, None)
             if made is not None and getattr(value, "__module__", None) == module.__name__:
-                self.rewards._put(RewardEntry(made.name, origin, number, load=lambda value=value: value))
+                self.rewards._put(RewardEntry(made.name, origin, number, load=partial(_itself, value)))
         self._register(module, f"--plugin {text}", origin, number)
         hooks = self.manager.get_hookcallers(module)
         if len(self.rewards.entries) == before and not hooks:
@@ -192,6 +193,10 @@ class Plugins:
                 self.manager.unregister(module)
                 known = [n for n in dir(Hooks) if n.startswith("unigrpo_")]
                 raise RewardError(f"{name} implements no such hook {impl.name!r}: {suggest(impl.name, known)}")
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:

@@ -38,8 +38,8 @@ def enlarge(pixels: Array, side: int) -> Image.Image:
     if longest * 2 <= side:
         factor = side // longest
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    factor = side / longest
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    scale = side / longest
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
 
 

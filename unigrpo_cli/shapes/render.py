@@ -16,7 +16,7 @@ RADIUS = (5.0, 6.2)  # pixels
 JITTER = 0.8  # pixels, largest offset of a thing from its cell's centre
 BACKGROUND = (0.42, 0.62)  # grey level in [0, 1]: away from black and white, which are colours here
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 def _polygon(x: Array, y: Array, points: list[tuple[float, float]]) -> Array:
@@ -77,7 +77,7 @@ def coverage(shape: str, cx: float, cy: float, radius: float, size: int = SIZE) 
 
 def render(scene: Scene, rng: np.random.Generator, size: int = SIZE) -> NDArray[np.uint8]:
     """A picture of `scene` with jittered position, size, colour and background: [size, size, 3] uint8."""
-    image = np.full((size, size, 3), rng.uniform(*BACKGROUND), np.float32)
+    image: Array = np.full((size, size, 3), rng.uniform(*BACKGROUND), np.float32)
     unit = size / SIZE
     for thing in scene:
         column, row = thing.column_row

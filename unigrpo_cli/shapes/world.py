@@ -11,7 +11,9 @@ classes and GenEval's ten colours, so the same rules judge this world and the re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 PLURALS = {"cross": "crosses"} | {s: s + "s" for s in SHAPES if s != "cross"}
@@ -87,7 +89,7 @@ def stands(a: Thing, relation: str, b: Thing) -> bool:
     return along > abs(across)
 
 
-def satisfies(scene: Scene, metadata: dict) -> bool:
+def satisfies(scene: Scene, metadata: Mapping[str, Any]) -> bool:
     """Whether a plan answers the prompt: GenEval's clauses, with exact counts and no strangers.
 
     Exact counts are stricter than GenEval, which forgives surplus objects except in `counting`.
