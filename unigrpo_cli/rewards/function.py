@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -51,11 +51,33 @@ def reward(
     return decorate
 
 
+class FunctionReward:
+    """A reward around a function; `reward` makes a subclass of it for each."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    range: ClassVar[tuple[float, float]]
+    needs: ClassVar[frozenset[str]]
+    batch_size: ClassVar[int | None]
+    licence = "that of the file it is in"
+    Options: ClassVar[type[BaseModel]]
+    columns: ClassVar[tuple[str, ...]]
+    function: ClassVar[Callable]
+
+    def __init__(self, options: BaseModel):
+        self.options = options
+
+    def score(self, batch: RewardBatch) -> Any:
+        given = {c: batch if c == "batch" else getattr(batch, c) for c in self.columns}
+        result = type(self).function(**given, **self.options.model_dump())
+        return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
 def _as_class(
     function: Callable, name: str, range_: tuple[float, float], summary: str, batch_size: int | None
-) -> type:
+) -> type[FunctionReward]:
     parameters = inspect.signature(function).parameters.values()
-    columns = [p.name for p in parameters if p.name in COLUMNS]
+    columns = tuple(p.name for p in parameters if p.name in COLUMNS)
     options: dict[str, Any] = {}
     for p in parameters:
         if p.name in COLUMNS:
@@ -68,26 +90,17 @@ def _as_class(
         annotated = p.annotation is not inspect.Parameter.empty and not isinstance(p.annotation, str)
         kind = p.annotation if annotated else type(p.default) if p.default is not None else Any
         options[p.name] = (kind, p.default)
-    line = summary or (inspect.getdoc(function) or "").split("\n")[0]
-
-    class FunctionReward:
-        __doc__ = function.__doc__
-
-        def __init__(self, options: BaseModel):
-            self.options = options
-
-        def score(self, batch: RewardBatch) -> Any:
-            given = {c: batch if c == "batch" else getattr(batch, c) for c in columns}
-            result = function(**given, **self.options.model_dump())
-            return asyncio.run(result) if inspect.iscoroutine(result) else result
-
-    FunctionReward.__name__ = FunctionReward.__qualname__ = function.__name__
-    FunctionReward.__module__ = function.__module__
-    needs = {"reasoning"} & set(columns) | ({"image"} if {"images", "pixels", "tensors"} & set(columns) else set())
-    FunctionReward.name = name  # type: ignore[attr-defined]
-    FunctionReward.summary = line  # type: ignore[attr-defined]
-    FunctionReward.range = range_  # type: ignore[attr-defined]
-    FunctionReward.needs = frozenset(needs)  # type: ignore[attr-defined]
-    FunctionReward.batch_size = batch_size  # type: ignore[attr-defined]
-    FunctionReward.Options = create_model(f"{function.__name__}_options", __base__=Options, **options)  # type: ignore[attr-defined]
-    return FunctionReward
+    looks = {"images", "pixels", "tensors"} & set(columns)
+    facts = {
+        "__doc__": function.__doc__,
+        "__module__": function.__module__,
+        "name": name,
+        "summary": summary or (inspect.getdoc(function) or "").split("\n")[0],
+        "range": range_,
+        "needs": frozenset({"reasoning"} & set(columns) | ({"image"} if looks else set())),
+        "batch_size": batch_size,
+        "Options": create_model(f"{function.__name__}_options", __base__=Options, **options),
+        "columns": columns,
+        "function": staticmethod(function),
+    }
+    return type(function.__name__, (FunctionReward,), facts)
