@@ -124,6 +124,8 @@ def test_without_a_learning_rate_nothing_moves() -> None:
     words, brightness = _course(steps)
     assert abs(_gain(words)) < STILL_WORDS
     assert abs(_gain(brightness)) < STILL_LIGHT
+    latents = {steps[k].groups[0].episodes[0].images[0].latent.sum().item() for k in range(8)}
+    assert len(latents) == 8, "every step has noise of its own"
 
 
 def test_shuffled_advantages_teach_nothing() -> None:

@@ -63,6 +63,20 @@ def test_reading_piece_by_piece_equals_reading_at_once(tiny: UnifiedModel) -> No
         torch.testing.assert_close(v, whole.velocity_BKND, rtol=1e-9, atol=1e-11)
 
 
+def test_spare_capacity_changes_nothing_under_gradients(tiny: UnifiedModel) -> None:
+    """Two texts read into one reserved context: neither overwrites what the other's backward pass needs."""
+    ids, grads = _ids(2, 8, tiny), []
+    for spare in (0, 20):
+        tiny.network.zero_grad()
+        context = tiny.forward(tiny.empty_context(2).reserve(spare), ids[:, :4]).context
+        first = tiny.forward(context, ids[:, 4:6]).hidden_BLC
+        second = tiny.forward(context, ids[:, 6:]).hidden_BLC
+        (first.square().sum() + 2 * second.square().sum()).backward()
+        grads.append({n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None})
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(grads[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
 @torch.no_grad()
 def test_rows_of_unequal_length_are_independent(tiny: UnifiedModel) -> None:
     """Each row as if alone; whatever ids stand in the padding."""

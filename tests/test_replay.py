@@ -195,6 +195,17 @@ def test_an_episode_without_thinking(tiny: UnifiedModel) -> None:
     assert torch.isfinite(loss.total)
 
 
+def test_detach_keeps_the_image_term_from_the_words(tiny: UnifiedModel) -> None:
+    """The embedding of a word that was read gets a gradient from the image with full coupling only."""
+    batch = collate(_episodes(tiny))
+    word = int(batch.turns[0].ids_BS[0, 1])
+    for coupling, reaches in (("full", True), ("detach", False)):
+        tiny.network.zero_grad()
+        replay(tiny, batch, coupling=coupling).velocities[0].square().sum().backward()
+        gradient = tiny.network.language_model.model.embed_tokens.weight.grad[word]
+        assert bool(gradient.abs().max() > 0) == reaches
+
+
 def test_what_cannot_be_stacked_is_refused(tiny: UnifiedModel) -> None:
     thinking = _episodes(tiny)
     plain = _episodes(tiny, sampling=replace(SAMPLING, think=False))

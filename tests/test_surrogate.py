@@ -37,12 +37,13 @@ def test_quadrants(ratio: float, advantage: float, objective: float, gradient: f
 @pytest.mark.parametrize("clip", [1e-6, 1e-5])
 def test_small_clips_act_where_they_say_in_fp32(clip: float) -> None:
     """In fp32, exp(x) near 1 moves in steps of 1.2e-7; the clip must not."""
-    log_ratio = torch.tensor([0.98 * clip, 1.02 * clip], dtype=torch.float32, requires_grad=True)
+    log_ratio = torch.tensor([0.999 * clip, 1.001 * clip], dtype=torch.float32, requires_grad=True)
     result = clipped_surrogate(log_ratio, torch.ones(2), clip)
     result.gain.sum().backward()
     assert result.clipped.tolist() == [False, True]
     assert log_ratio.grad[0].item() == pytest.approx(1.0, rel=1e-5)
     assert log_ratio.grad[1].item() == 0.0
+    assert result.gain[0].item() == pytest.approx(0.999 * clip, rel=1e-5)
     assert result.gain[1].item() == pytest.approx(clip, rel=1e-6)
 
 

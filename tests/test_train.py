@@ -213,6 +213,22 @@ def test_adapters_off_is_the_start() -> None:
     assert all("lora_" in n for n in names)
 
 
+def test_a_frozen_copy_is_the_start() -> None:
+    """The reference of full tuning stays where training began, and is not trained."""
+    start = load_model("embedded")
+    policy = prepare_policy(load_model("embedded"), load_config())
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter += 0.1
+    ids = torch.tensor([[1, 9, 12, 2]])
+    with torch.no_grad(), policy.reference() as reference:
+        here, there = (m.forward(m.empty_context(1), ids).hidden_BLC for m in (reference, start))
+        moved = policy.forward(policy.empty_context(1), ids).hidden_BLC
+    assert torch.equal(here, there)
+    assert not torch.allclose(moved, there, atol=1e-2)
+    assert not any(p.requires_grad for p in policy.frozen.parameters())
+
+
 def test_each_expert_has_its_learning_rate() -> None:
     config = load_config(overrides=["train.lr_text=0.5", "train.lr_image=0.25"])
     policy = prepare_policy(load_model("embedded"), config)
