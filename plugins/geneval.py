@@ -56,7 +56,7 @@ class GenEvalReward:
             raise RewardError(
                 f"reward 'geneval': detector {self.options.detector!r} cannot see "
                 f"{', '.join(sorted(set(unseen))[:4])} ({len(set(unseen))} classes in these prompts); it sees "
-                f"{', '.join(sorted(self.detector.labels))}"
+                f"{', '.join(sorted(self.detector.labels))}; another reward may judge such prompts, e.g. --reward clip"
             )
 
     def score(self, batch: RewardBatch) -> RewardOutput:

@@ -45,16 +45,20 @@ def device_of(config: Config) -> torch.device:
 
 
 def find_checkpoint(path: str) -> tuple[str, str | None]:
-    """Model and adapter behind a name: a model, a checkpoint, or a whole run (then its newest checkpoint)."""
-    directory = Path(path)
+    """Model and adapter behind a name: a model, a checkpoint, or a whole run (then its newest checkpoint).
+
+    Paths come back absolute, so that what is written down stays true elsewhere.
+    """
+    if path == EMBEDDED:
+        return path, None
+    directory = Path(path).resolve()
     if (directory / "checkpoints").is_dir():
         directory = newest_checkpoint(directory)
     if (directory / STATE).is_file():
         content = read_state(directory)
         if content["tune"] == "lora":
             return content["base"], str(directory)
-        return str(directory), None
-    return path, None
+    return str(directory) if directory.is_dir() else path, None
 
 
 def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel:
@@ -63,7 +67,7 @@ def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel
     Raises:
         WeightsError: when its files are missing or do not fit.
     """
-    found, own_adapter = find_checkpoint(model) if model != EMBEDDED else (model, None)
+    found, own_adapter = find_checkpoint(model)
     policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype])
     policy.network.requires_grad_(False)
     for name in (own_adapter, adapter):

@@ -41,7 +41,7 @@ from unigrpo_cli.runtime.state import (
     restore_state,
     save_state,
 )
-from unigrpo_cli.session import is_embedded, load_policy, open_rewards, reward_choices
+from unigrpo_cli.session import find_checkpoint, is_embedded, load_policy, open_rewards, reward_choices
 from unigrpo_cli.suites import SuiteRegistry, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
@@ -102,12 +102,17 @@ def _run(
 
 
 def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
-    """Policy and optimizer, fresh or as a checkpoint left them. The reference is always the base model."""
+    """Policy, optimizer and the name of the base, fresh or as a checkpoint left them.
+
+    The reference is always the base: never the weights that a run is resumed from, and with adapters the network
+    without them, also when training starts from an adapter.
+    """
     if checkpoint is None:
-        if config.adapter and config.train.tune == "full":
-            raise UsageError("train.tune=full cannot start from an adapter; use train.tune=lora")
+        base, own_adapter = find_checkpoint(config.model)
+        if (config.adapter or own_adapter) and config.train.tune == "full":
+            raise UsageError("train.tune=full cannot start from an adapter; use --set train.tune=lora")
         policy = prepare_policy(load_policy(config.model, config.adapter, config), config)
-        return TrainState(policy, make_optimizer(policy, config)), config.model
+        return TrainState(policy, make_optimizer(policy, config)), base
     content = read_state(checkpoint)
     if content["tune"] != config.train.tune:
         raise UsageError(

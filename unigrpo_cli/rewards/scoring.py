@@ -7,11 +7,14 @@ chose so. NaN and None abstain. A call that does not come back in time stops. No
 from __future__ import annotations
 
 import math
+import queue
+import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,47 @@ class Scored:
         return float(self.scores[self.valid].mean()) if self.valid.any() else None
 
 
+class Lane:
+    """A thread of its own for a reward's calls, so that one that hangs can be left behind.
+
+    One thread for all calls: torch starts a new pool of workers for every new thread that computes, and gives
+    it as many as there are cores whatever the main thread was told.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        torch = sys.modules.get("torch")
+        self._limit = None if torch is None else partial(torch.set_num_threads, torch.get_num_threads())
+        self._asked: queue.Queue[Callable[[], Any]] = queue.Queue()
+        self._answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def _work(self) -> None:
+        if self._limit is not None:
+            self._limit()
+        while True:
+            function = self._asked.get()
+            try:
+                self._answers.put((True, function()))
+            except BaseException as error:  # a reward may even call sys.exit
+                self._answers.put((False, error))
+
+    def call(self, function: Callable[[], Any], timeout_s: float | None) -> tuple[bool, Any]:
+        """Whether it came back, and its result or its exception.
+
+        Raises:
+            TimeoutError: when it did not come back in time; the lane is then lost.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name=f"reward {self.name}")
+            self._thread.start()
+        self._asked.put(function)
+        try:
+            return self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
+
+
 @dataclass
 class OpenReward:
     """A reward that is set up for a run."""
@@ -50,6 +94,7 @@ class OpenReward:
     address: str
     reward: Any
     range: tuple[float, float]
+    lane: Lane
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT))
     warned_range: bool = False
 
@@ -88,7 +133,8 @@ class RewardSet:
         made = [(choice, *_construct(choice, plugins)) for choice in choices]
         for choice, address, reward in made:
             range_ = tuple(getattr(reward, "range", (-math.inf, math.inf)))
-            opened = OpenReward(choice, address, reward, (float(range_[0]), float(range_[1])))
+            limits = (float(range_[0]), float(range_[1]))
+            opened = OpenReward(choice, address, reward, limits, Lane(choice.alias))
             if hasattr(reward, "setup"):
                 self._call(opened, lambda reward=reward: reward.setup(context), "setup")
             plugins.manager.hook.unigrpo_reward_setup(name=choice.alias, reward=reward, context=context)
@@ -178,25 +224,19 @@ class RewardSet:
         return scored
 
     def _call(self, opened: OpenReward, function: Any, what: str, batch: RewardBatch | None = None) -> Any:
-        """Call into a plugin in a thread of its own, so that one that hangs can be left behind."""
-        box: list[Any] = []
+        """Call into a plugin, with a deadline for scores.
 
-        def run() -> None:
-            try:
-                box.append((True, function()))
-            except BaseException as error:  # a reward may even call sys.exit
-                box.append((False, error))
-
-        thread = threading.Thread(target=run, daemon=True, name=f"reward {opened.alias}")
-        thread.start()
-        thread.join(self.policy.timeout_s if what == "score" else None)
+        Raises:
+            RewardError: naming the reward and what to do, when it fails or does not come back.
+        """
         where = f"reward {opened.alias!r} ({opened.address})"
-        if not box:
+        try:
+            ok, value = opened.lane.call(function, self.policy.timeout_s if what == "score" else None)
+        except TimeoutError:
             raise RewardError(
                 f"{where} gave no answer within {self.policy.timeout_s:g} s; "
                 "raise reward.timeout_s if it is only slow"
-            )
-        ok, value = box[0]
+            ) from None
         if ok:
             return value
         if isinstance(value, RewardError):
