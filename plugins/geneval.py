@@ -53,10 +53,11 @@ class GenEvalReward:
 
         unseen = [c for m in metadata for c in _classes(m) if c not in self.detector.labels]
         if unseen:
+            missing = sorted(set(unseen))
             raise RewardError(
-                f"reward 'geneval': detector {self.options.detector!r} cannot see "
-                f"{', '.join(sorted(set(unseen))[:4])} ({len(set(unseen))} classes in these prompts); it sees "
-                f"{', '.join(sorted(self.detector.labels))}; another reward may judge such prompts, e.g. --reward clip"
+                f"reward 'geneval': detector {self.options.detector!r} cannot see {', '.join(missing[:4])} "
+                f"({len(missing)} classes of these prompts); it sees {', '.join(sorted(self.detector.labels))}. "
+                "Another reward may judge such prompts, e.g. --reward clip"
             )
 
     def score(self, batch: RewardBatch) -> RewardOutput:
