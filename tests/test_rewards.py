@@ -162,6 +162,24 @@ def test_batch_size_cuts_the_calls() -> None:
 # ----- faults
 
 
+class Settings(Options):
+    gain: float = Field(1.0, gt=0)
+    mode: str = "plain"
+
+
+class Gained:
+    name = "gained"
+    range = (0.0, 10.0)
+    needs = frozenset({"metadata:secret"})
+    Options = Settings
+
+    def __init__(self, options: Settings):
+        self.options = options
+
+    def score(self, batch: RewardBatch) -> list[float]:
+        return [self.options.gain] * len(batch)
+
+
 def _faulty(answer):
     @reward("faulty")
     def faulty(prompts):
@@ -224,10 +242,36 @@ def test_too_many_abstentions_stop() -> None:
 
 
 def test_a_reward_that_hangs_is_left_behind() -> None:
+    class Hanging(Gained):
+        name = "hanging"
+        needs = frozenset()
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            time.sleep(60)
+            return []
+
+        def teardown(self) -> None:
+            time.sleep(60)
+
     began = time.perf_counter()
     with pytest.raises(RewardError, match=r"no answer within 0.2 s.*reward.timeout_s"):
-        _score(_faulty(lambda prompts: time.sleep(60)), policy=Policy(timeout_s=0.2))
+        _score(Hanging, policy=Policy(timeout_s=0.2))
     assert time.perf_counter() - began < 5
+
+
+def test_a_failing_teardown_does_not_hide_what_failed_before() -> None:
+    class Twice(Gained):
+        name = "twice"
+        needs = frozenset()
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            raise ValueError("first")
+
+        def teardown(self) -> None:
+            raise ValueError("second")
+
+    with pytest.warns(UserWarning, match="second"), pytest.raises(RewardError, match="first"):
+        _score(Twice)
 
 
 def test_outside_its_range_warns_once_or_stops() -> None:
@@ -241,24 +285,6 @@ def test_outside_its_range_warns_once_or_stops() -> None:
         rewards.score(example_samples(4))
     with pytest.raises(RewardError, match="outside its declared range"):
         _score(loud, policy=Policy(strict=True))
-
-
-class Settings(Options):
-    gain: float = Field(1.0, gt=0)
-    mode: str = "plain"
-
-
-class Gained:
-    name = "gained"
-    range = (0.0, 10.0)
-    needs = frozenset({"metadata:secret"})
-    Options = Settings
-
-    def __init__(self, options: Settings):
-        self.options = options
-
-    def score(self, batch: RewardBatch) -> list[float]:
-        return [self.options.gain] * len(batch)
 
 
 @pytest.mark.parametrize(

@@ -59,23 +59,18 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except UnigrpoError as error:
             typer.echo(f"error: {error}", err=True)
-            leave(error.exit_code)
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
-            leave(130)
+            raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
             typer.echo(f"error: {type(error).__name__}: {reason} (--debug shows where)", err=True)
-            leave(1)
+            raise typer.Exit(1) from None
 
     return wrapped
-
-
-def leave(code: int) -> None:
-    """Exit at once when a reward's thread was left hanging: the interpreter's own exit could wait for it."""
-    raise typer.Exit(code)
 
 
 def resolve_config(

@@ -59,6 +59,7 @@ class Lane:
         self._asked: queue.Queue[Callable[[], Any]] = queue.Queue()
         self._answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
         self._thread: threading.Thread | None = None
+        self.lost = False
 
     def _work(self) -> None:
         if self._limit is not None:
@@ -83,6 +84,7 @@ class Lane:
         try:
             return self._answers.get(timeout=timeout_s)
         except queue.Empty:
+            self.lost = True
             raise TimeoutError from None
 
 
@@ -143,12 +145,19 @@ class RewardSet:
     def __enter__(self) -> RewardSet:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for opened in self.rewards:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Tear down all rewards but those left hanging; what goes wrong then must not hide what went wrong before."""
+        opened_rewards, self.rewards = self.rewards, []
+        for opened in opened_rewards:
             self.plugins.manager.hook.unigrpo_reward_teardown(name=opened.alias, reward=opened.reward)
-            if hasattr(opened.reward, "teardown"):
+            if not hasattr(opened.reward, "teardown") or opened.lane.lost:
+                continue
+            try:
                 self._call(opened, opened.reward.teardown, "teardown")
-        self.rewards = []
+            except RewardError as error:
+                if kind is None:
+                    raise
+                warnings.warn(str(error), stacklevel=2)
 
     @property
     def weights(self) -> dict[str, float]:
