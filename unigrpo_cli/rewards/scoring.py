@@ -146,7 +146,7 @@ class RewardSet:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Tear down all rewards but those left hanging; what goes wrong then must not hide what went wrong before."""
+        """Tear down all but those left hanging; what goes wrong now must not hide what went wrong before."""
         opened_rewards, self.rewards = self.rewards, []
         for opened in opened_rewards:
             self.plugins.manager.hook.unigrpo_reward_teardown(name=opened.alias, reward=opened.reward)
