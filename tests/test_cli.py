@@ -262,6 +262,7 @@ def test_rewards_that_fail_stop_the_run_with_their_name(tmp_path: Path, body: st
     plugin = _reward(tmp_path, body)
     more = ["--out", tmp_path / "run", "--set", "reward.timeout_s=1", *FAST]
     _refused(_run("train", "--reward", "mine", "--plugin", plugin, *more), 3, "'mine'", *says)
+    assert not (tmp_path / "run").exists(), "nothing happened yet, so nothing is left"
 
 
 def test_an_output_directory_in_use(tmp_path: Path) -> None:

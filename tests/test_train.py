@@ -114,6 +114,25 @@ def test_resume_forgets_what_it_does_again(tmp_path: Path) -> None:
     assert _metrics(run) == first
 
 
+def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    plugin = tmp_path / "fickle.py"
+    body = '    if split == "train" and step == 2 and {broken}:\n        raise OSError("judge is down")\n'
+    head = 'from unigrpo_cli import reward\n\n@reward("fickle")\ndef fickle(prompts, step, split):\n'
+    tail = "    return [float(len(p) % 3 + k % 2) for k, p in enumerate(prompts)]\n"
+    plugin.write_text(head + body.format(broken=True) + tail)
+    run = tmp_path / "run"
+    more = ["--reward", "fickle", "--plugin", str(plugin), "--steps", "4"]
+    result = _run(*SMALL[:1], *SMALL[3:], "--out", run, *more)
+    assert result.exit_code == 3
+    assert "judge is down" in result.stderr
+    assert (run / "checkpoints" / "step_000002").is_dir()
+    plugin.write_text(head + body.format(broken=False) + tail)
+    resumed = _run("train", "--resume", run, "--plugin", plugin, "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["steps"] == 4
+    assert len(_metrics(run)) == 4
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     _train(run, "--steps", "1")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import UsageError
+from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.evaluate import (
     NO_NOISE,
     Evaluation,
@@ -42,7 +43,7 @@ from unigrpo_cli.runtime.state import (
     save_state,
 )
 from unigrpo_cli.session import find_checkpoint, is_embedded, load_policy, open_rewards, reward_choices
-from unigrpo_cli.suites import SuiteRegistry, training_prompts
+from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
@@ -81,6 +82,7 @@ def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
 def _run(
     config: Config, plugins: Plugins, display: Display, checkpoint: Path | None, out: Path | None
 ) -> dict[str, Any]:
+    began = time.perf_counter()
     plugins.manager.hook.unigrpo_configure(config=config)
     choices = reward_choices(config)
     suites = SuiteRegistry()
@@ -93,12 +95,14 @@ def _run(
         thinks = config.sampling.think
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
         rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
-        directory = checkpoint.parent.parent if checkpoint else fresh_directory(out, "train")
-        run = Run(directory)
-        if checkpoint is None:
-            run.describe(config)
+        run = Run(checkpoint.parent.parent if checkpoint else fresh_directory(out, "train"))
+        run.describe(config)
         run.forget_after(state.step)
-        return _Session(config, display, run, state, base, rewards, prompts, suite).go()
+        try:
+            return _Session(config, display, run, state, base, rewards, prompts, suite, began).go()
+        except RewardError:
+            run.remove_if_only_described()
+            raise
 
 
 def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
@@ -153,15 +157,14 @@ class _Session:
         rewards: RewardSet,
         prompts: Sequence[Prompt],
         suite: Sequence[Prompt],
+        began: float,
     ):
         self.config, self.display, self.run, self.state, self.base = config, display, run, state, base
-        self.rewards, self.prompts, self.suite = rewards, prompts, suite
-        shown = {id(p): p for tag_first in _first_of_each_task(suite) for p in tag_first}
-        self.shown = list(shown.values())[:SHOWN]
+        self.rewards, self.prompts, self.suite, self.began = rewards, prompts, suite, began
+        self.shown = _a_few_of_each_task(suite, SHOWN)
 
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step (or evaluation) at hand."""
-        began = time.perf_counter()
         config, state, display = self.config, self.state, self.display
         display.say(_headline(config, self.base, self.run.directory, state.step))
         with _interrupts() as asked_to_stop:
@@ -184,7 +187,7 @@ class _Session:
                     return asked_to_stop()
 
                 if not asked_to_stop():
-                    train(state, self.prompts, self.rewards, config, after_step)
+                    self.train(after_step)
             seconds = time.perf_counter() - trained
             if not self.run.checkpoint(state.step).exists():
                 self.checkpoint()
@@ -194,15 +197,34 @@ class _Session:
                     f"interrupted after step {state.step}; go on with `unigrpo train --resume {self.run.directory}`"
                 )
             else:
-                after = self.evaluate("after")
-                before = load_report(self.run.directory / "eval_before.json")
-                summary["eval_after"] = after.means()
-                summary["intervals"] = {"before": _intervals(before), "after": _intervals(after)}
-                summary["difference"] = compare(before, after, config.eval.seed)
+                summary |= self._compared(self.evaluate("after"))
                 self._report(summary)
-        summary["seconds"] = time.perf_counter() - began
+        summary["seconds"] = time.perf_counter() - self.began
         self.run.write_json("summary.json", summary)
         return summary
+
+    def train(self, after_step: Callable[[Step], bool]) -> None:
+        """Training steps. A reward that fails does so before any weight of its step moves: nothing is lost."""
+        try:
+            train(self.state, self.prompts, self.rewards, self.config, after_step)
+        except RewardError:
+            if not self.run.checkpoint(self.state.step).exists():
+                self.checkpoint()
+            self.display.warn(
+                f"stopped after step {self.state.step}; when the reward is mended, go on with "
+                f"`unigrpo train --resume {self.run.directory}`"
+            )
+            raise
+
+    def _compared(self, after: Evaluation) -> dict[str, Any]:
+        """The last evaluation beside the first, if that is still there and of the same prompts."""
+        found: dict[str, Any] = {"eval_after": after.means(), "intervals": {"after": _intervals(after)}}
+        path = self.run.directory / "eval_before.json"
+        before = load_report(path) if path.is_file() else None
+        if before is None or before.prompt_ids != after.prompt_ids:
+            return found | {"difference": {}}
+        found["intervals"]["before"] = _intervals(before)
+        return found | {"difference": compare(before, after, self.config.eval.seed)}
 
     def evaluate(self, when: str) -> Evaluation:
         """The suite, written to eval_<when>.json."""
@@ -303,16 +325,13 @@ def _intervals(result: Evaluation) -> dict[str, tuple[float, float]]:
     return {name: estimate.ci95 for name, estimate in result.scores.items()}
 
 
-def _first_of_each_task(suite: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-    """First the first prompt of every task, then the second ones, and so on, no text twice."""
-    from unigrpo_cli.suites import task_of
-
+def _a_few_of_each_task(suite: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The first prompt of every task, then the second ones, and so on up to `count`, no text twice."""
     by_task: dict[str, dict[str, Prompt]] = {}
     for prompt in suite:
         by_task.setdefault(task_of(prompt), {}).setdefault(prompt.text, prompt)
-    columns = [list(prompts.values()) for prompts in by_task.values()]
-    for k in range(max(map(len, columns), default=0)):
-        yield [column[k] for column in columns if k < len(column)]
+    rounds = zip_longest(*(prompts.values() for prompts in by_task.values()))
+    return [prompt for turn in rounds for prompt in turn if prompt is not None][:count]
 
 
 def _headline(config: Config, base: str, directory: Path, step: int) -> str:

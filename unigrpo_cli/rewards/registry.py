@@ -210,8 +210,6 @@ def _from_file(path: Path) -> ModuleType:
         raise FileNotFoundError(f"no file {path}")
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     name = f"unigrpo_ext_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -66,6 +66,14 @@ class Run:
         (self.directory / "config.toml").write_text(to_toml(config))
         self.write_json("environment.json", environment())
 
+    def remove_if_only_described(self) -> None:
+        """Take back a directory in which nothing has happened yet, so that the same --out can be used again."""
+        own = {"config.toml", "environment.json"}
+        if {path.name for path in self.directory.iterdir()} <= own:
+            for name in own:
+                (self.directory / name).unlink(missing_ok=True)
+            self.directory.rmdir()
+
     def write_json(self, name: str, content: Any) -> None:
         text = json.dumps(content, indent=1, allow_nan=False, default=plain_json)
         (self.directory / name).write_text(text + "\n")
