@@ -83,7 +83,7 @@ def build_model(seed: int, width: int = WIDTH, layers: int = 4) -> UnifiedModel:
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         intermediate_size=(width * 8 // 3 + 7) // 8 * 8,
         vocab_size=tokenizer.get_vocab_size(),
         latent_patch_size=PATCH,
