@@ -20,7 +20,8 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, Group, ImageActions, Prompt, TextActions
 from unigrpo_cli.models import Policy
-from unigrpo_cli.models.mot import Context, NoisyImage
+from unigrpo_cli.models.context import Context
+from unigrpo_cli.models.mot import NoisyImage
 from unigrpo_cli.seeds import derive, normal, uniform
 
 

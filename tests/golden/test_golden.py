@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.models.mot import MoT, NoisyImage, read_config
+from unigrpo_cli.models.mot import MoT, NoisyImage
+from unigrpo_cli.models.sizes import read_config
 from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident
 
 

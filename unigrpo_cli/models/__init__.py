@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from unigrpo_cli.episode import GivenText
-    from unigrpo_cli.models.mot import Context, MoTOutput, NoisyImage
+    from unigrpo_cli.models.context import Context
+    from unigrpo_cli.models.mot import MoTOutput, NoisyImage
 
 
 class Policy(Protocol):

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.mot import LatentPositions, MoT, config_files, read_config
+from unigrpo_cli.models.mot import LatentPositions, MoT
+from unigrpo_cli.models.sizes import config_files, read_config
 from unigrpo_cli.models.unified import PixelCodec, UnifiedModel, edge_ids
 
 EMBEDDED = "embedded"

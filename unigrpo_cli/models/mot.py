@@ -20,9 +20,7 @@ N image tokens of D latent numbers each, C hidden width, H heads, V vocabulary.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -30,44 +28,8 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_em
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class MoTConfig:
-    """Sizes and the few facts in which models of this form differ.
-
-    Args:
-        prediction: what the image head gives: "velocity" (BAGEL) or "clean", the data x_0, from which
-            v = (x_t - x_0) / t. The second learns far faster at small sizes (docs/log.md).
-        latent_patch_size, latent_channels: a token is a patch x patch square of latent pixels.
-        pixels_per_latent: image pixels per latent pixel along a side (8 with an autoencoder, 1 without).
-        max_latent_size: side of the table of latent positions, in tokens.
-    """
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    vocab_size: int
-    latent_patch_size: int
-    latent_channels: int
-    pixels_per_latent: int
-    max_latent_size: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    prediction: str = "velocity"
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def token_dim(self) -> int:
-        return self.latent_patch_size**2 * self.latent_channels
-
-    @property
-    def pixels_per_token(self) -> int:
-        return self.latent_patch_size * self.pixels_per_latent
+from unigrpo_cli.models.context import Context, append
+from unigrpo_cli.models.sizes import MoTConfig
 
 
 def widen(x: Tensor) -> Tensor:
@@ -100,13 +62,18 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotate(x_BHLE: Tensor, position_BL: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding on the two halves of each head, in fp32."""
-    half = x_BHLE.shape[-1] // 2
-    frequency = theta ** -(torch.arange(half, device=x_BHLE.device, dtype=torch.float32) / half)
+def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, L, head_dim / 2] of the rotary embedding, in fp32, for every layer of a pass."""
+    half = head_dim // 2
+    frequency = theta ** -(torch.arange(half, device=position_BL.device, dtype=torch.float32) / half)
     angle = position_BL[:, None, :, None].float() * frequency
-    cos, sin = angle.cos(), angle.sin()
-    a, b = widen(x_BHLE).split(half, dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding on the two halves of each head, in fp32."""
+    cos, sin = turned
+    a, b = widen(x_BHLE).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHLE.dtype)
 
 
@@ -126,16 +93,15 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{expert}", RMSNorm(head, config.rms_norm_eps))
             self.add_module(f"k_norm{expert}", RMSNorm(head, config.rms_norm_eps))
 
-    def project(self, x_BLC: Tensor, position_BL: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BLC: Tensor, turned: tuple[Tensor, Tensor], expert: str) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, L, E] of one expert, normalised and rotated."""
-        theta = self.config.rope_theta
 
         def heads(name: str) -> Tensor:
             flat = getattr(self, f"{name}_proj{expert}")(x_BLC)
             return flat.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
-        q = rotate(getattr(self, f"q_norm{expert}")(heads("q")), position_BL, theta)
-        k = rotate(getattr(self, f"k_norm{expert}")(heads("k")), position_BL, theta)
+        q = rotate(getattr(self, f"q_norm{expert}")(heads("q")), turned)
+        k = rotate(getattr(self, f"k_norm{expert}")(heads("k")), turned)
         return q, k, heads("v")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
@@ -147,69 +113,6 @@ class Attention(nn.Module):
 
     def output(self, x: Tensor, expert: str) -> Tensor:
         return getattr(self, f"o_proj{expert}")(x)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What has been said and shown so far: keys and values of every layer, for B rows.
-
-    Slots are filled left to right for all rows at once; a row that had less to say has invalid slots,
-    which nobody attends to. `position_B` is the RoPE counter of each row, i.e. the position that its next
-    token will have: it counts text tokens, and one for each clean image.
-
-    Args:
-        keys, values: per layer, [B, Hkv, capacity, E]. With spare capacity (see `reserve`) new slots are
-            written in place, which only sampling without gradients does; else a new tensor is made.
-        used: slots filled so far.
-        valid_BS: which of the used slots count, or None when all do (then attention needs no mask).
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    used: int
-    valid_BS: Tensor | None
-    position_B: Tensor
-
-    @property
-    def rows(self) -> int:
-        return self.position_B.shape[0]
-
-    def reserve(self, slots: int) -> Context:
-        """Room for `slots` more, so that decoding one token does not copy the whole cache."""
-
-        def grown(x: Tensor) -> Tensor:
-            return torch.cat([x[:, :, : self.used], x.new_zeros(*x.shape[:2], slots, x.shape[3])], dim=2)
-
-        return replace(self, keys=tuple(map(grown, self.keys)), values=tuple(map(grown, self.values)))
-
-    def select(self, index_B: Tensor) -> Context:
-        """Rows by index; repeat an index to share one prompt among the members of a group."""
-        valid = None if self.valid_BS is None else self.valid_BS[index_B]
-        return replace(
-            self,
-            keys=tuple(x[index_B] for x in self.keys),
-            values=tuple(x[index_B] for x in self.values),
-            valid_BS=valid,
-            position_B=self.position_B[index_B],
-        )
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.keys[index], self.values[index]
-
-    def validity(self) -> Tensor:
-        """`valid_BS` spelled out: [B, used] bool."""
-        if self.valid_BS is not None:
-            return self.valid_BS
-        return torch.ones(self.rows, self.used, dtype=torch.bool, device=self.position_B.device)
-
-
-def _append(stored: Tensor, used: int, new: Tensor) -> Tensor:
-    """Cache tensor with `new` [B, H, L, E] in the slots after `used`: in place where there is room."""
-    end = used + new.shape[2]
-    if stored.shape[2] >= end and not torch.is_grad_enabled():
-        stored[:, :, used:end] = new
-        return stored
-    return torch.cat([stored[:, :, :used], new], dim=2)
 
 
 @dataclass(frozen=True)
@@ -232,8 +135,8 @@ class MoTLayer(nn.Module):
                 self.add_module(f"{name}{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"mlp{expert}", MLP(config.hidden_size, config.intermediate_size))
 
-    def _qkv(self, x: Tensor, position: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.project(getattr(self, f"input_layernorm{expert}")(x), position, expert)
+    def _qkv(self, x: Tensor, turned: tuple[Tensor, Tensor], expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(getattr(self, f"input_layernorm{expert}")(x), turned, expert)
 
     def _residual(self, x: Tensor, attended: Tensor, expert: str) -> Tensor:
         x = x + self.self_attn.output(attended, expert)
@@ -243,10 +146,10 @@ class MoTLayer(nn.Module):
     def forward(
         self,
         text_BLC: Tensor | None,
-        text_position_BL: Tensor | None,
+        text_turned: tuple[Tensor, Tensor] | None,
         latent_RNC: Tensor | None,
         edge_REC: Tensor | None,
-        image_position_R: Tensor | None,
+        image_turned: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         values: Tensor,
         used: int,
@@ -259,9 +162,9 @@ class MoTLayer(nn.Module):
         and the image's own keys and values (which join the context only when the image is a clean one).
         """
         if text_BLC is not None:
-            assert text_position_BL is not None
-            q, k, v = self._qkv(text_BLC, text_position_BL, "")
-            keys, values = _append(keys, used, k), _append(values, used, v)
+            assert text_turned is not None
+            q, k, v = self._qkv(text_BLC, text_turned, "")
+            keys, values = append(keys, used, k), append(values, used, v)
             used += k.shape[2]
             attended = self.self_attn.attend(
                 q, keys[:, :, :used], values[:, :, :used], causal=masks.text_causal, mask=masks.text
@@ -269,11 +172,10 @@ class MoTLayer(nn.Module):
             text_BLC = self._residual(text_BLC, attended, "")
         own_k = own_v = None
         if latent_RNC is not None:
-            assert edge_REC is not None and image_position_R is not None
+            assert edge_REC is not None and image_turned is not None
             latents = latent_RNC.shape[1]
-            at = image_position_R[:, None].expand(-1, latents)
-            q, k, v = self._qkv(latent_RNC, at, "_moe_gen")
-            q_edge, k_edge, v_edge = self._qkv(edge_REC, at[:, : edge_REC.shape[1]], "")
+            q, k, v = self._qkv(latent_RNC, image_turned, "_moe_gen")
+            q_edge, k_edge, v_edge = self._qkv(edge_REC, image_turned, "")
             # One position for the whole image, so the order of its keys does not matter: latents, then edges.
             own_k, own_v = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
             past_k, past_v = keys[:, :, :used], values[:, :, :used]
@@ -417,7 +319,7 @@ class MoT(nn.Module):
             Hidden states of the text, velocities v = noise - data of the images (fp32), the new context.
         """
         model = self.language_model.model
-        text = text_position = valid_BS = None
+        text = text_turned = valid_BS = None
         text_causal, text_mask = False, None
         used, position_B = context.used, context.position_B
         total = used
@@ -426,7 +328,7 @@ class MoT(nn.Module):
             ragged = length_B is not None and any(n != new for n in length_B)
             step = torch.arange(new, device=self.device)
             text = model.embed_tokens(ids_BL)
-            text_position = position_B[:, None] + step
+            text_turned = self._rotation(position_B[:, None] + step)
             if ragged:
                 length = torch.tensor(length_B, device=self.device)
             else:
@@ -444,9 +346,9 @@ class MoT(nn.Module):
         else:
             valid_BS = context.valid_BS
 
-        latent = edge = image_position = image_mask = None
+        latent = edge = image_turned = image_mask = None
         if image is not None:
-            latent, edge, image_position = self._image_stream(image, position_B)
+            latent, edge, image_turned = self._image_stream(image, position_B)
             if valid_BS is not None:
                 own = latent.shape[1] + edge.shape[1]
                 seen = valid_BS.repeat_interleave(image.x_BKND.shape[1], 0)
@@ -455,7 +357,7 @@ class MoT(nn.Module):
         masks = _Masks(text_causal, text_mask, image_mask)
         keys, values, kept = [], [], []
         for index, layer in enumerate(model.layers):
-            given = (text, text_position, latent, edge, image_position, *context.layer(index), used, masks)
+            given = (text, text_turned, latent, edge, image_turned, *context.layer(index), used, masks)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 out = checkpoint(layer, *given, detach_context, use_reentrant=False)
             else:
@@ -472,15 +374,18 @@ class MoT(nn.Module):
         velocity = None if image is None else self._velocity(image, model.norm_moe_gen(latent))
         return MoTOutput(after, hidden, velocity)
 
-    def _image_stream(self, image: NoisyImage, position_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input states of latents [R, N, C] and edges [R, 2, C], and the shared position of each image."""
+    def _rotation(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return rotation(position_BL, self.config.head_dim, self.config.rope_theta)
+
+    def _image_stream(self, image: NoisyImage, position_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Input states of latents [R, N, C] and edges [R, 2, C], and the rotation that all of an image shares."""
         copies = image.x_BKND.shape[1]
         x_RND = image.x_BKND.flatten(0, 1).to(self.dtype)
         time_RC = self.time_embedder(image.t_BK.flatten())
         latent = self.vae2llm(x_RND) + time_RC[:, None] + self.latent_pos_embed(*image.grid).to(self.dtype)
         edge_ids = torch.tensor(self.edge_ids, device=self.device)
         edge = self.language_model.model.embed_tokens(edge_ids).expand(len(x_RND), -1, -1)
-        return latent, edge, position_B.repeat_interleave(copies, 0)
+        return latent, edge, self._rotation(position_B.repeat_interleave(copies, 0)[:, None])
 
     def _velocity(self, image: NoisyImage, hidden_RNC: Tensor) -> Tensor:
         """fp32 velocities [B, K, N, D] from final image states."""
@@ -496,8 +401,8 @@ class MoT(nn.Module):
         if valid is not None:
             valid = torch.cat([valid, valid.new_ones(context.rows, own)], dim=1)
         return Context(
-            tuple(_append(k, context.used, new) for k, (new, _) in zip(context.keys, kept, strict=True)),
-            tuple(_append(v, context.used, new) for v, (_, new) in zip(context.values, kept, strict=True)),
+            tuple(append(k, context.used, new) for k, (new, _) in zip(context.keys, kept, strict=True)),
+            tuple(append(v, context.used, new) for v, (_, new) in zip(context.values, kept, strict=True)),
             context.used + own,
             valid,
             context.position_B + 1,
@@ -516,51 +421,3 @@ def expert_of(name: str) -> str:
     """
     image_only = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
     return "image" if "_moe_gen" in name or name.startswith(image_only) else "text"
-
-
-def read_config(directory: Path) -> MoTConfig:
-    """Sizes of a model in BAGEL's layout: `llm_config.json` for the network, `config.json` for the image side.
-
-    `config.json` may carry two fields of ours, `prediction` and `vae_config.z_channels`; BAGEL's has neither
-    the first nor needs it.
-    """
-    llm = json.loads((directory / "llm_config.json").read_text())
-    image = json.loads((directory / "config.json").read_text())
-    return MoTConfig(
-        **{
-            key: llm[key]
-            for key in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "intermediate_size",
-                "vocab_size",
-                "rms_norm_eps",
-                "rope_theta",
-            )
-        },
-        latent_patch_size=image["latent_patch_size"],
-        latent_channels=image["vae_config"]["z_channels"],
-        pixels_per_latent=image["vae_config"]["downsample"],
-        max_latent_size=image["max_latent_size"],
-        prediction=image.get("prediction", "velocity"),
-    )
-
-
-def config_files(config: MoTConfig) -> dict[str, dict]:
-    """The inverse of `read_config`: contents of `llm_config.json` and `config.json`."""
-    sizes = asdict(config)
-    image = {
-        "latent_patch_size": sizes.pop("latent_patch_size"),
-        "max_latent_size": sizes.pop("max_latent_size"),
-        "prediction": sizes.pop("prediction"),
-        "vae_config": {
-            "z_channels": sizes.pop("latent_channels"),
-            "downsample": sizes.pop("pixels_per_latent"),
-        },
-    }
-    return {
-        "llm_config.json": {"model_type": "qwen2"} | sizes,
-        "config.json": {"model_type": "bagel"} | image,
-    }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from unigrpo_cli.episode import GivenText
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.mot import Context, MoT, MoTOutput, NoisyImage, expert_of
+from unigrpo_cli.models.context import Context
+from unigrpo_cli.models.mot import MoT, MoTOutput, NoisyImage, expert_of
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 EDGES = ("<|vision_start|>", "<|vision_end|>")

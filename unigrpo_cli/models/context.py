@@ -1,0 +1,74 @@
+"""What a row has said and been shown so far, as keys and values: the one cache of sampling, replay and evaluation.
+
+Shape letters as in mot.py: B rows, L new tokens, S context slots, H heads of E numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What has been said and shown so far: keys and values of every layer, for B rows.
+
+    Slots are filled left to right for all rows at once; a row that had less to say has invalid slots,
+    which nobody attends to. `position_B` is the RoPE counter of each row, i.e. the position that its next
+    token will have: it counts text tokens, and one for each clean image.
+
+    Args:
+        keys, values: per layer, [B, Hkv, capacity, E]. With spare capacity (see `reserve`) new slots are
+            written in place, which only sampling without gradients does; else a new tensor is made.
+        used: slots filled so far.
+        valid_BS: which of the used slots count, or None when all do (then attention needs no mask).
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    used: int
+    valid_BS: Tensor | None
+    position_B: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.position_B.shape[0]
+
+    def reserve(self, slots: int) -> Context:
+        """Room for `slots` more, so that decoding one token does not copy the whole cache."""
+
+        def grown(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :, : self.used], x.new_zeros(*x.shape[:2], slots, x.shape[3])], dim=2)
+
+        return replace(self, keys=tuple(map(grown, self.keys)), values=tuple(map(grown, self.values)))
+
+    def select(self, index_B: Tensor) -> Context:
+        """Rows by index; repeat an index to share one prompt among the members of a group."""
+        valid = None if self.valid_BS is None else self.valid_BS[index_B]
+        return replace(
+            self,
+            keys=tuple(x[index_B] for x in self.keys),
+            values=tuple(x[index_B] for x in self.values),
+            valid_BS=valid,
+            position_B=self.position_B[index_B],
+        )
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.keys[index], self.values[index]
+
+    def validity(self) -> Tensor:
+        """`valid_BS` spelled out: [B, used] bool."""
+        if self.valid_BS is not None:
+            return self.valid_BS
+        return torch.ones(self.rows, self.used, dtype=torch.bool, device=self.position_B.device)
+
+
+def append(stored: Tensor, used: int, new: Tensor) -> Tensor:
+    """Cache tensor with `new` [B, H, L, E] in the slots after `used`: in place where there is room."""
+    end = used + new.shape[2]
+    if stored.shape[2] >= end and not torch.is_grad_enabled():
+        stored[:, :, used:end] = new
+        return stored
+    return torch.cat([stored[:, :, :used], new], dim=2)
