@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
-from unigrpo_plugins.geneval_rules import Seen, Verdict, judge, keep_confident
+from unigrpo_plugins.geneval_rules import COLORS, Seen, Verdict, judge, keep_confident
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,13 @@ class GenEvalReward:
         """Refuse prompts about things the detector cannot see: it would find none and call that wrong."""
         from unigrpo_cli.errors import RewardError
 
+        for m in metadata:
+            for item in [*m["include"], *m.get("exclude", [])]:
+                if item.get("color", COLORS[0]) not in COLORS:
+                    raise RewardError(
+                        f"reward 'geneval': no object is ever {item['color']!r} to it; its colours are "
+                        f"{', '.join(COLORS)}"
+                    )
         unseen = [c for m in metadata for c in _classes(m) if c not in self.detector.labels]
         if unseen:
             missing = sorted(set(unseen))

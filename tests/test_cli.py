@@ -180,7 +180,7 @@ def test_a_broken_plugin_is_listed_with_its_reason(tmp_path: Path, monkeypatch: 
         (["train", "--reward", "geneval", "--set", "device=quantum"], 2, ["device 'quantum'"]),
         (["rollout", "--from", "nowhere", "--reward", "geneval"], 2, ["holds no episodes"]),
         (["rollout", "--reward", "plan", "--set", "sampling.think=false"], 3, ["does not think"]),
-        (["eval", "--suite", "geneval"], 3, ["cannot see", "bench"]),
+        (["eval", "--suite", "geneval"], 3, ["cannot see", "airplane"]),
         (["eval", "--fail-under", "geneval"], 2, ["NAME=VALUE"]),
         (["generate"], 2, ["say what to paint"]),
         (["generate", " "], 2, ["empty prompt"]),
@@ -255,7 +255,7 @@ def test_damaged_checkpoints(copy: Path, damage, says: str, tmp_path: Path) -> N
         ("return [float('nan')] * len(images)", ["abstained (NaN) on 100%", "max_abstain"]),
         ("return [1.0]", ["1 scores for"]),
         ("return 'good'", ["must give a list"]),
-        ("time.sleep(600)", ["no answer within 1 s", "reward.timeout_s"]),
+        ("time.sleep(600)", ["no answer in score within 1 s", "reward.timeout_s"]),
     ],
 )
 def test_rewards_that_fail_stop_the_run_with_their_name(tmp_path: Path, body: str, says: list[str]) -> None:

@@ -58,7 +58,9 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         ("sampling.kernel=euler", "'flow', 'dance' or 'cps'"),
         ("sampling.window_size=9", "does not fit"),
         ("train.updates=3", "must divide train.prompts_per_step"),
-        ("sampling.temperature=0", "greedy"),
+        ("sampling.shift=inf", "finite"),
+        ("train.betas=[2, 3]", "less than 1"),
+        ("reward.use=geneval", r'e.g. \["geneval"\]'),
         ("preset=paper", "--preset paper"),
     ],
 )
@@ -90,3 +92,19 @@ def test_it_is_frozen_and_every_key_is_described() -> None:
     keys = config_keys()
     assert {"train.steps", "train.checkpoint_every", "sampling.window"} <= set(keys)
     assert all(len(what) > 8 for what, _ in keys.values())
+
+
+def test_cps_noise_turns_back_at_1() -> None:
+    with pytest.raises(UsageError, match="up to 1"):
+        load_config(overrides=["sampling.kernel=cps", "sampling.noise_level=1.5"])
+
+
+def test_odd_values_survive_the_file(tmp_path: Path) -> None:
+    """What TOML cannot say (null, lone escapes) must not make a run's own configuration unreadable."""
+    options = {"clip.model": None, "clip.tag": "x", "näme": 'quo"te\\'}
+    config = load_config(overrides=["prompts=p/😀.txt"], named={"reward.options": options})
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    again = load_config(file=path)
+    assert again.prompts == "p/😀.txt"
+    assert again.reward.options == {"clip.tag": "x", "näme": 'quo"te\\'}

@@ -19,7 +19,7 @@ def _summary(values: np.ndarray, tasks: list[str] | None = None, texts: list[str
         np.array(tasks or ["t"] * n),
         [str(k) for k in range(n)],
         texts or [str(k) for k in range(n)],
-        seed=0,
+        noise={"seed": 0},
     )
 
 

@@ -138,19 +138,19 @@ def test_a_clean_image_joins_the_context_and_moves_it_by_one_position(tiny: Unif
 
 
 def test_detached_context_keeps_the_image_loss_from_the_text(tiny: UnifiedModel) -> None:
-    """Full: the image teaches the text's keys and values. Detach: only what its own stream uses."""
-    text_only = "language_model.model.layers.0.mlp.down_proj.weight"
+    """Full: the image teaches the text expert. Detach: neither through the context nor the boundary tokens."""
     for detach in (False, True):
         tiny.network.zero_grad()
         out = tiny.forward(tiny.empty_context(2), _ids(2, 6, tiny), image=_image(2, 2, tiny), detach_context=detach)
         out.velocity_BKND.square().sum().backward()
         grads = {n: p.grad for n, p in tiny.network.named_parameters()}
         assert grads["language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"].abs().max() > 0
-        # The boundary tokens are the text expert's too, so its gradient does not vanish; its dependence on the
-        # words does, as the embedding of a word that was read shows.
-        word = tiny.network.language_model.model.embed_tokens.weight.grad[_ids(2, 6, tiny)[0, 2]]
-        assert (word.abs().max() == 0) == detach
-        assert grads[text_only].abs().max() > 0
+        taught = {n for n, g in grads.items() if expert_of(n) == "text" and g is not None and g.abs().max() > 0}
+        if detach:
+            assert not taught
+        else:
+            assert "language_model.model.layers.0.mlp.down_proj.weight" in taught
+            assert "language_model.model.embed_tokens.weight" in taught
 
 
 def test_every_parameter_belongs_to_one_expert(tiny: UnifiedModel) -> None:

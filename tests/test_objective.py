@@ -11,7 +11,7 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, per_episode_mean, unigrpo_loss
 
 B, L, K, N, D = 6, 5, 3, 4, 2
-PAPER = Objective(1.0, 1.0, 0.2, 1e-6, 0.0, "ratio-norm", "velocity-mse", 1.5e-5, "flow", 0.8)
+PAPER = Objective(1.0, 1.0, 0.2, 1e-6, 0.0, "ratio-norm", "velocity-mse", 1.5e-5)
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -31,7 +31,7 @@ def _case(images: int = 1) -> tuple[Actions, Scores, Scores, torch.Tensor]:
         drawn = flow.step(
             "flow", x, v, t[..., None, None], t_next[..., None, None], noise_level=0.8, t_second=second, noise=noise
         )
-        steps.append(ImageSteps(x, drawn.x_next, t, t_next, second))
+        steps.append(ImageSteps(x, drawn.x_next, t, t_next, second, "flow", 0.8))
         old_v.append(v)
     old = Scores(_random(B, L, seed=5) - 2, _random(B, L, seed=6).abs(), tuple(old_v))
     new = Scores(
@@ -225,3 +225,74 @@ def test_a_row_without_text_counts_zero() -> None:
     mask = torch.tensor([[True, True], [False, False]])
     values = torch.tensor([[1.0, 3.0], [float("nan"), 7.0]])
     assert per_episode_mean(values, mask).tolist() == [2.0, 0.0]
+
+
+def test_text_kl_is_added_with_its_weight() -> None:
+    """The loss with KL minus the loss without is weight * mean k3(reference - new), by hand."""
+    actions, new, old, advantage = _case()
+    only = replace(PAPER, image_weight=0.0)
+    without = unigrpo_loss(actions, new, old, None, advantage, only, episodes=B).total
+    held = unigrpo_loss(actions, new, old, old, advantage, replace(only, text_kl=0.3), episodes=B).total
+    d = old.log_prob_BL - new.log_prob_BL
+    by_hand = per_episode_mean(d.exp() - 1 - d, actions.mask_BL).mean()
+    torch.testing.assert_close(held - without, 0.3 * by_hand)
+    assert held > without
+
+
+def test_trust_regions_differ_as_their_names_say() -> None:
+    """One step moved by a constant: the plain log-ratio sees drift against the noise, RatioNorm rescales it."""
+    actions, new, old, advantage = _case()
+    steps = actions.images[0]
+    at = (steps.t_BK[..., None, None], steps.t_next_BK[..., None, None])
+    p, q = (
+        flow.transition("flow", steps.x_BKND, s.velocities[0], *at, noise_level=0.8, t_second=steps.t_second)
+        for s in (new, old)
+    )
+    plain = flow.log_prob("flow", steps.x_next_BKND, p) - flow.log_prob("flow", steps.x_next_BKND, q)
+    normed = flow.ratio_norm(steps.x_next_BKND, p, q).mean(dim=(-2, -1))
+    for trust_region, expected in (("ratio", plain), ("ratio-norm", normed)):
+        only = replace(PAPER, text_weight=0.0, penalty="none", image_clip=10.0, trust_region=trust_region)
+        loss = unigrpo_loss(actions, new, old, None, advantage, only, episodes=B)
+        assert loss.maxima["image/max_abs_log_ratio"] == pytest.approx(expected.abs().max().item())
+        torch.testing.assert_close(loss.total, -(torch.expm1(expected) * advantage[:, None]).mean())
+    assert (plain - normed).abs().max() > 1e-3 * normed.abs().max()
+
+
+@pytest.mark.parametrize("penalty", ["velocity-mse", "latent-kl"])
+def test_penalties_are_added_with_their_weight(penalty: str) -> None:
+    actions, new, old, advantage = _case()
+    steps = actions.images[0]
+    only = replace(PAPER, text_weight=0.0, penalty=penalty, penalty_weight=0.7, image_weight=2.0)
+    free = unigrpo_loss(actions, new, old, None, advantage, replace(only, penalty="none"), episodes=B).total
+    held = unigrpo_loss(actions, new, old, old, advantage, only, episodes=B)
+    v, v_ref = new.velocities[0], old.velocities[0]
+    if penalty == "velocity-mse":
+        by_hand = (v - v_ref).square().mean()
+    else:  # Gaussians of one deviation: KL = (difference of means)^2 / (2 variance), mean over elements
+        at = (steps.t_BK[..., None, None], steps.t_next_BK[..., None, None])
+        p, q = (
+            flow.transition("flow", steps.x_BKND, u, *at, noise_level=0.8, t_second=steps.t_second)
+            for u in (v, v_ref)
+        )
+        by_hand = ((p.mean - q.mean).square() / (2 * p.std**2)).mean()
+    torch.testing.assert_close(held.total - free, 2.0 * 0.7 * by_hand)
+    assert held.means[f"image/{penalty}"] == pytest.approx(by_hand.item())
+
+
+def test_an_image_without_stochastic_steps_has_no_say() -> None:
+    actions, new, old, advantage = _case()
+    none = torch.zeros(B, 0, dtype=torch.float64)
+    empty = replace(
+        actions.images[0],
+        x_BKND=torch.zeros(B, 0, N, D),
+        x_next_BKND=torch.zeros(B, 0, N, D),
+        t_BK=none,
+        t_next_BK=none,
+    )
+    still = Actions(actions.mask_BL, (empty,))
+    blank = (torch.zeros(B, 0, N, D, dtype=torch.float64),)
+    loss = unigrpo_loss(
+        still, replace(new, velocities=blank), replace(old, velocities=blank), None, advantage, PAPER, episodes=B
+    )
+    only = unigrpo_loss(actions, new, old, None, advantage, replace(PAPER, image_weight=0.0), episodes=B)
+    assert loss.total == only.total

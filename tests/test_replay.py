@@ -19,7 +19,7 @@ from unigrpo_cli.watch import drift
 SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
 WINDOW = flow.Window(1, 3)
 PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green heart", "a heart above a cross")]
-OBJECTIVE = Objective(1.0, 1.0, 0.2, 1e-4, 0.0, "ratio-norm", "velocity-mse", 0.1, "flow", 0.8)
+OBJECTIVE = Objective(1.0, 1.0, 0.2, 1e-4, 0.0, "ratio-norm", "velocity-mse", 0.1)
 
 
 def _episodes(model: UnifiedModel, members: int = 2, sampling: Sampling = SAMPLING, seed: int = 0) -> list[Episode]:
@@ -35,7 +35,7 @@ def test_replay_agrees_with_rollout(tiny: UnifiedModel) -> None:
     batch = collate(_episodes(tiny))
     with torch.no_grad():
         scores = replay(tiny, batch)
-    found = drift([(batch, scores)], OBJECTIVE)
+    found = drift([(batch, scores)])
     assert found["text/drift_max"] < 1e-6  # behaviour log-probs are stored in fp32
     assert found["image/drift_max"] < 1e-6
 
@@ -44,7 +44,7 @@ def test_embedded_precision_drifts_less_than_1e_5(tiny: UnifiedModel) -> None:
     tiny.network.float()
     batch = collate(_episodes(tiny))
     with torch.no_grad():
-        found = drift([(batch, replay(tiny, batch))], OBJECTIVE)
+        found = drift([(batch, replay(tiny, batch))])
     assert 0 < found["text/drift_max"] < 1e-5
     assert found["image/drift_max"] < 1e-5
 
@@ -142,9 +142,9 @@ def test_temperature_is_inside_the_scored_distribution(tiny: UnifiedModel) -> No
     batch = collate(_episodes(tiny, sampling=replace(SAMPLING, temperature=0.5)))
     assert batch.temperature == 0.5
     with torch.no_grad():
-        assert drift([(batch, replay(tiny, batch))], OBJECTIVE)["text/drift_max"] < 1e-6
+        assert drift([(batch, replay(tiny, batch))])["text/drift_max"] < 1e-6
         wrong = replace(batch, temperature=1.0)
-        assert drift([(wrong, replay(tiny, wrong))], OBJECTIVE)["text/drift_max"] > 1e-2
+        assert drift([(wrong, replay(tiny, wrong))])["text/drift_max"] > 1e-2
 
 
 def _two_rounds(model: UnifiedModel) -> list[Episode]:
@@ -175,7 +175,7 @@ def test_several_rounds_replay_like_one(tiny: UnifiedModel) -> None:
     assert len(batch.actions.images) == 2
     with torch.no_grad():
         scores = replay(tiny, batch)
-    found = drift([(batch, scores)], OBJECTIVE)
+    found = drift([(batch, scores)])
     assert found["text/drift_max"] < 1e-6
     assert found["image/drift_max"] < 1e-6
     counts = [sum(len(s.ids) for s in e.segments if isinstance(s, TextActions)) for e in episodes]
@@ -187,7 +187,7 @@ def test_an_episode_without_thinking(tiny: UnifiedModel) -> None:
     assert batch.actions.mask_BL.shape[1] == 0
     with torch.no_grad():
         old = replay(tiny, batch)
-    assert drift([(batch, old)], OBJECTIVE)["image/drift_max"] < 1e-6
+    assert drift([(batch, old)])["image/drift_max"] < 1e-6
     loss = unigrpo_loss(
         batch.actions, replay(tiny, batch), old, old, torch.ones(6, dtype=torch.float64), OBJECTIVE, episodes=6
     )

@@ -69,6 +69,8 @@ def test_commas_and_repetition_are_the_same() -> None:
 def test_extra_options_reach_their_alias() -> None:
     (choice,) = parse_rewards(["x=clip@model=a"], {"x.model": "b,c@d", "x.n": 1})
     assert choice.options == {"model": "b,c@d", "n": 1}
+    (same,) = parse_rewards(["x=clip:1E0@model=a"], {"x": {"model": "b,c@d", "n": 1}})  # as a TOML table
+    assert same == choice
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_extra_options_reach_their_alias() -> None:
     [
         (["clip:"], None, "cannot read reward"),
         (["clip:heavy"], None, "cannot read reward"),
+        (["clip:1e999"], None, "no finite number"),
         ([""], None, "cannot read reward"),
         (["clip@model"], None, "@key=value"),
         (["clip,clip"], None, "given twice"),
@@ -196,7 +199,13 @@ def _faulty(answer):
         (np.zeros((4, 1)), r"shape \[4, 1\]"),
         (0.5, "float; it must give a list"),
         ("good", "str; it must give a list"),
-        (["a", "b", "c", "d"], "no number"),
+        (["a", "b", "c", "d"], "the text 'a'"),
+        (["0.5", "0.5", "0.5", "0.5"], "the text '0.5'"),
+        (torch.tensor(0.5), "one ndarray"),
+        (torch.ones(4, 1), r"shape \[4, 1\]"),
+        ({0.1, 0.2, 0.3, 0.4}, "one set"),
+        (RewardOutput([1, 1, 1, 1], components=[1, 2]), "cannot be read"),
+        (RewardOutput([1, 1, 1, 1], info=[{"x": object()}] * 4), "cannot be read"),
         (RewardOutput([1.0] * 4, components={"part": [1.0]}), "component 'part'"),
         (RewardOutput([1.0] * 4, info=[{}]), "1 info rows"),
     ],
@@ -254,7 +263,7 @@ def test_a_reward_that_hangs_is_left_behind() -> None:
             time.sleep(60)
 
     began = time.perf_counter()
-    with pytest.raises(RewardError, match=r"no answer within 0.2 s.*reward.timeout_s"):
+    with pytest.raises(RewardError, match=r"no answer in score within 0.2 s.*reward.timeout_s"):
         _score(Hanging, policy=Policy(timeout_s=0.2))
     assert time.perf_counter() - began < 5
 
@@ -514,8 +523,96 @@ def test_before_score_may_change_pictures_but_not_their_number() -> None:
     plugins = _plugins(Gained)
     plugins._register(Cutter(), "cutter", "tests", "-")
     with RewardSet(parse_rewards(["gained"]), plugins, CONTEXT) as rewards:
-        with pytest.raises(RewardError, match="made 1 samples of 4"):
+        with pytest.raises(RewardError, match="the same 4 samples"):
             rewards.score(example_samples(4))
+
+
+def test_a_failing_hook_is_named() -> None:
+    class Boom:
+        @hookimpl
+        def unigrpo_before_score(self, batch):
+            raise RuntimeError("boom")
+
+    plugins = _plugins(Gained)
+    plugins._register(Boom(), "boomer", "tests", "-")
+    with RewardSet(parse_rewards(["gained"]), plugins, CONTEXT) as rewards:
+        with pytest.raises(RewardError, match=r"boomer failed in unigrpo_before_score: RuntimeError: boom"):
+            rewards.score(example_samples(4))
+
+
+def test_what_a_reward_writes_into_its_input_nobody_else_sees() -> None:
+    @reward("vandal")
+    def vandal(metadata):
+        for row in metadata:
+            row.clear()
+        return [0.0] * len(metadata)
+
+    @reward("painter")
+    def painter(pixels):
+        for image in pixels:
+            image[:] = 0
+        return [0.0] * len(pixels)
+
+    given = [Sample("p", frozen := np.ones((2, 2, 3), np.uint8), metadata={"a": [1]})]
+    frozen.setflags(write=False)
+    with RewardSet(parse_rewards(["vandal"]), _plugins(vandal), CONTEXT) as rewards:
+        rewards.score(given)
+    assert given[0].metadata == {"a": [1]}
+    with RewardSet(parse_rewards(["painter"]), _plugins(painter), CONTEXT) as rewards:
+        with pytest.raises(RewardError, match="read-only"):
+            rewards.score(given)
+
+
+def test_setup_has_a_deadline_and_what_is_up_is_torn_down() -> None:
+    down = []
+
+    class First(Gained):
+        name = "first"
+
+        def teardown(self) -> None:
+            down.append("first")
+
+    class Slow(Gained):
+        name = "slow"
+
+        def setup(self, context: RewardContext) -> None:
+            time.sleep(60)
+
+    with pytest.raises(RewardError, match=r"'slow'.*in setup within 0.2 s.*reward.setup_timeout_s"):
+        RewardSet(parse_rewards(["first,slow"]), _plugins(First, Slow), CONTEXT, Policy(setup_timeout_s=0.2))
+    assert down == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"range": None}, "declares range"),
+        ({"range": (1, 0)}, "declares range"),
+        ({"batch_size": -1}, "batch_size"),
+    ],
+)
+def test_what_a_class_declares_is_checked(facts: dict, says: str) -> None:
+    with pytest.raises(RewardError, match=says):
+        _score(type("Odd", (Gained,), {"name": "odd"} | facts))
+
+
+def test_one_file_cannot_offer_a_name_twice(tmp_path: Path) -> None:
+    one = "from unigrpo_cli import reward\n\n\n@reward('r')\ndef {}(prompts):\n    return [0] * len(prompts)\n"
+    path = _write(tmp_path / "twice.py", one.format("a") + one.format("b"))
+    with pytest.raises(RewardError, match="two rewards named 'r'"):
+        Plugins().load([path])
+    plugins = Plugins()
+    plugins.load(["no:genval"])
+    assert any("did you mean" in p and "geneval" in p for p in plugins.rewards.problems)
+
+
+def test_a_plugins_directory_may_hold_tests(tmp_path: Path) -> None:
+    _write(tmp_path / "r.py", "from unigrpo_cli import reward\n\n\n@reward('r')\ndef r(prompts):\n    return [0]\n")
+    _write(tmp_path / "test_r.py", "raise RuntimeError('no plugin')\n")
+    _write(tmp_path / "notes.py", "X = 1\n")
+    plugins = Plugins()
+    plugins.load(directory=tmp_path)
+    assert plugins.rewards.find("r").origin == "r"
 
 
 # ----- the contract

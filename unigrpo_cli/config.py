@@ -20,6 +20,8 @@ PRESETS = ("embedded", "paper")
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -37,9 +39,9 @@ class Sampling(Section):
     height: Positive = Field(1024, description="image height, pixels [paper: 1024]")
     width: Positive = Field(1024, description="image width, pixels [paper: 1024]")
     steps: Positive = Field(24, description="network calls per image [paper: 25 points = 24 calls]")
-    shift: Annotated[float, Field(gt=0)] = Field(3.0, description="time shift of the grid [paper: 3]")
+    shift: Size = Field(3.0, description="time shift of the grid [paper: 3]")
     kernel: Literal["flow", "dance", "cps"] = Field("flow", description="stochastic transition [paper: flow]")
-    noise_level: Annotated[float, Field(gt=0)] = Field(0.8, description="a of the transition [paper: 0.8]")
+    noise_level: Size = Field(0.8, description="a of the transition [paper: 0.8]")
     window: Literal["all", "fixed", "random", "sliding"] = Field(
         "random", description="which steps are stochastic, one draw per rollout [paper: random]"
     )
@@ -56,10 +58,10 @@ class Objective(Section):
 
     text_weight: Rate = Field(1.0, description="weight of the text term")
     image_weight: Rate = Field(1.0, description="lambda, weight of the image term [paper: 1]")
-    text_clip: Annotated[float, Field(gt=0)] = Field(
+    text_clip: Size = Field(
         0.2, description="clip range of the token ratio [paper: not given; 0.2 is the usual value of GRPO]"
     )
-    image_clip: Annotated[float, Field(gt=0)] = Field(
+    image_clip: Size = Field(
         1e-6, description="clip range of the step ratio, mean over the latent's elements [paper: 1e-6]"
     )
     text_kl: Rate = Field(0.0, description="weight of the k3 KL to the reference on text [paper: 0]")
@@ -80,9 +82,9 @@ class Advantage(Section):
     """Equation 1, and how several rewards become one advantage."""
 
     std: Literal["group", "batch", "none"] = Field("group", description="what divides [paper: group]")
-    clamp: Annotated[float, Field(gt=0)] | None = Field(
+    clamp: Rate = Field(
         5.0,
-        description="largest magnitude [Flow-GRPO: 5; group deviations of 24 reach 4.8, so it rarely acts]",
+        description="largest magnitude, 0 for no limit [Flow-GRPO: 5; in groups of 24 it cannot exceed 4.8]",
     )
     combine: Literal["auto", "sum", "gdpo", "rank"] = Field(
         "auto", description="several rewards: gdpo when their ranges differ, else sum"
@@ -111,18 +113,18 @@ class Train(Section):
         (), description="what else trains with tune = full: word embeddings, lm_head, latent in/out and time"
     )
     lora_rank: Positive = Field(64, description="rank of the adapters")
-    lora_alpha: Annotated[float, Field(gt=0)] = Field(128.0, description="scale of the adapters, times rank")
+    lora_alpha: Size = Field(128.0, description="scale of the adapters, times rank")
     lr_text: Rate = Field(1e-6, description="learning rate of the text expert [paper: 1e-6]")
     lr_image: Rate = Field(3e-5, description="learning rate of the image expert [paper: 3e-5]")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decays")
     weight_decay: Rate = Field(0.0, description="AdamW's weight decay")
-    grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm over all weights")
+    grad_clip: Size = Field(1.0, description="largest gradient norm over all weights")
     warmup: Count = Field(0, description="optimizer steps of linear warm-up")
     activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
     checkpoint_every: Count = Field(100, description="steps between checkpoints; 0 for the last one only")
     keep_checkpoints: Positive = Field(3, description="how many checkpoints stay on disk")
     samples_every: Count = Field(25, description="steps between sheets of held-out samples; 0 for none")
-    drift_limit: Annotated[float, Field(gt=0)] = Field(
+    drift_limit: Size = Field(
         0.02, description="warn when rollout and replay log-probabilities differ by more (mean, text)"
     )
 
@@ -144,7 +146,8 @@ class Rewards(Section):
 
     use: tuple[str, ...] = Field((), description="rewards, as [alias=]name[:weight](@key=value)*")
     options: dict[str, Any] = Field({}, description="more options, as alias.key = value")
-    timeout_s: Annotated[float, Field(gt=0)] = Field(120.0, description="seconds one call of a reward may take")
+    timeout_s: Size = Field(120.0, description="seconds one call of a reward may take")
+    setup_timeout_s: Size = Field(1800.0, description="seconds a reward may take to set up, downloads included")
     max_abstain: Annotated[float, Field(ge=0, le=1)] = Field(
         0.25, description="stop when a reward abstains on a larger share of recent samples"
     )
@@ -187,8 +190,10 @@ class Config(Section):
                 f"train.updates={t.updates} must divide train.prompts_per_step={t.prompts_per_step}: "
                 "groups are never split over updates"
             )
-        if s.temperature == 0 and t.experts != "image":
-            raise ValueError("sampling.temperature=0 is greedy and leaves text nothing to learn from")
+        if s.kernel == "cps" and s.noise_level > 1:
+            raise ValueError(
+                f"kernel cps takes sampling.noise_level up to 1, not {s.noise_level:g}: sin(a pi / 2) turns there"
+            )
         return self
 
 
@@ -236,7 +241,7 @@ def load_config(
 
 def _read_toml(path: Path) -> dict:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"no configuration file {path}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -294,6 +299,8 @@ def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "tuple_type" and isinstance(first["input"], str):
+        return f'{where} = {first["input"]!r}: a list is needed, e.g. ["{first["input"]}"]'
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return message
@@ -323,7 +330,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        pairs = (f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items() if v is not None)  # TOML has no null
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

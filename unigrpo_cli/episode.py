@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -152,7 +153,10 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
             for s, segment in enumerate(episode.segments):
                 plain, own = _pack(segment)
                 segments.append(plain)
-                tensors |= {f"{g}.{m}.{s}.{name}": value.clone() for name, value in own.items()}
+                tensors |= {
+                    f"{g}.{m}.{s}.{name}": value.clone(memory_format=torch.contiguous_format)
+                    for name, value in own.items()
+                }
             members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
         prompt = group.prompt
         rows.append({"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "episodes": members})
@@ -173,14 +177,18 @@ def load_episodes(directory: Path) -> list[Group]:
         if data.get("format") != FORMAT:
             raise UsageError(f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}")
         tensors = load_file(directory / "episodes.safetensors")
-        return list(_groups(data["groups"], tensors))
+        groups = list(_groups(data["groups"], tensors))
     except FileNotFoundError as error:
+        missing = [n for n in ("episodes.json", "episodes.safetensors") if not (directory / n).is_file()]
         raise UsageError(
-            f"{directory} holds no episodes ({Path(error.filename or '').name} is missing); "
+            f"{directory} holds no episodes ({' and '.join(missing)} missing); "
             "give a directory written by `unigrpo rollout --out DIR`"
         ) from error
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(f"{directory}: damaged episodes ({type(error).__name__}: {error})") from error
+    if not groups or not all(group.episodes for group in groups):
+        raise UsageError(f"{directory}: damaged episodes (a group, or all of them, is empty)")
+    return groups
 
 
 def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
@@ -217,7 +225,22 @@ def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
     for name in ("grid", "opening", "closing"):
         if name in values:
             values[name] = tuple(values[name])
-    return _KINDS[plain["kind"]](**values)
+    segment = _KINDS[plain["kind"]](**values)
+    if isinstance(segment, TextActions):
+        _same("log_prob", segment.log_prob.shape, segment.ids.shape)
+    if isinstance(segment, ImageActions):
+        steps, latent = (segment.window.size,), segment.latent.shape
+        _same("latent", latent[:1], (segment.grid[0] * segment.grid[1],))
+        _same("before", segment.before.shape, steps + latent)
+        _same("after", segment.after.shape, steps + latent)
+        _same("log_prob", segment.log_prob.shape, steps)
+        _same("pixels", (segment.pixels.ndim, segment.pixels.shape[-1]), (3, 3))
+    return segment
+
+
+def _same(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise ValueError(f"{name} has shape {list(found)}, not {list(wanted)}")
 
 
 def same_structure(episodes: Sequence[Episode]) -> bool:

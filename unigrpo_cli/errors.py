@@ -24,6 +24,10 @@ class RewardError(UnigrpoError):
     exit_code = 3
 
 
+class DivergedError(UnigrpoError):
+    """Training that left the numbers: a gradient that is not finite."""
+
+
 class GateError(UnigrpoError):
     """A threshold that was asked for was not reached."""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from unigrpo_cli.algo.flow import Window
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models import Policy
 from unigrpo_cli.rewards.batch import Sample
 from unigrpo_cli.rewards.scoring import RewardSet, Scored
@@ -39,7 +40,8 @@ class Evaluation:
     """Scores of one policy on one suite.
 
     `values` holds the raw scores by reward, one per episode in the order of `prompt_ids`, NaN where a reward
-    abstained; from two evaluations on the same noise, `compare` makes a paired difference.
+    abstained. `noise` is all that decides what was drawn besides the policy (seed, samples, sampling): from two
+    evaluations on the same, `compare` makes a paired difference.
     """
 
     scores: dict[str, Estimate]
@@ -47,6 +49,7 @@ class Evaluation:
     values: dict[str, NDArray[np.float64]]
     prompt_ids: tuple[str, ...]
     texts: tuple[str, ...]
+    noise: dict[str, Any]
 
     @property
     def n(self) -> int:
@@ -62,7 +65,7 @@ class Evaluation:
         found: dict[str, Any] = {"scores": scores, "per_task": self.per_task, "n": self.n}
         if values:
             raw = {k: [None if x != x else x for x in v.tolist()] for k, v in self.values.items()}
-            found |= {"values": raw, "prompt_ids": self.prompt_ids, "texts": self.texts}
+            found |= {"values": raw, "prompt_ids": self.prompt_ids, "texts": self.texts, "noise": self.noise}
         return found
 
 
@@ -94,9 +97,11 @@ def samples_of(groups: Sequence[Group], step: int = 0) -> list[Sample]:
 
 
 def _sample(episode: Episode, step: int) -> Sample:
+    pixels = episode.pixels.numpy().copy()
+    pixels.setflags(write=False)  # a reward that draws into its input would change the episode
     return Sample(
         prompt=episode.prompt.text,
-        pixels=episode.pixels.numpy(),
+        pixels=pixels,
         reasoning=episode.reasoning,
         metadata=episode.prompt.metadata,
         id=f"{episode.prompt.id}/{episode.member}",
@@ -149,7 +154,10 @@ def evaluate(
     texts = [p.text for p in prompts for _ in range(samples)]
     ids = [p.id for p in prompts for _ in range(samples)]
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
-    return summarise(joined, tasks, ids, texts, seed)
+    noise = {"seed": seed, "samples": samples} | asdict(sampling)
+    for name in ("rows", "kernel", "noise_level"):  # no part of what Euler steps draw
+        noise.pop(name)
+    return summarise(joined, tasks, ids, texts, noise)
 
 
 def summarise(
@@ -157,7 +165,7 @@ def summarise(
     tasks: NDArray,
     ids: Sequence[str],
     texts: Sequence[str],
-    seed: int,
+    noise: dict[str, Any],
 ) -> Evaluation:
     """An `Evaluation` from raw scores, one per episode."""
     per_task: dict[str, dict[str, float]] = {}
@@ -170,9 +178,9 @@ def summarise(
         valid = np.isfinite(own)
         if valid.any():
             task_mean = float(np.mean(list(means.values())))
-            interval = bootstrap(own, texts, seed)
+            interval = bootstrap(own, texts, noise["seed"])
             scores[name] = Estimate(float(own[valid].mean()), interval, task_mean, int(valid.sum()))
-    return Evaluation(scores, per_task, values, tuple(ids), tuple(texts))
+    return Evaluation(scores, per_task, values, tuple(ids), tuple(texts), noise)
 
 
 def bootstrap(values: NDArray[np.float64], texts: Sequence[str], seed: int) -> tuple[float, float]:
@@ -192,12 +200,12 @@ def compare(first: Evaluation, second: Evaluation, seed: int = 0) -> dict[str, d
     """Paired differences second - first by reward, on the same prompts and noise, with 95 % intervals.
 
     Raises:
-        ValueError: when the two were not made on the same prompts.
+        ValueError: when the two were not made on the same prompts and noise.
     """
-    if first.prompt_ids != second.prompt_ids:
-        raise ValueError("evaluations of different prompts cannot be compared pair by pair")
+    if not paired(first, second):
+        raise ValueError("evaluations of different prompts or noise cannot be compared pair by pair")
     differences = {}
-    for name in first.values.keys() & second.values.keys():
+    for name in (n for n in first.values if n in second.values):
         delta = second.values[name] - first.values[name]
         if np.isfinite(delta).any():
             low, high = bootstrap(delta, first.texts, seed)
@@ -205,9 +213,26 @@ def compare(first: Evaluation, second: Evaluation, seed: int = 0) -> dict[str, d
     return differences
 
 
+def paired(first: Evaluation, second: Evaluation) -> bool:
+    """Whether two evaluations looked at the same prompts on the same noise."""
+    return first.prompt_ids == second.prompt_ids and first.noise == second.noise
+
+
 def load_report(path: Path) -> Evaluation:
-    """An evaluation from a file that holds its raw values."""
-    data = json.loads(path.read_text())
+    """An evaluation from a file that holds its raw values.
+
+    Raises:
+        UsageError: when it is damaged.
+    """
+    try:
+        return _read_report(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is no evaluation that this version wrote ({type(error).__name__})") from error
+
+
+def _read_report(data: dict[str, Any]) -> Evaluation:
     values = {k: np.array([np.nan if x is None else x for x in v]) for k, v in data["values"].items()}
     scores = {k: Estimate(**(v | {"ci95": tuple(v["ci95"])})) for k, v in data["scores"].items()}
-    return Evaluation(scores, data["per_task"], values, tuple(data["prompt_ids"]), tuple(data["texts"]))
+    return Evaluation(
+        scores, data["per_task"], values, tuple(data["prompt_ids"]), tuple(data["texts"]), data["noise"]
+    )

@@ -22,6 +22,7 @@ from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenText, ImageActions, TextActions, same_structure
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.rollout import look
 
 COUPLINGS = ("full", "detach")
 
@@ -144,8 +145,8 @@ def _turn(
 
 def _image_steps(painted: list[ImageActions]) -> ImageSteps:
     """The stochastic steps of one image per row."""
-    if len({(s.grid, s.window, s.kernel, s.noise_level) for s in painted}) > 1:
-        raise ValueError("images replayed together must share size, window, kernel and noise level")
+    if len({(s.grid, s.window, s.kernel, s.noise_level, *s.times.tolist()) for s in painted}) > 1:
+        raise ValueError("images replayed together must share size, window, kernel, noise level and times")
     times = torch.stack([s.times for s in painted])
     steps = list(painted[0].window.steps)
     return ImageSteps(
@@ -154,6 +155,8 @@ def _image_steps(painted: list[ImageActions]) -> ImageSteps:
         t_BK=times[:, steps],
         t_next_BK=times[:, [k + 1 for k in steps]],
         t_second=times[0, 1],
+        kernel=painted[0].kernel,
+        noise_level=painted[0].noise_level,
     )
 
 
@@ -173,8 +176,8 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
 
     Args:
         coupling: what the image loss teaches the text expert. "full": gradients flow through the context's
-            keys and values, for the painter's conditioning is part of the policy. "detach": they stop there,
-            as when rollout and training each hold a finished context.
+            keys and values, for the painter's conditioning is part of the policy. "detach": the image loss
+            trains the image expert alone.
         image: False leaves out velocities (a text-only objective).
 
     Raises:
@@ -205,7 +208,8 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
             velocities.append(out.velocity_BKND)
         context = out.context
         if turn.image is not None and k + 1 < len(batch.turns):
-            context = look(policy, context, turn)
+            assert turn.latent_BND is not None
+            context = look(policy, context, turn.latent_BND, turn.image.grid)
     rows = len(batch.turns[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(
@@ -213,15 +217,6 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
         torch.cat(entropies, dim=1) if entropies else blank,
         tuple(velocities),
     )
-
-
-def look(policy: Policy, context, turn: Turn):
-    """The context after seeing the finished image of a turn, for the turns that follow."""
-    assert turn.latent_BND is not None and turn.image is not None
-    clean = NoisyImage(
-        turn.latent_BND[:, None], torch.zeros(len(turn.latent_BND), 1, device=policy.device), turn.image.grid
-    )
-    return policy.forward(context, image=clean, keep_image=True).context
 
 
 def _scatter(values: Tensor, mask_BL: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Episodes under the behaviour policy: write, paint, and the program prompt -> reasoning -> image.
 
-`write_text` and `paint` each extend a context by one acted segment for all rows at once; programs of several
-rounds are longer sequences of the same two. `replay.py` is this file's mirror image: it scores what was drawn
-here with the same functions of `algo`.
+`write_text` and `paint` each draw one segment for all rows at once, `look` puts a finished image into the context.
+Programs of several rounds are longer sequences of the three, each round with seeds of its own,
+`derive(seed, "round", k)`. `replay.py` is this file's mirror image: it scores what was drawn here with the same
+functions of `algo`.
 
 Shape letters: B rows (episodes), L text actions, K stochastic steps, N image tokens of D numbers.
 """
@@ -64,8 +65,8 @@ def rollout(
 ) -> list[Group]:
     """`members` episodes of every prompt, grouped.
 
-    An episode's randomness comes from (seed, prompt id, member) alone: batches and their order change nothing.
-    The window is one for all rows.
+    An episode's randomness comes from (seed, prompt id, member) alone: batches and their order change nothing but
+    the rounding of matrix products. The window is one for all rows.
     """
     todo = [(prompt, member) for prompt in prompts for member in range(members)]
     episodes: list[Episode] = []
@@ -81,11 +82,11 @@ def _think_then_paint(
 ) -> list[Episode]:
     """The program prompt -> reasoning -> image for one batch of rows."""
     seeds = [derive(seed, prompt.id, member) for prompt, member in rows]
-    prompts = list({prompt.id: prompt for prompt, _ in rows}.values())
+    prompts = list({(prompt.id, prompt.text): prompt for prompt, _ in rows}.values())
     given = [policy.preamble(prompt.text, sampling.think) for prompt in prompts]
     context = read_given(policy, [torch.cat([segment.ids for segment in own]) for own in given])
-    row_of = {prompt.id: k for k, prompt in enumerate(prompts)}
-    at = [row_of[prompt.id] for prompt, _ in rows]
+    row_of = {(prompt.id, prompt.text): k for k, prompt in enumerate(prompts)}
+    at = [row_of[prompt.id, prompt.text] for prompt, _ in rows]
     context = context.select(torch.tensor(at, device=policy.device))  # a prompt is read once per group
     texts: list[TextActions] = []
     if sampling.think:
@@ -102,6 +103,12 @@ def read_given(policy: Policy, ids: Sequence[Tensor]) -> Context:
     lengths = [len(row) for row in ids]
     padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=policy.stop_id)
     return policy.forward(policy.empty_context(len(ids)), padded.to(policy.device), lengths).context
+
+
+def look(policy: Policy, context: Context, x_BND: Tensor, grid: tuple[int, int]) -> Context:
+    """The context after seeing one finished image per row, for what follows it."""
+    clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=policy.device), grid)
+    return policy.forward(context, image=clean, keep_image=True).context
 
 
 def write_text(

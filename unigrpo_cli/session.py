@@ -131,4 +131,6 @@ def open_rewards(choices: Sequence[RewardChoice], plugins: Plugins, config: Conf
         offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
     )
     r = config.reward
-    return RewardSet(choices, plugins, context, Policy(r.timeout_s, r.max_abstain, r.on_error, r.strict))
+    return RewardSet(
+        choices, plugins, context, Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict)
+    )

@@ -8,6 +8,8 @@ Shape letters: P prompts, G members of a group, B = P * G episodes.
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from unigrpo_cli.algo.advantage import combined_advantage
 from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
+from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import samples_of, train_sampling
 from unigrpo_cli.models import Policy
 from unigrpo_cli.replay import Batch, collate, replay
@@ -62,7 +65,7 @@ def train(
     """Training steps from where `state` is to `train.steps`, or until `after_step` answers True."""
     while state.step < config.train.steps:
         done = training_step(state, prompts_for(prompts, config, state.step), rewards, config)
-        state.step += 1
+        state.step, state.between = state.step + 1, False
         if after_step(done):
             return
 
@@ -83,7 +86,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     with _timed(seconds, "old"):
         shares = replay_fixed(policy, flatten(groups), advantage_B, config, objective)
         metrics = rollout_metrics(groups, scored, advantage_B)
-        metrics |= drift([(m.batch, m.old) for share in shares for m in share], objective)
+        metrics |= drift([(m.batch, m.old) for share in shares for m in share])
     with _timed(seconds, "update"):
         updates = [
             optimizer_step(state, share, objective, config) for _ in range(config.train.epochs) for share in shares
@@ -99,11 +102,14 @@ def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Pr
     (a short list) gets a second name and with it noise of its own.
     """
     count = config.train.prompts_per_step
+    orders: dict[int, Tensor] = {}
     chosen: list[Prompt] = []
     for index in range(step * count, (step + 1) * count):
         epoch, at = divmod(index, len(prompts))
-        generator = torch.Generator().manual_seed(derive(config.seed, "order", epoch))
-        prompt = prompts[int(torch.randperm(len(prompts), generator=generator)[at])]
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(derive(config.seed, "order", epoch))
+            orders[epoch] = torch.randperm(len(prompts), generator=generator)
+        prompt = prompts[int(orders[epoch][at])]
         again = sum(p.text == prompt.text for p in chosen)
         chosen.append(replace(prompt, id=f"{prompt.id}@{again}") if again else prompt)
     return chosen
@@ -134,8 +140,6 @@ def objective_of(config: Config) -> Objective:
         trust_region=o.trust_region,
         penalty=o.penalty if o.penalty_weight else "none",
         penalty_weight=o.penalty_weight,
-        kernel=config.sampling.kernel,
-        noise_level=config.sampling.noise_level,
     )
 
 
@@ -143,17 +147,23 @@ def advantages(scored: dict[str, Scored], rewards: RewardSet, config: Config, pr
     """One advantage per episode, fp32 [B], from all rewards of its group."""
     reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
     valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
-    advantage_PG = rewards.plugins.manager.hook.unigrpo_combine_rewards(
-        rewards=reward_PG, valid=valid_PG, weights=rewards.weights
+    advantage_PG = rewards.plugins.call(
+        "unigrpo_combine_rewards", rewards=reward_PG, valid=valid_PG, weights=rewards.weights
     )
-    if advantage_PG is None:
+    if advantage_PG is not None:
+        like = next(iter(reward_PG.values()))
+        if not isinstance(advantage_PG, Tensor) or advantage_PG.shape != like.shape:
+            raise RewardError(f"unigrpo_combine_rewards must return a tensor of shape {list(like.shape)}")
+        if not advantage_PG.isfinite().all():
+            raise RewardError("unigrpo_combine_rewards returned advantages that are not finite")
+    else:
         advantage_PG = combined_advantage(
             reward_PG,
             rewards.weights,
             valid_PG,
             how=combination(rewards, config),
             std=config.advantage.std,
-            clamp=config.advantage.clamp,
+            clamp=config.advantage.clamp or None,
         )
     advantage_B = advantage_PG.flatten().float()
     if config.advantage.shuffle:
@@ -217,20 +227,30 @@ def optimizer_step(
         for name, value in (loss.means | {"loss": loss.total.detach()}).items():
             terms[name] = terms.get(name, 0.0) + value.item()
         for name, value in loss.maxima.items():
-            terms[name] = max(terms.get(name, 0.0), value.item())
+            terms[name] = _larger(terms.get(name, 0.0), value.item())
     trained = state.policy.trainable()
     for expert, parameters in trained.items():
         norms = [p.grad.norm() for p in parameters if p.grad is not None]
         if norms:
             terms[f"{expert}/grad_norm"] = torch.stack(norms).norm().item()
-    torch.nn.utils.clip_grad_norm_(
-        [p for parameters in trained.values() for p in parameters], config.train.grad_clip
-    )
+    every = [p for parameters in trained.values() for p in parameters]
+    norm = torch.nn.utils.clip_grad_norm_(every, config.train.grad_clip)
+    if not torch.isfinite(norm):
+        raise DivergedError(
+            f"step {state.step + 1}: the gradient is not finite, so no update was made; lower train.lr_text and "
+            "train.lr_image, or look for a reward or image that is"
+        )
     for group in state.optimizer.param_groups:
         group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
+    state.between = True
     state.optimizer.step()
     state.optimizer.zero_grad()
     return terms
+
+
+def _larger(a: float, b: float) -> float:
+    """The maximum, or NaN where there is one, which `max` may lose."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def _over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -242,7 +262,7 @@ def _over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in updates[0]:
         values = [u[name] for u in updates]
         if "max_abs" in name:
-            found[name] = max(values)
+            found[name] = functools.reduce(_larger, values)
             found[name.replace("max_abs", "first_max_abs")] = values[0]
         else:
             found[name] = sum(values) / len(values)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import RewardError, UsageError
+from unigrpo_cli.errors import UnigrpoError, UsageError
 from unigrpo_cli.evaluate import (
     NO_NOISE,
     Evaluation,
@@ -23,6 +23,7 @@ from unigrpo_cli.evaluate import (
     evaluate,
     limited,
     load_report,
+    paired,
     samples_of,
 )
 from unigrpo_cli.models.checkpoint import WEIGHTS, read_weights
@@ -83,10 +84,10 @@ def _run(
     config: Config, plugins: Plugins, display: Display, checkpoint: Path | None, out: Path | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    plugins.manager.hook.unigrpo_configure(config=config)
+    plugins.call("unigrpo_configure", config=config)
     choices = reward_choices(config)
     suites = SuiteRegistry()
-    plugins.manager.hook.unigrpo_register_suites.call_historic(kwargs={"registry": suites})
+    plugins.call("unigrpo_register_suites", registry=suites)
     prompts = training_prompts(config.prompts)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     state, base = _prepare(config, checkpoint)
@@ -100,7 +101,7 @@ def _run(
         run.forget_after(state.step)
         try:
             return _Session(config, display, run, state, base, rewards, prompts, suite, began).go()
-        except RewardError:
+        except BaseException:  # an interrupt too
             run.remove_if_only_described()
             raise
 
@@ -167,7 +168,9 @@ class _Session:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step (or evaluation) at hand."""
         config, state, display = self.config, self.state, self.display
         display.say(_headline(config, self.base, self.run.directory, state.step))
-        with _interrupts() as asked_to_stop:
+        if state.step > config.train.steps:
+            display.warn(f"the checkpoint is of step {state.step}, beyond train.steps={config.train.steps}")
+        with _interrupts(display) as asked_to_stop:
             if "eval_before" not in state.facts:
                 state.facts["eval_before"] = self.evaluate("before").means()
                 self.samples()
@@ -204,24 +207,29 @@ class _Session:
         return summary
 
     def train(self, after_step: Callable[[Step], bool]) -> None:
-        """Training steps. A reward that fails does so before any weight of its step moves: nothing is lost."""
+        """Training steps. Whatever stops one before its weights move, a reward say, loses no step before it."""
         try:
             train(self.state, self.prompts, self.rewards, self.config, after_step)
-        except RewardError:
-            if not self.run.checkpoint(self.state.step).exists():
+        except (Exception, KeyboardInterrupt):
+            if not self.state.between and not self.run.checkpoint(self.state.step).exists():
                 self.checkpoint()
-            self.display.warn(
-                f"stopped after step {self.state.step}; when the reward is mended, go on with "
-                f"`unigrpo train --resume {self.run.directory}`"
-            )
+            if any(self.run.directory.glob("checkpoints/step_*")):
+                self.display.warn(
+                    f"stopped after step {self.state.step}; when the cause is mended, go on with "
+                    f"`unigrpo train --resume {self.run.directory}`"
+                )
             raise
 
     def _compared(self, after: Evaluation) -> dict[str, Any]:
-        """The last evaluation beside the first, if that is still there and of the same prompts."""
+        """The last evaluation beside the first, if that is still there and was made the same way."""
         found: dict[str, Any] = {"eval_after": after.means(), "intervals": {"after": _intervals(after)}}
-        path = self.run.directory / "eval_before.json"
-        before = load_report(path) if path.is_file() else None
-        if before is None or before.prompt_ids != after.prompt_ids:
+        try:
+            before = load_report(self.run.directory / "eval_before.json")
+        except UnigrpoError as error:
+            self.display.warn(f"no difference is reported: {error}")
+            return found | {"difference": {}}
+        if not paired(before, after):
+            self.display.warn("no difference is reported: the evaluations used other prompts or settings")
             return found | {"difference": {}}
         found["intervals"]["before"] = _intervals(before)
         return found | {"difference": compare(before, after, self.config.eval.seed)}
@@ -292,6 +300,8 @@ class _Session:
             "train_seconds": train_seconds,
             "eval_before": facts.get("eval_before"),
             "eval_after": None,
+            "intervals": {},
+            "difference": {},
             "ratio_step0_max_abs_log": facts.get("ratio_step0_max_abs_log", empty),
             "rollout_drift_max_abs": facts.get("rollout_drift_max_abs", empty),
             "checkpoint": str(self.run.checkpoint(self.state.step)),
@@ -309,7 +319,7 @@ class _Session:
                 name,
                 "-" if before is None else f"{before:.3f}",
                 f"{after:.3f}",
-                f"{low_high['mean']:+.3f} [{low_high['ci95'][0]:+.3f}, {low_high['ci95'][1]:+.3f}]"
+                f"{low_high['mean']:+.3f}, {low_high['ci95'][0]:+.3f} to {low_high['ci95'][1]:+.3f}"
                 if low_high
                 else "-",
             )
@@ -340,7 +350,7 @@ def _headline(config: Config, base: str, directory: Path, step: int) -> str:
     episodes = t.prompts_per_step * t.group_size
     each = episodes // t.updates
     lines = [
-        f"[bold]UniGRPO[/] on {base}, {t.tune} tuning of {'both experts' if t.experts == 'both' else t.experts}",
+        f"UniGRPO on {base}, {t.tune} tuning of {'both experts' if t.experts == 'both' else t.experts}",
         f"step = {t.prompts_per_step} prompts x {t.group_size} episodes = {episodes} episodes, "
         f"{t.epochs * t.updates} optimizer steps on {each}, {-(-each // t.micro_batch)} micro-batches each",
         f"writing {directory}" + (f", going on from step {step}" if step else ""),
@@ -349,7 +359,7 @@ def _headline(config: Config, base: str, directory: Path, step: int) -> str:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Any]:
+def _interrupts(display: Display) -> Iterator[Any]:
     """Ctrl-C or SIGTERM asks to stop after the present step; a second one stops at once."""
     asked: list[int] = []
 
@@ -357,6 +367,7 @@ def _interrupts() -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        display.warn("stopping after this step and saving a checkpoint; interrupt again to stop at once")
 
     old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from unigrpo_cli.config import Config
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.seeds import derive
 
@@ -19,6 +20,7 @@ ALSO = {
 def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
     """Choose what is trained and keep the reference: adapters, or a frozen copy of the starting weights."""
     t, network = config.train, policy.network
+    _refuse_what_cannot_learn(config)
     network.activation_checkpointing = t.activation_checkpointing
     if t.tune == "lora":
         from unigrpo_cli.models.lora import add_adapters, has_adapters
@@ -38,6 +40,27 @@ def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
         for parameter in policy.trainable()[other]:
             parameter.requires_grad_(False)
     return policy
+
+
+def _refuse_what_cannot_learn(config: Config) -> None:
+    """Settings that would end in an error after the first rollout, or in a run that moves nothing."""
+    t, o = config.train, config.objective
+    writes = config.sampling.think and o.text_weight > 0 and t.experts != "image"
+    paints = o.image_weight > 0 and t.experts != "text"
+    if not (writes or paints):
+        raise UsageError(
+            f"nothing is trained: sampling.think={str(config.sampling.think).lower()}, train.experts={t.experts}, "
+            f"objective.text_weight={o.text_weight:g}, objective.image_weight={o.image_weight:g}"
+        )
+    if writes and config.sampling.temperature == 0:
+        raise UsageError("sampling.temperature=0 is greedy and leaves text nothing to learn from; give 1")
+    if t.tune == "full" and config.dtype != "float32":
+        raise UsageError(
+            f"train.tune=full with dtype={config.dtype} would round most updates away; use dtype=float32, or "
+            "train.tune=lora, whose adapters are float32"
+        )
+    if t.tune == "lora" and t.also:
+        raise UsageError("train.also is for train.tune=full; adapters are on attention and MLP only")
 
 
 def make_optimizer(policy: UnifiedModel, config: Config) -> torch.optim.AdamW:

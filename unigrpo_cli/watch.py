@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.objective import Objective, Scores, step_densities
+from unigrpo_cli.algo.objective import Scores, step_densities
 from unigrpo_cli.episode import Group, TextActions, flatten
 from unigrpo_cli.replay import Batch
 from unigrpo_cli.rewards.scoring import Scored
@@ -33,7 +33,7 @@ def rollout_metrics(groups: Sequence[Group], scored: dict[str, Scored], advantag
     return metrics
 
 
-def drift(replayed: Sequence[tuple[Batch, Scores]], objective: Objective) -> dict[str, float]:
+def drift(replayed: Sequence[tuple[Batch, Scores]]) -> dict[str, float]:
     """How far replay is from rollout, in log-probability: the same weights, another way to compute them."""
     text: list[Tensor] = []
     image: list[Tensor] = []
@@ -42,7 +42,7 @@ def drift(replayed: Sequence[tuple[Batch, Scores]], objective: Objective) -> dic
         text.append((old.log_prob_BL - batch.behaviour_text_BL)[mask].abs())
         if old.velocities:
             scores = [
-                flow.log_prob(objective.kernel, steps.x_next_BKND, step_densities(steps, v, objective))
+                flow.log_prob(steps.kernel, steps.x_next_BKND, step_densities(steps, v))
                 for steps, v in zip(batch.actions.images, old.velocities, strict=True)
             ]
             image.append((torch.cat(scores, dim=1) - batch.behaviour_image_BK).abs().flatten())

@@ -65,7 +65,8 @@ def combined_advantage(
     "sum": weighted sum of raw rewards, then `group_advantage`; right when scales are alike. A member counts
     only where every weighted reward is valid.
     "gdpo": `group_advantage` of each reward, weighted, added, divided by the batch deviation; a reward's
-    scale no longer decides its influence. A member that abstains in one reward keeps the others.
+    scale no longer decides its influence (so here std "none" means "batch": something has to take it away).
+    A member that abstains in one reward keeps the others.
     "rank": as "gdpo" with each reward first replaced by its mid-rank inside the group; immune to outliers.
 
     Rewards with weight 0 are left out (they are only watched).
@@ -83,12 +84,10 @@ def combined_advantage(
     terms = []
     for name in names:
         reward = group_rank(rewards[name], valid[name]) if how == "rank" else rewards[name]
-        terms.append(weights[name] * group_advantage(reward, valid[name], std=std))
-    if len(terms) == 1:
-        total = terms[0]
-    else:
-        added = torch.stack(terms).sum(dim=0)
-        total = added / (added.square().mean().sqrt() + EPS)
+        own = group_advantage(reward, valid[name], std="batch" if std == "none" else std)
+        terms.append(weights[name] * own)
+    added = torch.stack(terms).sum(dim=0)
+    total = added / (added.square().mean().sqrt() + EPS)
     return total if clamp is None else total.clamp(-clamp, clamp)
 
 

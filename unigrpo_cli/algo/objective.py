@@ -26,6 +26,7 @@ class ImageSteps:
         x_BKND, x_next_BKND: latents before and after each step.
         t_BK, t_next_BK: times before and after each step.
         t_second: second point of the time grid, scalar.
+        kernel, noise_level: the transition that drew them.
     """
 
     x_BKND: Tensor
@@ -33,6 +34,8 @@ class ImageSteps:
     t_BK: Tensor
     t_next_BK: Tensor
     t_second: Tensor
+    kernel: str
+    noise_level: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ class Objective:
         text_kl: weight of the k3 estimate of KL to the reference on text; the paper has 0.
         trust_region: "ratio-norm" (the paper) or "ratio", the plain log-ratio of Flow-GRPO.
         penalty, penalty_weight: what holds the image policy near the reference, and how strongly.
-        kernel, noise_level: the transition that drew the image actions.
     """
 
     text_weight: float
@@ -83,8 +85,6 @@ class Objective:
     trust_region: str
     penalty: str
     penalty_weight: float
-    kernel: str
-    noise_level: float
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,15 @@ def per_episode_mean(value_BL: Tensor, mask_BL: Tensor) -> Tensor:
     return kept.sum(dim=1) / mask_BL.sum(dim=1).clamp_min(1)
 
 
-def step_densities(steps: ImageSteps, v_BKND: Tensor, objective: Objective) -> flow.Transition:
+def step_densities(steps: ImageSteps, v_BKND: Tensor) -> flow.Transition:
     """The transition of every recorded step under the velocities of one policy."""
     return flow.transition(
-        objective.kernel,
+        steps.kernel,
         steps.x_BKND,
         v_BKND,
         steps.t_BK[..., None, None],
         steps.t_next_BK[..., None, None],
-        noise_level=objective.noise_level,
+        noise_level=steps.noise_level,
         t_second=steps.t_second,
     )
 
@@ -146,11 +146,11 @@ def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objec
     """Log-ratio of every image step of an episode, its image segments one after the other: [B, K]."""
     ratios = []
     for steps, v, v_old in zip(actions.images, new.velocities, old.velocities, strict=True):
-        p, p_old = step_densities(steps, v, objective), step_densities(steps, v_old, objective)
+        p, p_old = step_densities(steps, v), step_densities(steps, v_old)
         if objective.trust_region == "ratio-norm":
             ratios.append(flow.ratio_norm(steps.x_next_BKND, p, p_old).mean(dim=(-2, -1)))
         else:
-            ratios.append(flow.log_ratio(objective.kernel, steps.x_next_BKND, p, p_old))
+            ratios.append(flow.log_ratio(steps.kernel, steps.x_next_BKND, p, p_old))
     return torch.cat(ratios, dim=1)
 
 
@@ -161,7 +161,7 @@ def step_penalties(actions: Actions, new: Scores, reference: Scores, objective: 
         if objective.penalty == "velocity-mse":
             penalties.append(flow.velocity_mse(v, v_ref))
         else:
-            p, p_ref = step_densities(steps, v, objective), step_densities(steps, v_ref, objective)
+            p, p_ref = step_densities(steps, v), step_densities(steps, v_ref)
             penalties.append(flow.latent_kl(p, p_ref))
     return torch.cat(penalties, dim=1)
 
@@ -201,7 +201,7 @@ def unigrpo_loss(
             kl = per_episode_mean(k3(here, there), mask).sum() / episodes
             total = total + objective.text_weight * objective.text_kl * kl
             means["text/kl"] = kl
-    if objective.image_weight and actions.images:
+    if objective.image_weight and any(steps.x_BKND.shape[1] for steps in actions.images):
         log_ratio_BK = step_log_ratios(actions, new, old, objective)
         gain, stats = image_term(log_ratio_BK, advantage_B, clip=objective.image_clip, episodes=episodes)
         total = total - objective.image_weight * gain

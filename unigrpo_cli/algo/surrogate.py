@@ -39,5 +39,5 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Surr
 
 def k3(log_prob: Tensor, log_prob_reference: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(new || reference) from samples of the new policy, element-wise, >= 0."""
-    d = log_prob_reference - log_prob
+    d = (log_prob_reference - log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(d) - d

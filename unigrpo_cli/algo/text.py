@@ -51,5 +51,6 @@ def token(logits: Tensor, *, temperature: float, uniform: Tensor | None = None, 
             id = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
             id = id.clamp_max(logits.shape[-1] - 1)
     log_prob = log_probs.gather(-1, id.unsqueeze(-1)).squeeze(-1)
-    entropy = -(probs * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+    with torch.no_grad():  # to be looked at, not trained on: a [tokens, V] graph less
+        entropy = -(probs * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(dim=-1)
     return Token(id, log_prob, entropy)

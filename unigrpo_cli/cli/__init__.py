@@ -9,6 +9,7 @@ import typer
 
 from unigrpo_cli import __version__
 from unigrpo_cli.cli import evaluating, generating, rewarding, rolling, training
+from unigrpo_cli.errors import UsageError
 
 app = typer.Typer(
     name="unigrpo",
@@ -45,6 +46,26 @@ def main() -> None:
     """Entry point: sub-commands of installed plugins first, then ours."""
     from unigrpo_cli.cli.common import plugin_commands
 
+    # OpenMP reads this when torch loads. Threads that spin while they wait halve the speed of small tensors as
+    # soon as another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for problem in plugin_commands(app):
         print(f"warning: {problem}", file=sys.stderr)
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        # A misspelt option or a value of the wrong kind. Which class says so depends on typer's version (newer
+        # ones have click inside), what it offers does not.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+            print(context.get_help())
+        else:
+            where = context.command_path if context is not None else "unigrpo"
+            print(f"error: {error.format_message()} (see `{where} --help`)", file=sys.stderr)
+        code = UsageError.exit_code
+    sys.exit(code)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -53,12 +53,16 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with stdout_for_json(kwargs.get("json", False)):
+            return guarded(*args, **kwargs)
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         if os.environ.get("UNIGRPO_DEBUG"):
             return command(*args, **kwargs)
         try:
             return command(*args, **kwargs)
         except UnigrpoError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -67,7 +71,7 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
-            typer.echo(f"error: {type(error).__name__}: {reason} (--debug shows where)", err=True)
+            typer.echo(f"error: {type(error).__name__}: {reason} (`unigrpo --debug ...` shows where)", err=True)
             raise typer.Exit(1) from None
 
     return wrapped
@@ -112,12 +116,30 @@ def load_plugins(plugin: list[str] | None, directory: Path | None, display: Disp
     return plugins
 
 
+_json_stream: list[TextIO] = []
+
+
+@contextmanager
+def stdout_for_json(wanted: bool) -> Iterator[None]:
+    """With --json, whatever prints to stdout meanwhile (a reward, a library) prints to stderr."""
+    if not wanted:
+        yield
+        return
+    _json_stream.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream.pop()
+
+
 def print_json(content: dict[str, Any]) -> None:
     """The one object on stdout."""
-    from unigrpo_cli.runtime.run import plain_json
+    from unigrpo_cli.jsontext import to_json
 
-    sys.stdout.write(json.dumps(content, allow_nan=False, default=plain_json) + "\n")
-    sys.stdout.flush()
+    stream = _json_stream[-1]
+    stream.write(to_json(content) + "\n")
+    stream.flush()
 
 
 def plugin_commands(app: typer.Typer) -> list[str]:
@@ -128,11 +150,19 @@ def plugin_commands(app: typer.Typer) -> list[str]:
         return []
     from unigrpo_cli.rewards.registry import Plugins
 
-    plugins = Plugins()
-    plugins.load()
-    problems = list(plugins.rewards.problems)
-    try:
-        plugins.manager.hook.unigrpo_register_commands.call_historic(kwargs={"app": app})
-    except Exception as error:
-        problems.append(f"a plugin's command cannot be added: {type(error).__name__}: {error}")
+    plugins, problems = Plugins(), []
+    with redirect_stdout(sys.stderr):
+        plugins.load_installed()  # what is wrong with them a command that needs them will say
+        commands, groups = list(app.registered_commands), list(app.registered_groups)
+        try:
+            plugins.call("unigrpo_register_commands", app=app)
+        except UnigrpoError as error:
+            problems.append(f"a command cannot be added: {error}")
+    ours = {c.name for c in commands} | {g.name for g in groups}
+    for added in [c for c in app.registered_commands if c not in commands and c.name in ours]:
+        problems.append(f"a plugin's command {added.name!r} is left out: there is one of that name")
+        app.registered_commands.remove(added)
+    for group in [g for g in app.registered_groups if g not in groups and g.name in ours]:
+        problems.append(f"a plugin's command {group.name!r} is left out: there is one of that name")
+        app.registered_groups.remove(group)
     return problems

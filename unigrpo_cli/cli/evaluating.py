@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.errors import GateError, UsageError, suggest
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
     from unigrpo_cli.evaluate import Evaluation
+    from unigrpo_cli.models.unified import UnifiedModel
+    from unigrpo_cli.rewards.grammar import RewardChoice
+    from unigrpo_cli.rewards.registry import Plugins
     from unigrpo_cli.runtime.display import Display
+    from unigrpo_cli.runtime.run import Run
 
 
 @one_error_line
@@ -45,13 +51,13 @@ def evaluate(
 ) -> None:
     """Score a model on held-out prompts, with 95 % intervals; compare two on the same noise.
 
-    Rewards: --reward, or else geneval and, on the shapes suite, plan, fidelity and clean. Writes --out:
-    eval.json, images/.
+    Rewards: --reward, or else those of the configuration (reward.use, geneval where there is none) and, on the
+    shapes suite, eval.rewards. Writes --out: eval.json, images/.
     """
-    from unigrpo_cli.errors import UsageError
     from unigrpo_cli.evaluate import compare
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
+    from unigrpo_cli.session import load_policy
 
     display = Display(json=json, quiet=quiet)
     settings = common.resolve_config(
@@ -71,54 +77,66 @@ def evaluate(
     )
     gates = [_gate(text) for text in fail_under or []]
     plugins = common.load_plugins(plugin, plugins_dir, display)
-    plugins.manager.hook.unigrpo_configure(config=settings)
+    plugins.call("unigrpo_configure", config=settings)
+    choices = _choices(settings, only_these=bool(reward))
+    _refuse_unknown_gates(gates, [choice.alias for choice in choices])
+    policy = load_policy(settings.model, settings.adapter, settings)
+    other = None if against is None else load_policy(against, None, settings)
     run = Run(fresh_directory(out, "eval"))
+    report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}
     with _RemovedIfEmpty(run):
-        first = _evaluate(settings, settings.model, settings.adapter, plugins, display, run, bool(reward))
-        report: dict[str, Any] = {"model": settings.model, "suite": settings.eval.suite} | first.report()
-        if against is not None:
-            second = _evaluate(settings, against, None, plugins, display, None, bool(reward))
+        first = _evaluate(settings, settings.model, policy, choices, plugins, display, run)
+        report |= first.report()
+        run.write_json("eval.json", report)
+        if other is not None:
+            second = _evaluate(settings, str(against), other, choices, plugins, display, None)
             report |= {
                 "compare": {"model": against} | second.report(),
                 "difference": compare(first, second, settings.eval.seed),
             }
-    for name, _ in gates:
-        if name not in first.scores:
-            raise UsageError(f"--fail-under {name}: not among the scores {', '.join(first.scores)}")
-    run.write_json("eval.json", report | {"run": str(run.directory)})
+            run.write_json("eval.json", report)
     _table(display, settings, report)
     display.say(f"written to {run.directory}")
     if json:
-        common.print_json(report | {"run": str(run.directory)})
+        common.print_json(report)
     _check_gates(gates, report)
+
+
+def _choices(config: Config, only_these: bool) -> list[RewardChoice]:
+    """The rewards to evaluate with."""
+    from unigrpo_cli.rewards.grammar import parse_rewards
+    from unigrpo_cli.session import watched_choices
+
+    choices = parse_rewards(config.reward.use or ("geneval",), config.reward.options)
+    if not only_these and config.eval.suite == "shapes":
+        choices += watched_choices(config, {choice.alias for choice in choices})
+    return choices
+
+
+def _refuse_unknown_gates(gates: list[tuple[str, float]], names: list[str]) -> None:
+    for name, _ in gates:
+        if name not in names:
+            raise UsageError(f"--fail-under {name}: {suggest(name, names)}")
 
 
 def _evaluate(
     config: Config,
     model: str,
-    adapter: str | None,
-    plugins: Any,
+    policy: UnifiedModel,
+    choices: list[RewardChoice],
+    plugins: Plugins,
     display: Display,
-    run: Any,
-    chosen: bool,
+    run: Run | None,
 ) -> Evaluation:
     """One model on the configured suite, its pictures saved when `run` is given."""
     from unigrpo_cli.evaluate import eval_sampling, evaluate, limited
-    from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.runtime.pictures import save_png
-    from unigrpo_cli.session import is_embedded, load_policy, open_rewards, watched_choices
+    from unigrpo_cli.session import is_embedded, open_rewards
     from unigrpo_cli.suites import SuiteRegistry
 
     suites = SuiteRegistry()
-    plugins.manager.hook.unigrpo_register_suites.call_historic(kwargs={"registry": suites})
+    plugins.call("unigrpo_register_suites", registry=suites)
     prompts = limited(suites.prompts(config.eval.suite), config.eval.limit)
-    if chosen:
-        choices = parse_rewards(config.reward.use, config.reward.options)
-    else:
-        choices = parse_rewards(["geneval"])
-        if config.eval.suite == "shapes":
-            choices += watched_choices(config, {"geneval"})
-    policy = load_policy(model, adapter, config)
     done = 0
     with open_rewards(choices, plugins, config, embedded=is_embedded(policy)) as rewards:
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=config.sampling.think, split="eval")
@@ -128,6 +146,7 @@ def _evaluate(
 
         def save(groups: Any, scored: Any) -> None:
             nonlocal done
+            assert run is not None
             episodes = [e for g in groups for e in g.episodes]
             for k, episode in enumerate(episodes):
                 story = {
@@ -154,16 +173,18 @@ def _evaluate(
 
 def _table(display: Display, config: Config, report: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{report['model']} on {config.eval.suite}, {report['n']} images", title_style="bold")
+    title = f"{report['model']} on {config.eval.suite}, {report['n']} images"
+    table = Table(title=Text(title), title_style="bold")
     table.add_column("reward")
     for column in ("mean", "95 %", *report["per_task"]):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for name, score in report["scores"].items():
         low, high = score["ci95"]
         tasks = [report["per_task"][task].get(name) for task in report["per_task"]]
         cells = ["-" if value is None else f"{value:.2f}" for value in tasks]
-        table.add_row(name, f"{score['mean']:.3f}", f"[{low:.3f}, {high:.3f}]".replace("[", "\\["), *cells)
+        table.add_row(*map(Text, (name, f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}", *cells)))
     display.say(table)
     for name, difference in report.get("difference", {}).items():
         low, high = difference["ci95"]
@@ -174,18 +195,17 @@ def _table(display: Display, config: Config, report: dict[str, Any]) -> None:
 
 
 def _gate(text: str) -> tuple[str, float]:
-    from unigrpo_cli.errors import UsageError
-
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
+        least = float(value)
     except ValueError:
-        raise UsageError(f"--fail-under {text}: write it as NAME=VALUE, e.g. geneval=0.6") from None
+        least = math.nan
+    if not math.isfinite(least):
+        raise UsageError(f"--fail-under {text}: write it as NAME=VALUE, e.g. geneval=0.6")
+    return name, least
 
 
 def _check_gates(gates: list[tuple[str, float]], report: dict[str, Any]) -> None:
-    from unigrpo_cli.errors import GateError
-
     for name, least in gates:
         mean = report["scores"][name]["mean"]
         if mean < least:

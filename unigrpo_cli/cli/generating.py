@@ -20,7 +20,9 @@ def generate(
     model: common.Model = None,
     adapter: common.Adapter = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Images per prompt.")] = 1,
-    think: Annotated[bool, typer.Option("--think/--no-think", help="Reason before painting.")] = True,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Reason before painting (sampling.think).")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0, help="Of the reasoning; 0 is greedy.")
     ] = None,
@@ -91,7 +93,7 @@ def generate(
             images.append({"path": str(path)} | story)
             lines = (episode.reasoning,) if episode.reasoning else ()
             tiles.append(Tile(pixels, group.prompt.text, lines))
-            display.say(f"[bold]{group.prompt.text}[/]")
+            display.say(group.prompt.text, style="bold")
             if episode.reasoning:
                 display.say(f"  {episode.reasoning}")
             if display.console.is_terminal and not quiet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import shlex
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -29,6 +30,7 @@ def list_rewards(
 ) -> None:
     """All rewards that can be asked for, and where they come from."""
     from rich.table import Table
+    from rich.text import Text
 
     from unigrpo_cli.runtime.display import Display
 
@@ -42,9 +44,10 @@ def list_rewards(
     for column in ("reward", "from", "version", "range", "needs", "what it says"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        last = row["summary"] if row["state"] == "ok" else f"[red]{row['state']}[/]"
+        last = Text(row["summary"]) if row["state"] == "ok" else Text(row["state"], style="red")
         shown = "" if row["range"] is None else f"{row['range'][0]:g} to {row['range'][1]:g}"
-        table.add_row(row["name"], row["origin"], row["version"], shown, ", ".join(row["needs"]), last)
+        first = (row["name"], row["origin"], row["version"], shown, ", ".join(row["needs"]))
+        table.add_row(*map(Text, first), last)
     display.say(table)
 
 
@@ -81,8 +84,6 @@ def info(
     json: common.Json = False,
 ) -> None:
     """A reward's options, needs and licence."""
-    from rich.markup import escape
-
     from unigrpo_cli.rewards.function import Options
     from unigrpo_cli.runtime.display import Display
 
@@ -103,34 +104,39 @@ def info(
     if json:
         common.print_json(facts)
         return
-    display.say(f"[bold]{entry.address}[/] {entry.version}\n{facts['doc'] or facts['summary']}")
+    display.say(f"{entry.address} {entry.version}", style="bold")
+    display.say(facts["doc"] or facts["summary"])
     display.say(f"range {facts['range'] or 'not declared'}; needs {', '.join(facts['needs']) or 'nothing'}")
     display.say(f"licence: {facts['licence']}")
     for row in options:
-        display.say(f"  @{row['option']}={row['default']}  [dim]{escape(row['what'])}[/]")
+        display.say(f"  @{row['option']}={row['default']}  {row['what']}")
 
 
 @app.command("test")
 @one_error_line
 def test(
-    name: Annotated[str, typer.Argument(help="A reward as in --reward, options included.")],
+    name: Annotated[str, typer.Argument(help="Rewards as in --reward, options included.")],
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """Check that a reward keeps its promises, on eight pictures of the shapes world. Exit 3 when it does not."""
+    """Check that rewards keep their promises, on eight pictures of the shapes world. Exit 3 when one does not."""
     from unigrpo_cli.rewards.contract import check_reward
     from unigrpo_cli.runtime.display import Display
 
     display = Display(json=json)
     plugins = common.load_plugins(plugin, plugins_dir, display)
-    checks = check_reward(name, plugins=plugins)
-    for check in checks:
-        mark = "[green]ok[/]  " if check.ok else "[red]FAIL[/]"
-        display.say(f"{mark} {check.name}: {check.seen}")
+    names = [part.strip() for part in name.split(",")]
+    found = {}
+    for one in names:
+        found[one] = check_reward(one, plugins=plugins)
+        for check in found[one]:
+            head = f"{one}: " if len(names) > 1 else ""
+            display.say(f"{'ok  ' if check.ok else 'FAIL'} {head}{check.name}: {check.seen}")
     if json:
-        common.print_json({"reward": name, "checks": [vars(check) for check in checks]})
-    if not all(check.ok for check in checks):
+        rows = [{"reward": one, "checks": [vars(check) for check in checks]} for one, checks in found.items()]
+        common.print_json({"rewards": rows})
+    if not all(check.ok for checks in found.values() for check in checks):
         raise typer.Exit(RewardError.exit_code)
 
 
@@ -142,10 +148,18 @@ def new(
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("."),
 ) -> None:
     """Start a reward: a file with a working example and its test."""
+    from unigrpo_cli.rewards.registry import Plugins
+
     if kind not in KINDS:
         raise UsageError(f"--kind {kind}: {suggest(kind, KINDS)}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UsageError(f"{name!r} cannot name a reward: use lower-case letters, digits and _")
+    plugins = Plugins()
+    plugins.load_installed()
+    if any(entry.name == name for entry in plugins.rewards.entries):
+        raise UsageError(f"there is a reward {name!r} already; choose another name")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a folder")
     made = {f"{name}.py": f"{kind}.py.tmpl", f"test_{name}.py": "test.py.tmpl"}
     for file in made:
         if (out / file).exists():
@@ -155,4 +169,4 @@ def new(
         text = (files("unigrpo_cli") / "templates" / template).read_text()
         (out / file).write_text(Template(text).substitute(name=name, file=f"{name}.py"))
     path = out / f"{name}.py"
-    typer.echo(f"wrote {path} and its test; try: unigrpo rewards test {name} --plugin {path}")
+    typer.echo(f"wrote {path} and its test; try: unigrpo rewards test {name} --plugin {shlex.quote(str(path))}")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from unigrpo_cli.rewards.scoring import Scored
 
 
+PROMPTS = 8
+
+
 @one_error_line
 def rollout(
     reward: common.Reward = None,
@@ -24,7 +27,9 @@ def rollout(
     model: common.Model = None,
     adapter: common.Adapter = None,
     prompts: common.Prompts = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many prompts, from the first.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help=f"How many prompts, from the first (default {PROMPTS}).")
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", min=2, help="Episodes per prompt (train.group_size).")
     ] = None,
@@ -47,7 +52,7 @@ def rollout(
     Writes --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
     """
     from unigrpo_cli.episode import load_episodes, save_episodes
-    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.errors import RewardError, UsageError
     from unigrpo_cli.evaluate import samples_of, train_sampling
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.rollout import rollout as sample
@@ -74,17 +79,21 @@ def rollout(
         reward=reward,
         reward_opt=reward_opt,
     )
-    plugins.manager.hook.unigrpo_configure(config=settings)
+    plugins.call("unigrpo_configure", config=settings)
     if not settings.reward.use:
         raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
     choices = parse_rewards(settings.reward.use, settings.reward.options)
     groups: list[Group]
     if source is not None:
         groups = load_episodes(source)
+        idle = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
+        idle = {name: value for name, value in idle.items() if value is not None}
+        if idle:
+            raise UsageError(f"--from scores saved episodes and samples nothing: leave out {', '.join(idle)}")
         chosen = [group.prompt for group in groups]
         embedded = settings.model == "embedded"
     else:
-        chosen = training_prompts(settings.prompts)[:limit]
+        chosen = training_prompts(settings.prompts)[: limit or PROMPTS]
         policy = load_policy(settings.model, settings.adapter, settings)
         embedded = is_embedded(policy)
     with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:
@@ -103,9 +112,13 @@ def rollout(
                     settings.seed,
                     advance,
                 )
-        scored = rewards.score(samples_of(groups), split="train")
-    run.describe(settings)
-    save_episodes(groups, run.directory)
+        run.describe(settings)
+        save_episodes(groups, run.directory)
+        try:
+            scored = rewards.score(samples_of(groups), split="train")
+        except RewardError:
+            display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")
+            raise
     rows = _rows(groups, scored)
     run.write_json("rewards.json", rows)
     for row, episode in zip(rows, (e for g in groups for e in g.episodes), strict=True):

@@ -9,6 +9,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.errors import UsageError
 
 
 @one_error_line
@@ -62,7 +63,12 @@ def train(
     else:
         checkpoint = training_run.checkpoint_to_resume(resume, out)
         run = checkpoint.parent.parent
+        if out is not None and out.resolve() != run.resolve():
+            raise UsageError(f"--resume goes on in {run}; leave out --out {out}")
+        began = common.resolve_config(config=run / "config.toml")
         settings = resolved(config or run / "config.toml")
+        if (settings.model, settings.adapter) != (began.model, began.adapter):
+            raise UsageError(f"--resume goes on with the model it began with, {began.model}; leave out the other")
         summary = training_run.go_on(settings, plugins, display, checkpoint)
     if json:
         common.print_json(summary)

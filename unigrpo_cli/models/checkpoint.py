@@ -62,7 +62,7 @@ def load_model(
         config = read_config(directory)
         extra = json.loads((directory / "config.json").read_text())
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{directory}: unreadable configuration ({error!r})") from error
     except Exception as error:  # tokenizers raises bare Exception
         raise WeightsError(f"{directory}/tokenizer.json: {error}") from error
@@ -77,7 +77,7 @@ def load_model(
     state = read_weights(directory / WEIGHTS, network, device, dtype)
     network.load_state_dict(state, strict=True, assign=True)
     network.latent_pos_embed.pos_embed.requires_grad_(False)
-    return UnifiedModel(network, tokenizer, PixelCodec(), extra.get("system_prompt", ""))
+    return UnifiedModel(network.eval(), tokenizer, PixelCodec(), extra.get("system_prompt", ""))
 
 
 def read_weights(path: Path, network: MoT, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,6 +97,9 @@ def read_weights(path: Path, network: MoT, device: torch.device | str, dtype: to
             if POSITIONS not in found:
                 wanted.pop(POSITIONS)
             _audit(path, wanted, found)
+            whole = [n for n in wanted if not file.get_slice(n).get_dtype().startswith(("F", "BF"))]
+            if whole:
+                raise WeightsError(f"{path}: {whole[0]} holds no floating-point numbers")
             state = {name: file.get_tensor(name).to(dtype) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: damaged or truncated ({error}); fetch or save it again") from error

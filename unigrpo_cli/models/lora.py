@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.mot import MoT
 
+PREFIX = "base_model.model."
+"""What peft puts before the names of a wrapped model's tensors in an adapter file."""
+
 TARGETS = (
     r"language_model\.model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
@@ -42,6 +45,7 @@ def _inject(network: MoT, config: LoraConfig) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     network.adapter_config = config
+    network.eval()  # an adapter made elsewhere may have dropout, and a ratio of two dropouts is not 1
 
 
 def has_adapters(network: MoT) -> bool:
@@ -54,8 +58,13 @@ def save_adapters(network: MoT, directory: Path, base: str) -> None:
     config.base_model_name_or_path = base
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(directory))
-    state = {name: value.contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    state = {PREFIX + name: value.contiguous() for name, value in _own_state(network).items()}
     save_file(state, directory / "adapter_model.safetensors")
+
+
+def _own_state(network: MoT) -> dict[str, torch.Tensor]:
+    """Adapter tensors by peft's names. Word embeddings never are; asked whether, peft would ask the hub."""
+    return get_peft_model_state_dict(network, save_embedding_layers=False)
 
 
 def load_adapters(network: MoT, directory: Path) -> None:
@@ -71,15 +80,18 @@ def load_adapters(network: MoT, directory: Path) -> None:
         state = load_file(directory / "adapter_model.safetensors")
         _inject(network, LoraConfig.from_pretrained(str(directory)))
         outcome = set_peft_model_state_dict(network, state)
-    except (FileNotFoundError, SafetensorError, RuntimeError, ValueError) as error:
+        missing = _own_state(network).keys() - {name.removeprefix(PREFIX) for name in state}
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{directory}: the adapter cannot be used here: {_first_line(error)}") from error
     if outcome.unexpected_keys:
         raise WeightsError(f"{directory}: the adapter does not fit, e.g. {outcome.unexpected_keys[0]}")
+    if missing:
+        raise WeightsError(f"{directory}: {len(missing)} tensors of the adapter are missing, e.g. {min(missing)}")
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 @contextmanager
@@ -87,6 +99,7 @@ def adapters_off(network: torch.nn.Module) -> Iterator[None]:
     """The network without its adapters, i.e. the base it started from."""
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
     assert layers, "a policy without adapters and without a frozen copy has no reference"
+    trained = [(p, p.requires_grad) for p in network.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -94,3 +107,5 @@ def adapters_off(network: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for parameter, flag in trained:  # peft makes every adapter trainable when it puts them back
+            parameter.requires_grad_(flag)

@@ -176,11 +176,12 @@ class MoTLayer(nn.Module):
             latents = latent_RNC.shape[1]
             q, k, v = self._qkv(latent_RNC, image_turned, "_moe_gen")
             q_edge, k_edge, v_edge = self._qkv(edge_REC, image_turned, "")
-            # One position for the whole image, so the order of its keys does not matter: latents, then edges.
-            own_k, own_v = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
             past_k, past_v = keys[:, :, :used], values[:, :, :used]
             if detach_context:
-                past_k, past_v = past_k.detach(), past_v.detach()
+                # The boundary tokens are the text expert's too, so all it says to the latents is cut here.
+                past_k, past_v, k_edge, v_edge = (x.detach() for x in (past_k, past_v, k_edge, v_edge))
+            # One position for the whole image, so the order of its keys does not matter: latents, then edges.
+            own_k, own_v = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
             copies = latent_RNC.shape[0] // past_k.shape[0]
             attended = self.self_attn.attend(
                 torch.cat([q, q_edge], dim=2),
@@ -312,7 +313,8 @@ class MoT(nn.Module):
             ids_BL: text tokens, right-padded with any id; None for no text.
             length_B: valid tokens per row; None when all L are.
             image: noisy images that see the context including the new text; None for none.
-            detach_context: no gradient from the image stream into the context's keys and values.
+            detach_context: no gradient from images into the text expert, neither through the context nor through
+                the boundary tokens.
             keep_image: append the image (K = 1, clean, t = 0) to the context and advance its position by one.
 
         Returns:

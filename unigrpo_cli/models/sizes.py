@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+PREDICTIONS = ("velocity", "clean")
+
 
 @dataclass(frozen=True)
 class MoTConfig:
@@ -32,6 +34,20 @@ class MoTConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     prediction: str = "velocity"
+
+    def __post_init__(self) -> None:
+        for name, kind in type(self).__annotations__.items():
+            value = getattr(self, name)
+            if kind == "int" and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} = {value!r}: a whole number above 0 is needed")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction = {self.prediction!r}: accepted are {', '.join(PREDICTIONS)}")
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads) or heads % self.num_key_value_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, {heads} heads and {self.num_key_value_heads} key-value heads "
+                "do not go into each other"
+            )
 
     @property
     def head_dim(self) -> int:

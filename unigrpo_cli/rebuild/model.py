@@ -148,7 +148,7 @@ def losses(model: UnifiedModel, batch, generator: torch.Generator) -> tuple[Tens
     ids, lengths, mask, pixels = batch
     x_0 = model.encode_pixels(pixels)[:, None].expand(-1, COPIES, -1, -1)
     # Logit-normal around sigmoid(1) = 0.73: the layout is decided at high noise, and without this shift the
-    # plan's cells are learnt last.
+    # plan's cells are learnt last. Further up there is less to learn from again (docs/log.md).
     t_BK = torch.sigmoid(1 + torch.randn(len(ids), COPIES, generator=generator)).clamp(0.02, 1)
     noise = torch.randn(x_0.shape, generator=generator)
     t = t_BK[..., None, None]
@@ -180,7 +180,7 @@ def schedule(step: int, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--ema", type=float, default=0.998)

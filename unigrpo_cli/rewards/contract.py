@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,27 +77,43 @@ def check_reward(
         except RewardError as error:
             return [Check("answers with one number per sample", False, str(error))]
         checks.append(Check("answers with one number per sample", True, f"{len(given)} scores"))
-        abstained = int((~first.valid).sum())
-        checks.append(Check("has an opinion", abstained < len(given), f"{abstained} of {len(given)} abstained"))
-        low, high = opened.range
-        seen = first.scores[first.valid]
-        inside = bool(((seen >= low - 1e-6) & (seen <= high + 1e-6)).all())
-        spread = f"{seen.min():.4g} to {seen.max():.4g}" if len(seen) else "nothing"
-        checks.append(Check("stays in its declared range", inside, f"{spread} in [{low:g}, {high:g}]"))
-        checks.append(_same("gives the same twice", first, score(given)))
-        order = list(range(len(given)))
-        random.Random(0).shuffle(order)
-        turned = score([given[k] for k in order])
-        back = Scored(turned.scores[np.argsort(order)], turned.valid[np.argsort(order)], {}, [])
-        checks.append(_same("does not depend on the order", first, back))
-        if getattr(opened.reward, "scope", "sample") == "sample":
-            alone = [score([row]) for row in given]
-            single = Scored(
-                np.concatenate([s.scores for s in alone]), np.concatenate([s.valid for s in alone]), {}, []
-            )
-            checks.append(_same("does not depend on the batch", first, single))
-        checks.append(Check("is timed", True, f"{1000 * seconds / len(given):.1f} ms per sample"))
+        checks += _about(first, opened.range, seconds)
+        try:
+            checks += _again(score, first, given, alone=getattr(opened.reward, "scope", "sample") == "sample")
+        except RewardError as error:
+            checks.append(Check("answers again", False, str(error)))
     checks.append(Check("can be torn down", True, "done"))
+    return checks
+
+
+def _about(first: Scored, limits: tuple[float, float], seconds: float) -> list[Check]:
+    """Checks of one answer."""
+    abstained, count = int((~first.valid).sum()), len(first.valid)
+    low, high = limits
+    seen = first.scores[first.valid]
+    inside = bool(((seen >= low - 1e-6) & (seen <= high + 1e-6)).all())
+    spread = f"{seen.min():.4g} to {seen.max():.4g}" if len(seen) else "nothing"
+    return [
+        Check("has an opinion", abstained < count, f"{abstained} of {count} abstained"),
+        Check("stays in its declared range", inside, f"{spread} in [{low:g}, {high:g}]"),
+        Check("is timed", True, f"{1000 * seconds / count:.1f} ms per sample"),
+    ]
+
+
+def _again(
+    score: Callable[[Sequence[Sample]], Scored], first: Scored, given: Sequence[Sample], *, alone: bool
+) -> list[Check]:
+    """Checks of further answers against the first: the same samples again, in another order, one by one."""
+    checks = [_same("gives the same twice", first, score(given))]
+    order = list(range(len(given)))
+    random.Random(0).shuffle(order)
+    turned, back = score([given[k] for k in order]), np.argsort(order)
+    straight = Scored(turned.scores[back], turned.valid[back], {}, [])
+    checks.append(_same("does not depend on the order", first, straight))
+    if alone:
+        ones = [score([row]) for row in given]
+        joined = Scored(np.concatenate([s.scores for s in ones]), np.concatenate([s.valid for s in ones]), {}, [])
+        checks.append(_same("does not depend on the batch", first, joined))
     return checks
 
 

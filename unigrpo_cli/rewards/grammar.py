@@ -10,7 +10,9 @@ The weight follows the name, so that values such as URLs keep their colons. A va
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from unigrpo_cli.errors import UsageError
 _ONE = re.compile(
     r"^(?:(?P<alias>[A-Za-z_][\w.-]*)=)?"
     r"(?P<name>[A-Za-z_][\w.-]*(?:/[A-Za-z_][\w.-]*)?)"
-    r"(?::(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?))?$"
+    r"(?::(?P<weight>[-+]?[\d.]+(?:[eE][-+]?\d+)?))?$"
 )
 
 
@@ -54,12 +56,21 @@ def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | No
                 f"reward {choice.alias!r} is given twice; name them apart, e.g. {choice.alias}2={part}"
             )
         choices[choice.alias] = choice
-    for dotted, value in (extra or {}).items():
+    for dotted, value in _flat(extra or {}):
         alias, found, key = dotted.partition(".")
         if not found or alias not in choices:
             raise UsageError(f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(choices)}")
         choices[alias].options[key] = value
     return list(choices.values())
+
+
+def _flat(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """`alias.key` pairs, also from a table per alias, as a TOML file has it."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
 
 
 def _parse_one(text: str) -> RewardChoice:
@@ -79,7 +90,9 @@ def _parse_one(text: str) -> RewardChoice:
     try:
         number = 1.0 if weight is None else float(weight)
     except ValueError:
-        raise UsageError(f"weight {weight!r} of reward {match['name']!r} is no number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"weight {weight!r} of reward {match['name']!r} is no finite number")
     return RewardChoice(match["alias"] or match["name"].rsplit("/")[-1], match["name"], number, options)
 
 

@@ -52,8 +52,8 @@ class Hooks:
         """Give back a changed batch (resized, cropped) of the same samples, or None to leave it."""
 
     @hookspec
-    def unigrpo_after_score(self, batch: RewardBatch, scored: Scored) -> None:
-        """See the scores of a batch. Only looks: an exception here is reported once and does not stop a run."""
+    def unigrpo_after_score(self, name: str, batch: RewardBatch, scored: Scored) -> None:
+        """See a reward's scores of a batch. Only looks: an exception here is a warning and does not stop a run."""
 
     @hookspec(firstresult=True)
     def unigrpo_combine_rewards(

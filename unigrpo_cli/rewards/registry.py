@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
@@ -23,7 +23,7 @@ from typing import Any
 
 import pluggy
 
-from unigrpo_cli.errors import RewardError, UsageError, suggest
+from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, suggest
 from unigrpo_cli.rewards.function import MARK
 from unigrpo_cli.rewards.hooks import PROJECT, Hooks
 
@@ -68,8 +68,8 @@ class RewardEntry:
                     self._factory = None
         if self._error:
             raise RewardError(
-                f"reward {self.name!r} from {self.origin} cannot be loaded: {self._error}; "
-                f"`unigrpo rewards info {self.address}` tells more"
+                f"reward {self.name!r} from {self.origin} cannot be loaded: {self._error}; mend that plugin or do "
+                "without its reward"
             )
         return self._factory
 
@@ -90,8 +90,9 @@ class RewardRegistry:
         self._put(RewardEntry(name, *self._origin, load=lambda: factory, override=override))
 
     def _put(self, entry: RewardEntry) -> None:
-        if not any(e.address == entry.address for e in self.entries):
-            self.entries.append(entry)
+        if any(e.address == entry.address for e in self.entries):
+            raise RewardError(f"{entry.origin} offers two rewards named {entry.name!r}; rename one")
+        self.entries.append(entry)
 
     def find(self, name: str) -> RewardEntry:
         """The reward of a name or `origin/name`.
@@ -131,28 +132,46 @@ class Plugins:
             RewardError: when a plugin asked for by name cannot be loaded.
         """
         wanted = [*filter(None, os.environ.get(PLUGINS_ENV, "").split(",")), *(wanted or [])]
-        blocked = {text.removeprefix("no:") for text in wanted if text.startswith("no:")}
-        if os.environ.get(NO_AUTOLOAD, "") in ("", "0"):
-            self._load_installed(blocked)
-        else:
-            self._load_installed(blocked, only=OURS)
+        self.load_installed({text.removeprefix("no:") for text in wanted if text.startswith("no:")})
         if directory is None and os.environ.get(PLUGINS_DIR_ENV):
             directory = Path(os.environ[PLUGINS_DIR_ENV])
         if directory is not None:
             if not directory.is_dir():
                 raise UsageError(f"no plugins directory {directory}")
-            wanted = [str(path) for path in sorted(directory.glob("*.py"))] + wanted
-        for text in wanted:
+            for path in sorted(directory.glob("*.py")):
+                if not path.stem.startswith(("_", "test_")) and path.stem != "conftest":
+                    self._load_named(str(path), may_be_empty=True)
+        for text in dict.fromkeys(wanted):
             if not text.startswith("no:"):
                 self._load_named(text)
 
-    def _load_installed(self, blocked: set[str], only: str | None = None) -> None:
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook of all plugins.
+
+        Raises:
+            RewardError: naming the plugins that have it, when one fails with anything but an error of ours.
+        """
+        caller = getattr(self.manager.hook, hook)
+        try:
+            return caller.call_historic(kwargs=arguments) if caller.is_historic() else caller(**arguments)
+        except UnigrpoError:
+            raise
+        except (Exception, SystemExit) as error:
+            who = " or ".join(impl.plugin_name for impl in caller.get_hookimpls())
+            raise RewardError(f"plugin {who} failed in {hook}: {type(error).__name__}: {error}") from error
+
+    def load_installed(self, blocked: Set[str] = frozenset()) -> None:
+        """Installed plugins but those blocked by name; what goes wrong is kept in `rewards.problems`."""
+        only = None if os.environ.get(NO_AUTOLOAD, "") in ("", "0") else OURS
+        known = {OURS}
         for point in entry_points(group=REWARD_GROUP):
             origin, number = _distribution(point)
+            known |= {point.name, origin, f"{origin}/{point.name}"}
             if not blocked & {point.name, origin, f"{origin}/{point.name}"} and only in (None, origin):
                 self.rewards._put(RewardEntry(point.name, origin, number, load=point.load))
         for point in entry_points(group=PLUGIN_GROUP):
             origin, number = _distribution(point)
+            known |= {point.name, origin}
             if blocked & {point.name, origin} or only not in (None, origin):
                 continue
             try:
@@ -162,7 +181,10 @@ class Plugins:
                     f"plugin {point.name!r} of {origin} failed: {type(error).__name__}: {error}"
                 )
 
-    def _load_named(self, text: str) -> None:
+        for name in sorted(blocked - known):
+            self.rewards.problems.append(f"--plugin no:{name} leaves nothing out: {suggest(name, known)}")
+
+    def _load_named(self, text: str, may_be_empty: bool = False) -> None:
         try:
             module = _from_file(Path(text)) if text.endswith(".py") else importlib.import_module(text)
         except (Exception, SystemExit) as error:
@@ -177,9 +199,14 @@ class Plugins:
             made = getattr(value, MARK, None)
             if made is not None and getattr(value, "__module__", None) == module.__name__:
                 self.rewards._put(RewardEntry(made.name, origin, number, load=partial(_itself, value)))
-        self._register(module, f"--plugin {text}", origin, number)
+        try:
+            self._register(module, f"--plugin {text}", origin, number)
+        except UnigrpoError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"--plugin {text}: {type(error).__name__}: {error}") from error
         hooks = self.manager.get_hookcallers(module)
-        if len(self.rewards.entries) == before and not hooks:
+        if len(self.rewards.entries) == before and not hooks and not may_be_empty:
             raise RewardError(f'--plugin {text}: nothing in it; decorate a function with @reward("name")')
 
     def _register(self, module: Any, name: str, origin: str, number: str) -> None:

@@ -6,6 +6,8 @@ chose so. NaN and None abstain. A call that does not come back in time stops. No
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import queue
 import sys
@@ -13,7 +15,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from unigrpo_cli.errors import RewardError, suggest
+from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.grammar import RewardChoice
@@ -110,6 +113,7 @@ class Policy:
     """How strictly rewards are run; see the `reward` section of the configuration."""
 
     timeout_s: float = 120.0
+    setup_timeout_s: float = 1800.0
     max_abstain: float = 0.25
     on_error: str = "raise"
     strict: bool = False
@@ -133,30 +137,29 @@ class RewardSet:
         self.plugins, self.context, self.policy = plugins, context, policy
         self.rewards: list[OpenReward] = []
         made = [(choice, *_construct(choice, plugins)) for choice in choices]
-        for choice, address, reward in made:
-            range_ = tuple(getattr(reward, "range", (-math.inf, math.inf)))
-            limits = (float(range_[0]), float(range_[1]))
-            opened = OpenReward(choice, address, reward, limits, Lane(choice.alias))
-            if hasattr(reward, "setup"):
-                self._call(opened, lambda reward=reward: reward.setup(context), "setup")
-            plugins.manager.hook.unigrpo_reward_setup(name=choice.alias, reward=reward, context=context)
-            self.rewards.append(opened)
+        try:
+            for choice, address, reward in made:
+                opened = OpenReward(choice, address, reward, _range_of(choice, reward), Lane(choice.alias))
+                if hasattr(reward, "setup"):
+                    self._call(opened, lambda reward=reward: reward.setup(context), "setup")
+                self.rewards.append(opened)
+                plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> RewardSet:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Tear down all but those left hanging; what goes wrong now must not hide what went wrong before."""
+    def __exit__(self, *_: object) -> None:
+        """Tear down all but those left hanging; what goes wrong now is a warning."""
         opened_rewards, self.rewards = self.rewards, []
         for opened in opened_rewards:
-            self.plugins.manager.hook.unigrpo_reward_teardown(name=opened.alias, reward=opened.reward)
-            if not hasattr(opened.reward, "teardown") or opened.lane.lost:
-                continue
             try:
-                self._call(opened, opened.reward.teardown, "teardown")
-            except RewardError as error:
-                if kind is None:
-                    raise
+                self.plugins.call("unigrpo_reward_teardown", name=opened.alias, reward=opened.reward)
+                if hasattr(opened.reward, "teardown") and not opened.lane.lost:
+                    self._call(opened, opened.reward.teardown, "teardown")
+            except RewardError as error:  # the work is done: said, not raised
                 warnings.warn(str(error), stacklevel=2)
 
     @property
@@ -206,45 +209,47 @@ class RewardSet:
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often.
         """
-        hook = self.plugins.manager.hook
         batch = RewardBatch(tuple(samples), step, split, self.context.device)
-        changed = hook.unigrpo_before_score(batch=batch)
+        changed = self.plugins.call("unigrpo_before_score", batch=batch)
         if changed is not None:
-            if len(changed) != len(batch):
-                raise RewardError(f"a plugin's unigrpo_before_score made {len(changed)} samples of {len(batch)}")
+            if not isinstance(changed, RewardBatch) or len(changed) != len(batch):
+                raise RewardError(f"unigrpo_before_score must give a RewardBatch of the same {len(batch)} samples")
             batch = changed
         results = {opened.alias: self._score_one(opened, batch) for opened in self.asked(split)}
         for alias, scored in results.items():
             try:
-                hook.unigrpo_after_score(batch=batch, scored=scored)
-            except Exception as error:  # an observer's fault is not the run's
-                warnings.warn(f"unigrpo_after_score for {alias!r}: {error!r}", stacklevel=2)
+                self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=scored)
+            except RewardError as error:  # an observer's fault is not the run's
+                warnings.warn(str(error), stacklevel=2)
         return results
 
     def _score_one(self, opened: OpenReward, batch: RewardBatch) -> Scored:
-        size = getattr(opened.reward, "batch_size", None) or len(batch)
+        # Metadata of its own for every reward: what one writes into it no other sees. Pixels are read-only.
+        batch = replace(batch, samples=tuple(replace(s, metadata=copy.deepcopy(s.metadata)) for s in batch.samples))
+        size = _batch_size_of(opened) or len(batch)
         parts = []
         for at in range(0, len(batch), size):
             piece = batch[at : at + size]
             result = self._call(opened, lambda piece=piece: opened.reward.score(piece), "score", piece)
-            parts.append(self._checked(opened, result, len(piece)))
+            parts.append(self._read(opened, result, len(piece)))
         scored = _join(parts)
         self._watch(opened, scored)
         return scored
 
     def _call(self, opened: OpenReward, function: Any, what: str, batch: RewardBatch | None = None) -> Any:
-        """Call into a plugin, with a deadline for scores.
+        """Call into a plugin, with a deadline.
 
         Raises:
             RewardError: naming the reward and what to do, when it fails or does not come back.
         """
         where = f"reward {opened.alias!r} ({opened.address})"
+        limit = "setup_timeout_s" if what == "setup" else "timeout_s"
         try:
-            ok, value = opened.lane.call(function, self.policy.timeout_s if what == "score" else None)
+            ok, value = opened.lane.call(function, getattr(self.policy, limit))
         except TimeoutError:
             raise RewardError(
-                f"{where} gave no answer within {self.policy.timeout_s:g} s; "
-                "raise reward.timeout_s if it is only slow"
+                f"{where} gave no answer in {what} within {getattr(self.policy, limit):g} s; "
+                f"raise reward.{limit} if it is only slow"
             ) from None
         if ok:
             return value
@@ -260,6 +265,18 @@ class RewardSet:
         )
         raise RewardError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
 
+    def _read(self, opened: OpenReward, result: Any, count: int) -> Scored:
+        """A reward's answer, whatever it is: what cannot be read is the reward's fault, by name."""
+        try:
+            return self._checked(opened, result, count)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {opened.alias!r} ({opened.address}) gave an answer that cannot be read: "
+                f"{type(error).__name__}: {error}; it must give one number per sample, or a RewardOutput"
+            ) from error
+
     def _checked(self, opened: OpenReward, result: Any, count: int) -> Scored:
         """A reward's answer as `Scored`.
 
@@ -274,7 +291,7 @@ class RewardSet:
             name: _numbers(values, count, f"{where} component {name!r} has")
             for name, values in output.components.items()
         }
-        info = [dict(row) for row in output.info] if output.info is not None else [{} for _ in range(count)]
+        info = [json.loads(to_json(dict(row))) for row in output.info or [{} for _ in range(count)]]
         if len(info) != count:
             raise RewardError(f"{where} gave {len(info)} info rows for {count} samples")
         low, high = opened.range
@@ -321,19 +338,44 @@ def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:
         return entry.address, factory(options)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {choice.alias!r} ({entry.address}) cannot be made: {error!r}") from error
+
+
+def _range_of(choice: RewardChoice, reward: Any) -> tuple[float, float]:
+    """The declared range; none declared is the whole line."""
+    declared = getattr(reward, "range", (-math.inf, math.inf))
+    try:
+        low, high = map(float, declared)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low <= high:
+        raise RewardError(
+            f"reward {choice.alias!r} declares range = {declared!r}; two numbers are needed, (low, high)"
+        )
+    return low, high
+
+
+def _batch_size_of(opened: OpenReward) -> int | None:
+    size = getattr(opened.reward, "batch_size", None)
+    if size is not None and (type(size) is not int or size < 1):
+        raise RewardError(f"reward {opened.alias!r} has batch_size = {size!r}; None or a number above 0 is needed")
+    return size
 
 
 def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
     """One fp64 number per sample; None becomes NaN."""
     if hasattr(values, "detach"):
-        values = values.detach().float().cpu().numpy()
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
-        raise RewardError(f"{what} {type(values).__name__}; it must give a list of {count} numbers")
-    values = [math.nan if v is None else v for v in values]
+        values = values.detach().double().cpu().numpy()
+    single = isinstance(values, str | bytes | dict | set | frozenset) or not hasattr(values, "__len__")
+    if single or getattr(values, "ndim", 1) == 0:
+        raise RewardError(f"{what} one {type(values).__name__}; it must give a list of {count} numbers")
+    values = [v.detach().cpu().numpy() if hasattr(v, "detach") else v for v in values]
+    words = [v for v in values if isinstance(v, str | bytes)]
+    if words:
+        raise RewardError(f"{what} the text {words[0]!r}; it must give a list of {count} numbers")
     try:
-        array = np.asarray(values, dtype=np.float64)
+        array = np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise RewardError(f"{what} something that is no number: {error}") from error
     if array.shape != (count,):

@@ -47,9 +47,10 @@ class Display:
         self.quiet = quiet
         warnings.showwarning = self._warning
 
-    def say(self, text: Any) -> None:
+    def say(self, text: Any, style: str | None = None) -> None:
+        """Print a line, or anything rich can show. Text is shown as it is: it may be a prompt or a path."""
         if not self.quiet:
-            self.console.print(text, soft_wrap=isinstance(text, str))
+            self.console.print(text, markup=False, style=style, soft_wrap=isinstance(text, str))
 
     def warn(self, text: str) -> None:
         self.errors.print("[yellow]warning:[/] ", Text(text), sep="", soft_wrap=True)
@@ -132,7 +133,7 @@ class TrainingView:
             first = f"{sum(values[:5]) / len(values[:5]):.3f}" if values else "-"
             last = f"{sum(values[-5:]) / len(values[-5:]):.3f}" if values else "-"
             table.add_row(name, first, last, sparkline(values))
-        return Group(self.bar, table, f"[dim]{self._line() if self.last else 'first rollout ...'}[/]")
+        return Group(self.bar, table, Text(self._line() if self.last else "first rollout ...", style="dim"))
 
 
 def _columns() -> tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from rich.text import Text
+
+from unigrpo_cli.jsontext import to_json
 
 TILE = 192  # pixels per side of a picture on a sheet
 MARGIN, LINE, FONT = 10, 15, 12
@@ -82,7 +83,7 @@ def _wrap(tile: Tile) -> tuple[list[str], list[str]]:
 def save_png(pixels: Array, path: Path, story: dict[str, Any]) -> None:
     """A picture at its own size, its story in the PNG's text (`unigrpo`) and in a .json file beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(story, indent=1)
+    text = to_json(story, indent=1)
     info = PngInfo()
     info.add_itxt("unigrpo", text)
     Image.fromarray(np.asarray(pixels)).save(path, pnginfo=info)

@@ -11,6 +11,7 @@ from typing import Any
 
 from unigrpo_cli.config import Config, to_toml
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.jsontext import to_json
 
 PACKAGES = (
     "unigrpo-cli",
@@ -34,8 +35,11 @@ def fresh_directory(out: Path | None, command: str) -> Path:
     k = 2
     while out is None and path.exists():
         path, k = path.with_name(f"{path.name.split('.')[0]}.{k}"), k + 1
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        hint = " (or --resume auto to go on with it)" if command == "train" else ""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file: choose another --out")
+    if path.exists() and any(path.iterdir()):
+        resumable = command == "train" and any(path.glob("checkpoints/step_*/state.json"))
+        hint = ", or go on with that run by --resume auto" if resumable else ""
         raise UsageError(f"{path} is not empty: choose another --out{hint}")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ class Run:
 
     def describe(self, config: Config) -> None:
         """`config.toml` (resolved, to be used again) and `environment.json`."""
-        (self.directory / "config.toml").write_text(to_toml(config))
+        (self.directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.write_json("environment.json", environment())
 
     def remove_if_only_described(self) -> None:
@@ -75,31 +79,27 @@ class Run:
             self.directory.rmdir()
 
     def write_json(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=1, allow_nan=False, default=plain_json)
-        (self.directory / name).write_text(text + "\n")
+        (self.directory / name).write_text(to_json(content, indent=1) + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`; a number that is not finite becomes null."""
-        clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
         with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(clean, default=plain_json) + "\n")
+            file.write(to_json(row) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop metric lines of steps that a resumed run will do again."""
+        """Drop metric lines of steps that a resumed run will do again, and one that a crash cut short."""
         path = self.directory / "metrics.jsonl"
         if path.is_file():
-            rows = [line for line in path.read_text().splitlines() if line.strip()]
-            kept = [line for line in rows if json.loads(line)["step"] <= step]
+            kept = [line for line in path.read_text().splitlines() if 0 < _step_of(line) <= step]
             path.write_text("".join(line + "\n" for line in kept))
 
     def checkpoint(self, step: int) -> Path:
         return self.directory / "checkpoints" / f"step_{step:06d}"
 
 
-def plain_json(value: Any) -> Any:
-    """JSON of what json does not know: numpy and torch scalars."""
-    if hasattr(value, "item"):
-        return value.item()
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} does not belong into a report")
+def _step_of(line: str) -> int:
+    """The step of a metrics line, 0 for a line that is not whole."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

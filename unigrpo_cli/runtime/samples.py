@@ -46,10 +46,12 @@ def save_progress(folder: Path) -> None:
     rows: dict[str, list[Tile]] = {}
     for step in steps:
         for path in sorted(step.glob("*.png"), key=lambda p: int(p.stem)):
-            story = json.loads(path.with_suffix(".json").read_text())
-            rows.setdefault(story["prompt"], []).append(
-                Tile(np.asarray(Image.open(path)), _title(story), (story["reasoning"] or "",))
-            )
+            try:
+                story = json.loads(path.with_suffix(".json").read_text())
+                pixels = np.asarray(Image.open(path))
+            except (OSError, ValueError):  # cut short by a crash; the checkpoint is what matters
+                continue
+            rows.setdefault(story["prompt"], []).append(Tile(pixels, _title(story), (story["reasoning"] or "",)))
     if rows:
         sheet(list(rows.values()), "the same prompts on the same noise, step by step").save(folder / "progress.png")
 

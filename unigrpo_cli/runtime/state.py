@@ -23,6 +23,7 @@ from unigrpo_cli.models.unified import UnifiedModel
 
 FORMAT = 1
 STATE, MOMENTS = "state.json", "optimizer.safetensors"
+KINDS = {"step": int, "base": str, "tune": str, "facts": dict, "trained": list}
 
 
 @dataclass
@@ -33,12 +34,14 @@ class TrainState:
         policy: the weights, and the reference if it is a frozen copy (saved by name of its model, not again).
         optimizer: AdamW over the trainable weights.
         step: training steps done.
+        between: the weights have moved on from `step`; a checkpoint now would be of neither step.
         facts: small JSON values that the final report needs (evaluation before training, first ratios).
     """
 
     policy: UnifiedModel
     optimizer: torch.optim.AdamW
     step: int = 0
+    between: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +69,7 @@ def save_state(state: TrainState, directory: Path, *, base: str, tune: str) -> N
             moments[f"{name}|{key}"] = value.detach().cpu().contiguous()
     save_file(moments, partial / MOMENTS)
     content = {"format": FORMAT, "step": state.step, "base": base, "tune": tune, "facts": state.facts}
+    content["trained"] = [name for name, _ in _named_parameters(state)]
     (partial / STATE).write_text(json.dumps(content, indent=1) + "\n")
     if directory.exists():
         shutil.rmtree(directory)
@@ -82,10 +86,15 @@ def read_state(directory: Path) -> dict[str, Any]:
         content = json.loads((directory / STATE).read_text())
     except FileNotFoundError as error:
         raise WeightsError(f"{directory} is no training checkpoint: {STATE} is missing") from error
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise WeightsError(f"{directory}/{STATE} is damaged ({error}); resume from another checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise WeightsError(f"{directory} has another checkpoint format; this version reads format {FORMAT}")
+    for name, kind in KINDS.items():
+        if type(content.get(name)) is not kind:
+            raise WeightsError(
+                f"{directory}/{STATE} is damaged ({name} = {content.get(name)!r}); resume from another checkpoint"
+            )
     return content
 
 
@@ -99,10 +108,9 @@ def restore_state(state: TrainState, directory: Path, content: dict[str, Any]) -
         moments = load_file(directory / MOMENTS)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{directory}/{MOMENTS} is damaged or missing ({error})") from error
-    expected = {name for name, _ in _named_parameters(state)}
-    saved = {key.rsplit("|", 1)[0] for key in moments}
-    if saved and saved != expected:
-        odd = sorted(saved ^ expected)[0]
+    # A weight that never got a gradient has no moments, so the names are kept on their own.
+    odd = min({name for name, _ in _named_parameters(state)} ^ set(content["trained"]), default=None)
+    if odd is not None:
         raise WeightsError(
             f"{directory}: its optimizer belongs to other weights (e.g. {odd}); resume with the same "
             "train.tune, train.experts and train.also"
@@ -125,7 +133,7 @@ def newest_checkpoint(run: Path) -> Path:
     """
     found = sorted(p for p in (run / "checkpoints").glob("step_*") if (p / STATE).is_file())
     if not found:
-        raise UsageError(f"{run} holds no checkpoint to resume from; start it without --resume")
+        raise UsageError(f"{run} holds no checkpoint; give a directory that `unigrpo train` saved one in")
     return found[-1]
 
 

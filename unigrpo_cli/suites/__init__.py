@@ -47,7 +47,10 @@ class SuiteRegistry:
             UsageError: when it is neither.
         """
         if name in self.suites:
-            return as_prompts(self.suites[name].load())
+            rows = self.suites[name].load()
+            if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
+                raise UsageError(f"suite {name!r} must give rows with a text `prompt` each, and at least one")
+            return as_prompts(rows)
         if Path(name).suffix in (".txt", ".jsonl"):
             return read_prompts(Path(name))
         raise UsageError(f"unknown suite {name!r}: {suggest(name, self.suites)} (or a .txt or .jsonl file)")
@@ -83,7 +86,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(f"prompts {path}: give `shapes`, a .txt file (a prompt a line) or a .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except FileNotFoundError as error:
         raise UsageError(f"no prompts file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -104,10 +107,11 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         raise UsageError(f"{path}:{number}: not JSON ({error.msg}); each line is one object") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UsageError(f'{path}:{number}: needs an object with a text "prompt", e.g. {{"prompt": "a cat"}}')
-    if "include" in row:
+    if "include" not in row:
+        row = typed_prompt(row["prompt"]) | row
+    if "include" in row or "exclude" in row:
         _check_clauses(f"{path}:{number}", row)
-        return row
-    return typed_prompt(row["prompt"]) | row
+    return row
 
 
 def _check_clauses(where: str, row: dict[str, Any]) -> None:
@@ -125,8 +129,10 @@ def _check_clauses(where: str, row: dict[str, Any]) -> None:
             )
             if not good:
                 raise UsageError(f'{where}: {kind}[{index}] needs "class" (text) and "count" (1 or more)')
+            if not isinstance(item.get("color", ""), str):
+                raise UsageError(f"{where}: {kind}[{index}].color must be text")
             position = item.get("position")
-            if position is not None and not (
+            if "position" in item and not (
                 isinstance(position, list)
                 and len(position) == 2
                 and position[0] in ("left of", "right of", "above", "below")
