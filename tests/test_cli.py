@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -270,6 +274,96 @@ def test_an_output_directory_in_use(tmp_path: Path) -> None:
     for command in (["train", "--reward", "geneval", *FAST], ["eval", "--limit", "1"], ["generate", "a heart"]):
         _refused(_run(*command, "--out", tmp_path), 2, "not empty")
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def _command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The real entry point in a process of its own."""
+    code = "from unigrpo_cli.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["train", "--rewrad", "clip"], ["train", "--steps", "many"], ["trian"]])
+def test_misspelt_options_and_commands_are_one_line(arguments: list[str]) -> None:
+    done = _command(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error:")
+    assert "--help" in line
+
+
+def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path) -> None:
+    plugin = _reward(tmp_path, "time.sleep(600)")
+    began = time.monotonic()
+    more = ["--plugin", plugin, "--out", tmp_path / "run", "--set", "reward.timeout_s=1"]
+    done = _command("train", "--reward", "mine", *more, *FAST)
+    assert done.returncode == 3
+    assert time.monotonic() - began < 60
+
+
+def test_stdout_is_the_json_object_whatever_a_reward_prints(tmp_path: Path) -> None:
+    plugin = _reward(tmp_path, "print('hello'); return [1.0] * len(images)")
+    done = _command("rewards", "test", "mine", "--plugin", plugin, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reward"] == "mine"
+    assert "hello" in done.stderr
+
+
+def test_help_survives_a_broken_environment() -> None:
+    done = _command("--help", UNIGRPO_PLUGINS="/nowhere.py", UNIGRPO_PLUGINS_DIR="/nowhere")
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
+    """Brackets are markup to the console library, not to us."""
+    result = _run("generate", "a [/x] [red] heart", "--out", tmp_path / "g[b]")
+    assert result.exit_code == 0, result.output
+    assert "a [/x] [red] heart" in result.stdout
+    assert "g[b]" in result.stdout
+    plugin = _reward(tmp_path, "raise ValueError('no [/judge]\\nat all')")
+    _refused(
+        _run("rollout", "--reward", "mine", "--plugin", plugin, "--limit", 1, "--group-size", 2),
+        3,
+        "no [/judge] at",
+    )
+
+
+def test_thinking_may_be_configured_off(tmp_path: Path) -> None:
+    result = _run("generate", "a heart", "--set", "sampling.think=false", "--out", tmp_path / "o", "--json")
+    assert json.loads(result.stdout)["images"][0]["reasoning"] is None
+
+
+def test_a_reward_that_fails_leaves_the_sampled_episodes(tmp_path: Path) -> None:
+    plugin = _reward(tmp_path, "raise ValueError('x')")
+    out = tmp_path / "o"
+    result = _run("rollout", "--reward", "mine", "--plugin", plugin, "--limit", 1, "--group-size", 2, "--out", out)
+    _refused(result, 3, "'mine'")
+    assert "--from" in result.stderr
+    again = _run("rollout", "--from", out, "--reward", "geneval", "--out", tmp_path / "b", "--json")
+    assert json.loads(again.stdout)["episodes"] == 2
+    _refused(_run("rollout", "--from", out, "--reward", "geneval", "--limit", 2), 2, "leave out --limit")
+
+
+def test_eval_takes_configured_rewards_and_refuses_gates_first(tmp_path: Path) -> None:
+    result = _run("eval", "--limit", 1, "--set", 'reward.use=["clip"]', "--out", tmp_path / "e", "--json")
+    assert "clip" in json.loads(result.stdout)["scores"]
+    for gate in ("genval=0.5", "geneval=nan"):
+        _refused(_run("eval", "--limit", 1, "--fail-under", gate, "--out", tmp_path / "f"), 2, "--fail-under")
+    _refused(_run("eval", "--limit", 1, "--compare", "nowhere", "--out", tmp_path / "f"), 5, "nowhere")
+    _refused(_run("eval", "--limit", 1, "-R", "geneval.mode=bogus", "--out", tmp_path / "f"), 3, "mode")
+    assert not (tmp_path / "f").exists()
+
+
+def test_new_rewards_do_not_take_known_names(tmp_path: Path) -> None:
+    _refused(_run("rewards", "new", "clip", "--out", tmp_path / "n"), 2, "already")
+    (tmp_path / "file").write_text("")
+    _refused(_run("rewards", "new", "mine", "--out", tmp_path / "file"), 2, "is a file")
+    assert not (tmp_path / "n").exists()
 
 
 def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,3 +99,34 @@ def test_a_plugin_may_add_a_suite_but_not_replace_one() -> None:
     assert suites.prompts("mine")[0].text == "x"
     with pytest.raises(UsageError, match="already"):
         suites.add("shapes", lambda: [])
+
+
+def test_files_from_other_editors(tmp_path: Path) -> None:
+    """A byte-order mark, Windows line ends, and a line separator inside a JSON string."""
+    (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\na heart\r\n".encode())
+    assert [p.text for p in read_prompts(tmp_path / "p.txt")] == ["a red circle", "a heart"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028two"}\n', encoding="utf-8")
+    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == ["one\u2028two"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"include": [{"class": "heart", "count": 1, "position": None}]}, "position"),
+        ({"include": [{"class": "heart", "count": 1, "color": None}]}, "color"),
+        ({"exclude": [{"class": "heart", "count": "two"}]}, "exclude"),
+    ],
+)
+def test_malformed_clauses_are_found_on_reading(tmp_path: Path, row: dict, says: str) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a heart"} | row))
+    with pytest.raises(UsageError, match=says):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_plugins_suite_is_checked() -> None:
+    suites = SuiteRegistry()
+    suites.add("empty", list)
+    suites.add("odd", lambda: [{"text": "x"}])
+    for name in ("empty", "odd"):
+        with pytest.raises(UsageError, match="rows with a text `prompt`"):
+            suites.prompts(name)

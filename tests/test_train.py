@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.lora import has_adapters
+from unigrpo_cli.models.lora import has_adapters, load_adapters
 from unigrpo_cli.train import prompts_for, window_of
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
@@ -159,6 +161,28 @@ def test_resuming_with_another_kind_of_tuning_is_refused(tmp_path: Path) -> None
     assert "other weights" in result.stderr
 
 
+def test_an_interrupt_at_once_loses_no_step(tmp_path: Path) -> None:
+    """Twice Ctrl-C, during the rollout of step 3: two steps are done, and saved."""
+    plugin = tmp_path / "impatient.py"
+    plugin.write_text(
+        "import os, signal, time\nfrom unigrpo_cli import reward\n\n"
+        '@reward("impatient")\ndef impatient(prompts, step, split):\n'
+        '    if split == "train" and step == 2:\n'
+        "        for _ in range(2):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            time.sleep(0.3)\n"
+        "    return [float(k % 2) for k in range(len(prompts))]\n"
+    )
+    code = "from unigrpo_cli.cli import main; main()"
+    more = ["--reward", "impatient", "--plugin", str(plugin), "--steps", "50", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *SMALL[:1], *SMALL[3:], *more], capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupt again to stop at once" in done.stderr
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_can_go_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
@@ -206,6 +230,76 @@ def test_adapters_train_save_and_load(tmp_path: Path) -> None:
     a, b = (load_file(r / "checkpoints" / "step_000003" / "adapter_model.safetensors") for r in (whole, run))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(value.abs().max() > 0 for name, value in a.items() if "lora_B" in name)
+
+
+def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
+    """Saved without asking anybody what the base looks like, in names that peft itself reads."""
+    import peft
+
+    base = shutil.copytree(embedded_weights().parent, tmp_path / "base")
+    lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=2", "--model", str(base)]
+    result = _run(*SMALL, "--out", tmp_path / "run", "--steps", "1", "--json", *lora)
+    assert result.exit_code == 0, result.output
+    assert "config" not in result.stderr
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    read = peft.PeftModel.from_pretrained(load_model(str(base)).network, str(checkpoint)).state_dict()
+    assert len(saved) == 2 * 2 * 7 * 4, "A and B, two experts, seven matrices, four layers"
+    for name, value in saved.items():
+        assert torch.equal(read[name.replace(".weight", ".default.weight")], value), name
+    dropout = json.loads((checkpoint / "adapter_config.json").read_text()) | {"lora_dropout": 0.5}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(dropout))
+    network = load_model("embedded").network
+    load_adapters(network, checkpoint)
+    assert not network.training
+    save_file(dict(list(saved.items())[1:]), checkpoint / "adapter_model.safetensors")
+    with pytest.raises(WeightsError, match="1 tensors of the adapter are missing"):
+        load_adapters(load_model("embedded").network, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["sampling.think=false", "eval.rewards=[]"],
+        ["objective.text_weight=0", "objective.coupling=detach"],
+        ["sampling.think=false", "eval.rewards=[]", "train.tune=lora"],
+    ],
+)
+def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, settings: list[str]) -> None:
+    more = [word for setting in settings for word in ("--set", setting)]
+    _train(tmp_path / "run", "--steps", "1", *more)
+    resumed = _run("train", "--resume", tmp_path / "run", "--steps", "2", "--json")
+    assert resumed.exit_code == 0, resumed.output
+
+
+def test_resuming_keeps_its_model_directory_and_settings_honest(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _train(run, "--steps", "1")
+    other = _run("train", "--resume", run, "--model", "elsewhere")
+    assert (other.exit_code, "model it began with" in other.stderr) == (2, True)
+    other = _run("train", "--resume", run, "--out", tmp_path / "b")
+    assert (other.exit_code, "leave out --out" in other.stderr) == (2, True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')  # a crash in the middle of a line
+    (run / "samples" / "step_000000" / "0.png").write_bytes(b"cut")
+    resumed = _run("train", "--resume", run, "--steps", "2", "--set", "eval.seed=7", "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["difference"] == {}
+    assert "no difference is reported" in resumed.stderr
+    assert [row["step"] for row in _metrics(run)] == [1, 2]
+
+
+def test_divergence_stops_with_the_last_good_step(tmp_path: Path) -> None:
+    rates = ["--set", "train.lr_text=1e18", "--set", "train.lr_image=1e18"]
+    rates += ["--set", "train.updates=1", "--set", "train.checkpoint_every=1"]
+    result = _run(*SMALL, "--out", tmp_path / "run", "--steps", "9", *rates)
+    assert result.exit_code == 1
+    assert "the gradient is not finite" in result.stderr
+    assert "--resume" in result.stderr
+    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert all(v.isfinite().all() for v in load_file(checkpoint / "ema.safetensors").values())
 
 
 def test_adapters_off_is_the_start() -> None:

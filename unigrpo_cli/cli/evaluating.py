@@ -13,10 +13,11 @@ from unigrpo_cli.errors import GateError, UsageError, suggest
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
+    from unigrpo_cli.episode import Group, Prompt
     from unigrpo_cli.evaluate import Evaluation
     from unigrpo_cli.models.unified import UnifiedModel
     from unigrpo_cli.rewards.grammar import RewardChoice
-    from unigrpo_cli.rewards.registry import Plugins
+    from unigrpo_cli.rewards.scoring import RewardSet, Scored
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run
 
@@ -54,10 +55,11 @@ def evaluate(
     Rewards: --reward, or else those of the configuration (reward.use, geneval where there is none) and, on the
     shapes suite, eval.rewards. Writes --out: eval.json, images/.
     """
-    from unigrpo_cli.evaluate import compare
+    from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
-    from unigrpo_cli.session import load_policy
+    from unigrpo_cli.session import is_embedded, load_policy, open_rewards
+    from unigrpo_cli.suites import SuiteRegistry
 
     display = Display(json=json, quiet=quiet)
     settings = common.resolve_config(
@@ -82,14 +84,22 @@ def evaluate(
     _refuse_unknown_gates(gates, [choice.alias for choice in choices])
     policy = load_policy(settings.model, settings.adapter, settings)
     other = None if against is None else load_policy(against, None, settings)
-    run = Run(fresh_directory(out, "eval"))
-    report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}
-    with _RemovedIfEmpty(run):
-        first = _evaluate(settings, settings.model, policy, choices, plugins, display, run)
+    suites = SuiteRegistry()
+    plugins.call("unigrpo_register_suites", registry=suites)
+    prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
+    with open_rewards(choices, plugins, settings, embedded=is_embedded(policy)) as rewards:
+        rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
+        run = Run(fresh_directory(out, "eval"))
+        report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}
+        try:
+            first = _evaluate(settings, settings.model, policy, prompts, rewards, display, run)
+        except BaseException:
+            run.remove_if_only_described()
+            raise
         report |= first.report()
         run.write_json("eval.json", report)
         if other is not None:
-            second = _evaluate(settings, str(against), other, choices, plugins, display, None)
+            second = _evaluate(settings, str(against), other, prompts, rewards, display, None)
             report |= {
                 "compare": {"model": against} | second.report(),
                 "difference": compare(first, second, settings.eval.seed),
@@ -123,52 +133,46 @@ def _evaluate(
     config: Config,
     model: str,
     policy: UnifiedModel,
-    choices: list[RewardChoice],
-    plugins: Plugins,
+    prompts: list[Prompt],
+    rewards: RewardSet,
     display: Display,
     run: Run | None,
 ) -> Evaluation:
-    """One model on the configured suite, its pictures saved when `run` is given."""
-    from unigrpo_cli.evaluate import eval_sampling, evaluate, limited
+    """One model on the prompts, its pictures saved when `run` is given."""
+    from unigrpo_cli.episode import flatten
+    from unigrpo_cli.evaluate import eval_sampling, evaluate
     from unigrpo_cli.runtime.pictures import save_png
-    from unigrpo_cli.session import is_embedded, open_rewards
-    from unigrpo_cli.suites import SuiteRegistry
 
-    suites = SuiteRegistry()
-    plugins.call("unigrpo_register_suites", registry=suites)
-    prompts = limited(suites.prompts(config.eval.suite), config.eval.limit)
+    unknown = sorted({w for p in prompts for w in policy.unknown_words(p.text)})
+    if unknown:
+        display.warn(f"{model} has no word for {', '.join(unknown[:5])} ...; it reads <unk> there")
     done = 0
-    with open_rewards(choices, plugins, config, embedded=is_embedded(policy)) as rewards:
-        rewards.check_needs([p.metadata for p in prompts], has_reasoning=config.sampling.think, split="eval")
-        unknown = sorted({w for p in prompts for w in policy.unknown_words(p.text)})
-        if unknown:
-            display.warn(f"{model} has no word for {', '.join(unknown[:5])} ...; it reads <unk> there")
 
-        def save(groups: Any, scored: Any) -> None:
-            nonlocal done
-            assert run is not None
-            episodes = [e for g in groups for e in g.episodes]
-            for k, episode in enumerate(episodes):
-                story = {
-                    "prompt": episode.prompt.text,
-                    "reasoning": episode.reasoning,
-                    "scores": {n: float(s.scores[k]) for n, s in scored.items() if s.valid[k]},
-                    "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
-                }
-                save_png(episode.pixels.numpy(), run.directory / "images" / f"{done + k:05d}.png", story)
-            done += len(episodes)
+    def save(groups: list[Group], scored: dict[str, Scored]) -> None:
+        nonlocal done
+        assert run is not None
+        episodes = flatten(groups)
+        for k, episode in enumerate(episodes):
+            story = {
+                "prompt": episode.prompt.text,
+                "reasoning": episode.reasoning,
+                "scores": {n: float(s.scores[k]) for n, s in scored.items() if s.valid[k]},
+                "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
+            }
+            save_png(episode.pixels.numpy(), run.directory / "images" / f"{done + k:05d}.png", story)
+        done += len(episodes)
 
-        with display.progress(len(prompts) * config.eval.samples, f"evaluating {model}") as advance:
-            return evaluate(
-                policy,
-                prompts,
-                rewards,
-                eval_sampling(config),
-                samples=config.eval.samples,
-                seed=config.eval.seed,
-                on_rows=advance,
-                on_groups=save if run is not None else lambda groups, scored: None,
-            )
+    with display.progress(len(prompts) * config.eval.samples, f"evaluating {model}") as advance:
+        return evaluate(
+            policy,
+            prompts,
+            rewards,
+            eval_sampling(config),
+            samples=config.eval.samples,
+            seed=config.eval.seed,
+            on_rows=advance,
+            on_groups=save if run is not None else lambda groups, scored: None,
+        )
 
 
 def _table(display: Display, config: Config, report: dict[str, Any]) -> None:
@@ -210,17 +214,3 @@ def _check_gates(gates: list[tuple[str, float]], report: dict[str, Any]) -> None
         mean = report["scores"][name]["mean"]
         if mean < least:
             raise GateError(f"{name} {mean:.3f} is under --fail-under {name}={least:g}")
-
-
-class _RemovedIfEmpty:
-    """Leave no empty directory behind when an evaluation is refused."""
-
-    def __init__(self, run: Any):
-        self.directory = run.directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None and not any(self.directory.iterdir()):
-            self.directory.rmdir()

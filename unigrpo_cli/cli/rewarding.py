@@ -134,8 +134,8 @@ def test(
             head = f"{one}: " if len(names) > 1 else ""
             display.say(f"{'ok  ' if check.ok else 'FAIL'} {head}{check.name}: {check.seen}")
     if json:
-        rows = [{"reward": one, "checks": [vars(check) for check in checks]} for one, checks in found.items()]
-        common.print_json({"rewards": rows})
+        rows = [{"reward": one} | vars(check) for one, checks in found.items() for check in checks]
+        common.print_json({"reward": name, "checks": rows})
     if not all(check.ok for checks in found.values() for check in checks):
         raise typer.Exit(RewardError.exit_code)
 

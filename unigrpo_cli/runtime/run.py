@@ -77,6 +77,8 @@ class Run:
             for name in own:
                 (self.directory / name).unlink(missing_ok=True)
             self.directory.rmdir()
+            if self.directory.parent == Path("runs") and not any(self.directory.parent.iterdir()):
+                self.directory.parent.rmdir()
 
     def write_json(self, name: str, content: Any) -> None:
         (self.directory / name).write_text(to_json(content, indent=1) + "\n")
