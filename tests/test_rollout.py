@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.episode import (
@@ -21,6 +22,7 @@ from unigrpo_cli.episode import (
     save_episodes,
 )
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.seeds import derive, normal, uniform
@@ -50,6 +52,28 @@ def test_batch_size_changes_no_sample(tiny: UnifiedModel) -> None:
             assert torch.equal(text_a.ids, text_b.ids)
             assert torch.equal(image_a.pixels, image_b.pixels)
             torch.testing.assert_close(image_a.latent, image_b.latent, atol=1e-5, rtol=0)
+
+
+def test_in_fp32_batches_differ_by_rounding_alone() -> None:
+    """What is drawn is the same; matrix products of another size round another way, at most one grey level."""
+    model = load_model("embedded")
+    prompts = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green heart", "a heart above a cross")]
+    one, many = (
+        flatten(rollout(model, prompts, 4, replace(SAMPLING, rows=rows), WINDOW, seed=3)) for rows in (1, 64)
+    )
+    for a, b in zip(one, many, strict=True):
+        (text_a, image_a), (text_b, image_b) = _parts(a), _parts(b)
+        assert torch.equal(text_a.ids, text_b.ids)
+        torch.testing.assert_close(image_a.latent, image_b.latent, atol=1e-4, rtol=0)
+        assert (image_a.pixels.int() - image_b.pixels.int()).abs().max() <= 1
+
+
+def test_prompts_of_one_name_are_read_each_for_itself(tiny: UnifiedModel) -> None:
+    twins = [Prompt("x", "a red circle"), Prompt("x", "two blue stars")]
+    both = rollout(tiny, twins, 2, SAMPLING, WINDOW, 0)
+    for k, twin in enumerate(twins):
+        alone = rollout(tiny, [twin], 2, SAMPLING, WINDOW, 0)[0]
+        torch.testing.assert_close(_parts(both[k].episodes[0])[1].latent, _parts(alone.episodes[0])[1].latent)
 
 
 def test_neither_do_other_prompts(tiny: UnifiedModel) -> None:
@@ -120,6 +144,10 @@ def _same(a: object, b: object) -> bool:
 
 def test_files_give_back_what_was_saved(tiny: UnifiedModel, tmp_path: Path) -> None:
     groups = _roll(tiny)
+    (episode, *_), others = groups[0].episodes, groups[0].episodes[1:]
+    *given, image = episode.segments
+    turned = replace(image, latent=image.latent.T.contiguous().T)  # as a view may lie in memory
+    groups[0] = Group(groups[0].prompt, (replace(episode, segments=(*given, turned)), *others))
     save_episodes(groups, tmp_path)
     for before, after in zip(groups, load_episodes(tmp_path), strict=True):
         assert before.prompt == after.prompt
@@ -130,7 +158,19 @@ def test_files_give_back_what_was_saved(tiny: UnifiedModel, tmp_path: Path) -> N
                 assert all(_same(getattr(s, n), getattr(t, n)) for n in vars(s)), type(s)
 
 
-@pytest.mark.parametrize("damage", ["no file", "truncated", "not json", "missing tensor", "other format"])
+DAMAGES = {
+    "no file": "episodes.safetensors missing",
+    "truncated": "damaged",
+    "not json": "damaged",
+    "not text": "damaged",
+    "missing tensor": "damaged",
+    "another shape": "log_prob has shape",
+    "other format": "format 99",
+    "no group": "empty",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_episodes_are_refused(tiny: UnifiedModel, tmp_path: Path, damage: str) -> None:
     save_episodes(_roll(tiny), tmp_path)
     tensors, text = tmp_path / "episodes.safetensors", tmp_path / "episodes.json"
@@ -143,7 +183,15 @@ def test_damaged_episodes_are_refused(tiny: UnifiedModel, tmp_path: Path, damage
             text.write_text(text.read_text()[:-50])
         case "missing tensor":
             text.write_text(text.read_text().replace('"ids"', '"idz"'))
+        case "not text":
+            text.write_bytes(b"\xff\xfe{")
+        case "another shape":
+            content = load_file(tensors)
+            name = next(n for n in content if n.endswith(".log_prob"))
+            save_file(content | {name: torch.zeros(1)}, tensors)
+        case "no group":
+            text.write_text(json.dumps(json.loads(text.read_text()) | {"groups": []}))
         case "other format":
             text.write_text(json.dumps(json.loads(text.read_text()) | {"format": 99}))
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=DAMAGES[damage]):
         load_episodes(tmp_path)
