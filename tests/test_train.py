@@ -165,11 +165,11 @@ def test_an_interrupt_at_once_loses_no_step(tmp_path: Path) -> None:
     """Twice Ctrl-C, during the rollout of step 3: two steps are done, and saved."""
     plugin = tmp_path / "impatient.py"
     plugin.write_text(
-        "import os, signal, time\nfrom unigrpo_cli import reward\n\n"
+        "import signal, threading, time\nfrom unigrpo_cli import reward\n\n"
         '@reward("impatient")\ndef impatient(prompts, step, split):\n'
         '    if split == "train" and step == 2:\n'
         "        for _ in range(2):\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)\n"
         "            time.sleep(0.3)\n"
         "    return [float(k % 2) for k in range(len(prompts))]\n"
     )
@@ -251,7 +251,7 @@ def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
     (checkpoint / "adapter_config.json").write_text(json.dumps(dropout))
     network = load_model("embedded").network
     load_adapters(network, checkpoint)
-    assert not network.training
+    assert not any(module.training for module in network.modules())
     save_file(dict(list(saved.items())[1:]), checkpoint / "adapter_model.safetensors")
     with pytest.raises(WeightsError, match="1 tensors of the adapter are missing"):
         load_adapters(load_model("embedded").network, checkpoint)
@@ -298,6 +298,9 @@ def test_divergence_stops_with_the_last_good_step(tmp_path: Path) -> None:
     assert "--resume" in result.stderr
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints
+    halfway = _run(*SMALL, "--out", tmp_path / "b", "--steps", "9", *rates[:4], "--set", "train.updates=2")
+    assert halfway.exit_code == 1
+    assert not (tmp_path / "b" / "checkpoints").exists(), "the first of two updates is made: that is no step"
     for checkpoint in checkpoints:
         assert all(v.isfinite().all() for v in load_file(checkpoint / "ema.safetensors").values())
 

@@ -23,7 +23,14 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet, Scored
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.train import MicroBatch, advantages, objective_of, optimizer_step, replay_fixed
+from unigrpo_cli.train import (
+    MicroBatch,
+    advantages,
+    objective_of,
+    optimizer_step,
+    replay_fixed,
+    training_step,
+)
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 SETTINGS = [
@@ -205,7 +212,9 @@ def test_every_choice_of_the_advantage_arrives() -> None:
     assert _advantages(_loaded(), "advantage.clamp=0.9").abs().max() == pytest.approx(0.9)
     assert _advantages(_loaded(), "advantage.clamp=0", "advantage.std=none").abs().max() == pytest.approx(1.75)
     for combine in ("gdpo", "rank"):
-        assert (_advantages(_loaded(), f"advantage.combine={combine}") - plain).abs().max() > 0.05
+        combined = _advantages(_loaded(), f"advantage.combine={combine}")
+        assert (combined - plain).abs().max() > 0.05
+        assert combined.square().mean() == pytest.approx(1.0, abs=1e-4), "their sum has batch deviation 1 again"
     shuffled = _advantages(_loaded(), "advantage.shuffle=true")
     assert sorted(shuffled.tolist()) == pytest.approx(sorted(plain.tolist()))
     assert (shuffled - plain).abs().max() > 0.1
@@ -230,3 +239,13 @@ def test_a_plugins_own_combination_is_checked(answer, says: str) -> None:
     plugins._register(Combination(), "own", "tests", "-")
     with pytest.raises(RewardError, match=says):
         _advantages(plugins)
+
+
+def test_epochs_and_updates_are_counted() -> None:
+    config = _config("train.epochs=2", "train.updates=2", "train.prompts_per_step=2", "eval.rewards=[]")
+    state = _state(config)
+    with RewardSet(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
+        done = training_step(state, PROMPTS, rewards, config)
+    assert {int(s["step"]) for s in state.optimizer.state.values()} == {4}
+    assert done.metrics["text/max_abs_log_ratio"] > 0 == done.metrics["text/first_max_abs_log_ratio"]
+    assert state.between
