@@ -169,8 +169,9 @@ def test_an_interrupt_at_once_loses_no_step(tmp_path: Path) -> None:
         '@reward("impatient")\ndef impatient(prompts, step, split):\n'
         '    if split == "train" and step == 2:\n'
         "        for _ in range(2):\n"
+        "            time.sleep(0.5)\n"
         "            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)\n"
-        "            time.sleep(0.3)\n"
+        "        time.sleep(0.5)\n"
         "    return [float(k % 2) for k in range(len(prompts))]\n"
     )
     code = "from unigrpo_cli.cli import main; main()"
