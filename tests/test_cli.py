@@ -107,7 +107,7 @@ def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["n"] == 12
-    assert set(report["scores"]) == {"geneval", "plan", "fidelity", "clean"}
+    assert set(report["scores"]) == {"clip", "geneval", "plan", "fidelity", "clean"}
     for score in report["scores"].values():
         assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
     assert len(report["per_task"]) == 6
