@@ -84,7 +84,7 @@ class Advantage(Section):
     std: Literal["group", "batch", "none"] = Field("group", description="what divides [paper: group]")
     clamp: Rate = Field(
         5.0,
-        description="largest magnitude, 0 for no limit [Flow-GRPO: 5; in groups of 24 it cannot exceed 4.8]",
+        description="largest magnitude, 0 for no limit [Flow-GRPO: 5; in groups of 24 none exceeds 4.8]",
     )
     combine: Literal["auto", "sum", "gdpo", "rank"] = Field(
         "auto", description="several rewards: gdpo when their ranges differ, else sum"
