@@ -1,13 +1,13 @@
-"""Pre-train the embedded model: `python -m unigrpo_cli.rebuild.model --out DIR`.
+"""Pre-train the embedded model: `python -m unigrpo_cli.rebuild.model --out DIR`, an hour on one core.
 
-A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network.
-First it learns to plan and paint well; then, while the learning rate falls, it is shown mistakes of both kinds:
-plans that do not answer the prompt, and pictures that leave out things of the plan. So it is imperfect on
-purpose, in modes that it can sample around, which is what GRPO sharpens. Leaving out is one habit with one cure,
-whatever the plan, and the gradient of a hundred episodes can see it; recoloured or misplaced things are many
-habits (docs/log.md).
+A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network. Three
+chapters. It learns to plan and paint well. While the learning rate falls it is shown some mistakes of both kinds:
+plans that do not answer the prompt, and pictures that leave out things of the plan. In the end it is shown many,
+for it is to be imperfect on purpose, in modes that it can sample around, which is what GRPO sharpens. Leaving out
+is one habit with one cure, whatever the plan, and the gradient of a hundred episodes can see it; recoloured or
+misplaced things are many habits (docs/log.md).
 
-`curve.jsonl` beside the weights is the training curve.
+`curve.jsonl` beside the weights is the training curve. `--start DIR` begins with the last chapter.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from unigrpo_cli.models.checkpoint import save_model
+from unigrpo_cli.models.checkpoint import load_model, save_model
 from unigrpo_cli.models.mot import MoT, NoisyImage
 from unigrpo_cli.models.sizes import MoTConfig
 from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, PixelCodec, UnifiedModel, edge_ids
@@ -54,9 +55,7 @@ from unigrpo_cli.shapes.world import (
 )
 
 PATCH = 8
-WRONG_PLANS = 0.32  # share of plans
-LEFT_OUT = 0.12  # share of things
-DECAY = 0.4  # the last share of steps: the learning rate falls, mistakes begin
+DECAY = 0.4  # the last share of the steps of a chapter: the learning rate falls
 WITHOUT_THINKING = 0.12
 COPIES = 2  # noisy copies of a picture in one pass
 CE_WEIGHT = 0.2
@@ -105,15 +104,24 @@ def build_model(seed: int, width: int = WIDTH, layers: int = 4) -> UnifiedModel:
     return UnifiedModel(network, tokenizer, PixelCodec())
 
 
-class Examples(IterableDataset):
-    """Endless (ids, first plan token or length, picture) of the training split, flawless for `clean` rows."""
+@dataclass(frozen=True)
+class Mistakes:
+    """From row `start` on: the share of plans that do not answer the prompt, and of things left out of pictures."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, clean: int):
+    start: int
+    wrong_plans: float
+    left_out: float
+
+
+class Examples(IterableDataset):
+    """Endless (ids, first plan token or length, picture) of the training split."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, mistakes: Mistakes):
         self.words = tokenizer.get_vocab()
-        self.seed, self.clean = seed, clean
+        self.seed, self.mistakes = seed, mistakes
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, Tensor]]:
-        rng = np.random.default_rng(self.seed)
+        rng, mistakes = np.random.default_rng(self.seed), self.mistakes
         open_id, stop_id, unknown = (self.words[w] for w in (OPEN, CLOSE, UNKNOWN))
         for row in count():
             metadata = draw_metadata(TAGS[rng.integers(len(TAGS))], rng)
@@ -121,10 +129,10 @@ class Examples(IterableDataset):
                 metadata = draw_metadata(TAGS[rng.integers(len(TAGS))], rng)
             plan = draw_scene(metadata, rng)
             thinks = rng.random() >= WITHOUT_THINKING
-            flawed = row >= self.clean
-            if flawed and thinks and rng.random() < WRONG_PLANS:
+            flawed = row >= mistakes.start
+            if flawed and thinks and rng.random() < mistakes.wrong_plans:
                 plan = corrupt_plan(plan, metadata, rng)
-            shown = tuple(thing for thing in plan if not flawed or rng.random() >= LEFT_OUT)
+            shown = tuple(thing for thing in plan if not flawed or rng.random() >= mistakes.left_out)
             prompt = [unknown if rng.random() < 0.01 else self.words[w] for w in metadata["prompt"].split()]
             ids = [open_id, *prompt, stop_id]
             start = len(ids)
@@ -177,62 +185,70 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (DECAY * steps)))
 
 
+def chapter(
+    model: UnifiedModel, args: argparse.Namespace, seed: int, steps: int, lr: float, mistakes: Mistakes
+) -> UnifiedModel:
+    """Train for some steps; gives the running mean of the weights, which is also saved as it goes."""
+    network, average = model.network, copy.deepcopy(model.network)
+    examples = Examples(model.tokenizer, seed, mistakes)
+    data = DataLoader(examples, args.batch, collate_fn=collate, num_workers=1, prefetch_factor=4)
+    generator = torch.Generator().manual_seed(seed)
+    optims = optimizers(network, lr)
+    rates = [o.param_groups[0]["lr"] for o in optims]
+    held = UnifiedModel(average, model.tokenizer, model.codec)
+    began, since = time.process_time(), []
+    for step, batch in zip(range(steps), data, strict=False):
+        ce, mse = losses(model, batch, generator)
+        (CE_WEIGHT * ce + mse).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optim, rate in zip(optims, rates, strict=True):
+            optim.param_groups[0]["lr"] = rate * schedule(step, steps)
+            optim.step()
+            optim.zero_grad()
+        with torch.no_grad():
+            decay = min(args.ema, (step + 1) / (step + 10))
+            for mean, now in zip(average.parameters(), network.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
+        since.append((ce.item(), mse.item()))
+        if (step + 1) % args.report_every == 0 or step + 1 == steps:
+            row = dict(zip(("ce", "velocity_mse"), np.mean(since, axis=0).round(4).tolist(), strict=True))
+            minutes = round((time.process_time() - began) / 60, 2)
+            row = {"mistakes": vars(mistakes), "step": step + 1, "core_minutes": minutes} | row
+            since = []
+            save_model(held, args.out)
+            with (args.out / "curve.jsonl").open("a") as curve:
+                curve.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    return held
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", help="a model directory to begin the last chapter with")
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--last-steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--last-lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report-every", type=int, default=500)
+    parser.add_argument("--report-every", type=int, default=250)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-
-    model = build_model(args.seed, args.width, args.layers)
-    network = model.network
-    average = copy.deepcopy(network)
-    clean = int((1 - DECAY) * args.steps) * args.batch
-    data = DataLoader(
-        Examples(model.tokenizer, args.seed, clean),
-        args.batch,
-        collate_fn=collate,
-        num_workers=1,
-        prefetch_factor=4,
-    )
-    generator = torch.Generator().manual_seed(args.seed)
-    optims = optimizers(network, args.lr)
-    rates = [o.param_groups[0]["lr"] for o in optims]
     args.out.mkdir(parents=True, exist_ok=True)
-    size = sum(p.numel() for p in network.parameters())
-    print(f"{size:,} parameters, {model.tokenizer.get_vocab_size()} words, {args.steps} steps", flush=True)
-    began, since = time.process_time(), []
-    with (args.out / "curve.jsonl").open("w") as curve:
-        for step, batch in zip(range(args.steps), data, strict=False):
-            ce, mse = losses(model, batch, generator)
-            (CE_WEIGHT * ce + mse).backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            for optim, rate in zip(optims, rates, strict=True):
-                optim.param_groups[0]["lr"] = rate * schedule(step, args.steps)
-                optim.step()
-                optim.zero_grad()
-            with torch.no_grad():
-                decay = min(args.ema, (step + 1) / (step + 10))
-                for mean, now in zip(average.parameters(), network.parameters(), strict=True):
-                    mean.lerp_(now, 1 - decay)
-            since.append((ce.item(), mse.item()))
-            if (step + 1) % args.report_every == 0 or step + 1 == args.steps:
-                row = dict(zip(("ce", "velocity_mse"), np.mean(since, axis=0).round(4).tolist(), strict=True))
-                row = {"step": step + 1, "core_minutes": round((time.process_time() - began) / 60, 2)} | row
-                since = []
-                held = UnifiedModel(average, model.tokenizer, model.codec)
-                save_model(held, args.out)
-                curve.write(json.dumps(row) + "\n")
-                curve.flush()
-                print(json.dumps(row), flush=True)
+    if args.start:
+        model = load_model(args.start)
+        model.network.requires_grad_(True)
+        model.network.latent_pos_embed.pos_embed.requires_grad_(False)
+    else:
+        model = build_model(args.seed, args.width, args.layers)
+        clean = int((1 - DECAY) * args.steps) * args.batch
+        model = chapter(model, args, args.seed, args.steps, args.lr, Mistakes(clean, 0.32, 0.12))
+    chapter(model, args, args.seed + 1, args.last_steps, args.last_lr, Mistakes(0, 0.5, 0.2))
 
 
 if __name__ == "__main__":
