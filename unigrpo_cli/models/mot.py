@@ -32,6 +32,9 @@ from unigrpo_cli.models.context import Context, append
 from unigrpo_cli.models.sizes import MoTConfig
 
 
+SMALL_HEAD = 2**20  # numbers in the head's matrix: up to here fp64 costs nothing that could be measured
+
+
 def widen(x: Tensor) -> Tensor:
     """fp32 for anything narrower; fp64 stays, so that tests can look closer."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -411,7 +414,14 @@ class MoT(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits over the vocabulary for the rows of `hidden` [..., C]."""
+        """fp32 logits over the vocabulary for the rows of `hidden` [..., C].
+
+        A small head sums in fp64: half of the difference between decoding and replay, which multiply matrices of
+        different sizes, arises in this one product (docs/log.md).
+        """
+        weight = self.language_model.lm_head.weight
+        if weight.numel() <= SMALL_HEAD:
+            return F.linear(hidden.double(), weight.double()).to(torch.promote_types(hidden.dtype, torch.float32))
         return widen(self.language_model.lm_head(hidden))
 
 
