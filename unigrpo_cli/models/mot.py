@@ -32,9 +32,6 @@ from unigrpo_cli.models.context import Context, append
 from unigrpo_cli.models.sizes import MoTConfig
 
 
-SMALL_HEAD = 2**20  # numbers in the head's matrix: up to here fp64 costs nothing that could be measured
-
-
 def widen(x: Tensor) -> Tensor:
     """fp32 for anything narrower; fp64 stays, so that tests can look closer."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -114,6 +111,16 @@ class Attention(nn.Module):
         )
         return out.transpose(1, 2).flatten(2)
 
+    def attend_words(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+        """`attend` for the text stream; on a CPU in fp64.
+
+        It is the one operation of that stream whose fp32 rounding depends on how many queries come together, and
+        decoding brings one where replay brings all: nearly all drift between the two arose here (docs/log.md).
+        """
+        if q.device.type != "cpu":
+            return self.attend(q, k, v, causal=causal, mask=mask)
+        return self.attend(q.double(), k.double(), v.double(), causal=causal, mask=mask).to(q.dtype)
+
     def output(self, x: Tensor, expert: str) -> Tensor:
         return getattr(self, f"o_proj{expert}")(x)
 
@@ -169,7 +176,7 @@ class MoTLayer(nn.Module):
             q, k, v = self._qkv(text_BLC, text_turned, "")
             keys, values = append(keys, used, k), append(values, used, v)
             used += k.shape[2]
-            attended = self.self_attn.attend(
+            attended = self.self_attn.attend_words(
                 q, keys[:, :, :used], values[:, :, :used], causal=masks.text_causal, mask=masks.text
             )
             text_BLC = self._residual(text_BLC, attended, "")
@@ -414,14 +421,7 @@ class MoT(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits over the vocabulary for the rows of `hidden` [..., C].
-
-        A small head sums in fp64: half of the difference between decoding and replay, which multiply matrices of
-        different sizes, arises in this one product (docs/log.md).
-        """
-        weight = self.language_model.lm_head.weight
-        if weight.numel() <= SMALL_HEAD:
-            return F.linear(hidden.double(), weight.double()).to(torch.promote_types(hidden.dtype, torch.float32))
+        """fp32 logits over the vocabulary for the rows of `hidden` [..., C]."""
         return widen(self.language_model.lm_head(hidden))
 
 
