@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from unigrpo_cli.episode import Group
     from unigrpo_cli.rewards.scoring import Scored
-
+    from unigrpo_cli.runtime.run import Run
 
 PROMPTS = 8
 
@@ -57,7 +57,6 @@ def rollout(
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.rollout import rollout as sample
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.runtime.pictures import save_png
     from unigrpo_cli.runtime.run import Run, fresh_directory
     from unigrpo_cli.session import is_embedded, load_policy, open_rewards
     from unigrpo_cli.suites import training_prompts
@@ -119,22 +118,31 @@ def rollout(
         except RewardError:
             display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")
             raise
+    summary = _record(run, groups, scored)
+    words = ", ".join(
+        f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in summary["rewards"].items()
+    )
+    display.say(f"{summary['episodes']} episodes in {len(groups)} groups: {words}\nwritten to {run.directory}")
+    if json:
+        common.print_json(summary)
+
+
+def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dict[str, Any]:
+    """Write rewards.json and images/; gives the summary."""
+    from unigrpo_cli.episode import flatten
+    from unigrpo_cli.runtime.pictures import save_png
+
     rows = _rows(groups, scored)
     run.write_json("rewards.json", rows)
-    for row, episode in zip(rows, (e for g in groups for e in g.episodes), strict=True):
+    for row, episode in zip(rows, flatten(groups), strict=True):
         save_png(episode.pixels.numpy(), run.directory / "images" / row["image"], row)
-    means = {name: own.mean for name, own in scored.items()}
-    summary = {
+    return {
         "run": str(run.directory),
         "episodes": len(rows),
         "groups": len(groups),
-        "rewards": means,
+        "rewards": {name: own.mean for name, own in scored.items()},
         "abstained": {name: int((~own.valid).sum()) for name, own in scored.items()},
     }
-    words = ", ".join(f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in means.items())
-    display.say(f"{len(rows)} episodes in {len(groups)} groups: {words}\nwritten to {run.directory}")
-    if json:
-        common.print_json(summary)
 
 
 def _all_think(groups: Sequence[Group]) -> bool:
