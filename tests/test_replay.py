@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
-from unigrpo_cli.episode import Episode, Prompt, TextActions
+from unigrpo_cli.episode import (
+    Episode,
+    GivenImage,
+    Group,
+    Prompt,
+    TextActions,
+    flatten,
+    load_episodes,
+    save_episodes,
+)
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.rollout import Sampling, paint, read_given, rollout, write_text
+from unigrpo_cli.rollout import Sampling, look, paint, read_given, rollout, write_text
 from unigrpo_cli.seeds import derive
 from unigrpo_cli.watch import drift
 
@@ -149,8 +159,6 @@ def test_temperature_is_inside_the_scored_distribution(tiny: UnifiedModel) -> No
 
 def _two_rounds(model: UnifiedModel) -> list[Episode]:
     """prompt, thinking, image, second thinking that sees the image, second image: five segments and a prompt."""
-    from unigrpo_cli.models.mot import NoisyImage
-
     episodes = []
     with torch.no_grad():
         for member, prompt in enumerate(PROMPTS):
@@ -159,8 +167,7 @@ def _two_rounds(model: UnifiedModel) -> list[Episode]:
             context = read_given(model, [torch.cat([s.ids for s in given])])
             context, first = write_text(model, context, SAMPLING, [seed])
             image = paint(model, context, SAMPLING, WINDOW, [seed])[0]
-            clean = NoisyImage(image.latent[None, None], torch.zeros(1, 1), image.grid)
-            context = model.forward(context, image=clean, keep_image=True).context
+            context = look(model, context, image.latent[None], image.grid)
             context, second = write_text(model, context, SAMPLING, [derive(seed, "again")])
             repainted = paint(model, context, SAMPLING, WINDOW, [derive(seed, "again")])[0]
             episodes.append(Episode(prompt, member, seed, (*given, first[0], image, second[0], repainted)))
@@ -180,6 +187,33 @@ def test_several_rounds_replay_like_one(tiny: UnifiedModel) -> None:
     assert found["image/drift_max"] < 1e-6
     counts = [sum(len(s.ids) for s in e.segments if isinstance(s, TextActions)) for e in episodes]
     assert batch.actions.mask_BL.sum(dim=1).tolist() == counts
+
+
+def test_an_edit_replays_what_it_was_shown(tiny: UnifiedModel, tmp_path: Path) -> None:
+    """Source image, prompt, thinking, image: given segments may be pictures, also the very first."""
+    episodes = []
+    with torch.no_grad():
+        for member, (prompt, source) in enumerate(zip(PROMPTS, _two_rounds(tiny), strict=True)):
+            shown = source.images[0]
+            given = GivenImage("source", shown.grid, shown.latent, shown.pixels)
+            context = look(tiny, tiny.empty_context(1), given.latent[None], given.grid)
+            asked = tiny.preamble(prompt.text, think=True)
+            context = tiny.forward(context, asked[0].ids[None]).context
+            context, texts = write_text(tiny, context, SAMPLING, [member])
+            painted = paint(tiny, context, SAMPLING, WINDOW, [member])[0]
+            episodes.append(Episode(prompt, member, member, (given, *asked, texts[0], painted)))
+    save_episodes([Group(e.prompt, (e,)) for e in episodes], tmp_path)
+    episodes = flatten(load_episodes(tmp_path))
+    batch = collate(episodes)
+    with torch.no_grad():
+        found = drift([(batch, replay(tiny, batch))])
+        blind = collate([replace(e, segments=e.segments[1:]) for e in episodes])
+        lost = drift([(blind, replay(tiny, blind))])
+    assert found["text/drift_max"] < 1e-6
+    assert found["image/drift_max"] < 1e-6
+    assert lost["text/drift_max"] > 1e-4, "the source is looked at"
+    assert len(batch.actions.images) == 1
+    assert episodes[0].pixels is episodes[0].images[-1].pixels
 
 
 def test_an_episode_without_thinking(tiny: UnifiedModel) -> None:

@@ -52,6 +52,16 @@ class GivenText:
 
 
 @dataclass(frozen=True)
+class GivenImage:
+    """An image that was shown, not painted, e.g. the source of an edit: `latent` [N, D] fp32 on `grid`."""
+
+    role: str
+    grid: tuple[int, int]
+    latent: Tensor
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
 class TextActions:
     """Sampled text. What was fed is `opening + ids + closing`; only `ids` are actions.
 
@@ -100,8 +110,13 @@ class ImageActions:
     pixels: Tensor
 
 
-Segment = GivenText | TextActions | ImageActions
-_KINDS: dict[str, type] = {"given_text": GivenText, "text": TextActions, "image": ImageActions}
+Segment = GivenText | GivenImage | TextActions | ImageActions
+_KINDS: dict[str, type] = {
+    "given_text": GivenText,
+    "given_image": GivenImage,
+    "text": TextActions,
+    "image": ImageActions,
+}
 
 
 @dataclass(frozen=True)
@@ -228,9 +243,10 @@ def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
     segment = _KINDS[plain["kind"]](**values)
     if isinstance(segment, TextActions):
         _same("log_prob", segment.log_prob.shape, segment.ids.shape)
+    if isinstance(segment, GivenImage | ImageActions):
+        _same("latent", segment.latent.shape[:1], (segment.grid[0] * segment.grid[1],))
     if isinstance(segment, ImageActions):
         steps, latent = (segment.window.size,), segment.latent.shape
-        _same("latent", latent[:1], (segment.grid[0] * segment.grid[1],))
         _same("before", segment.before.shape, steps + latent)
         _same("after", segment.after.shape, steps + latent)
         _same("log_prob", segment.log_prob.shape, steps)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import Episode, GivenText, ImageActions, TextActions, same_structure
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, same_structure
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.mot import NoisyImage
 from unigrpo_cli.rollout import look
@@ -29,14 +29,14 @@ COUPLINGS = ("full", "detach")
 
 @dataclass(frozen=True)
 class Turn:
-    """Some text, given and acted, and perhaps an image after it: one packed pass.
+    """Some text, given and acted, and perhaps an image after it, painted or given: one packed pass.
 
     Args:
         ids_BS, length_B: all tokens of the turn, right-padded, and how many count.
         row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 where off-mask.
         action_BL, mask_BL: the acted ids, and where there are any.
-        image: the recorded noisy states, or None.
-        latent_BND: the finished image, which later turns see.
+        image: the recorded noisy states of a painted image, or None.
+        latent_BND, grid: the finished or given image, which later turns see.
     """
 
     ids_BS: Tensor
@@ -46,6 +46,7 @@ class Turn:
     mask_BL: Tensor
     image: NoisyImage | None
     latent_BND: Tensor | None
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,15 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
             turns.append(_turn(pending, painted, steps))
             pending = [[] for _ in episodes]
+        elif isinstance(column[0], GivenImage):
+            turns.append(_turn(pending, [s for s in column if isinstance(s, GivenImage)], None))
+            pending = [[] for _ in episodes]
         else:
             for row, segment in zip(pending, column, strict=True):
                 assert isinstance(segment, GivenText | TextActions)
                 row.append(segment)
     if pending[0]:
-        turns.append(_turn(pending, None, None))
+        turns.append(_turn(pending, [], None))
     for episode in episodes:
         own = [s.log_prob for s in episode.segments if isinstance(s, TextActions)]
         text_log_probs.append(torch.cat(own) if own else torch.zeros(0))
@@ -108,7 +112,9 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
 
 
 def _turn(
-    rows: list[list[GivenText | TextActions]], painted: list[ImageActions] | None, steps: ImageSteps | None
+    rows: list[list[GivenText | TextActions]],
+    shown: Sequence[GivenImage | ImageActions],
+    steps: ImageSteps | None,
 ) -> Turn:
     """Text segments of every row, concatenated, and the image they end in."""
     ids, at, actions = [], [], []
@@ -128,18 +134,18 @@ def _turn(
         at.append(torch.tensor(predictors, dtype=torch.long))
         actions.append(torch.tensor(acted, dtype=torch.long))
     lengths = torch.tensor([len(a) for a in actions])
-    image = latent = None
-    if painted and steps:
-        image = NoisyImage(steps.x_BKND, steps.t_BK, painted[0].grid)
-        latent = torch.stack([s.latent for s in painted])
+    if len({s.grid for s in shown}) > 1:
+        raise ValueError("images replayed together must share one size")
+    grid = shown[0].grid if shown else (0, 0)
     return Turn(
         ids_BS=pad_sequence(ids, batch_first=True),
         length_B=[len(row) for row in ids],
         row_BL=pad_sequence(at, batch_first=True),
         action_BL=pad_sequence(actions, batch_first=True),
         mask_BL=torch.arange(int(lengths.max())) < lengths[:, None],
-        image=image,
-        latent_BND=latent,
+        image=None if steps is None else NoisyImage(steps.x_BKND, steps.t_BK, grid),
+        latent_BND=torch.stack([s.latent for s in shown]) if shown else None,
+        grid=grid,
     )
 
 
@@ -207,9 +213,8 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
             assert out.velocity_BKND is not None
             velocities.append(out.velocity_BKND)
         context = out.context
-        if turn.image is not None and k + 1 < len(batch.turns):
-            assert turn.latent_BND is not None
-            context = look(policy, context, turn.latent_BND, turn.image.grid)
+        if turn.latent_BND is not None and k + 1 < len(batch.turns):
+            context = look(policy, context, turn.latent_BND, turn.grid)
     rows = len(batch.turns[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(
