@@ -327,7 +327,7 @@ class _Session:
         run = self.run.directory
         self.display.say(
             f"checkpoint {summary['checkpoint']}\npictures   {run / 'samples' / 'progress.png'}\n"
-            f'try        unigrpo generate --model {run} "three red circles above a blue square"'
+            f'try        unigrpo generate --model {run} "a red circle above a blue square"'
         )
 
 
