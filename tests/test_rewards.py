@@ -553,8 +553,7 @@ def test_what_a_reward_writes_into_its_input_nobody_else_sees() -> None:
             image[:] = 0
         return [0.0] * len(pixels)
 
-    given = [Sample("p", frozen := np.ones((2, 2, 3), np.uint8), metadata={"a": [1]})]
-    frozen.setflags(write=False)
+    given = [Sample("p", np.ones((2, 2, 3), np.uint8), metadata={"a": [1]})]
     with RewardSet(parse_rewards(["vandal"]), _plugins(vandal), CONTEXT) as rewards:
         rewards.score(given)
     assert given[0].metadata == {"a": [1]}

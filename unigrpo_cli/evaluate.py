@@ -97,11 +97,9 @@ def samples_of(groups: Sequence[Group], step: int = 0) -> list[Sample]:
 
 
 def _sample(episode: Episode, step: int) -> Sample:
-    pixels = episode.pixels.numpy().copy()
-    pixels.setflags(write=False)  # a reward that draws into its input would change the episode
     return Sample(
         prompt=episode.prompt.text,
-        pixels=pixels,
+        pixels=episode.pixels.numpy(),
         reasoning=episode.reasoning,
         metadata=episode.prompt.metadata,
         id=f"{episode.prompt.id}/{episode.member}",

@@ -62,9 +62,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
-        if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
-            print(context.get_help())
-        else:
+        if type(error).__name__ != "NoArgsIsHelpError":  # which has printed the help already
             where = context.command_path if context is not None else "unigrpo"
             print(f"error: {error.format_message()} (see `{where} --help`)", file=sys.stderr)
         code = UsageError.exit_code

@@ -224,8 +224,7 @@ class RewardSet:
         return results
 
     def _score_one(self, opened: OpenReward, batch: RewardBatch) -> Scored:
-        # Metadata of its own for every reward: what one writes into it no other sees. Pixels are read-only.
-        batch = replace(batch, samples=tuple(replace(s, metadata=copy.deepcopy(s.metadata)) for s in batch.samples))
+        batch = replace(batch, samples=tuple(map(_for_one_reward, batch.samples)))
         size = _batch_size_of(opened) or len(batch)
         parts = []
         for at in range(0, len(batch), size):
@@ -340,6 +339,13 @@ def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {choice.alias!r} ({entry.address}) cannot be made: {error!r}") from error
+
+
+def _for_one_reward(sample: Sample) -> Sample:
+    """A sample that a reward cannot spoil for others: metadata of its own, pixels that refuse to be written."""
+    pixels = sample.pixels.view()
+    pixels.setflags(write=False)
+    return replace(sample, pixels=pixels, metadata=copy.deepcopy(sample.metadata))
 
 
 def _range_of(choice: RewardChoice, reward: Any) -> tuple[float, float]:
