@@ -283,6 +283,8 @@ def test_resuming_keeps_its_model_directory_and_settings_honest(tmp_path: Path) 
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rew')  # a crash in the middle of a line
     (run / "samples" / "step_000000" / "0.png").write_bytes(b"cut")
+    half = shutil.copytree(run / "checkpoints" / "step_000001", run / "checkpoints" / "step_000009.partial")
+    (half / "ema.safetensors").write_bytes(b"cut")
     resumed = _run("train", "--resume", run, "--steps", "2", "--set", "eval.seed=7", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["difference"] == {}

@@ -71,9 +71,13 @@ def save_state(state: TrainState, directory: Path, *, base: str, tune: str) -> N
     content = {"format": FORMAT, "step": state.step, "base": base, "tune": tune, "facts": state.facts}
     content["trained"] = [name for name, _ in _named_parameters(state)]
     (partial / STATE).write_text(json.dumps(content, indent=1) + "\n")
-    if directory.exists():
-        shutil.rmtree(directory)
-    partial.rename(directory)
+    if directory.exists():  # moved aside first: at no moment is there neither the old nor the new one
+        aside = directory.with_name("replaced_" + directory.name)
+        directory.rename(aside)
+        partial.rename(directory)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(directory)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -125,13 +129,19 @@ def restore_state(state: TrainState, directory: Path, content: dict[str, Any]) -
     state.facts = content["facts"]
 
 
+def _complete(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first; what a crash left half written has another name."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(p for p in found if not p.suffix and (p / STATE).is_file())
+
+
 def newest_checkpoint(run: Path) -> Path:
     """The last complete checkpoint of a run.
 
     Raises:
         UsageError: when there is none.
     """
-    found = sorted(p for p in (run / "checkpoints").glob("step_*") if (p / STATE).is_file())
+    found = _complete(run)
     if not found:
         raise UsageError(f"{run} holds no checkpoint; give a directory that `unigrpo train` saved one in")
     return found[-1]
@@ -139,6 +149,6 @@ def newest_checkpoint(run: Path) -> Path:
 
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    found = sorted(p for p in (run / "checkpoints").glob("step_*") if (p / STATE).is_file())
+    found = _complete(run)
     for path in found[:-keep]:
         shutil.rmtree(path)
