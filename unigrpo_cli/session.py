@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.checkpoint import EMBEDDED, load_model
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.unified import UNKNOWN, UnifiedModel
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
@@ -96,6 +97,14 @@ def is_embedded(policy: UnifiedModel) -> bool:
     from unigrpo_cli.shapes.world import CELLS
 
     return all(policy.tokenizer.token_to_id(cell) is not None for cell in CELLS)
+
+
+def warn_of_unknown_words(policy: UnifiedModel, prompts: Sequence[Prompt], warn: Callable[[str], None]) -> None:
+    """Say which words of the prompts the model cannot read."""
+    unknown = sorted({word for prompt in prompts for word in policy.unknown_words(prompt.text)})
+    if unknown:
+        more = " ..." if len(unknown) > 5 else ""
+        warn(f"the model has no word for {', '.join(unknown[:5])}{more}; it reads {UNKNOWN} there")
 
 
 def reward_choices(config: Config) -> list[RewardChoice]:

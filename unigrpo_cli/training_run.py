@@ -27,7 +27,6 @@ from unigrpo_cli.evaluate import (
     samples_of,
 )
 from unigrpo_cli.models.checkpoint import WEIGHTS, read_weights
-from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
@@ -43,7 +42,14 @@ from unigrpo_cli.runtime.state import (
     restore_state,
     save_state,
 )
-from unigrpo_cli.session import find_checkpoint, is_embedded, load_policy, open_rewards, reward_choices
+from unigrpo_cli.session import (
+    find_checkpoint,
+    is_embedded,
+    load_policy,
+    open_rewards,
+    reward_choices,
+    warn_of_unknown_words,
+)
 from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
@@ -91,7 +97,7 @@ def _run(
     prompts = training_prompts(config.prompts)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     state, base = _prepare(config, checkpoint)
-    _warn_of_unknown_words(state.policy, [*prompts, *suite], display)
+    warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     with open_rewards(choices, plugins, config, embedded=is_embedded(state.policy)) as rewards:
         thinks = config.sampling.think
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
@@ -134,15 +140,6 @@ def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
     state = TrainState(policy, make_optimizer(policy, config))
     restore_state(state, checkpoint, content)
     return state, base
-
-
-def _warn_of_unknown_words(policy: UnifiedModel, prompts: Sequence[Prompt], display: Display) -> None:
-    unknown = sorted({word for prompt in prompts for word in policy.unknown_words(prompt.text)})
-    if unknown:
-        display.warn(
-            f"the model has no word for {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}; "
-            "it reads <unk> there"
-        )
 
 
 class _Session:

@@ -142,10 +142,9 @@ def _evaluate(
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.evaluate import eval_sampling, evaluate
     from unigrpo_cli.runtime.pictures import save_png
+    from unigrpo_cli.session import warn_of_unknown_words
 
-    unknown = sorted({w for p in prompts for w in policy.unknown_words(p.text)})
-    if unknown:
-        display.warn(f"{model} has no word for {', '.join(unknown[:5])} ...; it reads <unk> there")
+    warn_of_unknown_words(policy, prompts, display.warn)
     done = 0
 
     def save(groups: list[Group], scored: dict[str, Scored]) -> None:

@@ -44,7 +44,7 @@ def generate(
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.pictures import Tile, in_terminal, save_png, sheet
     from unigrpo_cli.runtime.run import fresh_directory
-    from unigrpo_cli.session import load_policy
+    from unigrpo_cli.session import load_policy, warn_of_unknown_words
     from unigrpo_cli.suites import as_prompts, read_prompts, typed_prompt
 
     display = Display(json=json, quiet=quiet)
@@ -67,12 +67,7 @@ def generate(
     if not wanted:
         raise UsageError('say what to paint: unigrpo generate "a red circle", or --prompts FILE')
     policy = load_policy(settings.model, settings.adapter, settings)
-    unknown = sorted({word for prompt in wanted for word in policy.unknown_words(prompt.text)})
-    if unknown:
-        display.warn(
-            f"the model has no word for {', '.join(unknown[:8])}; it reads <unk> there. The embedded model "
-            "knows red circles, two blue stars, a heart above a cross and the like"
-        )
+    warn_of_unknown_words(policy, wanted, display.warn)
     directory = fresh_directory(out, "generate")
     with display.progress(len(wanted) * samples, "painting") as advance:
         groups = rollout(policy, wanted, samples, eval_sampling(settings), NO_NOISE, settings.seed, advance)

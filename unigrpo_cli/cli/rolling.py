@@ -13,8 +13,11 @@ from unigrpo_cli.cli.common import one_error_line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from unigrpo_cli.episode import Group
+    from unigrpo_cli.config import Config
+    from unigrpo_cli.episode import Group, Prompt
+    from unigrpo_cli.models.unified import UnifiedModel
     from unigrpo_cli.rewards.scoring import Scored
+    from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run
 
 PROMPTS = 8
@@ -53,14 +56,12 @@ def rollout(
     """
     from unigrpo_cli.episode import load_episodes, save_episodes
     from unigrpo_cli.errors import RewardError, UsageError
-    from unigrpo_cli.evaluate import samples_of, train_sampling
+    from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.grammar import parse_rewards
-    from unigrpo_cli.rollout import rollout as sample
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
     from unigrpo_cli.session import is_embedded, load_policy, open_rewards
     from unigrpo_cli.suites import training_prompts
-    from unigrpo_cli.train import window_of
 
     display = Display(json=json, quiet=quiet)
     plugins = common.load_plugins(plugin, plugins_dir, display)
@@ -100,17 +101,7 @@ def rollout(
         rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
         run = Run(fresh_directory(out, "rollout"))
         if source is None:
-            total = len(chosen) * settings.train.group_size
-            with display.progress(total, "sampling") as advance:
-                groups = sample(
-                    policy,
-                    chosen,
-                    settings.train.group_size,
-                    train_sampling(settings),
-                    window_of(settings, 0),
-                    settings.seed,
-                    advance,
-                )
+            groups = _sampled(policy, chosen, settings, display)
         run.describe(settings)
         save_episodes(groups, run.directory)
         try:
@@ -125,6 +116,18 @@ def rollout(
     display.say(f"{summary['episodes']} episodes in {len(groups)} groups: {words}\nwritten to {run.directory}")
     if json:
         common.print_json(summary)
+
+
+def _sampled(policy: UnifiedModel, prompts: Sequence[Prompt], settings: Config, display: Display) -> list[Group]:
+    """Groups as the first training step would draw them of these prompts."""
+    from unigrpo_cli.evaluate import train_sampling
+    from unigrpo_cli.rollout import rollout as sample
+    from unigrpo_cli.train import window_of
+
+    members = settings.train.group_size
+    with display.progress(len(prompts) * members, "sampling") as advance:
+        window = window_of(settings, 0)
+        return sample(policy, prompts, members, train_sampling(settings), window, settings.seed, advance)
 
 
 def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -145,7 +144,3 @@ def _columns() -> tuple:
         TextColumn("[dim]left[/]"),
         TimeRemainingColumn(),
     )
-
-
-def is_interactive() -> bool:
-    return sys.stdout.isatty()
