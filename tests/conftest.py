@@ -22,6 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A mistyped --golden-dir must not pass by checking nothing."""
+    directory = config.getoption("--golden-dir")
+    files = ("flow_sde.safetensors", "geneval_rules.jsonl", "bagel_tiny/golden.json", "golden.json")
+    if not any((directory / name).is_file() for name in files):
+        raise pytest.UsageError(f"--golden-dir {directory} holds none of {', '.join(files)}")
+
+
 @pytest.fixture(autouse=True)
 def _only_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """What happens to be installed beside us must not decide a test."""

@@ -235,11 +235,11 @@ def _widen(model: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_truncate, "damaged or truncated"),
+        (_truncate, "ema.safetensors: truncated"),
         (_resize, "unexpected"),
         (_widen, "of another shape"),
         (lambda m: (m / "ema.safetensors").unlink(), "ema.safetensors is missing"),
-        (lambda m: (m / "config.json").write_text("{"), "unreadable configuration"),
+        (lambda m: (m / "config.json").write_text("{"), "config.json: invalid JSON"),
         (lambda m: (m / "llm_config.json").write_text("{}"), "unreadable configuration"),
         (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     ],

@@ -165,8 +165,8 @@ def _two_rounds(model: UnifiedModel) -> list[Episode]:
     with torch.no_grad():
         for member, prompt in enumerate(PROMPTS):
             seed = derive(0, prompt.id, member)
-            given = model.preamble(prompt.text, think=True)
-            context = read_given(model, [torch.cat([s.ids for s in given])])
+            given = model.preamble(prompt, think=True)
+            context = read_given(model, [given])
             context, first = write_text(model, context, SAMPLING, [seed])
             image = paint(model, context, SAMPLING, WINDOW, [seed])[0]
             context = look(model, context, image.latent[None], image.grid)
@@ -214,7 +214,7 @@ def test_an_edit_replays_what_it_was_shown(tiny: UnifiedModel, tmp_path: Path) -
             shown = source.images[0]
             given = GivenImage("source", shown.grid, shown.latent, shown.pixels)
             context = look(tiny, tiny.empty_context(1), given.latent[None], given.grid)
-            asked = tiny.preamble(prompt.text, think=True)
+            asked = tiny.preamble(prompt, think=True)
             context = tiny.forward(context, asked[0].ids[None]).context
             context, texts = write_text(tiny, context, SAMPLING, [member])
             painted = paint(tiny, context, SAMPLING, WINDOW, [member])[0]

@@ -35,11 +35,13 @@ class Prompt:
 
     `id` names the prompt in seeds and files; it differs from `text` where a list repeats a prompt.
     `metadata` is what rewards may need: GenEval's `include` and `exclude`, a text to render, anything.
+    `image` is the file of a picture that the text is about, e.g. the source of an edit.
     """
 
     id: str
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,20 @@ class GivenText:
 
 @dataclass(frozen=True)
 class GivenImage:
-    """An image that was shown, not painted, e.g. the source of an edit: `latent` [N, D] fp32 on `grid`."""
+    """An image that was shown, not painted, e.g. the source of an edit.
+
+    Args:
+        grid: token rows and columns; N = rows * columns.
+        latent: [N, D] fp32, or [0, D] when it was shown to the vision tower alone.
+        pixels: [height, width, 3] uint8 on that grid.
+        view: [h, w, 3] uint8, what the vision tower was shown; None when it was not.
+    """
 
     role: str
     grid: tuple[int, int]
     latent: Tensor
     pixels: Tensor
+    view: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,8 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
                 }
             members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
         prompt = group.prompt
-        rows.append({"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "episodes": members})
+        asked = {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "image": prompt.image}
+        rows.append(asked | {"episodes": members})
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "episodes.safetensors")
     text = json.dumps({"format": FORMAT, "groups": rows}, indent=1)
@@ -208,7 +219,7 @@ def load_episodes(directory: Path) -> list[Group]:
 
 def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
     for g, row in enumerate(rows):
-        prompt = Prompt(row["id"], row["text"], row["metadata"])
+        prompt = Prompt(row["id"], row["text"], row["metadata"], row.get("image"))
         episodes = []
         for m, member in enumerate(row["episodes"]):
             segments = []
@@ -243,7 +254,7 @@ def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
     segment = _KINDS[plain["kind"]](**values)
     if isinstance(segment, TextActions):
         _same("log_prob", segment.log_prob.shape, segment.ids.shape)
-    if isinstance(segment, GivenImage | ImageActions):
+    if isinstance(segment, ImageActions) or (isinstance(segment, GivenImage) and len(segment.latent)):
         _same("latent", segment.latent.shape[:1], (segment.grid[0] * segment.grid[1],))
     if isinstance(segment, ImageActions):
         steps, latent = (segment.window.size,), segment.latent.shape
@@ -259,6 +270,15 @@ def _same(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
         raise ValueError(f"{name} has shape {list(found)}, not {list(wanted)}")
 
 
-def same_structure(episodes: Sequence[Episode]) -> bool:
-    """Whether all episodes have the same kinds of segments in the same order, so that they can be stacked."""
-    return len({tuple(type(s) for s in e.segments) for e in episodes}) == 1
+def structure(segments: Sequence[Segment]) -> tuple:
+    """What must agree for rows to share a batch: the kinds of segments, in order, and the sizes of pictures."""
+
+    def one(segment: Segment) -> tuple:
+        if isinstance(segment, GivenImage):
+            view = None if segment.view is None else tuple(segment.view.shape[:2])
+            return GivenImage, segment.grid, len(segment.latent), view
+        if isinstance(segment, ImageActions):
+            return ImageActions, segment.grid
+        return (type(segment),)
+
+    return tuple(map(one, segments))

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, same_structure
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, structure
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.mot import NoisyImage
-from unigrpo_cli.rollout import look
+from unigrpo_cli.rollout import look, views_of
 
 COUPLINGS = ("full", "detach")
 
@@ -36,7 +36,7 @@ class Turn:
         row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 where off-mask.
         action_BL, mask_BL: the acted ids, and where there are any.
         image: the recorded noisy states of a painted image, or None.
-        latent_BND, grid: the finished or given image, which later turns see.
+        latent_BND, grid, view_BHWC: the finished or given image, which later turns see; see `rollout.look`.
     """
 
     ids_BS: Tensor
@@ -47,6 +47,7 @@ class Turn:
     image: NoisyImage | None
     latent_BND: Tensor | None
     grid: tuple[int, int]
+    view_BHWC: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     Raises:
         ValueError: when their segments differ in kind or order, or their images in size or window.
     """
-    if not same_structure(episodes):
-        raise ValueError("episodes replayed together must have the same segments in the same order")
+    if len({structure(episode.segments) for episode in episodes}) > 1:
+        raise ValueError("episodes replayed together must have the same segments in the same order and sizes")
     turns, images, text_log_probs, image_log_probs = [], [], [], []
     temperatures = {s.temperature for e in episodes for s in e.segments if isinstance(s, TextActions)}
     if len(temperatures) > 1:
@@ -146,6 +147,7 @@ def _turn(
         image=None if steps is None else NoisyImage(steps.x_BKND, steps.t_BK, grid),
         latent_BND=torch.stack([s.latent for s in shown]) if shown else None,
         grid=grid,
+        view_BHWC=views_of(shown),
     )
 
 
@@ -214,7 +216,7 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
             velocities.append(out.velocity_BKND)
         context = out.context
         if turn.latent_BND is not None and k + 1 < len(batch.turns):
-            context = look(policy, context, turn.latent_BND, turn.grid)
+            context = look(policy, context, turn.latent_BND, turn.grid, turn.view_BHWC)
     rows = len(batch.turns[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(

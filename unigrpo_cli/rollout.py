@@ -1,6 +1,6 @@
 """Episodes under the behaviour policy: write, paint, and the program prompt -> reasoning -> image.
 
-`write_text` and `paint` each draw one segment for all rows at once, `look` puts a finished image into the context.
+`write_text` and `paint` each draw one segment for all rows at once, `look` puts a picture into the context.
 Programs of several rounds are longer sequences of the three, each round with seeds of its own,
 `derive(seed, "round", k)`. `replay.py` is this file's mirror image: it scores what was drawn here with the same
 functions of `algo`.
@@ -18,12 +18,24 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import Episode, Group, ImageActions, Prompt, TextActions
+from unigrpo_cli.episode import (
+    Episode,
+    GivenImage,
+    GivenText,
+    Group,
+    ImageActions,
+    Prompt,
+    TextActions,
+    structure,
+)
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.mot import NoisyImage
 from unigrpo_cli.seeds import derive, normal, uniform
+
+NO_GUIDANCE = Guidance()
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Sampling:
         shift: of the time grid; above 1 spends more steps at high noise.
         kernel, noise_level: the stochastic transition inside the window.
         rows: episodes in one batch. Changes speed and memory, no sample.
+        guidance: off in training.
     """
 
     think: bool
@@ -51,6 +64,7 @@ class Sampling:
     kernel: str
     noise_level: float
     rows: int
+    guidance: Guidance = NO_GUIDANCE
 
 
 @torch.no_grad()
@@ -68,47 +82,101 @@ def rollout(
     An episode's randomness comes from (seed, prompt id, member) alone: batches and their order change nothing but
     the rounding of matrix products. The window is one for all rows.
     """
-    todo = [(prompt, member) for prompt in prompts for member in range(members)]
-    episodes: list[Episode] = []
-    for at in range(0, len(todo), sampling.rows):
-        rows = todo[at : at + sampling.rows]
-        episodes += _think_then_paint(policy, rows, sampling, window, seed)
-        on_rows(len(rows))
-    return [Group(prompt, tuple(episodes[k * members : (k + 1) * members])) for k, prompt in enumerate(prompts)]
-
-
-def _think_then_paint(
-    policy: Policy, rows: list[tuple[Prompt, int]], sampling: Sampling, window: flow.Window, seed: int
-) -> list[Episode]:
-    """The program prompt -> reasoning -> image for one batch of rows."""
-    seeds = [derive(seed, prompt.id, member) for prompt, member in rows]
-    prompts = list({(prompt.id, prompt.text): prompt for prompt, _ in rows}.values())
-    given = [policy.preamble(prompt.text, sampling.think) for prompt in prompts]
-    context = read_given(policy, [torch.cat([segment.ids for segment in own]) for own in given])
-    row_of = {(prompt.id, prompt.text): k for k, prompt in enumerate(prompts)}
-    at = [row_of[prompt.id, prompt.text] for prompt, _ in rows]
-    context = context.select(torch.tensor(at, device=policy.device))  # a prompt is read once per group
-    texts: list[TextActions] = []
-    if sampling.think:
-        context, texts = write_text(policy, context, sampling, seeds)
-    images = paint(policy, context, sampling, window, seeds)
+    asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
+    alike: dict[tuple, list[tuple[int, int]]] = {}
+    for k, (_, given) in enumerate(asked):
+        alike.setdefault(structure(given), []).extend((k, member) for member in range(members))
+    episodes: dict[tuple[int, int], Episode] = {}
+    for todo in alike.values():
+        for at in range(0, len(todo), sampling.rows):
+            rows = todo[at : at + sampling.rows]
+            episodes |= zip(rows, _think_then_paint(policy, asked, rows, sampling, window, seed), strict=True)
+            on_rows(len(rows))
     return [
-        Episode(prompt, member, seeds[k], (*given[at[k]], *texts[k : k + 1], images[k]))
-        for k, (prompt, member) in enumerate(rows)
+        Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)
     ]
 
 
-def read_given(policy: Policy, ids: Sequence[Tensor]) -> Context:
-    """The context after reading one sequence of given tokens per row."""
-    lengths = [len(row) for row in ids]
-    padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=policy.stop_id)
-    return policy.forward(policy.empty_context(len(ids)), padded.to(policy.device), lengths).context
+Given = tuple[GivenText | GivenImage, ...]
 
 
-def look(policy: Policy, context: Context, x_BND: Tensor, grid: tuple[int, int]) -> Context:
-    """The context after seeing one finished image per row, for what follows it."""
-    clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=policy.device), grid)
-    return policy.forward(context, image=clean, keep_image=True).context
+def _think_then_paint(
+    policy: Policy,
+    asked: Sequence[tuple[Prompt, Given]],
+    rows: Sequence[tuple[int, int]],
+    sampling: Sampling,
+    window: flow.Window,
+    seed: int,
+) -> list[Episode]:
+    """The program prompt -> reasoning -> image for one batch of rows: index into `asked`, member."""
+    seeds = [derive(seed, asked[k][0].id, member) for k, member in rows]
+    own = list(dict.fromkeys(k for k, _ in rows))
+    at = torch.tensor([own.index(k) for k, _ in rows], device=policy.device)
+
+    def read(part: Callable[[Given], Given]) -> Context:
+        """The context after that part of what is given: read once per prompt, then shared by its group."""
+        return read_given(policy, [part(asked[k][1]) for k in own]).select(at)
+
+    context = read(lambda given: given)
+    texts: list[TextActions] = []
+    if sampling.think:
+        context, texts = write_text(policy, context, sampling, seeds)
+    poorer = None
+    if sampling.guidance.on:
+        poorer = Poorer(
+            less_text=read(lambda given: given[:-1]),
+            less_image=read(lambda given: tuple(s for s in given if isinstance(s, GivenText))),
+        )
+    sources = [s for s in asked[own[0]][1] if isinstance(s, GivenImage)]
+    images = paint(policy, context, sampling, window, seeds, sources[-1].grid if sources else None, poorer)
+    return [
+        Episode(asked[k][0], member, seeds[row], (*asked[k][1], *texts[row : row + 1], images[row]))
+        for row, (k, member) in enumerate(rows)
+    ]
+
+
+def read_given(policy: Policy, given: Sequence[Given]) -> Context:
+    """The context after reading what each row was given; all rows have the same structure."""
+    context = policy.empty_context(len(given))
+    pending: list[list[Tensor]] = [[] for _ in given]
+
+    def read_pending(context: Context) -> Context:
+        if not pending[0]:
+            return context
+        ids = [torch.cat(row) for row in pending]
+        for row in pending:
+            row.clear()
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=policy.stop_id)
+        return policy.forward(context, padded.to(policy.device), [len(row) for row in ids]).context
+
+    for column in zip(*given, strict=True):
+        if isinstance(column[0], GivenImage):
+            images = [s for s in column if isinstance(s, GivenImage)]
+            latent = torch.stack([image.latent for image in images]).to(policy.device)
+            context = look(policy, read_pending(context), latent, images[0].grid, views_of(images))
+            continue
+        for row, segment in zip(pending, column, strict=True):
+            assert isinstance(segment, GivenText)
+            row.append(segment.ids)
+    return read_pending(context)
+
+
+def look(
+    policy: Policy, context: Context, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+) -> Context:
+    """The context after seeing one picture per row: its clean latents unless N = 0, then the tower's view."""
+    if x_BND.shape[1]:
+        clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=policy.device), grid)
+        context = policy.forward(context, image=clean, keep_image=True).context
+    if view_BHWC is not None:
+        context = policy.forward(context, seen_BNC=policy.see(view_BHWC)).context
+    return context
+
+
+def views_of(images: Sequence[GivenImage | ImageActions]) -> Tensor | None:
+    """What the vision tower is shown of one picture per row, uint8 [B, h, w, 3]; None when it is shown nothing."""
+    views = [s.view for s in images if isinstance(s, GivenImage) and s.view is not None]
+    return torch.stack(views) if views else None
 
 
 def write_text(
@@ -160,11 +228,32 @@ def write_text(
     return context, texts
 
 
+@dataclass(frozen=True)
+class Poorer:
+    """Contexts that guidance compares with: without the last user text, and without pictures; both unreasoned."""
+
+    less_text: Context
+    less_image: Context
+
+
 def paint(
-    policy: Policy, context: Context, sampling: Sampling, window: flow.Window, seeds: Sequence[int]
+    policy: Policy,
+    context: Context,
+    sampling: Sampling,
+    window: flow.Window,
+    seeds: Sequence[int],
+    grid: tuple[int, int] | None = None,
+    poorer: Poorer | None = None,
 ) -> list[ImageActions]:
-    """Integrate one image per row from noise: stochastic steps inside the window, Euler steps elsewhere."""
-    grid = policy.grid(sampling.height, sampling.width)
+    """Integrate one image per row from noise: stochastic steps inside the window, Euler steps elsewhere.
+
+    Args:
+        grid: token rows and columns of the images, where `sampling` does not say: an edit has its source's.
+        poorer: for guidance, which only Euler steps can have: its steps are no actions of the policy.
+    """
+    if poorer is not None and window.size:
+        raise ValueError("guidance is for evaluation; a stochastic window cannot have it")
+    grid = grid or policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
     times = flow.time_grid(sampling.steps, sampling.shift)
     noise_BKND = torch.stack([normal(derive(s, "steps"), window.size, *shape) for s in seeds])
@@ -173,6 +262,8 @@ def paint(
     before, after, log_probs = [], [], []
     for k, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(policy, context, x, t, grid)
+        if poorer is not None and sampling.guidance.acts(float(t)):
+            v = _guided(policy, poorer, x, t, grid, v, sampling.guidance)
         if k not in window.steps:
             x = flow.euler(x, v, t, t_next)
             continue
@@ -221,3 +312,17 @@ def velocity(policy: Policy, context: Context, x_BND: Tensor, t: Tensor, grid: t
     out = policy.forward(context, image=NoisyImage(x_BND[:, None], t_B1, grid))
     assert out.velocity_BKND is not None
     return out.velocity_BKND[:, 0].float()
+
+
+def _guided(
+    policy: Policy,
+    poorer: Poorer,
+    x_BND: Tensor,
+    t: Tensor,
+    grid: tuple[int, int],
+    v_BND: Tensor,
+    guidance: Guidance,
+) -> Tensor:
+    less_text = velocity(policy, poorer.less_text, x_BND, t, grid)
+    less_image = velocity(policy, poorer.less_image, x_BND, t, grid) if guidance.image > 1 else None
+    return guided(v_BND, less_text, less_image, guidance)

@@ -26,7 +26,7 @@ from unigrpo_cli.evaluate import (
     paired,
     samples_of,
 )
-from unigrpo_cli.models.checkpoint import WEIGHTS, read_weights
+from unigrpo_cli.models.checkpoint import restore_weights
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
@@ -134,9 +134,7 @@ def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
     adapter = str(checkpoint) if content["tune"] == "lora" else None
     policy = prepare_policy(load_policy(base, adapter, config), config)
     if adapter is None:
-        network = policy.network
-        weights = read_weights(checkpoint / WEIGHTS, network, network.device, network.dtype)
-        network.load_state_dict(weights)
+        restore_weights(policy.network, checkpoint)
     state = TrainState(policy, make_optimizer(policy, config))
     restore_state(state, checkpoint, content)
     return state, base

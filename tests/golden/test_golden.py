@@ -6,12 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.models.mot import MoT, NoisyImage
-from unigrpo_cli.models.sizes import read_config
 from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident
 
 
@@ -58,52 +55,3 @@ def test_geneval_verdicts_are_the_official_ones(golden: Path) -> None:
         kept = keep_confident(seen, row["metadata"], threshold=0.3, counting_threshold=0.9)
         verdict = judge(kept, row["metadata"])
         assert verdict.correct == row["correct"], f"row {number}: {verdict.reasons}"
-
-
-@pytest.fixture
-def bagel(golden: Path) -> tuple[MoT, dict[str, torch.Tensor], Path]:
-    """The official code's tiny checkpoint in our network, fp32."""
-    directory = _needs(golden / "bagel_tiny")
-    ids = json.loads((directory / "golden.json").read_text())["special_token_ids"]
-    network = MoT(read_config(directory), (ids["<|vision_start|>"], ids["<|vision_end|>"]))
-    weights = load_file(directory / "ema.safetensors")
-    ours = {k: v.float() for k, v in weights.items() if k in network.state_dict()}
-    network.load_state_dict(ours, strict=True)
-    return network, load_file(directory / "golden.safetensors"), directory
-
-
-@torch.no_grad()
-def test_text_expert_agrees_with_bagel(bagel) -> None:
-    """Logits at every position, read at once and piece by piece into the cache."""
-    network, g, _ = bagel
-    ids = g["text.input_ids"][None]
-    whole = network(network.empty_context(1), ids).hidden_BLC
-    assert (network.logits(whole)[0] - g["text.logits"]).abs().max() < 2e-5
-    context, pieces = network.empty_context(1, capacity=ids.shape[1]), []
-    for a, b in [(0, 50), (50, 91), *((k, k + 1) for k in range(91, ids.shape[1]))]:
-        out = network(context, ids[:, a:b])
-        context = out.context
-        pieces.append(out.hidden_BLC)
-    assert (network.logits(torch.cat(pieces, dim=1))[0] - g["text.logits"]).abs().max() < 2e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "grid"), [("64x64", (4, 4)), ("48x80", (3, 5))])
-def test_velocities_agree_with_bagel(bagel, name: str, grid: tuple[int, int]) -> None:
-    """Four times at once against a cached context; square and not."""
-    network, g, _ = bagel
-    context = network(network.empty_context(1), g["context.ids"][None]).context
-    image = NoisyImage(g[f"velocity.{name}.x_t"][None], g["velocity.timesteps"][None], grid)
-    v = network(context, image=image).velocity_BKND
-    assert (v[0] - g[f"velocity.{name}.v"]).abs().max() < 1e-5
-
-
-@torch.no_grad()
-def test_packed_pass_agrees_with_bagels_training_forward(bagel) -> None:
-    """Context and three noisy copies in one pass: the official packed and separate velocities, and logits."""
-    network, g, _ = bagel
-    image = NoisyImage(g["packed.x_t"][None], g["packed.timesteps"][None], (3, 5))
-    out = network(network.empty_context(1), g["context.ids"][None], image=image)
-    assert (out.velocity_BKND[0] - g["packed.v_packed"]).abs().max() < 1e-5
-    assert (out.velocity_BKND[0] - g["packed.v_separate"]).abs().max() < 1e-5
-    assert (network.logits(out.hidden_BLC)[0, -1] - g["packed.context_logits_last"]).abs().max() < 2e-5

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from unigrpo_cli.episode import GivenText
+    from unigrpo_cli.episode import GivenImage, GivenText, Prompt
     from unigrpo_cli.models.context import Context
     from unigrpo_cli.models.mot import MoTOutput, NoisyImage
 
@@ -31,8 +31,8 @@ class Policy(Protocol):
     @property
     def token_dim(self) -> int: ...
 
-    def preamble(self, prompt: str, think: bool) -> tuple[GivenText, ...]:
-        """The given segments before the first action."""
+    def preamble(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
+        """The given segments before the first action; the prompt's text is the last."""
         ...
 
     def decode_text(self, ids: Tensor) -> str:
@@ -52,10 +52,15 @@ class Policy(Protocol):
         length_B: list[int] | None = None,
         image: NoisyImage | None = None,
         *,
+        seen_BNC: Tensor | None = None,
         detach_context: bool = False,
         keep_image: bool = False,
     ) -> MoTOutput:
-        """Read text into the context, then give velocities of noisy images in it."""
+        """Read text or a given picture into the context, then give velocities of noisy images in it."""
+        ...
+
+    def see(self, view_BHWC: Tensor) -> Tensor:
+        """Given pictures, uint8, as `forward` takes them."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

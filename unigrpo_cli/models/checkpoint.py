@@ -1,32 +1,45 @@
-"""Models on disk, in the layout of BAGEL's release.
+"""Models in memory and on disk.
 
-A model directory holds `llm_config.json`, `config.json`, `tokenizer.json` and `ema.safetensors`. The embedded
-model is such a directory inside the package; a fully fine-tuned checkpoint is one too. Loading is strict on
-names and shapes, and reads data only: no file can run code.
+A model directory is what `release.py` says it is. Loading checks names and shapes first, then reads tensor by
+tensor straight to the device: the host never holds more than the largest of them. It reads data only: no file can
+run code.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.mot import LatentPositions, MoT
-from unigrpo_cli.models.sizes import config_files, read_config
-from unigrpo_cli.models.unified import PixelCodec, UnifiedModel, edge_ids
+from unigrpo_cli.models.codec import Autoencoder, Codec, PixelCodec
+from unigrpo_cli.models.layers import PositionTable
+from unigrpo_cli.models.mot import MoT
+from unigrpo_cli.models.release import (
+    AUTOENCODER,
+    COMPANIONS,
+    INDEX,
+    WEIGHTS,
+    Release,
+    Stored,
+    config_files,
+    read_release,
+)
+from unigrpo_cli.models.sizes import LATENT_POSITIONS, TABLES, VISION_POSITIONS
+from unigrpo_cli.models.unified import UnifiedModel, edge_ids
 
 EMBEDDED = "embedded"
-WEIGHTS = "ema.safetensors"
-NOT_FOR_PAINTING = ("vit_model.", "connector.", "vit_pos_embed.")
-"""Parts of BAGEL that only image understanding and editing need."""
-POSITIONS = "latent_pos_embed.pos_embed"
+STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WANTED_FILES = [*COMPANIONS, INDEX, "*.safetensors"]
+"""What is fetched of a model on the hub."""
 
 
 def embedded_directory() -> Path:
@@ -35,110 +48,182 @@ def embedded_directory() -> Path:
 
 
 def resolve(model: str) -> Path:
-    """The directory of a model given by name or path.
+    """The directory of a model given by name, path or hub id.
+
+    Hub ids go through huggingface_hub, with its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, ...).
 
     Raises:
         WeightsError: when there is none.
     """
     directory = embedded_directory() if model == EMBEDDED else Path(model)
-    if not directory.is_dir():
-        raise WeightsError(f"no model at {model}: give `embedded` or a directory with {WEIGHTS} and its configs")
-    for name in ("llm_config.json", "config.json", "tokenizer.json", WEIGHTS):
-        if not (directory / name).is_file():
-            raise WeightsError(f"{directory} is not a complete model: {name} is missing")
-    return directory
+    if directory.is_dir():
+        return directory
+    accepted = "give `embedded`, a model directory, or a hub id such as ByteDance-Seed/BAGEL-7B-MoT"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise WeightsError(f"no model at {model}: {accepted}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=WANTED_FILES))
+    except RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"no directory {model}, and the hub has no such model (or not for you): {accepted}"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise WeightsError(
+            f"no directory {model}, and it cannot be fetched ({_first_line(error)}); fetch it where there is a "
+            f"network with `hf download {model}`, and give its directory or the same cache"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_model(
-    model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    model: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights_file: str | None = None,
 ) -> UnifiedModel:
-    """Load a policy from a model directory, or the embedded one.
+    """Load a policy from a model directory, a hub id, or the embedded one.
 
     Raises:
         WeightsError: when files are missing, truncated, or do not fit the configuration.
     """
-    directory = resolve(model)
-    try:
-        config = read_config(directory)
-        extra = json.loads((directory / "config.json").read_text())
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{directory}: unreadable configuration ({error!r})") from error
-    except Exception as error:  # tokenizers raises bare Exception
-        raise WeightsError(f"{directory}/tokenizer.json: {error}") from error
-    if config.pixels_per_latent != 1:
-        raise WeightsError(
-            f"{directory}: this model paints in the latents of an autoencoder (factor "
-            f"{config.pixels_per_latent}); this version reads models that paint pixels"
-        )
-    edges = edge_ids(tokenizer)
+    release = read_release(resolve(model), weights_file).refuse_problems()
+    tokenizer = load_tokenizer(release.directory)
     with torch.device("meta"):
-        network = MoT(config, edges)
-    state = read_weights(directory / WEIGHTS, network, device, dtype)
-    network.load_state_dict(state, strict=True, assign=True)
-    network.latent_pos_embed.pos_embed.requires_grad_(False)
-    return UnifiedModel(network.eval(), tokenizer, PixelCodec(), extra.get("system_prompt", ""))
+        network = MoT(release.config, edge_ids(tokenizer))
+    network.load_state_dict(network_weights(release, device, dtype), strict=True, assign=True)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in TABLES)
+    return UnifiedModel(
+        network.eval(), tokenizer, load_codec(release, device), release.system_prompt, release=release
+    )
 
 
-def read_weights(path: Path, network: MoT, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors for `network` from a safetensors file, checked name by name and shape by shape first.
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """`tokenizer.json`, or else the tokenizer that `vocab.json` and `merges.txt` make in Qwen2's form.
 
-    The table of latent positions may be absent (it is a formula); where a file has it, the file's is used,
-    for BAGEL's is rounded to bf16 and the weights were trained with that.
+    Raises:
+        WeightsError: when the files are damaged.
     """
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    path = directory / "tokenizer.json"
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            found = {
-                name: tuple(file.get_slice(name).get_shape())
-                for name in file.keys()  # noqa: SIM118 - no dict
-                if not name.startswith(NOT_FOR_PAINTING)
-            }
-            if POSITIONS not in found:
-                wanted.pop(POSITIONS)
-            _audit(path, wanted, found)
-            whole = [n for n in wanted if not file.get_slice(n).get_dtype().startswith(("F", "BF"))]
-            if whole:
-                raise WeightsError(f"{path}: {whole[0]} holds no floating-point numbers")
-            state = {name: file.get_tensor(name).to(dtype) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: damaged or truncated ({error}); fetch or save it again") from error
-    if POSITIONS not in state:
-        config = network.config
-        table = LatentPositions(config.max_latent_size, config.hidden_size).pos_embed.detach()
-        state[POSITIONS] = table.to(device=device, dtype=dtype)
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+        from transformers import Qwen2Tokenizer
+
+        return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True).backend_tokenizer
+    except Exception as error:  # tokenizers raises bare Exception
+        raise WeightsError(
+            f"{path if path.is_file() else directory}: unreadable tokenizer ({_first_line(error)})"
+        ) from error
+
+
+def load_codec(release: Release, device: torch.device | str) -> Codec:
+    """The release's autoencoder, or none for a model that paints pixels."""
+    if release.autoencoder is None:
+        return PixelCodec()
+    return Autoencoder(release.directory / AUTOENCODER, release.autoencoder, device)
+
+
+def network_weights(release: Release, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the network on `device`, in `dtype`; tables that the files lack are made from their formula.
+
+    Raises:
+        WeightsError: when a file cannot be read.
+    """
+    wanted = ((name, release.tensors[name]) for name in release.wanted)
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in read_tensors(wanted)}
+    config = release.config
+    sides = {LATENT_POSITIONS: config.max_latent_size}
+    if config.vision is not None:
+        sides[VISION_POSITIONS] = config.vision.side
+    for name in sides.keys() - state.keys():
+        table = PositionTable(sides[name], config.hidden_size).pos_embed.detach()
+        state[name] = table.to(device=device, dtype=dtype)
     return state
 
 
-def _audit(path: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    missing = sorted(wanted.keys() - found.keys())
-    unexpected = sorted(found.keys() - wanted.keys())
-    misshaped = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors missing (e.g. {missing[0]})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected (e.g. {unexpected[0]})")
-    if misshaped:
-        name = misshaped[0]
-        problems.append(
-            f"{len(misshaped)} of another shape (e.g. {name}: file {list(found[name])}, "
-            f"configuration {list(wanted[name])})"
-        )
-    if problems:
-        raise WeightsError(f"{path} does not fit its configuration: {'; '.join(problems)}")
+def restore_weights(network: MoT, directory: Path) -> None:
+    """Put the weights of a checkpoint into a network of the same sizes, each in the dtype it has there.
+
+    Raises:
+        WeightsError: when they are damaged or of another model.
+    """
+    release = read_release(directory).refuse_problems()
+    if release.config != network.config:
+        raise WeightsError(f"{directory} holds a model of other sizes than the one that was trained")
+    own = network.state_dict()
+    with torch.no_grad():
+        for name, tensor in read_tensors((name, release.tensors[name]) for name in release.wanted):
+            own[name].copy_(tensor)
+
+
+def read_tensors(stored: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they are stored, one at a time and in the order of their files.
+
+    Plain reads and no memory map: a map counts as this process's memory, and dies with a file that changes.
+
+    Raises:
+        WeightsError: when a file cannot be read.
+    """
+    for name, where in sorted(stored, key=lambda item: (str(item[1].path), item[1].begin)):
+        raw = torch.empty(where.end - where.begin, dtype=torch.uint8)
+        try:
+            with where.path.open("rb") as file:
+                file.seek(where.begin)
+                count = file.readinto(raw.numpy().data)
+        except OSError as error:
+            raise WeightsError(f"{where.path} cannot be read ({error.strerror or error})") from error
+        if count != len(raw):
+            raise WeightsError(f"{where.path}: truncated while it was read; fetch or save it again")
+        yield name, raw.view(STORED_AS[where.dtype]).view(where.shape)
 
 
 def save_model(model: UnifiedModel, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model directory that `load_model` reads. For a network without adapters."""
+    """Write a model directory in the release's own names, complete: `load_model` and the official code read it.
+
+    For a network without adapters. Weights keep their dtypes unless `dtype` is given; tokenizer, configurations and
+    autoencoder are carried over as they were.
+
+    Raises:
+        WeightsError: when the model came from a release that is not there any more; its weights are saved then.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    contents = config_files(model.network.config)
-    contents["config.json"]["system_prompt"] = model.system_prompt
-    for name, content in contents.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    model.tokenizer.save(str(directory / "tokenizer.json"))
     state = {
         name: value.detach().to("cpu", dtype or value.dtype).contiguous()
         for name, value in model.network.state_dict().items()
     }
     save_file(state, directory / WEIGHTS)
+    origin = model.release
+    if origin is None:
+        model.tokenizer.save(str(directory / "tokenizer.json"))
+        for name, content in config_files(model.network.config, model.system_prompt or "").items():
+            (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+        return
+    try:
+        for name in COMPANIONS:
+            if (origin.directory / name).is_file():
+                shutil.copyfile(origin.directory / name, directory / name)
+        if origin.autoencoder is not None:
+            shutil.copyfile(origin.directory / AUTOENCODER, directory / AUTOENCODER)
+    except OSError as error:
+        raise WeightsError(
+            f"the weights are in {directory / WEIGHTS}, but the other files of {origin.directory} cannot be copied "
+            f"there ({error.strerror or error}); copy them by hand"
+        ) from error
+    if (origin.directory / INDEX).is_file():
+        (directory / INDEX).write_text(json.dumps(_index(state, origin), indent=2) + "\n")
+
+
+def _index(state: dict[str, Tensor], origin: Release) -> dict:
+    """Which file holds which tensor, as the hub wants it."""
+    where = dict.fromkeys(state, WEIGHTS) | dict.fromkeys(origin.autoencoder_tensors, AUTOENCODER)
+    size = sum(x.numel() * x.element_size() for x in state.values())
+    size += sum(t.end - t.begin for t in origin.autoencoder_tensors.values())
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}

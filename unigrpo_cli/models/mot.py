@@ -24,57 +24,13 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigrpo_cli.models.context import Context, append
+from unigrpo_cli.models.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotate, rotation, widen
 from unigrpo_cli.models.sizes import MoTConfig
-
-
-def widen(x: Tensor) -> Tensor:
-    """fp32 for anything narrower; fp64 stays, so that tests can look closer."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in fp32, returned in the input's dtype."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(widen(x), x.shape[-1:], widen(self.weight), self.eps).to(x.dtype)
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, L, head_dim / 2] of the rotary embedding, in fp32, for every layer of a pass."""
-    half = head_dim // 2
-    frequency = theta ** -(torch.arange(half, device=position_BL.device, dtype=torch.float32) / half)
-    angle = position_BL[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BHLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding on the two halves of each head, in fp32."""
-    cos, sin = turned
-    a, b = widen(x_BHLE).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHLE.dtype)
+from unigrpo_cli.models.vision import Connector, VisionTower
 
 
 class Attention(nn.Module):
@@ -86,10 +42,10 @@ class Attention(nn.Module):
         width, head = config.hidden_size, config.head_dim
         inner, kv = config.num_attention_heads * head, config.num_key_value_heads * head
         for expert in ("", "_moe_gen"):
-            self.add_module(f"q_proj{expert}", nn.Linear(width, inner))
-            self.add_module(f"k_proj{expert}", nn.Linear(width, kv))
-            self.add_module(f"v_proj{expert}", nn.Linear(width, kv))
-            self.add_module(f"o_proj{expert}", nn.Linear(inner, width, bias=False))
+            self.add_module(f"q_proj{expert}", Linear(width, inner))
+            self.add_module(f"k_proj{expert}", Linear(width, kv))
+            self.add_module(f"v_proj{expert}", Linear(width, kv))
+            self.add_module(f"o_proj{expert}", Linear(inner, width, bias=False))
             self.add_module(f"q_norm{expert}", RMSNorm(head, config.rms_norm_eps))
             self.add_module(f"k_norm{expert}", RMSNorm(head, config.rms_norm_eps))
 
@@ -205,32 +161,6 @@ class MoTLayer(nn.Module):
         return text_BLC, latent_RNC, edge_REC, keys, values, own_k, own_v
 
 
-class TimeEmbedder(nn.Module):
-    """Sinusoids of t (256 numbers, cosines first) through a two-layer SiLU network."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t_R: Tensor) -> Tensor:
-        waves = get_timestep_embedding(t_R.float(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
-
-
-class LatentPositions(nn.Module):
-    """Fixed 2-D sine-cosine table, one row per latent token of the largest image. Never trained."""
-
-    def __init__(self, side: int, width: int):
-        super().__init__()
-        table = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
-        self.pos_embed = nn.Parameter(table.float(), requires_grad=False)
-        self.side = side
-
-    def forward(self, rows: int, columns: int) -> Tensor:
-        table = self.pos_embed.view(self.side, self.side, -1)
-        return table[:rows, :columns].reshape(rows * columns, -1)
-
-
 @dataclass(frozen=True)
 class MoTOutput:
     """What one pass gives. `hidden_BLC` is final-normed text states; `velocity_BKND` is fp32."""
@@ -266,14 +196,31 @@ class LanguageModel(nn.Module):
     def __init__(self, config: MoTConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the text expert reads in one pass: states, rotation, what each may see, and the counters afterwards."""
+
+    states_BLC: Tensor
+    turned: tuple[Tensor, Tensor]
+    causal: bool
+    mask: Tensor | None
+    valid_BS: Tensor | None
+    used: int
+    position_B: Tensor
 
 
 class MoT(nn.Module):
-    """The network. Prefill, decode, denoise and replay are four argument patterns of `forward`."""
+    """The network. Prefill, decode, denoise and replay are four argument patterns of `forward`.
 
-    def __init__(self, config: MoTConfig, edge_ids: tuple[int, int]):
-        """`edge_ids`: token ids of the image boundaries, <|vision_start|> and <|vision_end|>."""
+    It computes in `dtype`, that of its fixed tables; trained weights may be kept wider. Norms, rotations, times,
+    the projections from and to latents, and the head over the vocabulary are fp32.
+    """
+
+    def __init__(self, config: MoTConfig, edge_ids: tuple[int, ...]):
+        """`edge_ids`: token ids of the image boundaries, <|vision_start|> and <|vision_end|>; () for none."""
         super().__init__()
         self.config = config
         self.edge_ids = edge_ids
@@ -281,17 +228,22 @@ class MoT(nn.Module):
         width = config.hidden_size
         self.language_model = LanguageModel(config)
         self.time_embedder = TimeEmbedder(width)
-        self.vae2llm = nn.Linear(config.token_dim, width)
-        self.llm2vae = nn.Linear(width, config.token_dim)
-        self.latent_pos_embed = LatentPositions(config.max_latent_size, width)
+        self.vae2llm = Linear(config.token_dim, width)
+        self.llm2vae = Linear(width, config.token_dim)
+        self.latent_pos_embed = PositionTable(config.max_latent_size, width)
+        if config.vision is not None:
+            self.vit_model = VisionTower(config.vision)
+            self.connector = Connector(config.vision.hidden_size, width, width)
+            self.vit_pos_embed = PositionTable(config.vision.side, width)
 
     @property
     def device(self) -> torch.device:
-        return self.vae2llm.weight.device
+        return self.latent_pos_embed.pos_embed.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vae2llm.weight.dtype
+        """What it computes in."""
+        return self.latent_pos_embed.pos_embed.dtype
 
     def empty_context(self, rows: int, capacity: int = 0) -> Context:
         """The context before anything was said."""
@@ -306,6 +258,11 @@ class MoT(nn.Module):
         position = torch.zeros(rows, dtype=torch.long, device=self.device)
         return Context(blank(), blank(), 0, None, position)
 
+    def see(self, patches_BNP: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Given pictures as the text expert reads them: [B, N, C] from fp32 patches that share one grid."""
+        features = self.vit_model(patches_BNP.to(self.dtype), grid)
+        return self.connector(features) + self.vit_pos_embed(*grid)
+
     def forward(
         self,
         context: Context,
@@ -313,16 +270,18 @@ class MoT(nn.Module):
         length_B: list[int] | None = None,
         image: NoisyImage | None = None,
         *,
+        seen_BNC: Tensor | None = None,
         detach_context: bool = False,
         keep_image: bool = False,
     ) -> MoTOutput:
-        """Read text into the context, then look at images in it.
+        """Read text or a given picture into the context, then look at images in it.
 
         Args:
             context: what came before; not changed (its spare capacity may be written).
             ids_BL: text tokens, right-padded with any id; None for no text.
             length_B: valid tokens per row; None when all L are.
             image: noisy images that see the context including the new text; None for none.
+            seen_BNC: instead of text, one given picture per row, from `see`.
             detach_context: no gradient from images into the text expert, neither through the context nor through
                 the boundary tokens.
             keep_image: append the image (K = 1, clean, t = 0) to the context and advance its position by one.
@@ -331,45 +290,26 @@ class MoT(nn.Module):
             Hidden states of the text, velocities v = noise - data of the images (fp32), the new context.
         """
         model = self.language_model.model
-        text = text_turned = valid_BS = None
-        text_causal, text_mask = False, None
-        used, position_B = context.used, context.position_B
-        total = used
+        read = None
         if ids_BL is not None:
-            rows, new = ids_BL.shape
-            ragged = length_B is not None and any(n != new for n in length_B)
-            step = torch.arange(new, device=self.device)
-            text = model.embed_tokens(ids_BL)
-            text_turned = self._rotation(position_B[:, None] + step)
-            if ragged:
-                length = torch.tensor(length_B, device=self.device)
-            else:
-                length = torch.full((rows,), new, device=self.device)
-            if ragged or context.valid_BS is not None:
-                valid_BS = torch.cat([context.validity(), step < length[:, None]], dim=1)
-            # Right padding comes after every valid token of its row, so causality alone hides it.
-            if used == 0:
-                text_causal = True
-            elif new > 1 or context.valid_BS is not None:
-                past = context.validity()[:, None, None, :].expand(-1, 1, new, -1)
-                causal = (step[:, None] >= step)[None, None].expand(rows, 1, -1, -1)
-                text_mask = torch.cat([past, causal], dim=-1)
-            total, position_B = used + new, position_B + length
-        else:
-            valid_BS = context.valid_BS
+            read = self._words(context, ids_BL, length_B)
+        elif seen_BNC is not None:
+            read = self._picture(context, seen_BNC)
+        text, text_turned = (None, None) if read is None else (read.states_BLC, read.turned)
+        after = context if read is None else read
 
         latent = edge = image_turned = image_mask = None
         if image is not None:
-            latent, edge, image_turned = self._image_stream(image, position_B)
-            if valid_BS is not None:
+            latent, edge, image_turned = self._image_stream(image, after.position_B)
+            if after.valid_BS is not None:
                 own = latent.shape[1] + edge.shape[1]
-                seen = valid_BS.repeat_interleave(image.x_BKND.shape[1], 0)
+                seen = after.valid_BS.repeat_interleave(image.x_BKND.shape[1], 0)
                 image_mask = torch.cat([seen, seen.new_ones(len(seen), own)], dim=1)[:, None, None, :]
 
-        masks = _Masks(text_causal, text_mask, image_mask)
+        masks = _Masks(read is not None and read.causal, None if read is None else read.mask, image_mask)
         keys, values, kept = [], [], []
         for index, layer in enumerate(model.layers):
-            given = (text, text_turned, latent, edge, image_turned, *context.layer(index), used, masks)
+            given = (text, text_turned, latent, edge, image_turned, *context.layer(index), context.used, masks)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 out = checkpoint(layer, *given, detach_context, use_reentrant=False)
             else:
@@ -379,12 +319,59 @@ class MoT(nn.Module):
             values.append(v)
             kept.append((own_k, own_v))
 
-        after = Context(tuple(keys), tuple(values), total, valid_BS, position_B)
+        grown = Context(tuple(keys), tuple(values), after.used, after.valid_BS, after.position_B)
         if keep_image:
-            after = self._with_image(after, kept)
+            grown = self._with_image(grown, kept)
         hidden = None if text is None else model.norm(text)
         velocity = None if image is None else self._velocity(image, model.norm_moe_gen(latent))
-        return MoTOutput(after, hidden, velocity)
+        return MoTOutput(grown, hidden, velocity)
+
+    def _words(self, context: Context, ids_BL: Tensor, length_B: list[int] | None) -> _Read:
+        """Text after the context: every token sees all before it."""
+        rows, new = ids_BL.shape
+        ragged = length_B is not None and any(n != new for n in length_B)
+        step = torch.arange(new, device=self.device)
+        if ragged:
+            length = torch.tensor(length_B, device=self.device)
+        else:
+            length = torch.full((rows,), new, device=self.device)
+        valid_BS = None
+        if ragged or context.valid_BS is not None:
+            valid_BS = torch.cat([context.validity(), step < length[:, None]], dim=1)
+        # Right padding comes after every valid token of its row, so causality alone hides it.
+        mask = None
+        if context.used and (new > 1 or context.valid_BS is not None):
+            past = context.validity()[:, None, None, :].expand(-1, 1, new, -1)
+            causal = (step[:, None] >= step)[None, None].expand(rows, 1, -1, -1)
+            mask = torch.cat([past, causal], dim=-1)
+        return _Read(
+            self._embed(ids_BL),
+            self._rotation(context.position_B[:, None] + step),
+            context.used == 0,
+            mask,
+            valid_BS,
+            context.used + new,
+            context.position_B + length,
+        )
+
+    def _picture(self, context: Context, seen_BNC: Tensor) -> _Read:
+        """A given picture between its boundary tokens: all see each other, at one position for all of them."""
+        rows = len(seen_BNC)
+        edges = self._edges(rows)
+        states = torch.cat([edges[:, :1], seen_BNC.to(self.dtype), edges[:, 1:]], dim=1)
+        new, mask, valid_BS = states.shape[1], None, None
+        if context.valid_BS is not None:
+            valid_BS = torch.cat([context.valid_BS, context.valid_BS.new_ones(rows, new)], dim=1)
+            mask = valid_BS[:, None, None, :]
+        turned = self._rotation(context.position_B[:, None])
+        return _Read(states, turned, False, mask, valid_BS, context.used + new, context.position_B + 1)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.language_model.model.embed_tokens(ids).to(self.dtype)
+
+    def _edges(self, rows: int) -> Tensor:
+        """States of the boundary tokens, [rows, 2, C]."""
+        return self._embed(torch.tensor(self.edge_ids, dtype=torch.long, device=self.device)).expand(rows, -1, -1)
 
     def _rotation(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
         return rotation(position_BL, self.config.head_dim, self.config.rope_theta)
@@ -392,16 +379,16 @@ class MoT(nn.Module):
     def _image_stream(self, image: NoisyImage, position_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Input states of latents [R, N, C] and edges [R, 2, C], and the rotation that all of an image shares."""
         copies = image.x_BKND.shape[1]
-        x_RND = image.x_BKND.flatten(0, 1).to(self.dtype)
-        time_RC = self.time_embedder(image.t_BK.flatten())
-        latent = self.vae2llm(x_RND) + time_RC[:, None] + self.latent_pos_embed(*image.grid).to(self.dtype)
-        edge_ids = torch.tensor(self.edge_ids, device=self.device)
-        edge = self.language_model.model.embed_tokens(edge_ids).expand(len(x_RND), -1, -1)
-        return latent, edge, self._rotation(position_B.repeat_interleave(copies, 0)[:, None])
+        x_RND = image.x_BKND.flatten(0, 1)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        latent = self.vae2llm(x_RND.to(wide)) + self.time_embedder(image.t_BK.flatten().to(wide))[:, None]
+        latent = (latent + self.latent_pos_embed(*image.grid)).to(self.dtype)
+        turned = self._rotation(position_B.repeat_interleave(copies, 0)[:, None])
+        return latent, self._edges(len(x_RND)), turned
 
     def _velocity(self, image: NoisyImage, hidden_RNC: Tensor) -> Tensor:
         """fp32 velocities [B, K, N, D] from final image states."""
-        out = widen(self.llm2vae(hidden_RNC)).view_as(image.x_BKND)
+        out = self.llm2vae(widen(hidden_RNC)).view_as(image.x_BKND)
         if self.config.prediction == "velocity":
             return out
         return (image.x_BKND - out) / image.t_BK.clamp_min(1e-3)[..., None, None]
@@ -422,7 +409,7 @@ class MoT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits over the vocabulary for the rows of `hidden` [..., C]."""
-        return widen(self.language_model.lm_head(hidden))
+        return self.language_model.lm_head(widen(hidden))
 
 
 def expert_of(name: str) -> str:

@@ -1,12 +1,85 @@
-"""Sizes of a mixture-of-transformers, and the two JSON files of BAGEL's layout that hold them."""
+"""Sizes of a mixture-of-transformers, and the names and shapes of all its tensors. Imports no torch.
+
+The names are those of BAGEL's release: `ema.safetensors` for the network, `ae.safetensors` for the autoencoder.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 PREDICTIONS = ("velocity", "clean")
+LATENT_POSITIONS, VISION_POSITIONS = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
+TABLES = (LATENT_POSITIONS, VISION_POSITIONS)
+"""Fixed sine-cosine tables: formulas, so a file may lack them; where it has them its own (rounded) ones count."""
+VISION_PREFIXES = ("vit_model.", "connector.", "vit_pos_embed.")
+"""Parts of BAGEL that only image understanding and editing need."""
+TIME_WAVES = 256
+
+
+def _whole(owner: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} = {value!r}: a whole number above 0 is needed")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The tower that reads pictures (SigLIP's form): a pre-norm encoder over patches of any number.
+
+    Args:
+        side: of the table of patch positions; a picture has at most that many patches along each side.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    patch_size: int
+    side: int
+    channels: int = 3
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _whole(
+            self,
+            (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "patch_size",
+                "side",
+                "channels",
+            ),
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision: hidden_size {self.hidden_size} is no multiple of its {self.num_attention_heads} heads"
+            )
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * self.channels
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """FLUX's autoencoder: widths per level (each but the first halves the picture), residual blocks per level.
+
+    `scale` and `shift` standardise its latents: z = scale * (latent - shift).
+    """
+
+    widths: tuple[int, ...]
+    blocks: int
+    latent_channels: int
+    groups: int = 32
+    scale: float = 0.3611
+    shift: float = 0.1159
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return int(2 ** (len(self.widths) - 1))
 
 
 @dataclass(frozen=True)
@@ -19,6 +92,7 @@ class MoTConfig:
         latent_patch_size, latent_channels: a token is a patch x patch square of latent pixels.
         pixels_per_latent: image pixels per latent pixel along a side (8 with an autoencoder, 1 without).
         max_latent_size: side of the table of latent positions, in tokens.
+        vision: the tower for given pictures; None when the model only paints.
     """
 
     hidden_size: int
@@ -34,12 +108,10 @@ class MoTConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     prediction: str = "velocity"
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in type(self).__annotations__.items():
-            value = getattr(self, name)
-            if kind == "int" and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} = {value!r}: a whole number above 0 is needed")
+        _whole(self, tuple(name for name, kind in type(self).__annotations__.items() if kind == "int"))
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction = {self.prediction!r}: accepted are {', '.join(PREDICTIONS)}")
         heads = self.num_attention_heads
@@ -62,49 +134,111 @@ class MoTConfig:
         return self.latent_patch_size * self.pixels_per_latent
 
 
-def read_config(directory: Path) -> MoTConfig:
-    """Sizes of a model in BAGEL's layout: `llm_config.json` for the network, `config.json` for the image side.
-
-    `config.json` may carry two fields of ours, `prediction` and `vae_config.z_channels`; BAGEL's has neither
-    the first nor needs it.
-    """
-    llm = json.loads((directory / "llm_config.json").read_text())
-    image = json.loads((directory / "config.json").read_text())
-    return MoTConfig(
-        **{
-            key: llm[key]
-            for key in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "intermediate_size",
-                "vocab_size",
-                "rms_norm_eps",
-                "rope_theta",
-            )
-        },
-        latent_patch_size=image["latent_patch_size"],
-        latent_channels=image["vae_config"]["z_channels"],
-        pixels_per_latent=image["vae_config"]["downsample"],
-        max_latent_size=image["max_latent_size"],
-        prediction=image.get("prediction", "velocity"),
-    )
+Shapes = dict[str, tuple[int, ...]]
 
 
-def config_files(config: MoTConfig) -> dict[str, dict]:
-    """The inverse of `read_config`: contents of `llm_config.json` and `config.json`."""
-    sizes = asdict(config)
-    image = {
-        "latent_patch_size": sizes.pop("latent_patch_size"),
-        "max_latent_size": sizes.pop("max_latent_size"),
-        "prediction": sizes.pop("prediction"),
-        "vae_config": {
-            "z_channels": sizes.pop("latent_channels"),
-            "downsample": sizes.pop("pixels_per_latent"),
-        },
+def _linear(name: str, out: int, into: int, bias: bool = True) -> Shapes:
+    return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def network_shapes(config: MoTConfig) -> Shapes:
+    """Every tensor of the network and its shape."""
+    width, head = config.hidden_size, config.head_dim
+    kv = config.num_key_value_heads * head
+    shapes: Shapes = {
+        "language_model.model.embed_tokens.weight": (config.vocab_size, width),
+        "language_model.lm_head.weight": (config.vocab_size, width),
+        "vae2llm.weight": (width, config.token_dim),
+        "vae2llm.bias": (width,),
+        "llm2vae.weight": (config.token_dim, width),
+        "llm2vae.bias": (config.token_dim,),
+        LATENT_POSITIONS: (config.max_latent_size**2, width),
     }
-    return {
-        "llm_config.json": {"model_type": "qwen2"} | sizes,
-        "config.json": {"model_type": "bagel"} | image,
-    }
+    shapes |= _linear("time_embedder.mlp.0", width, TIME_WAVES) | _linear("time_embedder.mlp.2", width, width)
+    for expert in ("", "_moe_gen"):
+        shapes[f"language_model.model.norm{expert}.weight"] = (width,)
+        for index in range(config.num_hidden_layers):
+            layer = f"language_model.model.layers.{index}"
+            for name, out in (("q", width), ("k", kv), ("v", kv)):
+                shapes |= _linear(f"{layer}.self_attn.{name}_proj{expert}", out, width)
+            shapes |= _linear(f"{layer}.self_attn.o_proj{expert}", width, width, bias=False)
+            for name in ("q_norm", "k_norm"):
+                shapes[f"{layer}.self_attn.{name}{expert}.weight"] = (head,)
+            for name in ("gate_proj", "up_proj"):
+                shapes |= _linear(f"{layer}.mlp{expert}.{name}", config.intermediate_size, width, bias=False)
+            shapes |= _linear(f"{layer}.mlp{expert}.down_proj", width, config.intermediate_size, bias=False)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{layer}.{name}{expert}.weight"] = (width,)
+    if config.vision is not None:
+        shapes |= _vision_shapes(config.vision, width)
+    return shapes
+
+
+def _vision_shapes(vision: VisionConfig, width: int) -> Shapes:
+    tower, own = "vit_model.vision_model", vision.hidden_size
+    shapes = _linear(f"{tower}.embeddings.patch_embedding", own, vision.patch_dim)
+    shapes[f"{tower}.embeddings.position_embedding.weight"] = (vision.side**2, own)
+    for index in range(vision.num_hidden_layers):
+        layer = f"{tower}.encoder.layers.{index}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}.self_attn.{name}", own, own)
+        shapes |= _linear(f"{layer}.mlp.fc1", vision.intermediate_size, own)
+        shapes |= _linear(f"{layer}.mlp.fc2", own, vision.intermediate_size)
+        shapes |= _norm(f"{layer}.layer_norm1", own) | _norm(f"{layer}.layer_norm2", own)
+    shapes |= _norm(f"{tower}.post_layernorm", own)
+    shapes |= _linear("connector.fc1", width, own) | _linear("connector.fc2", width, width)
+    shapes[VISION_POSITIONS] = (vision.side**2, width)
+    return shapes
+
+
+def autoencoder_shapes(config: AutoencoderConfig) -> Shapes:
+    """Every tensor of `ae.safetensors`, by FLUX's own names."""
+    widths, top = config.widths, config.widths[-1]
+    levels = len(widths)
+    shapes: Shapes = {}
+
+    def conv(name: str, out: int, into: int, kernel: int = 3) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into, kernel, kernel), (out,)
+
+    def block(name: str, out: int, into: int) -> None:
+        shapes.update(_norm(f"{name}.norm1", into) | _norm(f"{name}.norm2", out))
+        conv(f"{name}.conv1", out, into)
+        conv(f"{name}.conv2", out, out)
+        if out != into:
+            conv(f"{name}.nin_shortcut", out, into, 1)
+
+    def middle(side: str) -> None:
+        for name in ("block_1", "block_2"):
+            block(f"{side}.mid.{name}", top, top)
+        shapes.update(_norm(f"{side}.mid.attn_1.norm", top))
+        for name in ("q", "k", "v", "proj_out"):
+            conv(f"{side}.mid.attn_1.{name}", top, top, 1)
+
+    conv("encoder.conv_in", widths[0], 3)
+    into = widths[0]
+    for level, width in enumerate(widths):
+        for index in range(config.blocks):
+            block(f"encoder.down.{level}.block.{index}", width, into)
+            into = width
+        if level < levels - 1:
+            conv(f"encoder.down.{level}.downsample.conv", width, width)
+    middle("encoder")
+    shapes.update(_norm("encoder.norm_out", top))
+    conv("encoder.conv_out", 2 * config.latent_channels, top)
+
+    conv("decoder.conv_in", top, config.latent_channels)
+    middle("decoder")
+    into = top
+    for level in reversed(range(levels)):
+        for index in range(config.blocks + 1):
+            block(f"decoder.up.{level}.block.{index}", widths[level], into)
+            into = widths[level]
+        if level:
+            conv(f"decoder.up.{level}.upsample.conv", into, into)
+    shapes.update(_norm("decoder.norm_out", widths[0]))
+    conv("decoder.conv_out", 3, widths[0])
+    return shapes

@@ -12,14 +12,30 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from unigrpo_cli.episode import GivenText
-from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.episode import GivenImage, GivenText, Prompt
+from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.models.codec import Codec
 from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.mot import MoT, MoTOutput, NoisyImage, expert_of
+from unigrpo_cli.models.pictures import Resize, read_picture
+from unigrpo_cli.models.release import Release
+from unigrpo_cli.models.sizes import VisionConfig
+from unigrpo_cli.models.vision import patchify
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 EDGES = ("<|vision_start|>", "<|vision_end|>")
 UNKNOWN = "<unk>"
+
+PLAN_FIRST = (
+    "You should first think about the planning process in the mind and then generate the image. \nThe planning "
+    "process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
+)
+REASON_FIRST = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
+    "answer here"
+)
+"""What BAGEL was taught to expect before it paints, and before it answers; the spaces before the newlines too."""
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:
@@ -39,34 +55,24 @@ def edge_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     return token_id(tokenizer, EDGES[0]), token_id(tokenizer, EDGES[1])
 
 
-class PixelCodec:
-    """No autoencoder: a latent pixel is an image pixel in [-1, 1]. Decoding inverts encoding exactly."""
-
-    def encode(self, pixels_BHWC: Tensor) -> Tensor:
-        """uint8 images to latents [B, C, h, w]."""
-        return pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Latents to uint8 images [B, H, W, 3]."""
-        return ((latent_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
 @dataclass(frozen=True)
 class UnifiedModel:
     """A mixture-of-transformers with tokenizer and codec; implements the `Policy` protocol.
 
     Args:
         network: the current weights.
+        system_prompt: given before the prompt when the model is to think; "" for none, None for its family's own.
         frozen: a copy of the starting weights when all weights are trained; None when adapters are, for
             then the reference is the same network with its adapters off.
-        system_prompt: given before the prompt when the model is to think; "" for none.
+        release: the directory it came from; None for one made here.
     """
 
     network: MoT
     tokenizer: Tokenizer
-    codec: PixelCodec
-    system_prompt: str = ""
+    codec: Codec
+    system_prompt: str | None = ""
     frozen: MoT | None = None
+    release: Release | None = None
 
     # ----- words
 
@@ -85,10 +91,20 @@ class UnifiedModel:
         ids = [self.open_id, *self.tokenizer.encode(text, add_special_tokens=False).ids, self.stop_id]
         return GivenText(role, text, torch.tensor(ids))
 
-    def preamble(self, prompt: str, think: bool) -> tuple[GivenText, ...]:
-        """What is given before the model acts: a system prompt when it is to think, and the prompt."""
-        asked = self.given("prompt", prompt)
-        return (self.given("system", self.system_prompt), asked) if think and self.system_prompt else (asked,)
+    def preamble(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
+        """What is given before the model paints: a system prompt if it thinks, a source picture, the prompt."""
+        instruction = PLAN_FIRST if self.system_prompt is None else self.system_prompt
+        system = (self.given("system", instruction),) if think and instruction else ()
+        source = () if prompt.image is None else (self.given_image("source", read_picture(prompt.image)),)
+        return (*system, *source, self.given("prompt", prompt.text))
+
+    def question(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
+        """What is given before the model answers: as `preamble`, but the picture is only looked at."""
+        system = (self.given("system", REASON_FIRST),) if think else ()
+        asked = self.given("prompt", prompt.text)
+        if prompt.image is None:
+            return (*system, asked)
+        return (*system, self.given_image("source", read_picture(prompt.image), latents=False), asked)
 
     def decode_text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
@@ -116,19 +132,83 @@ class UnifiedModel:
         length_B: list[int] | None = None,
         image: NoisyImage | None = None,
         *,
+        seen_BNC: Tensor | None = None,
         detach_context: bool = False,
         keep_image: bool = False,
     ) -> MoTOutput:
-        """Read text into the context, then look at images in it; see `MoT.forward`."""
-        return self.network(context, ids_BL, length_B, image, detach_context=detach_context, keep_image=keep_image)
+        """Read text or a picture into the context, then look at images in it; see `MoT.forward`."""
+        return self.network(
+            context,
+            ids_BL,
+            length_B,
+            image,
+            seen_BNC=seen_BNC,
+            detach_context=detach_context,
+            keep_image=keep_image,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits; ids beyond the tokenizer (a padded head has some) are impossible."""
+        """fp32 logits; ids that the tokenizer does not have (a padded head has some) are impossible."""
         logits = self.network.logits(hidden)
-        words = self.tokenizer.get_vocab_size()
-        if words < logits.shape[-1]:
-            logits = torch.cat([logits[..., :words], torch.full_like(logits[..., words:], -torch.inf)], dim=-1)
-        return logits
+        if not len(self._padding_ids):
+            return logits
+        return logits.index_fill(-1, self._padding_ids.to(logits.device), -torch.inf)
+
+    @cached_property
+    def _padding_ids(self) -> Tensor:
+        known = set(self.tokenizer.get_vocab().values())
+        width = self.network.language_model.lm_head.weight.shape[0]
+        return torch.tensor(sorted(set(range(width)) - known), dtype=torch.long)
+
+    # ----- given pictures
+
+    @cached_property
+    def resize_to_paint(self) -> Resize:
+        """How a source picture is brought to a size that can be painted (the release: 512 to 1024 px, by 16)."""
+        largest, unit = self.largest_size[0], self.network.config.pixels_per_token
+        return Resize(largest, max(unit, largest // 2), unit)
+
+    @cached_property
+    def resize_to_see(self) -> Resize:
+        """How that picture is then brought to what the vision tower takes (the release: 224 to 980 px, by 14)."""
+        vision = self._vision
+        largest = vision.side * vision.patch_size
+        return Resize(largest, min(largest, 16 * vision.patch_size), vision.patch_size)
+
+    @property
+    def _vision(self) -> VisionConfig:
+        vision = self.network.config.vision
+        if vision is None:
+            raise UsageError("this model has no vision tower, so it cannot be given pictures")
+        return vision
+
+    def given_image(
+        self, role: str, pixels_HWC: Tensor, *, latents: bool = True, noise_Chw: Tensor | None = None
+    ) -> GivenImage:
+        """A picture as the model is shown it: as clean latents to paint from, then as the vision tower sees it.
+
+        Args:
+            pixels_HWC: uint8, of any size.
+            latents: False for a picture that is only asked about.
+            noise_Chw: the draw of the autoencoder's posterior, on its grid; None takes the mean. (The official
+                sampler draws; the mean is what repeats.)
+
+        Raises:
+            UsageError: when the model cannot be shown pictures.
+        """
+        view = self.resize_to_see(pixels := self.resize_to_paint(pixels_HWC))
+        grid = self.grid(*pixels.shape[:2])
+        latent = torch.zeros(0, self.token_dim)
+        if latents:
+            noise = None if noise_Chw is None else noise_Chw[None]
+            latent = self.encode_pixels(pixels[None], noise)[0].float().cpu()
+        return GivenImage(role, grid, latent, pixels, view)
+
+    def see(self, view_BHWC: Tensor) -> Tensor:
+        """Pictures of one size as the text expert reads them."""
+        patch = self._vision.patch_size
+        grid = view_BHWC.shape[1] // patch, view_BHWC.shape[2] // patch
+        return self.network.see(patchify(view_BHWC.to(self.device), patch), grid)
 
     # ----- pixels
 
@@ -162,10 +242,10 @@ class UnifiedModel:
         latent_BCHW = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return self.codec.decode(latent_BCHW.float()).contiguous().cpu()
 
-    def encode_pixels(self, pixels_BHWC: Tensor) -> Tensor:
-        """Images [B, height, width, 3] uint8 to latents x_BND; the inverse of `decode_pixels`."""
+    def encode_pixels(self, pixels_BHWC: Tensor, noise_BChw: Tensor | None = None) -> Tensor:
+        """Images [B, height, width, 3] uint8 to latents x_BND: what `decode_pixels` turns into images again."""
         patch = self.network.config.latent_patch_size
-        x = self.codec.encode(pixels_BHWC).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+        x = self.codec.encode(pixels_BHWC, noise_BChw).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     # ----- training

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from unigrpo_cli.models.checkpoint import load_model, save_model
+from unigrpo_cli.models.codec import PixelCodec
 from unigrpo_cli.models.mot import MoT, NoisyImage
 from unigrpo_cli.models.sizes import MoTConfig
-from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, PixelCodec, UnifiedModel, edge_ids
+from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, UnifiedModel, edge_ids
 from unigrpo_cli.shapes.prompts import (
     OPENINGS,
     TAGS,

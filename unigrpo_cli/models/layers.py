@@ -1,0 +1,104 @@
+"""Layers that keep their weights in one dtype and compute in another. No autocast: every cast is written here."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
+from torch import Tensor, nn
+
+from unigrpo_cli.models.sizes import TIME_WAVES
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp32 for anything narrower; fp64 stays, so that tests can look closer."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Linear(nn.Linear):
+    """Computes in its input's dtype, whatever its weights are kept in.
+
+    So a bf16 network trains fp32 masters: the cast is part of the graph, and gradients come back in fp32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in fp32, returned in the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(widen(x), x.shape[-1:], widen(self.weight), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last axis, computed in fp32, returned in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(widen(x), self.normalized_shape, widen(self.weight), widen(self.bias), self.eps).to(
+            x.dtype
+        )
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, L, head_dim / 2] of the rotary embedding, in fp32, for every layer of a pass."""
+    half = head_dim // 2
+    frequency = theta ** -(torch.arange(half, device=position_BL.device, dtype=torch.float32) / half)
+    angle = position_BL[:, None, :, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding on the two halves of each head, in fp32."""
+    cos, sin = turned
+    a, b = widen(x_BHLE).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHLE.dtype)
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of t (256 numbers, cosines first) through a two-layer SiLU network, in t's dtype: fp32 or wider."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(TIME_WAVES, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t_R: Tensor) -> Tensor:
+        waves = get_timestep_embedding(t_R.float(), TIME_WAVES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return self.mlp(waves.to(t_R.dtype))
+
+
+class PositionTable(nn.Module):
+    """A fixed 2-D sine-cosine table, one row per token of the largest image, kept in the network's dtype.
+
+    A formula, but one that a checkpoint brings rounded: its weights were trained with that. Never trained.
+    """
+
+    def __init__(self, side: int, width: int):
+        super().__init__()
+        table = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
+        self.pos_embed = nn.Parameter(table.float(), requires_grad=False)
+        self.side = side
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        table = self.pos_embed.view(self.side, self.side, -1)
+        return table[:rows, :columns].reshape(rows * columns, -1)
