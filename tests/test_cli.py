@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from unigrpo_cli.cli import app
-from unigrpo_cli.models.checkpoint import embedded_directory
+from unigrpo_cli.models.hub import embedded_directory
 
 FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
 

@@ -102,7 +102,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
 
 
 def embedded_weights() -> Path:
-    from unigrpo_cli.models.checkpoint import embedded_directory
+    from unigrpo_cli.models.hub import embedded_directory
 
     return embedded_directory() / "ema.safetensors"
 
@@ -338,7 +338,8 @@ def test_a_frozen_copy_is_the_start() -> None:
     policy = prepare_policy(load_model("embedded"), load_config())
     with torch.no_grad():
         for parameter in policy.network.parameters():
-            parameter += 0.1
+            if parameter.requires_grad:
+                parameter += 0.1
     ids = torch.tensor([[1, 9, 12, 2]])
     with torch.no_grad(), policy.reference() as reference:
         here, there = (m.forward(m.empty_context(1), ids).hidden_BLC for m in (reference, start))

@@ -7,6 +7,7 @@ The defaults of the algorithm are the paper's; a preset says where and why it de
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,8 +110,13 @@ class Train(Section):
         "both", description="which actions and weights are trained [paper: both]"
     )
     tune: Literal["full", "lora"] = Field("full", description="all weights of the layers, or adapters")
-    also: tuple[Literal["embeddings", "head", "projections"], ...] = Field(
-        (), description="what else trains with tune = full: word embeddings, lm_head, latent in/out and time"
+    also: tuple[Literal["embeddings", "head", "norms", "projections", "connector", "vision"], ...] = Field(
+        (),
+        description="what else trains with tune = full: word embeddings, lm_head, the two last norms, latent "
+        "in/out and time, the connector of the vision tower, the tower",
+    )
+    reference_on: Literal["device", "host"] = Field(
+        "device", description="where the frozen copy of full tuning lives; host streams it layer by layer"
     )
     lora_rank: Positive = Field(64, description="rank of the adapters")
     lora_alpha: Size = Field(128.0, description="scale of the adapters, times rank")
@@ -138,6 +144,21 @@ class Eval(Section):
     temperature: Rate = Field(1.0, description="of the reasoning; 0 is greedy")
     steps: Positive = Field(49, description="network calls per image [paper: 50 points = 49 calls]")
     rewards: tuple[str, ...] = Field((), description="rewards reported beside the trained ones")
+    guidance_text: Rate = Field(
+        1.0, description="classifier-free guidance against the context without the prompt; up to 1 is none"
+    )
+    guidance_image: Rate = Field(
+        1.0, description="and against the one without pictures and reasoning; only with guidance_text above 1"
+    )
+    guidance_interval: tuple[float, float] = Field(
+        (0.4, 1.0), description="guidance acts where lower < t <= upper, t after the shift"
+    )
+    guidance_renorm: Literal["global", "channel", "text_channel"] = Field(
+        "global", description="what holds the guided velocity's norm to the unguided one's"
+    )
+    guidance_renorm_min: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="least factor of that; 1 is no renormalisation"
+    )
     seed: int = Field(42, description="of the noise, whatever the run's seed: runs are compared on the same")
 
 
@@ -158,13 +179,18 @@ class Rewards(Section):
 class Config(Section):
     """Everything a run depends on."""
 
-    model: str = Field("embedded", description="`embedded` or a model directory")
+    model: str = Field("embedded", description="`embedded`, a model directory, a hub id, a checkpoint or a run")
+    weights_file: str | None = Field(
+        None, description="the model's weights, where they are not in its index or ema.safetensors"
+    )
     adapter: str | None = Field(None, description="a PEFT adapter directory put on the model")
     preset: Literal["embedded", "paper"] = Field("embedded", description="where defaults come from")
     prompts: str = Field("shapes", description="`shapes` or a .txt or .jsonl file of prompts to train on")
     seed: int = Field(0, description="of everything random")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of frozen weights and activations")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of frozen weights and activations; what is trained is kept in float32"
+    )
     threads: Count = Field(0, description="CPU threads; 0 leaves it to torch")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
@@ -203,34 +229,42 @@ def load_config(
     file: Path | None = None,
     overrides: list[str] | None = None,
     named: dict[str, Any] | None = None,
+    model_defaults: Callable[[str], dict[str, Any]] = lambda model: {},
 ) -> Config:
     """The resolved configuration.
 
     Args:
-        preset: name of a preset; None takes the file's, or else "embedded".
+        preset: name of a preset; None takes the file's, or else the model's, or else "embedded".
         file: TOML file.
         overrides: `a.b=c` strings; c is a TOML value, or else a plain string.
         named: dotted keys to values, None meaning "not given".
+        model_defaults: what a model brings of its own, as a preset and values on top of it. Whatever is given
+            outranks it; another preset leaves it out.
 
     Raises:
         UsageError: on an unknown key, a value of the wrong kind, or an unreadable file.
     """
     from_file = _read_toml(file) if file else {}
-    chosen = preset or from_file.get("preset") or "embedded"
-    if chosen not in PRESETS:
-        raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
-    values = tomllib.loads((files("unigrpo_cli") / "presets" / f"{chosen}.toml").read_text())
-    _merge(values, from_file)
+    given: dict[str, Any] = {}
+    _merge(given, from_file)
     for text in overrides or []:
         key, found, value = text.partition("=")
         if not found or not key.strip():
             raise UsageError(f"--set {text}: write it as section.key=value, e.g. --set train.steps=50")
         if key.strip() == "preset":
             raise UsageError(f"a preset is chosen by --preset {value.strip()}, before --set")
-        _merge(values, _nest(key.strip(), _toml_value(value.strip())))
+        _merge(given, _nest(key.strip(), _toml_value(value.strip())))
     for key, value in (named or {}).items():
         if value is not None:
-            _merge(values, _nest(key, value))
+            _merge(given, _nest(key, value))
+    own = model_defaults(given["model"]) if isinstance(given.get("model"), str) else {}
+    chosen = preset or from_file.get("preset") or own.get("preset") or "embedded"
+    if chosen not in PRESETS:
+        raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
+    values = tomllib.loads((files("unigrpo_cli") / "presets" / f"{chosen}.toml").read_text())
+    if own.get("preset") == chosen:
+        _merge(values, own)
+    _merge(values, given)
     values["preset"] = chosen
     _check_keys(values, Config, "")
     try:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import UsageError
@@ -70,8 +71,17 @@ class Evaluation:
 
 
 def eval_sampling(config: Config) -> Sampling:
-    """The run's sampling with evaluation's steps and temperature."""
-    return replace(train_sampling(config), steps=config.eval.steps, temperature=config.eval.temperature)
+    """The run's sampling with evaluation's steps, temperature and guidance."""
+    e = config.eval
+    guidance = Guidance(
+        text=e.guidance_text,
+        image=e.guidance_image,
+        above=e.guidance_interval[0],
+        up_to=e.guidance_interval[1],
+        renorm=e.guidance_renorm,
+        renorm_least=e.guidance_renorm_min,
+    )
+    return replace(train_sampling(config), steps=e.steps, temperature=e.temperature, guidance=guidance)
 
 
 def train_sampling(config: Config) -> Sampling:

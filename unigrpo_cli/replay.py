@@ -65,6 +65,14 @@ class Batch:
     behaviour_image_BK: Tensor
 
 
+def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int) -> list[list[int]]:
+    """The indices in their order, cut into parts of at most `size` episodes that can be replayed together."""
+    alike: dict[tuple, list[int]] = {}
+    for k in indices:
+        alike.setdefault(structure(episodes[k].segments), []).append(k)
+    return [own[at : at + size] for own in alike.values() for at in range(0, len(own), size)]
+
+
 def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> Batch:
     """Stack episodes for replay.
 

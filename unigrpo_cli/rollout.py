@@ -135,6 +135,16 @@ def _think_then_paint(
     ]
 
 
+@torch.no_grad()
+def answer(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[TextActions]:
+    """What the model says to each prompt, and to the picture that comes with it; nothing is painted."""
+    texts = []
+    for prompt in prompts:
+        context = read_given(policy, [policy.question(prompt, sampling.think)])
+        texts += write_text(policy, context, sampling, [derive(seed, prompt.id, 0)])[1]
+    return texts
+
+
 def read_given(policy: Policy, given: Sequence[Given]) -> Context:
     """The context after reading what each row was given; all rows have the same structure."""
     context = policy.empty_context(len(given))

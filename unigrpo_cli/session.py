@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from unigrpo_cli.config import Config
+from unigrpo_cli.config import Config, Sampling, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, WeightsError
-from unigrpo_cli.models.checkpoint import EMBEDDED, load_model
+from unigrpo_cli.models.checkpoint import load_model
+from unigrpo_cli.models.hub import EMBEDDED, locate
+from unigrpo_cli.models.release import read_release
 from unigrpo_cli.models.unified import UNKNOWN, UnifiedModel
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
@@ -45,14 +48,48 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
+def model_of(config: Config) -> str:
+    """The configured model, as one name: with `weights_file` the path of that file.
+
+    Raises:
+        WeightsError: when there is no such file.
+    """
+    if config.weights_file is None:
+        return config.model
+    directory, _ = locate(config.model)
+    path = directory / config.weights_file
+    if not path.is_file():
+        raise WeightsError(f"no weights file {config.weights_file} in {directory}")
+    return str(path)
+
+
+def model_defaults(model: str) -> dict[str, Any]:
+    """What a model brings to the configuration: its run's sampling; for a BAGEL the paper's, at its size."""
+    if model == EMBEDDED:
+        return {}
+    for directory in (Path(model), *Path(model).resolve().parents[1:2]):
+        if (directory / "checkpoints").is_dir() and (directory / "config.toml").is_file():
+            own = load_config(file=directory / "config.toml")
+            return {"preset": own.preset, "dtype": own.dtype, "sampling": own.sampling.model_dump()}
+    try:
+        release = read_release(*locate(find_checkpoint(model)[0], fetch=False))
+    except (WeightsError, UsageError):
+        return {}  # whoever loads it will say what is wrong
+    if release.kind == "pixels":
+        return {}
+    largest = release.config.max_latent_size * release.config.pixels_per_token
+    side = min(largest, Sampling().height)
+    return {"preset": "paper", "sampling": {"height": side, "width": side}}
+
+
 def find_checkpoint(path: str) -> tuple[str, str | None]:
     """Model and adapter behind a name: a model, a checkpoint, or a whole run (then its newest checkpoint).
 
     Paths come back absolute, so that what is written down stays true elsewhere.
     """
-    if path == EMBEDDED:
-        return path, None
     directory = Path(path).resolve()
+    if path == EMBEDDED or directory.is_file():
+        return (path if path == EMBEDDED else str(directory)), None
     if (directory / "checkpoints").is_dir():
         directory = newest_checkpoint(directory)
     if (directory / STATE).is_file():

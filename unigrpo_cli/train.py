@@ -26,7 +26,7 @@ from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import samples_of, train_sampling
 from unigrpo_cli.models import Policy
-from unigrpo_cli.replay import Batch, collate, replay
+from unigrpo_cli.replay import Batch, collate, micro_batches, replay
 from unigrpo_cli.rewards.scoring import RewardSet, Scored
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.state import TrainState
@@ -199,16 +199,15 @@ def replay_fixed(
     shares = []
     for start in range(0, len(episodes), each):
         share = []
-        for at in range(start, start + each, config.train.micro_batch):
-            end = min(at + config.train.micro_batch, start + each)
-            batch = collate(episodes[at:end], policy.device)
+        for own in micro_batches(episodes, range(start, start + each), config.train.micro_batch):
+            batch = collate([episodes[k] for k in own], policy.device)
             reference = None
             with torch.no_grad():
                 old = replay(policy, batch, coupling=config.objective.coupling, image=paints)
                 if needs_reference:
                     with policy.reference() as beginning:
                         reference = replay(beginning, batch, image=paints)
-            share.append(MicroBatch(batch, advantage_B[at:end].to(policy.device), old, reference))
+            share.append(MicroBatch(batch, advantage_B[own].to(policy.device), old, reference))
         shares.append(share)
     return shares
 

@@ -46,6 +46,7 @@ from unigrpo_cli.session import (
     find_checkpoint,
     is_embedded,
     load_policy,
+    model_of,
     open_rewards,
     reward_choices,
     warn_of_unknown_words,
@@ -119,10 +120,10 @@ def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
     without them, also when training starts from an adapter.
     """
     if checkpoint is None:
-        base, own_adapter = find_checkpoint(config.model)
+        base, own_adapter = find_checkpoint(model_of(config))
         if (config.adapter or own_adapter) and config.train.tune == "full":
             raise UsageError("train.tune=full cannot start from an adapter; use --set train.tune=lora")
-        policy = prepare_policy(load_policy(config.model, config.adapter, config), config)
+        policy = prepare_policy(load_policy(model_of(config), config.adapter, config), config)
         return TrainState(policy, make_optimizer(policy, config)), base
     content = read_state(checkpoint)
     if content["tune"] != config.train.tune:

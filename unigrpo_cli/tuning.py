@@ -6,21 +6,30 @@ import torch
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models.layers import widen
+from unigrpo_cli.models.mot import MoT
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.seeds import derive
 
 ALSO = {
     "embeddings": ("language_model.model.embed_tokens.",),
     "head": ("language_model.lm_head.",),
+    "norms": ("language_model.model.norm.", "language_model.model.norm_moe_gen."),
     "projections": ("vae2llm.", "llm2vae.", "time_embedder."),
+    "connector": ("connector.",),
+    "vision": ("vit_model.",),
 }
 """What `train.also` may add to the layers when all weights are trained."""
 
 
 def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
-    """Choose what is trained and keep the reference: adapters, or a frozen copy of the starting weights."""
+    """Choose what is trained and keep the reference: adapters, or a frozen copy of the starting weights.
+
+    What is trained is kept in fp32, whatever the network computes in: updates of the sizes used here are lost to
+    bf16's rounding.
+    """
     t, network = config.train, policy.network
-    _refuse_what_cannot_learn(config)
+    _refuse_what_cannot_learn(config, network)
     network.activation_checkpointing = t.activation_checkpointing
     if t.tune == "lora":
         from unigrpo_cli.models.lora import add_adapters, has_adapters
@@ -31,7 +40,6 @@ def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_("lora_" in name)
     else:
-        policy = policy.with_frozen_copy()
         wanted = ("language_model.model.layers.", *(prefix for name in t.also for prefix in ALSO[name]))
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith(wanted))
@@ -39,10 +47,15 @@ def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
         other = "image" if t.experts == "text" else "text"
         for parameter in policy.trainable()[other]:
             parameter.requires_grad_(False)
+    if t.tune == "full":
+        policy = policy.with_frozen_copy(on_host=t.reference_on == "host")
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = widen(parameter.data)
     return policy
 
 
-def _refuse_what_cannot_learn(config: Config) -> None:
+def _refuse_what_cannot_learn(config: Config, network: MoT) -> None:
     """Settings that would end in an error after the first rollout, or in a run that moves nothing."""
     t, o = config.train, config.objective
     writes = config.sampling.think and o.text_weight > 0 and t.experts != "image"
@@ -54,11 +67,8 @@ def _refuse_what_cannot_learn(config: Config) -> None:
         )
     if writes and config.sampling.temperature == 0:
         raise UsageError("sampling.temperature=0 is greedy and leaves text nothing to learn from; give 1")
-    if t.tune == "full" and config.dtype != "float32":
-        raise UsageError(
-            f"train.tune=full with dtype={config.dtype} would round most updates away; use dtype=float32, or "
-            "train.tune=lora, whose adapters are float32"
-        )
+    if t.tune == "full" and network.config.vision is None and {"connector", "vision"} & set(t.also):
+        raise UsageError("train.also: this model has no vision tower and no connector to train")
     if t.tune == "lora" and t.also:
         raise UsageError("train.also is for train.tune=full; adapters are on attention and MLP only")
 

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import evaluating, generating, rewarding, rolling, training
+from unigrpo_cli.cli import evaluating, generating, inspecting, rewarding, rolling, training
 from unigrpo_cli.errors import UsageError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("train")(training.train)
 app.command("rollout")(rolling.rollout)
 app.command("eval")(evaluating.evaluate)
 app.command("generate")(generating.generate)
+app.command("inspect")(inspecting.inspect)
 app.add_typer(rewarding.app, name="rewards")
 
 

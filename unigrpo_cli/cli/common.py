@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from unigrpo_cli.rewards.registry import Plugins
     from unigrpo_cli.runtime.display import Display
 
-Model = Annotated[str | None, typer.Option("--model", help="`embedded`, a model directory, a checkpoint or a run.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="`embedded`, a model directory, a hub id, a checkpoint or a run."),
+]
+WeightsFile = Annotated[
+    str | None,
+    typer.Option("--weights-file", help="The model's weights in its directory, if not ema.safetensors."),
+]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter directory put on the model.")]
 Reward = Annotated[
     list[str] | None,
@@ -32,7 +39,9 @@ RewardOpt = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory to write; default runs/<time>-<command>.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="Where defaults come from: embedded or paper.")]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="Where defaults come from: embedded or paper (that for a BAGEL).")
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, section.key=value; repeatable.")]
 PluginOption = Annotated[
@@ -102,7 +111,9 @@ def resolve_config(
                 raise UsageError(f"--reward-opt {text}: write it as ALIAS.KEY=VALUE")
             options[key] = scalar(value)
         named["reward.options"] = options
-    return load_config(preset=preset, file=config, overrides=overrides, named=named)
+    from unigrpo_cli.session import model_defaults
+
+    return load_config(preset=preset, file=config, overrides=overrides, named=named, model_defaults=model_defaults)
 
 
 def load_plugins(plugin: list[str] | None, directory: Path | None, display: Display) -> Plugins:

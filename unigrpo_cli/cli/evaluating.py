@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @one_error_line
 def evaluate(
     model: common.Model = None,
+    weights_file: common.WeightsFile = None,
     adapter: common.Adapter = None,
     suite: Annotated[str | None, typer.Option("--suite", help="shapes, geneval, or a .txt or .jsonl file.")] = None,
     reward: common.Reward = None,
@@ -58,7 +59,7 @@ def evaluate(
     from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
-    from unigrpo_cli.session import is_embedded, load_policy, open_rewards
+    from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import SuiteRegistry
 
     display = Display(json=json, quiet=quiet)
@@ -68,6 +69,7 @@ def evaluate(
         overrides=overrides,
         named={
             "model": model,
+            "weights_file": weights_file,
             "adapter": adapter,
             "eval.suite": suite,
             "eval.samples": samples,
@@ -82,7 +84,7 @@ def evaluate(
     plugins.call("unigrpo_configure", config=settings)
     choices = _choices(settings, only_these=bool(reward))
     _refuse_unknown_gates(gates, [choice.alias for choice in choices])
-    policy = load_policy(settings.model, settings.adapter, settings)
+    policy = load_policy(model_of(settings), settings.adapter, settings)
     other = None if against is None else load_policy(against, None, settings)
     suites = SuiteRegistry()
     plugins.call("unigrpo_register_suites", registry=suites)

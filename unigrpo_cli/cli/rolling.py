@@ -28,6 +28,7 @@ def rollout(
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,
     model: common.Model = None,
+    weights_file: common.WeightsFile = None,
     adapter: common.Adapter = None,
     prompts: common.Prompts = None,
     limit: Annotated[
@@ -60,7 +61,7 @@ def rollout(
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
-    from unigrpo_cli.session import is_embedded, load_policy, open_rewards
+    from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import training_prompts
 
     display = Display(json=json, quiet=quiet)
@@ -71,6 +72,7 @@ def rollout(
         overrides=overrides,
         named={
             "model": model,
+            "weights_file": weights_file,
             "adapter": adapter,
             "prompts": prompts,
             "train.group_size": group_size,
@@ -94,7 +96,7 @@ def rollout(
         embedded = settings.model == "embedded"
     else:
         chosen = training_prompts(settings.prompts)[: limit or PROMPTS]
-        policy = load_policy(settings.model, settings.adapter, settings)
+        policy = load_policy(model_of(settings), settings.adapter, settings)
         embedded = is_embedded(policy)
     with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:
         thinks = settings.sampling.think if source is None else _all_think(groups)

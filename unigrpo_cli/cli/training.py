@@ -17,6 +17,7 @@ def train(
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,
     model: common.Model = None,
+    weights_file: common.WeightsFile = None,
     adapter: common.Adapter = None,
     prompts: common.Prompts = None,
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Training steps (train.steps).")] = None,
@@ -43,7 +44,14 @@ def train(
 
     display = Display(json=json, quiet=quiet)
     plugins = common.load_plugins(plugin, plugins_dir, display)
-    named = {"model": model, "adapter": adapter, "prompts": prompts, "train.steps": steps, "seed": seed}
+    named = {
+        "model": model,
+        "weights_file": weights_file,
+        "adapter": adapter,
+        "prompts": prompts,
+        "train.steps": steps,
+        "seed": seed,
+    }
 
     def resolved(file: Path | None) -> common.Config:
         return common.resolve_config(

@@ -35,6 +35,10 @@ class Policy(Protocol):
         """The given segments before the first action; the prompt's text is the last."""
         ...
 
+    def question(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
+        """The given segments before an answer in words."""
+        ...
+
     def decode_text(self, ids: Tensor) -> str:
         """Token ids as text, for people and rewards."""
         ...

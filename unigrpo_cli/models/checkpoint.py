@@ -8,10 +8,8 @@ run code.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.codec import Autoencoder, Codec, PixelCodec
+from unigrpo_cli.models.hub import first_line, locate
 from unigrpo_cli.models.layers import PositionTable
 from unigrpo_cli.models.mot import MoT
 from unigrpo_cli.models.release import (
@@ -33,52 +32,10 @@ from unigrpo_cli.models.release import (
     config_files,
     read_release,
 )
-from unigrpo_cli.models.sizes import LATENT_POSITIONS, TABLES, VISION_POSITIONS
+from unigrpo_cli.models.sizes import LATENT_POSITIONS, TABLES, VISION_POSITIONS, computes_wide
 from unigrpo_cli.models.unified import UnifiedModel, edge_ids
 
-EMBEDDED = "embedded"
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WANTED_FILES = [*COMPANIONS, INDEX, "*.safetensors"]
-"""What is fetched of a model on the hub."""
-
-
-def embedded_directory() -> Path:
-    """Where the embedded model lies inside the installed package."""
-    return Path(str(files("unigrpo_cli") / "embedded" / "model"))
-
-
-def resolve(model: str) -> Path:
-    """The directory of a model given by name, path or hub id.
-
-    Hub ids go through huggingface_hub, with its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, ...).
-
-    Raises:
-        WeightsError: when there is none.
-    """
-    directory = embedded_directory() if model == EMBEDDED else Path(model)
-    if directory.is_dir():
-        return directory
-    accepted = "give `embedded`, a model directory, or a hub id such as ByteDance-Seed/BAGEL-7B-MoT"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise WeightsError(f"no model at {model}: {accepted}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=WANTED_FILES))
-    except RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"no directory {model}, and the hub has no such model (or not for you): {accepted}"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise WeightsError(
-            f"no directory {model}, and it cannot be fetched ({_first_line(error)}); fetch it where there is a "
-            f"network with `hf download {model}`, and give its directory or the same cache"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_model(
@@ -86,14 +43,13 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    weights_file: str | None = None,
 ) -> UnifiedModel:
-    """Load a policy from a model directory, a hub id, or the embedded one.
+    """Load a policy from a model directory (or its weights file by path), a hub id, or the embedded one.
 
     Raises:
         WeightsError: when files are missing, truncated, or do not fit the configuration.
     """
-    release = read_release(resolve(model), weights_file).refuse_problems()
+    release = read_release(*locate(model)).refuse_problems()
     tokenizer = load_tokenizer(release.directory)
     with torch.device("meta"):
         network = MoT(release.config, edge_ids(tokenizer))
@@ -120,7 +76,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True).backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exception
         raise WeightsError(
-            f"{path if path.is_file() else directory}: unreadable tokenizer ({_first_line(error)})"
+            f"{path if path.is_file() else directory}: unreadable tokenizer ({first_line(error)})"
         ) from error
 
 
@@ -132,13 +88,19 @@ def load_codec(release: Release, device: torch.device | str) -> Codec:
 
 
 def network_weights(release: Release, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the network on `device`, in `dtype`; tables that the files lack are made from their formula.
+    """Every tensor of the network on `device`, in `dtype` or, where it computes in fp32 anyway, in that.
+
+    Tables that the files lack are made from their formula.
 
     Raises:
         WeightsError: when a file cannot be read.
     """
     wanted = ((name, release.tensors[name]) for name in release.wanted)
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in read_tensors(wanted)}
+    wide = torch.promote_types(dtype, torch.float32)
+    state = {
+        name: tensor.to(device=device, dtype=wide if computes_wide(name) else dtype)
+        for name, tensor in read_tensors(wanted)
+    }
     config = release.config
     sides = {LATENT_POSITIONS: config.max_latent_size}
     if config.vision is not None:
@@ -188,19 +150,19 @@ def read_tensors(stored: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Te
 def save_model(model: UnifiedModel, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Write a model directory in the release's own names, complete: `load_model` and the official code read it.
 
-    For a network without adapters. Weights keep their dtypes unless `dtype` is given; tokenizer, configurations and
-    autoencoder are carried over as they were.
+    For a network without adapters. Without `dtype` a weight is written as its release stored it where that loses
+    nothing, else as it is here; tokenizer, configurations and autoencoder are carried over as they were.
 
     Raises:
         WeightsError: when the model came from a release that is not there any more; its weights are saved then.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-        for name, value in model.network.state_dict().items()
-    }
-    save_file(state, directory / WEIGHTS)
     origin = model.release
+    state = {}
+    for name, value in model.network.state_dict().items():
+        stored = dtype or _stored_as(name, value, origin)
+        state[name] = value.detach().to("cpu", stored).contiguous()
+    save_file(state, directory / WEIGHTS)
     if origin is None:
         model.tokenizer.save(str(directory / "tokenizer.json"))
         for name, content in config_files(model.network.config, model.system_prompt or "").items():
@@ -219,6 +181,14 @@ def save_model(model: UnifiedModel, directory: Path, dtype: torch.dtype | None =
         ) from error
     if (origin.directory / INDEX).is_file():
         (directory / INDEX).write_text(json.dumps(_index(state, origin), indent=2) + "\n")
+
+
+def _stored_as(name: str, value: Tensor, origin: Release | None) -> torch.dtype:
+    """The dtype that the release has a tensor in, if the value survives it, else its own."""
+    if origin is None or name not in origin.tensors:
+        return value.dtype
+    stored = STORED_AS[origin.tensors[name].dtype]
+    return stored if torch.equal(value.to(stored).to(value.dtype), value) else value.dtype
 
 
 def _index(state: dict[str, Tensor], origin: Release) -> dict:

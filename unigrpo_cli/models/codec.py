@@ -61,9 +61,7 @@ class Autoencoder:
         }
         with tempfile.TemporaryDirectory() as directory:  # diffusers takes the form as a file alone
             (Path(directory) / "config.json").write_text(json.dumps(form))
-            network = AutoencoderKL.from_single_file(
-                str(path), config=directory, local_files_only=True, torch_dtype=torch.float32
-            )
+            network = AutoencoderKL.from_single_file(str(path), config=directory, local_files_only=True)
         self.network = network.to(device).requires_grad_(False)
         self.network.eval()
 

@@ -102,3 +102,28 @@ class PositionTable(nn.Module):
     def forward(self, rows: int, columns: int) -> Tensor:
         table = self.pos_embed.view(self.side, self.side, -1)
         return table[:rows, :columns].reshape(rows * columns, -1)
+
+
+def on_the_host(parameter: nn.Parameter) -> nn.Parameter:
+    """A frozen copy in host memory, pinned where there is a device to send it to."""
+    copied = parameter.detach().to("cpu", copy=True)
+    return nn.Parameter(copied.pin_memory() if torch.cuda.is_available() else copied, requires_grad=False)
+
+
+def come_and_go(layer: nn.Module, device: torch.device) -> None:
+    """From now on the layer's host weights come to `device` for its forward pass, and leave it afterwards.
+
+    The host keeps its copy, so nothing is ever sent back. For weights that are not trained.
+    """
+    home = [(p, p.data) for p in layer.parameters() if p.device.type == "cpu"]
+
+    def come(_layer: nn.Module, _arguments: tuple) -> None:
+        for parameter, data in home:
+            parameter.data = data.to(device, non_blocking=True)
+
+    def go(_layer: nn.Module, _arguments: tuple, _result: object) -> None:
+        for parameter, data in home:
+            parameter.data = data
+
+    layer.register_forward_pre_hook(come)
+    layer.register_forward_hook(go)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.layers import Linear, widen
 from unigrpo_cli.models.mot import MoT
 
 PREFIX = "base_model.model."
@@ -29,8 +30,8 @@ def add_adapters(network: MoT, rank: int, alpha: float, seed: int) -> None:
 
     peft draws their first matrices from torch's global generator, which is seeded here and left as it was.
 
-    Adapters are fp32 whatever the base is: peft makes them in the base's dtype, and bf16 masters lose updates
-    of the sizes used here.
+    Adapters are kept in fp32 whatever the base is, and compute in the dtype of their input: peft makes them in the
+    base's dtype, but updates of the sizes used here are lost to bf16's rounding.
     """
     network.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=TARGETS, bias="none")
@@ -41,11 +42,24 @@ def add_adapters(network: MoT, rank: int, alpha: float, seed: int) -> None:
 
 def _inject(network: MoT, config: LoraConfig) -> None:
     inject_adapter_in_model(config, network)
-    for name, parameter in network.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False
+            for matrices in (layer.lora_A, layer.lora_B):
+                for name, matrix in list(matrices.items()):
+                    matrices[name] = _kept_wide(matrix)
     network.adapter_config = config
     network.eval()  # an adapter made elsewhere may have dropout, and a ratio of two dropouts is not 1
+
+
+def _kept_wide(matrix: torch.nn.Linear) -> Linear:
+    """The same matrix in fp32 or wider, in a layer that computes in its input's dtype."""
+    with torch.device("meta"):
+        own = Linear(matrix.in_features, matrix.out_features, bias=matrix.bias is not None)
+    own.weight = torch.nn.Parameter(widen(matrix.weight.data))
+    if matrix.bias is not None:
+        own.bias = torch.nn.Parameter(widen(matrix.bias.data))
+    return own
 
 
 def has_adapters(network: MoT) -> bool:

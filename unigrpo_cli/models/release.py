@@ -143,7 +143,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     """What a directory holds. Whatever can be said without its configuration is said in `problems`.
 
     Args:
-        weights_file: name of the network's file, or a path; None follows the directory's index, or else takes
+        weights_file: name of the network's file; None follows the directory's index, or else takes
             `ema.safetensors`.
 
     Raises:
@@ -256,9 +256,8 @@ def _optional_config(path: Path, notes: list[str]) -> dict[str, Any]:
 def _weight_files(directory: Path, weights_file: str | None) -> list[Path]:
     """The files that hold the network: as told, as the index says, or `ema.safetensors`."""
     if weights_file is not None:
-        for path in (directory / weights_file, Path(weights_file)):
-            if path.is_file():
-                return [path]
+        if (directory / weights_file).is_file():
+            return [directory / weights_file]
         others = ", ".join(sorted(p.name for p in directory.glob("*.safetensors"))) or "none"
         raise WeightsError(f"no weights file {weights_file} in {directory}; it has {others}")
     index = directory / INDEX

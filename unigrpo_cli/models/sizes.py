@@ -16,6 +16,12 @@ VISION_PREFIXES = ("vit_model.", "connector.", "vit_pos_embed.")
 TIME_WAVES = 256
 
 
+def computes_wide(name: str) -> bool:
+    """Whether a tensor belongs to what computes in fp32 in any network, and so is kept in it: norms, times, the
+    projections from and to latents, the head over the vocabulary."""
+    return "norm" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae.", "language_model.lm_head."))
+
+
 def _whole(owner: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(owner, name)

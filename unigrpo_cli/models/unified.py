@@ -16,6 +16,7 @@ from unigrpo_cli.episode import GivenImage, GivenText, Prompt
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.codec import Codec
 from unigrpo_cli.models.context import Context
+from unigrpo_cli.models.layers import come_and_go, on_the_host
 from unigrpo_cli.models.mot import MoT, MoTOutput, NoisyImage, expert_of
 from unigrpo_cli.models.pictures import Resize, read_picture
 from unigrpo_cli.models.release import Release
@@ -171,12 +172,16 @@ class UnifiedModel:
     @cached_property
     def resize_to_see(self) -> Resize:
         """How that picture is then brought to what the vision tower takes (the release: 224 to 980 px, by 14)."""
-        vision = self._vision
+        vision = self.need_vision()
         largest = vision.side * vision.patch_size
         return Resize(largest, min(largest, 16 * vision.patch_size), vision.patch_size)
 
-    @property
-    def _vision(self) -> VisionConfig:
+    def need_vision(self) -> VisionConfig:
+        """The vision tower's sizes.
+
+        Raises:
+            UsageError: when there is none.
+        """
         vision = self.network.config.vision
         if vision is None:
             raise UsageError("this model has no vision tower, so it cannot be given pictures")
@@ -206,7 +211,7 @@ class UnifiedModel:
 
     def see(self, view_BHWC: Tensor) -> Tensor:
         """Pictures of one size as the text expert reads them."""
-        patch = self._vision.patch_size
+        patch = self.need_vision().patch_size
         grid = view_BHWC.shape[1] // patch, view_BHWC.shape[2] // patch
         return self.network.see(patchify(view_BHWC.to(self.device), patch), grid)
 
@@ -258,10 +263,25 @@ class UnifiedModel:
                 groups[expert_of(name)].append(parameter)
         return groups
 
-    def with_frozen_copy(self) -> UnifiedModel:
-        """The same policy with its present weights kept as the reference."""
-        frozen = copy.deepcopy(self.network).requires_grad_(False)
+    def with_frozen_copy(self, on_host: bool = False) -> UnifiedModel:
+        """The same policy with its present weights kept as the reference, in the dtype they have now.
+
+        Weights that are not to be trained are shared. With `on_host` the layers' copies live in host memory and
+        come to the device one layer at a time.
+        """
+        layers = self.network.language_model.model.layers
+        moved = {id(p) for p in layers.parameters() if on_host and p.requires_grad}
+        kept: dict[int, nn.Parameter] = {}
+        for parameter in self.network.parameters():
+            if not parameter.requires_grad:
+                kept[id(parameter)] = parameter
+            elif id(parameter) in moved:
+                kept[id(parameter)] = on_the_host(parameter)
+        frozen = copy.deepcopy(self.network, memo=kept).requires_grad_(False)
         frozen.activation_checkpointing = False
+        if on_host:
+            for layer in frozen.language_model.model.layers:
+                come_and_go(layer, self.device)
         return replace(self, frozen=frozen)
 
     @contextmanager

@@ -67,7 +67,7 @@ def as_prompts(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
     prompts = []
     for row in rows:
         text = row["prompt"]
-        prompts.append(Prompt(f"{text}#{seen[text]}" if seen[text] else text, text, row))
+        prompts.append(Prompt(f"{text}#{seen[text]}" if seen[text] else text, text, row, row.get("image")))
         seen[text] += 1
     return prompts
 
@@ -79,6 +79,8 @@ def typed_prompt(text: str) -> dict[str, Any]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts from a .txt file (one a line) or a .jsonl file (objects with `prompt`, kept as metadata).
+
+    `image` in an object is the file of a picture to start from, relative to the prompts' own file.
 
     Raises:
         UsageError: when the file is missing, empty, of another kind, or a row is malformed (with its line).
@@ -107,6 +109,11 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         raise UsageError(f"{path}:{number}: not JSON ({error.msg}); each line is one object") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UsageError(f'{path}:{number}: needs an object with a text "prompt", e.g. {{"prompt": "a cat"}}')
+    image = row.get("image")
+    if image is not None:
+        if not isinstance(image, str) or not (path.parent / image).is_file():
+            raise UsageError(f"{path}:{number}: image {image!r} is no file beside {path}")
+        row["image"] = str((path.parent / image).resolve())
     if "include" not in row:
         row = typed_prompt(row["prompt"]) | row
     if "include" in row or "exclude" in row:

@@ -1,0 +1,476 @@
+"""BAGEL as a policy: rollout, replay, training and saving on the tiny release, in fp32 and in bf16."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.guidance import Guidance
+from unigrpo_cli.algo.objective import Objective, unigrpo_loss
+from unigrpo_cli.config import load_config
+from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten, load_episodes, save_episodes
+from unigrpo_cli.models.checkpoint import load_model, restore_weights, save_model
+from unigrpo_cli.models.layers import Linear
+from unigrpo_cli.models.lora import load_adapters, save_adapters
+from unigrpo_cli.models.mot import MoT, NoisyImage
+from unigrpo_cli.models.release import read_release
+from unigrpo_cli.models.sizes import (
+    AutoencoderConfig,
+    MoTConfig,
+    VisionConfig,
+    autoencoder_shapes,
+    computes_wide,
+    network_shapes,
+)
+from unigrpo_cli.models.unified import PLAN_FIRST, UnifiedModel
+from unigrpo_cli.replay import collate, micro_batches, replay
+from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.train import replay_fixed
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.watch import drift
+
+TINY = Path(__file__).parent / "golden" / "bagel_tiny"
+RELEASE = MoTConfig(3584, 28, 28, 4, 18944, 152064, 2, 16, 8, 64, vision=VisionConfig(1152, 26, 16, 4304, 14, 70))
+SAMPLING = Sampling(
+    think=True,
+    max_new_tokens=6,
+    temperature=1.0,
+    height=32,
+    width=48,
+    steps=5,
+    shift=3.0,
+    kernel="flow",
+    noise_level=0.8,
+    rows=4,
+)
+WINDOW = flow.Window(1, 3)
+PROMPTS = [Prompt("a", "a red cube"), Prompt("b", "two birds on a large blue sphere")]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A photograph of nothing, of an awkward size."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(6, 9, 3, generator=generator).mul(255).to(torch.uint8).numpy()
+    Image.fromarray(small).resize((90, 61)).save(tmp_path / "source.png")
+    return tmp_path / "source.png"
+
+
+# ----- names
+
+
+def test_every_tensor_of_the_release_is_there_once_and_nothing_else() -> None:
+    """The network on the meta device against the table of names, at the release's size; 14.607 B parameters."""
+    with torch.device("meta"):
+        network = MoT(RELEASE, (151652, 151653))
+    found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert found == network_shapes(RELEASE)
+    assert len(found) == 1223
+    assert round(sum(p.numel() for p in network.parameters()) / 1e9, 3) == 14.607
+    assert len(autoencoder_shapes(AutoencoderConfig((128, 256, 512, 512), 2, 16))) == 244
+
+
+@pytest.mark.parametrize("vision", [None, VisionConfig(24, 3, 2, 40, 4, 5)])
+def test_the_table_of_names_is_the_networks_own_at_any_size(vision: VisionConfig | None) -> None:
+    config = MoTConfig(48, 3, 6, 3, 72, 91, 1, 5, 4, 7, vision=vision)
+    found = {name: tuple(value.shape) for name, value in MoT(config, (1, 2)).state_dict().items()}
+    assert found == network_shapes(config)
+
+
+def test_autoencoder_names_are_those_of_the_files() -> None:
+    release = read_release(TINY)
+    assert release.autoencoder is not None
+    assert {n: t.shape for n, t in release.autoencoder_tensors.items()} == autoencoder_shapes(release.autoencoder)
+
+
+# ----- files
+
+
+def _state(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "ema.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_load_save_load_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Weights, tables, autoencoder, configurations, tokenizer; in bf16 also the tensors as they were stored."""
+    model = load_model(str(TINY), dtype=dtype)
+    save_model(model, tmp_path / "saved")
+    again = load_model(str(tmp_path / "saved"), dtype=dtype)
+    first, second = model.network.state_dict(), again.network.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype == (torch.float32 if computes_wide(name) else dtype)
+        assert torch.equal(value, second[name]), name
+    if dtype == torch.bfloat16:
+        stored, saved = _state(TINY), _state(tmp_path / "saved")
+        assert stored.keys() == saved.keys()
+        assert all(torch.equal(stored[n], saved[n]) and stored[n].dtype == saved[n].dtype for n in stored)
+    for name in (
+        "ae.safetensors",
+        "llm_config.json",
+        "vit_config.json",
+        "config.json",
+        "tokenizer.json",
+        "merges.txt",
+    ):
+        assert (TINY / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == json.loads((TINY / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_tables_come_from_the_file_and_from_their_formula_where_it_has_none(tmp_path: Path) -> None:
+    """The stored tables are rounded; the formula in fp32 is within that rounding, not equal to it."""
+    model = load_model(str(TINY))
+    save_model(model, tmp_path)
+    state = _state(tmp_path)
+    for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"):
+        state.pop(name)
+    save_file(state, tmp_path / "ema.safetensors")
+    again = load_model(str(tmp_path))
+    for table in ("latent_pos_embed", "vit_pos_embed"):
+        stored, made = (getattr(m.network, table).pos_embed for m in (model, again))
+        assert 0 < (stored - made).abs().max() < 0.004
+        assert torch.equal(made.bfloat16().float(), stored)
+
+
+def test_loading_reads_tensor_by_tensor(tmp_path: Path) -> None:
+    """Memory of the process grows by about one tensor while a file of 32 is read and given away."""
+    save_file(
+        {f"t{k}": torch.full((2**21,), k, dtype=torch.float32) for k in range(32)}, tmp_path / "x.safetensors"
+    )
+    code = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from unigrpo_cli.models.checkpoint import read_tensors\n"
+        "from unigrpo_cli.models.release import read_header\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak()\n"
+        f"for name, x in read_tensors(read_header(Path({str(tmp_path / 'x.safetensors')!r})).items()):\n"
+        "    assert (x == int(name[1:])).all()\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64, "MiB, of a file of 256"
+
+
+def test_another_weights_file(tmp_path: Path) -> None:
+    """Models grown from BAGEL name their file otherwise; the index then counts for nothing."""
+    save_model(load_model(str(TINY)), tmp_path)
+    (tmp_path / "ema.safetensors").rename(tmp_path / "grown.safetensors")
+    assert load_model(str(tmp_path / "grown.safetensors")).release.directory == tmp_path
+
+
+def test_a_tokenizer_from_vocab_and_merges_alone(tmp_path: Path) -> None:
+    model = load_model(str(TINY))
+    save_model(model, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    again, text = load_model(str(tmp_path)), "A small red cube, 2 birds: <think>it's</think>"
+    assert again.given("prompt", text).ids.tolist() == model.given("prompt", text).ids.tolist()
+    assert again.network.edge_ids == model.network.edge_ids
+
+
+def test_a_painter_without_the_vision_tower(tmp_path: Path) -> None:
+    """The three prefixes that painting does not need may be absent; half of them may not."""
+    save_model(load_model(str(TINY)), tmp_path)
+    state = _state(tmp_path)
+    painter = {n: v for n, v in state.items() if not n.startswith(("vit_model.", "connector.", "vit_pos_embed."))}
+    save_file(painter, tmp_path / "ema.safetensors")
+    assert load_model(str(tmp_path)).network.config.vision is None
+    save_file({n: v for n, v in state.items() if not n.startswith("connector.")}, tmp_path / "ema.safetensors")
+    assert "4 tensors missing (e.g. connector.fc1.bias)" in read_release(tmp_path).problems[0]
+
+
+# ----- what is said and shown
+
+
+def test_thinking_begins_with_the_releases_own_words() -> None:
+    model = load_model(str(TINY))
+    system, asked = model.preamble(PROMPTS[0], think=True)
+    assert (system.text, asked.text) == (PLAN_FIRST, "a red cube")
+    assert len(model.preamble(PROMPTS[0], think=False)) == 1
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_sampled() -> None:
+    """The head has more rows than there are tokens; with their logits raised they still never come."""
+    model = load_model(str(TINY))
+    words = model.tokenizer.get_vocab_size()
+    assert words < model.network.config.vocab_size
+    with torch.no_grad():
+        model.network.language_model.lm_head.weight[words:] = 50.0
+    groups = rollout(model, PROMPTS, 8, replace(SAMPLING, temperature=5.0), flow.Window(0, 0), seed=0)
+    ids = torch.cat([e.segments[2].ids for e in flatten(groups)])
+    assert len(ids) > 50
+    assert ids.max() < words
+
+
+def test_an_edit_is_shown_latents_then_the_towers_view(picture: Path) -> None:
+    """System prompt, source, instruction; the painted image has the size of the resized source."""
+    model = load_model(str(TINY))
+    given = model.preamble(replace(PROMPTS[0], image=str(picture)), think=True)
+    assert [type(s) for s in given] == [GivenText, GivenImage, GivenText]
+    source = given[1]
+    assert len(source.latent) == source.grid[0] * source.grid[1] > 0
+    assert source.pixels.shape[0] // 16 == source.grid[0]
+    assert source.view.shape[0] % 14 == source.view.shape[1] % 14 == 0
+    asked = model.question(replace(PROMPTS[0], image=str(picture)), think=False)
+    assert len(asked[0].latent) == 0, "a question needs no latents"
+    groups = rollout(
+        model, [replace(PROMPTS[0], image=str(picture)), PROMPTS[1]], 2, SAMPLING, flow.Window(0, 0), seed=0
+    )
+    sizes = [tuple(e.pixels.shape[:2]) for e in flatten(groups)]
+    assert sizes == [tuple(source.pixels.shape[:2])] * 2 + [(32, 48)] * 2
+
+
+def test_a_posterior_draw_moves_the_source_and_its_mean_does_not_vary(picture: Path) -> None:
+    model = load_model(str(TINY))
+    pixels = torch.zeros(48, 64, 3, dtype=torch.uint8)
+    mean, again = (model.given_image("source", pixels).latent for _ in range(2))
+    grid = model.resize_to_paint(pixels).shape
+    noise = torch.randn(16, grid[0] // 8, grid[1] // 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mean, again)
+    assert not torch.allclose(mean, model.given_image("source", pixels, noise_Chw=noise).latent)
+    assert torch.allclose(mean, model.given_image("source", pixels, noise_Chw=0 * noise).latent)
+
+
+# ----- guidance in a rollout
+
+
+def test_guidance_of_one_is_no_guidance_and_more_is_some() -> None:
+    model = load_model(str(TINY))
+
+    def latent(guidance: Guidance) -> torch.Tensor:
+        groups = rollout(model, PROMPTS, 1, replace(SAMPLING, guidance=guidance), flow.Window(0, 0), seed=0)
+        return groups[0].episodes[0].images[0].latent
+
+    plain = latent(Guidance())
+    assert torch.equal(plain, latent(Guidance(text=1.0, image=9.0)))
+    assert not torch.allclose(plain, latent(Guidance(text=4.0)))
+    assert torch.equal(plain, latent(Guidance(text=4.0, above=0.5, up_to=0.4)))
+    with pytest.raises(ValueError, match="for evaluation"):
+        rollout(model, PROMPTS, 1, replace(SAMPLING, guidance=Guidance(text=4.0)), WINDOW, seed=0)
+
+
+# ----- training
+
+
+def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPTS) -> tuple[UnifiedModel, dict]:
+    """A few optimizer steps on one rollout with made-up advantages; the policy and the first step's facts."""
+    dtype = torch.bfloat16 if "dtype=bfloat16" in settings else torch.float32
+    config = load_config(overrides=["train.micro_batch=3", "train.updates=1", *settings])
+    policy = load_model(str(TINY), dtype=dtype)
+    policy.network.requires_grad_(False)
+    policy = prepare_policy(policy, config)
+    optimizer = make_optimizer(policy, config)
+    episodes = flatten(rollout(policy, prompts, 3, SAMPLING, WINDOW, seed=0))
+    objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
+    advantage_B = torch.linspace(-1, 1, len(episodes))
+    (share,) = replay_fixed(policy, episodes, advantage_B, config, objective)
+    facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
+    for step in range(steps):
+        for m in share:
+            new = replay(policy, m.batch)
+            loss = unigrpo_loss(
+                m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=len(episodes)
+            )
+            loss.total.backward()
+            if step == 0:
+                facts.setdefault("first", []).append(
+                    {name: value.item() for name, value in (loss.maxima | loss.means).items()}
+                )
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy, facts
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_the_first_ratio_is_exactly_one_and_both_experts_move(tune: str, dtype: str, checkpointing: str) -> None:
+    """In either dtype: ratio exactly 1, reference equal to the policy at first, what is trained kept in fp32."""
+    settings = [f"train.tune={tune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}"]
+    settings += ["train.lr_text=1e-2", "train.lr_image=1e-2", "train.lora_rank=2"]
+    policy, facts = _trained(settings)
+    for found in facts["first"]:
+        assert found["text/max_abs_log_ratio"] == 0.0
+        assert found["image/max_abs_log_ratio"] == 0.0
+        assert found["image/velocity-mse"] < 1e-12
+    trained = policy.trainable()
+    for expert in ("text", "image"):
+        assert trained[expert]
+        assert {p.dtype for p in trained[expert]} == {torch.float32}
+    assert policy.network.dtype == getattr(torch, dtype)
+    if dtype == "float32":
+        assert facts["drift"]["text/drift_max"] < 1e-5
+        assert facts["drift"]["image/drift_max"] < 1e-5
+    start = load_model(str(TINY), dtype=policy.network.dtype)
+    ids = policy.given("prompt", "a red cube").ids[None]
+    image = NoisyImage(torch.ones(1, 1, 6, 64), torch.full((1, 1), 0.9), (2, 3))
+    with torch.no_grad(), policy.reference() as reference:
+        outs = [m.forward(m.empty_context(1), ids, image=image) for m in (reference, start)]
+    with torch.no_grad():
+        moved = policy.forward(policy.empty_context(1), ids, image=image)
+    for name in ("hidden_BLC", "velocity_BKND"):
+        assert torch.equal(getattr(outs[0], name), getattr(outs[1], name)), "the reference is where training began"
+        assert not torch.equal(getattr(moved, name), getattr(outs[1], name))
+    assert outs[0].velocity_BKND.dtype == torch.float32
+
+
+def test_updates_below_bf16s_rounding_are_kept() -> None:
+    """A learning rate at which a bf16 weight of 1 would never move."""
+    policy, _ = _trained(["train.tune=full", "dtype=bfloat16", "train.lr_text=1e-5", "train.lr_image=1e-5"])
+    start = load_model(str(TINY)).network.state_dict()
+    norm = "language_model.model.layers.0.input_layernorm.weight"
+    change = (policy.network.state_dict()[norm] - start[norm]).abs().max()
+    assert 5e-6 < change < 1e-4
+    assert torch.equal((start[norm] + 2e-5).bfloat16(), start[norm].bfloat16())
+
+
+def test_gradients_of_a_bf16_base_reach_its_adapters_in_fp32() -> None:
+    """Adapters compute in bf16 and are kept in fp32; their update is near the one of an fp32 base."""
+    settings = ["train.tune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    policy, _ = _trained([*settings, "dtype=bfloat16"])
+    matrices = [m for n, m in policy.network.named_modules() if n.endswith("lora_A.default")]
+    assert matrices
+    assert all(isinstance(m, Linear) and m.weight.dtype == torch.float32 for m in matrices)
+    assert matrices[0](torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_the_reference_on_the_host_is_the_same_reference() -> None:
+    """Streamed layer by layer it gives the same velocities, and its weights go home after each layer."""
+    settings = ["train.tune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    (near, here), (far, there) = (_trained([*settings, f"train.reference_on={w}"]) for w in ("device", "host"))
+    assert here["first"] == there["first"]
+    ids = near.given("prompt", "a red cube").ids[None]
+    with torch.no_grad(), near.reference() as a, far.reference() as b:
+        assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (a, b)))
+    layer = far.frozen.language_model.model.layers[0]
+    assert layer._forward_pre_hooks
+    assert layer._forward_hooks
+
+
+def test_a_streamed_layer_has_its_weights_only_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device that is another: a copy is made for the pass, and the host's own tensor is back afterwards."""
+    from unigrpo_cli.models.layers import come_and_go
+
+    layer, seen = torch.nn.Linear(3, 3), []
+    home = layer.weight.data.data_ptr()
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: real(x, *a).clone())
+    come_and_go(layer, torch.device("cpu"))
+    layer.register_forward_hook(lambda *_: None)
+    inner = layer.forward
+    layer.forward = lambda x: (seen.append(layer.weight.data.data_ptr()), inner(x))[1]
+    with torch.no_grad():
+        layer(torch.ones(1, 3))
+    assert seen != [home]
+    assert layer.weight.data.data_ptr() == home
+
+
+@pytest.mark.parametrize(
+    ("also", "moves"),
+    [
+        ("head", "language_model.lm_head.weight"),
+        ("norms", "language_model.model.norm.weight"),
+        ("projections", "vae2llm.weight"),
+        ("embeddings", "language_model.model.embed_tokens.weight"),
+        ("connector", "connector.fc1.weight"),
+        ("vision", "vit_model.vision_model.post_layernorm.weight"),
+    ],
+)
+def test_what_else_trains_is_chosen_by_name(also: str, moves: str, picture: Path) -> None:
+    """Only the layers move by default, and one named part besides when it is named."""
+    settings = ["train.tune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    prompts = [replace(PROMPTS[0], image=str(picture))]
+    start = load_model(str(TINY)).network.state_dict()
+    without, _ = _trained(settings, prompts=prompts)
+    chosen, _ = _trained([*settings, f'train.also=["{also}"]'], prompts=prompts)
+    assert torch.equal(without.network.state_dict()[moves], start[moves])
+    assert not torch.equal(chosen.network.state_dict()[moves], start[moves])
+
+
+def test_edits_of_several_sizes_train_together(picture: Path, tmp_path: Path) -> None:
+    """Rows of one structure share a batch, others wait; saved episodes replay with the picture they were shown."""
+    Image.open(picture).resize((40, 90)).save(tmp_path / "tall.png")
+    prompts = [replace(PROMPTS[0], image=str(p)) for p in (picture, tmp_path / "tall.png")]
+    prompts = [replace(p, id=str(k)) for k, p in enumerate(prompts)] + [PROMPTS[1]]
+    model = load_model(str(TINY))
+    groups = rollout(model, prompts, 2, SAMPLING, WINDOW, seed=0)
+    save_episodes(groups, tmp_path / "episodes")
+    episodes = flatten(load_episodes(tmp_path / "episodes"))
+    assert [e.prompt.image for e in episodes[::2]] == [p.image for p in prompts]
+    parts = micro_batches(episodes, range(6), 8)
+    assert parts == [[0, 1], [2, 3], [4, 5]]
+    assert micro_batches(episodes, [5, 0, 4], 1) == [[5], [4], [0]]
+    with torch.no_grad():
+        for part in parts:
+            batch = collate([episodes[k] for k in part])
+            found = drift([(batch, replay(model, batch))])
+            assert found["text/drift_max"] < 1e-5
+            assert found["image/drift_max"] < 1e-5
+        blind = [replace(e, segments=tuple(_unseen(s) for s in e.segments)) for e in episodes[:2]]
+        assert drift([(collate(blind), replay(model, collate(blind)))])["text/drift_max"] > 1e-4, "it is looked at"
+    with pytest.raises(ValueError, match="same order and sizes"):
+        collate(episodes[1:3])
+
+
+def _unseen(segment):
+    return replace(segment, view=None) if isinstance(segment, GivenImage) else segment
+
+
+# ----- saving what was trained
+
+
+def test_an_adapter_opens_in_peft_and_gives_identical_outputs(tmp_path: Path) -> None:
+    """Our files through peft's own loader onto the bare network; and through ours, in bf16, to the bit."""
+    from peft import PeftModel
+
+    settings = ["train.tune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    policy, _ = _trained(settings)
+    save_adapters(policy.network, tmp_path, str(TINY))
+    bare = load_model(str(TINY))
+    wrapped = PeftModel.from_pretrained(bare.network, str(tmp_path))
+    ours = load_model(str(TINY))
+    load_adapters(ours.network, tmp_path)
+    ids = ours.given("prompt", "a red cube").ids[None]
+    with torch.no_grad():
+        outs = [
+            m(policy.empty_context(1), ids).hidden_BLC
+            for m in (policy.network, ours.network, wrapped.base_model.model)
+        ]
+        plain = load_model(str(TINY)).forward(policy.empty_context(1), ids).hidden_BLC
+    assert torch.equal(outs[0], outs[1])
+    assert torch.allclose(outs[0], outs[2], atol=1e-6)
+    assert not torch.allclose(outs[0], plain, atol=1e-3)
+    low, _ = _trained([*settings, "dtype=bfloat16"])
+    save_adapters(low.network, tmp_path / "low", str(TINY))
+    again = load_model(str(TINY), dtype=torch.bfloat16)
+    load_adapters(again.network, tmp_path / "low")
+    with torch.no_grad():
+        assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (low, again)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Path, dtype: str) -> None:
+    """Masters in fp32 within a complete release; loaded again it computes the same, restored it is the same."""
+    policy, _ = _trained(["train.tune=full", f"dtype={dtype}", "train.lr_text=1e-2", "train.lr_image=1e-2"])
+    save_model(policy, tmp_path)
+    with safe_open(tmp_path / "ema.safetensors", "pt") as file:
+        assert set(file.keys()) == set(_state(TINY))
+    again = load_model(str(tmp_path), dtype=getattr(torch, dtype))
+    ids = policy.given("prompt", "a red cube").ids[None]
+    with torch.no_grad():
+        assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (policy, again)))
+    fresh, _ = _trained(["train.tune=full", f"dtype={dtype}"], steps=0)
+    restore_weights(fresh.network, tmp_path)
+    for name, value in policy.network.state_dict().items():
+        assert torch.equal(value, fresh.network.state_dict()[name])
+        assert value.dtype == fresh.network.state_dict()[name].dtype

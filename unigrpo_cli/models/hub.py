@@ -1,0 +1,56 @@
+"""Where a model is: inside the package, in a directory, or on the hub. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.release import COMPANIONS, INDEX
+
+EMBEDDED = "embedded"
+WANTED_FILES = [*COMPANIONS, INDEX, "*.safetensors"]
+"""What is fetched of a model on the hub."""
+
+
+def embedded_directory() -> Path:
+    """Where the embedded model lies inside the installed package."""
+    return Path(str(files("unigrpo_cli") / "embedded" / "model"))
+
+
+def locate(model: str, fetch: bool = True) -> tuple[Path, str | None]:
+    """Directory of a model given by name, path or hub id, and the weights file when the path was one.
+
+    Hub ids go through huggingface_hub, with its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, ...);
+    without `fetch` only what is in the cache counts.
+
+    Raises:
+        WeightsError: when there is none.
+    """
+    directory = embedded_directory() if model == EMBEDDED else Path(model)
+    if directory.is_file() and directory.suffix == ".safetensors":
+        return directory.parent, directory.name
+    if directory.is_dir():
+        return directory, None
+    accepted = "give `embedded`, a model directory, or a hub id such as ByteDance-Seed/BAGEL-7B-MoT"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise WeightsError(f"no model at {model}: {accepted}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=WANTED_FILES, local_files_only=not fetch)), None
+    except RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"no directory {model}, and the hub has no such model (or not for you): {accepted}"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise WeightsError(
+            f"no directory {model}, and it cannot be fetched ({first_line(error)}); fetch it where there is a "
+            f"network with `hf download {model}`, and give its directory or the same cache"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
