@@ -1,0 +1,207 @@
+"""Model directories that are whole, odd, or broken: a broken one gets one clear line before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.checkpoint import load_model
+from unigrpo_cli.models.hub import locate
+from unigrpo_cli.models.release import read_header, read_release
+
+TINY = Path(__file__).parent / "golden" / "bagel_tiny"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the tiny release, to be damaged."""
+    return Path(shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("golden.*")))
+
+
+def _text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_text(text) and None
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda model: (model / name).unlink()
+
+
+def _cut(name: str, keep: int) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:keep]) and None
+
+
+def _weights(file: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(model: Path) -> None:
+        state = load_file(model / file)
+        change(state)
+        save_file(state, model / file)
+
+    return damage
+
+
+def _set(name: str, key: str, value: object) -> Callable[[Path], None]:
+    def damage(model: Path) -> None:
+        content = json.loads((model / name).read_text())
+        content[key] = value
+        (model / name).write_text(json.dumps(content))
+
+    return damage
+
+
+LAYER = "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"
+BROKEN = {
+    "truncated weights": (_cut("ema.safetensors", 300_000), "ema.safetensors: truncated, it has 300,000 bytes of"),
+    "truncated header": (_cut("ema.safetensors", 900), "ema.safetensors: damaged or truncated (no whole header)"),
+    "empty weights": (_cut("ema.safetensors", 0), "no whole header"),
+    "weights are a page of text": (_text("ema.safetensors", "<html>404</html>" * 9), "no whole header"),
+    "truncated autoencoder": (_cut("ae.safetensors", 1_000_000), "ae.safetensors: truncated"),
+    "missing tensor": (_weights("ema.safetensors", lambda s: s.pop(LAYER)), f"1 tensor missing (e.g. {LAYER})"),
+    "missing tensor of the tower": (
+        _weights("ema.safetensors", lambda s: s.pop("vit_model.vision_model.post_layernorm.bias")),
+        "1 tensor missing (e.g. vit_model.vision_model.post_layernorm.bias)",
+    ),
+    "missing tensor of the autoencoder": (
+        _weights("ae.safetensors", lambda s: s.pop("decoder.conv_out.bias")),
+        "ae.safetensors: 1 tensor missing (e.g. decoder.conv_out.bias)",
+    ),
+    "unexpected tensor": (
+        _weights("ema.safetensors", lambda s: s.update(extra=s[LAYER].clone())),
+        "1 tensor unexpected (e.g. extra)",
+    ),
+    "wrong shape": (
+        _weights("ema.safetensors", lambda s: s.update({LAYER: s[LAYER][:3].clone()})),
+        f"(e.g. {LAYER}: file [3, 64], configuration [160, 64])",
+    ),
+    "whole numbers": (
+        _weights("ema.safetensors", lambda s: s.update({LAYER: s[LAYER].int()})),
+        f"1 tensor not of floating-point numbers (e.g. {LAYER}: I32)",
+    ),
+    "invalid config.json": (_text("config.json", '{"latent_patch_size": 2'), "config.json: invalid JSON"),
+    "config.json of another kind": (_text("config.json", "[1]"), "config.json: a JSON object is needed"),
+    "no llm_config.json": (_without("llm_config.json"), "llm_config.json is missing"),
+    "empty llm_config.json": (
+        _text("llm_config.json", "{}"),
+        "unreadable configuration (rope_parameters is missing)",
+    ),
+    "odd sizes": (_set("llm_config.json", "num_hidden_layers", "two"), "num_hidden_layers = 'two'"),
+    "another activation": (_set("llm_config.json", "hidden_act", "relu"), "hidden_act = 'relu'"),
+    "fewer layers": (_set("llm_config.json", "num_hidden_layers", 1), "28 tensors unexpected"),
+    "wider feed-forward": (_set("llm_config.json", "intermediate_size", 176), "of another shape"),
+    "no vit_config.json": (_without("vit_config.json"), "vit_config.json is missing"),
+    "another tower": (_set("vit_config.json", "num_hidden_layers", 4), "tensors missing (e.g. vit_model"),
+    "no tokenizer": (
+        lambda m: [(m / n).unlink() for n in ("tokenizer.json", "vocab.json")] and None,
+        "no tokenizer: tokenizer.json is missing",
+    ),
+    "index that points nowhere": (
+        _text("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        "points to model-00001-of-00002.safetensors, which is not there",
+    ),
+    "index that points outside": (
+        _text("model.safetensors.index.json", '{"weight_map": {"a": "../../etc/passwd"}}'),
+        "points outside its directory",
+    ),
+    "index without a map": (_text("model.safetensors.index.json", "{}"), "weight_map is missing"),
+    "no weights": (
+        lambda m: [(m / n).unlink() for n in ("ema.safetensors", "model.safetensors.index.json")] and None,
+        "ema.safetensors is missing",
+    ),
+    "no autoencoder": (_without("ae.safetensors"), "ae.safetensors is missing"),
+    "a factor that is not the autoencoder's": (
+        _set("config.json", "vae_config", {"z_channels": 16, "downsample": 16}),
+        "config.json says a latent stands for 16 pixels",
+    ),
+    "a system prompt that is no text": (_set("config.json", "system_prompt", 3), "system_prompt = 3"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_release_gets_one_clear_line(copy: Path, name: str) -> None:
+    damage, says = BROKEN[name]
+    damage(copy)
+    with pytest.raises(WeightsError) as caught:
+        load_model(str(copy))
+    line = str(caught.value)
+    assert says in line
+    assert "\n" not in line
+    assert str(copy) in line
+
+
+def test_a_damaged_tokenizer_is_named(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"tokenizer\.json: unreadable tokenizer"):
+        load_model(str(copy))
+
+
+def test_tensors_that_lie_about_their_size(copy: Path) -> None:
+    """A header whose bytes do not fit its shapes is damaged, whatever the file's length."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    (copy / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(WeightsError, match="a has a size that does not fit its shape"):
+        read_header(copy / "x.safetensors")
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "bagel",}', '{\n  "_name_or_path": "BAGEL-7B-MoT",\n}\n'])
+def test_the_comma_of_early_snapshots_is_forgiven(copy: Path, text: str) -> None:
+    """All that `config.json` says of a BAGEL is in its tensors; nothing else is forgiven."""
+    whole = read_release(copy)
+    (copy / "config.json").write_text(text)
+    odd = read_release(copy)
+    assert odd.problems == ()
+    assert "comma too many" in odd.notes[0]
+    assert odd.config == whole.config
+    (copy / "config.json").unlink()
+    assert read_release(copy).config == whole.config
+
+
+def test_sides_and_widths_come_from_the_tensors(copy: Path) -> None:
+    """`config.json` may name another table: the official code's own default is wrong for its release."""
+    whole = read_release(copy)
+    _set("config.json", "max_latent_size", 32)(copy)
+    assert read_release(copy).config.max_latent_size == whole.config.max_latent_size == 16
+    assert whole.config.vision.side == 8
+    assert whole.autoencoder.widths == (32, 64, 32, 32)
+
+
+def test_weights_in_several_files(copy: Path) -> None:
+    """An index over shards, as tools write it when they save a release again."""
+    state = load_file(copy / "ema.safetensors")
+    names = sorted(state)
+    files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, own in files.items():
+        save_file({n: state[n] for n in own}, copy / file)
+    (copy / "ema.safetensors").unlink()
+    table = {n: file for file, own in files.items() for n in own} | {"decoder.conv_in.bias": "ae.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    one, many = load_model(str(TINY)).network.state_dict(), load_model(str(copy)).network.state_dict()
+    assert all(one[n].equal(many[n]) for n in one)
+
+
+def _cached(root: Path, snapshot: str = "0123abcd") -> None:
+    """The tiny release as huggingface_hub's cache keeps `someone/tiny`."""
+    repo = root / "models--someone--tiny"
+    shutil.copytree(TINY, repo / "snapshots" / snapshot, ignore=shutil.ignore_patterns("golden.*"))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(snapshot)
+
+
+def test_a_model_by_its_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, from the cache; what is not there gets one line with the command that fetches it."""
+    _cached(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    directory, file = locate("someone/tiny")
+    assert directory.parent.parent.name == "models--someone--tiny"
+    assert file is None
+    assert load_model("someone/tiny").release.kind == "BAGEL"
+    with pytest.raises(WeightsError, match="hf download someone/else"):
+        locate("someone/else")
+    with pytest.raises(WeightsError, match="no model at"):
+        locate("no such model")
