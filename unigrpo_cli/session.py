@@ -64,7 +64,7 @@ def model_of(config: Config) -> str:
 
 
 def model_defaults(model: str) -> dict[str, Any]:
-    """What a model brings to the configuration: its run's sampling; for a BAGEL the paper's, at its size."""
+    """What a model brings to the configuration: its run's sampling; for a BAGEL the paper's at its size, in bf16."""
     if model == EMBEDDED:
         return {}
     for directory in (Path(model), *Path(model).resolve().parents[1:2]):
@@ -79,7 +79,7 @@ def model_defaults(model: str) -> dict[str, Any]:
         return {}
     largest = release.config.max_latent_size * release.config.pixels_per_token
     side = min(largest, Sampling().height)
-    return {"preset": "paper", "sampling": {"height": side, "width": side}}
+    return {"preset": "paper", "dtype": "bfloat16", "sampling": {"height": side, "width": side}}
 
 
 def find_checkpoint(path: str) -> tuple[str, str | None]:

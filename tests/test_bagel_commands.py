@@ -1,0 +1,166 @@
+"""A BAGEL checkpoint through the ordinary commands: generate, rollout, train, eval, resume; its adapter too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from unigrpo_cli.cli import app
+
+TINY = Path(__file__).parent / "golden" / "bagel_tiny"
+SMALL = [
+    "--preset=paper",
+    "--set=sampling.height=32",
+    "--set=sampling.width=48",
+    "--set=sampling.max_new_tokens=8",
+    "--set=sampling.steps=6",
+    "--set=eval.steps=6",
+]
+FEW = [
+    "--set=train.prompts_per_step=2",
+    "--set=train.group_size=3",
+    "--set=train.micro_batch=2",
+    "--set=train.lora_rank=2",
+    "--set=train.lr_text=1e-3",
+    "--set=train.lr_image=1e-3",
+    "--set=eval.limit=1",
+    "--set=eval.rewards=[]",
+]
+
+
+def _do(*arguments: str | Path) -> dict:
+    """The JSON of a command that must succeed."""
+    done = CliRunner().invoke(app, [*(str(a) for a in arguments), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def brightness(tmp_path: Path) -> Path:
+    """A reward that no two pictures share."""
+    path = tmp_path / "brightness.py"
+    path.write_text(
+        "import numpy as np\nfrom unigrpo_cli import reward\n\n\n"
+        '@reward("brightness", range=(0, 1))\ndef brightness(images):\n'
+        "    return [float(np.asarray(image).mean() / 255) for image in images]\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path, tune: str, dtype: str) -> None:
+    """Ratio exactly 1 at step 0; every other command takes what training left; a resumed run goes on."""
+    reward = ["--reward", "brightness", "--plugin", brightness]
+    run = tmp_path / "run"
+    settings = [*SMALL, f"--set=dtype={dtype}"]
+    trained = _do(
+        "train", "--model", TINY, *reward, *settings, *FEW, "--steps=2", f"--set=train.tune={tune}", "--out", run
+    )
+    assert trained["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
+    limit = {"float32": 1e-5, "bfloat16": 0.5}[dtype]
+    assert 0 <= trained["rollout_drift_max_abs"]["text"] < limit
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        assert row["text/grad_norm"] > 0
+        assert row["image/grad_norm"] > 0
+    assert metrics[1]["image/velocity-mse"] > 0, "both experts moved, so the reference is another"
+    checkpoint = Path(trained["checkpoint"])
+    left = {"lora": "adapter_model.safetensors", "full": "ae.safetensors"}[tune]
+    assert (checkpoint / left).is_file()
+    adapted = ["--model", TINY, "--adapter", checkpoint] if tune == "lora" else ["--model", checkpoint]
+    before = _do("generate", "a red cube", "--model", TINY, *settings, "--out", tmp_path / "g0")["images"]
+    after = _do("generate", "a red cube", *adapted, *settings, "--out", tmp_path / "g1")["images"]
+    assert Image.open(after[0]["path"]).size == (48, 32)
+    assert Image.open(before[0]["path"]).tobytes() != Image.open(after[0]["path"]).tobytes()
+    report = _do("eval", *adapted, *reward, *settings, *FEW, "--suite=shapes", "--out", tmp_path / "e")
+    assert report["scores"]["brightness"]["mean"] == pytest.approx(trained["eval_after"]["brightness"], abs=1e-6)
+    rolled = _do("rollout", *adapted, *reward, *settings, "--limit=1", "--group-size=2", "--out", tmp_path / "r")
+    assert rolled["episodes"] == 2
+    more = _do("train", "--resume", run, "--plugin", brightness, "--steps=3")
+    assert more["steps"] == 3
+
+
+def test_a_runs_own_sampling_is_how_it_is_sampled(tmp_path: Path, brightness: Path) -> None:
+    """`--model RUN` needs no size: the run says what it was trained at. What is typed outranks it."""
+    reward = ["--reward", "brightness", "--plugin", brightness]
+    _do(
+        "train",
+        "--model",
+        TINY,
+        *reward,
+        *SMALL,
+        *FEW,
+        "--steps=1",
+        "--set=train.tune=lora",
+        "--out",
+        tmp_path / "run",
+    )
+    few = ["--set=eval.steps=3"]
+    own = _do("generate", "a cube", "--model", tmp_path / "run", *few, "--out", tmp_path / "a")["images"]
+    typed = _do(
+        "generate", "a cube", "--model", tmp_path / "run", *few, "--set=sampling.height=16", "--out", tmp_path / "b"
+    )["images"]
+    assert Image.open(own[0]["path"]).size == (48, 32)
+    assert Image.open(typed[0]["path"]).size == (48, 16)
+
+
+def test_a_bagel_comes_with_the_papers_preset_at_its_own_size(tmp_path: Path) -> None:
+    """Not with the embedded model's 48 pixels."""
+    short = ["--set=sampling.max_new_tokens=4", "--set=eval.steps=2"]
+    images = _do("generate", "a cube", "--model", TINY, *short, "--out", tmp_path / "a")["images"]
+    assert Image.open(images[0]["path"]).size == (256, 256)
+
+
+def test_edit_answer_and_paint_without_thinking(tmp_path: Path) -> None:
+    source = tmp_path / "source.png"
+    Image.effect_mandelbrot((90, 61), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(source)
+    told = ["--model", TINY, *SMALL]
+    edited = _do("generate", "make it green", "--image", source, *told, "--out", tmp_path / "a")["images"][0]
+    assert edited["source"] == str(source)
+    assert Image.open(edited["path"]).size == (192, 128), "the source's shape, at a size that can be painted"
+    plain = _do("generate", "a cube", "--no-think", *told, "--out", tmp_path / "b")["images"][0]
+    assert plain["reasoning"] is None
+    said = _do("generate", "what is it?", "--image", source, "--answer", *told, "--out", tmp_path / "c")["answers"]
+    assert said[0]["answer"]
+    assert (tmp_path / "c" / "answers.json").is_file()
+    blind = _do("generate", "what is it?", "--answer", *told, "--out", tmp_path / "d")["answers"]
+    assert blind[0]["answer"] != said[0]["answer"], "the picture is looked at"
+    guided = _do("generate", "a cube", *told, "--set=eval.guidance_text=4", "--out", tmp_path / "e")["images"][0]
+    unguided = _do("generate", "a cube", *told, "--out", tmp_path / "f")["images"][0]
+    assert Image.open(guided["path"]).tobytes() != Image.open(unguided["path"]).tobytes()
+
+
+def test_training_on_edits_from_a_file(tmp_path: Path, brightness: Path) -> None:
+    """Each prompt may bring a picture, beside the file; sizes may differ."""
+    for k, size in enumerate([(90, 61), (40, 80)]):
+        Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / f"{k}.png")
+    rows = [{"prompt": f"make it {c}", "image": f"{k}.png"} for k, c in enumerate(["red", "green"])]
+    (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, {"prompt": "a cube"}]))
+    reward = ["--reward", "brightness", "--plugin", brightness]
+    told = ["--prompts", tmp_path / "edits.jsonl", "--set=eval.suite=" + str(tmp_path / "edits.jsonl")]
+    few = [*SMALL, *FEW, "--set=train.prompts_per_step=3", "--set=train.updates=1", "--set=train.tune=lora"]
+    done = _do("train", "--model", TINY, *reward, *told, *few, "--steps=1", "--out", tmp_path / "run")
+    assert done["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "x", "image": "gone.png"}')
+    refused = CliRunner().invoke(
+        app, ["generate", "--prompts", str(tmp_path / "edits.jsonl"), "--model", str(TINY)]
+    )
+    assert refused.exit_code == 2
+    assert "edits.jsonl:1: image 'gone.png' is no file" in refused.stderr
+
+
+def test_what_cannot_be_shown_pictures_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "p.png")
+    for extra, says in (
+        (["--image", str(tmp_path / "p.png")], "no vision tower"),
+        (["--image", "gone.png"], "no picture"),
+    ):
+        done = CliRunner().invoke(app, ["generate", "red", *extra, "--out", str(tmp_path / "out")])
+        assert done.exit_code == 2
+        assert says in done.stderr
+        assert not (tmp_path / "out").exists()
