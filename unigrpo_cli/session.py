@@ -64,7 +64,7 @@ def model_of(config: Config) -> str:
 
 
 def model_defaults(model: str) -> dict[str, Any]:
-    """What a model brings to the configuration: its run's sampling; for a BAGEL the paper's at its size, in bf16."""
+    """What a model brings: its run's sampling, or for a BAGEL the paper's preset at its size, in bf16."""
     if model == EMBEDDED:
         return {}
     for directory in (Path(model), *Path(model).resolve().parents[1:2]):
