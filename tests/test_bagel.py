@@ -241,6 +241,26 @@ def test_a_posterior_draw_moves_the_source_and_its_mean_does_not_vary(picture: P
     assert torch.allclose(mean, model.given_image("source", pixels, noise_Chw=0 * noise).latent)
 
 
+@torch.no_grad()
+def test_a_picture_after_texts_of_unequal_length(picture: Path) -> None:
+    """Rows padded to the longest text see their own picture, and no padding, as each does alone."""
+    model = load_model(str(TINY))
+    texts = [model.given("prompt", text).ids for text in ("a red cube", "two birds on a large blue sphere")]
+    seen = model.see(model.given_image("source", torch.full((64, 90, 3), 200, dtype=torch.uint8)).view[None])
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    x = torch.randn(2, 1, 6, 64, generator=torch.Generator().manual_seed(0))
+
+    def velocity(ids: torch.Tensor, lengths: list[int], seen_BNC: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        context = model.forward(model.empty_context(len(ids)), ids, lengths).context
+        context = model.forward(context, seen_BNC=seen_BNC).context
+        image = NoisyImage(x, torch.full((len(x), 1), 0.7), (2, 3))
+        return model.forward(context, image=image).velocity_BKND
+
+    both = velocity(padded, [len(t) for t in texts], seen.expand(2, -1, -1), x)
+    for k, ids in enumerate(texts):
+        assert torch.allclose(both[k : k + 1], velocity(ids[None], [len(ids)], seen, x[k : k + 1]), atol=1e-5)
+
+
 # ----- guidance in a rollout
 
 

@@ -134,6 +134,21 @@ def test_a_broken_release_gets_one_clear_line(copy: Path, name: str) -> None:
     assert str(copy) in line
 
 
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("adapter_config.json", "is an adapter: give the model it belongs to with --model"),
+        ("model_index.json", "is a diffusers pipeline"),
+        ("config.json", "is a model of another kind"),
+        ("README.md", "is not a complete model: llm_config.json is missing"),
+    ],
+)
+def test_what_is_no_bagel_is_named(tmp_path: Path, file: str, says: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(WeightsError, match=says):
+        read_release(tmp_path)
+
+
 def test_a_damaged_tokenizer_is_named(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"tokenizer\.json: unreadable tokenizer"):

@@ -151,6 +151,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     """
     if not directory.is_dir():
         raise WeightsError(f"no model directory {directory}")
+    _refuse_other_kinds(directory)
     notes: list[str] = []
     llm = _need_json(directory / "llm_config.json")
     own = _optional_config(directory / "config.json", notes)
@@ -186,6 +187,23 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
         problems.append(f"config.json: system_prompt = {prompt!r}: a string is needed")
         prompt = None
     return Release(directory, kind, config, autoencoder, tensors, ae_tensors, prompt, tuple(problems), tuple(notes))
+
+
+def _refuse_other_kinds(directory: Path) -> None:
+    """Name what a directory is when it is a model of another kind."""
+    if (directory / "llm_config.json").is_file():
+        return
+    if (directory / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{directory} is an adapter: give the model it belongs to with --model, and it with --adapter"
+        )
+    if (directory / "model_index.json").is_file():
+        raise WeightsError(f"{directory} is a diffusers pipeline; this version takes models in BAGEL's layout")
+    if (directory / "config.json").is_file() and not (directory / WEIGHTS).is_file():
+        raise WeightsError(
+            f"{directory} is a model of another kind: it has neither llm_config.json nor {WEIGHTS}, as models in "
+            "BAGEL's layout do"
+        )
 
 
 def config_files(config: MoTConfig, system_prompt: str) -> dict[str, dict]:
