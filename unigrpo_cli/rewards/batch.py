@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from unigrpo_cli.rewards.shared import Shared
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -130,10 +132,13 @@ class RewardOutput:
 class RewardContext:
     """What a reward may use in `setup`.
 
-    `embedded` is True when the policy is the embedded model: rewards that ship small weights use them then.
+    Args:
+        embedded: True when the policy is the embedded model: rewards that ship small weights use them then.
+        shared: models that several rewards use; ask it before loading an encoder.
     """
 
     device: str
     seed: int
     embedded: bool
     offline: bool
+    shared: Shared = field(default_factory=Shared)
