@@ -174,6 +174,12 @@ class Rewards(Section):
     )
     on_error: Literal["raise", "abstain"] = Field("raise", description="what an exception in a reward does")
     strict: bool = Field(False, description="a score outside the declared range is an error, not a warning")
+    overlap: Literal["auto", "all", "none"] = Field(
+        "auto",
+        description="judge episodes while others are still sampled (sampling.rows at a time): rewards that wait "
+        "for an endpoint, all that take batches, or none",
+    )
+    offload: bool = Field(False, description="move rewards' models to host memory between scorings")
 
 
 class Config(Section):

@@ -76,11 +76,15 @@ def rollout(
     window: flow.Window,
     seed: int,
     on_rows: Callable[[int], None] = lambda rows: None,
+    on_episodes: Callable[[list[Episode]], None] = lambda episodes: None,
 ) -> list[Group]:
     """`members` episodes of every prompt, grouped.
 
     An episode's randomness comes from (seed, prompt id, member) alone: batches and their order change nothing but
     the rounding of matrix products. The window is one for all rows.
+
+    Args:
+        on_rows, on_episodes: told after each batch how many, and given them.
     """
     asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
     alike: dict[tuple, list[tuple[int, int]]] = {}
@@ -90,8 +94,10 @@ def rollout(
     for todo in alike.values():
         for at in range(0, len(todo), sampling.rows):
             rows = todo[at : at + sampling.rows]
-            episodes |= zip(rows, _think_then_paint(policy, asked, rows, sampling, window, seed), strict=True)
+            drawn = _think_then_paint(policy, asked, rows, sampling, window, seed)
+            episodes |= zip(rows, drawn, strict=True)
             on_rows(len(rows))
+            on_episodes(drawn)
     return [
         Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)
     ]
