@@ -48,10 +48,10 @@ class Judge:
 
 
 @contextmanager
-def opened(policy: Policy = Policy(), **attributes: object) -> Iterator[tuple[RewardSet, Judge]]:
+def opened(policy: Policy | None = None, **attributes: object) -> Iterator[tuple[RewardSet, Judge]]:
     plugins = Plugins()
     plugins.rewards.add("judge", type("Judge", (Judge,), attributes))
-    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT, policy) as rewards:
+    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT, policy or Policy()) as rewards:
         yield rewards, rewards.rewards[0].reward
 
 
