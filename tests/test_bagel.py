@@ -369,6 +369,18 @@ def test_gradients_of_a_bf16_base_reach_its_adapters_in_fp32() -> None:
     assert seen == {torch.bfloat16}
 
 
+@torch.no_grad()
+def test_logits_and_velocities_of_a_bf16_network_are_not_rounded_to_it() -> None:
+    """They are computed in fp32 from bf16 states, so hardly any of them is a bf16 number."""
+    model = load_model(str(TINY), dtype=torch.bfloat16)
+    ids = model.given("prompt", "a red cube").ids[None]
+    image = NoisyImage(torch.ones(1, 1, 6, 64), torch.full((1, 1), 0.9), (2, 3))
+    out = model.forward(model.empty_context(1), ids, image=image)
+    for values in (model.network.logits(out.hidden_BLC), out.velocity_BKND):
+        assert values.dtype == torch.float32
+        assert (values == values.bfloat16().float()).float().mean() < 0.05
+
+
 def test_the_reference_on_the_host_is_the_same_reference() -> None:
     """Streamed layer by layer it gives the same velocities, and its weights go home after each layer."""
     settings = ["train.tune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
