@@ -138,7 +138,9 @@ class Train(Section):
 class Eval(Section):
     """Held-out evaluation: Euler steps only, fixed noise."""
 
-    suite: str = Field("shapes", description="shapes, geneval, or a prompts file")
+    suite: str = Field(
+        "shapes", description="shapes, geneval, a prompts file, or KIND:PATH of a foreign suite (docs/suites.md)"
+    )
     samples: Positive = Field(1, description="images per prompt")
     limit: Count = Field(0, description="only the first n prompts of each task; 0 for all")
     temperature: Rate = Field(1.0, description="of the reasoning; 0 is greedy")
