@@ -211,6 +211,7 @@ def write_text(
     fed = torch.full((rows, 1), open_id, device=policy.device)
     out = policy.forward(context.reserve(budget + 2), fed)
     ids, log_probs = [], []
+    going = [1] * rows
     for k in range(budget):
         assert out.hidden_BLC is not None
         drawn = token(
@@ -219,13 +220,14 @@ def write_text(
         ids.append(drawn.id)
         log_probs.append(drawn.log_prob)
         length += alive
-        out = policy.forward(out.context, drawn.id[:, None], [int(a) for a in alive])
+        out = policy.forward(out.context, drawn.id[:, None], going)
         alive = alive & (drawn.id != stop_id)
-        if not alive.any():
+        going = alive.int().tolist()  # the one wait for the device per token
+        if not any(going):
             break
     context = out.context
-    if alive.any():
-        context = policy.forward(context, torch.full_like(fed, stop_id), length_B=[int(a) for a in alive]).context
+    if any(going):
+        context = policy.forward(context, torch.full_like(fed, stop_id), going).context
     ids_BL, log_prob_BL = torch.stack(ids, dim=1).cpu(), torch.stack(log_probs, dim=1).float().cpu()
     texts = []
     for row, (n, truncated) in enumerate(zip(length.tolist(), alive.tolist(), strict=True)):

@@ -215,7 +215,7 @@ def replay_fixed(
                 old = replay(policy, batch, coupling=config.objective.coupling, image=paints)
                 if needs_reference:
                     with policy.reference() as beginning:
-                        reference = replay(beginning, batch, image=paints)
+                        reference = replay(beginning, batch, image=paints, text=objective.text_kl > 0)
             share.append(MicroBatch(batch, advantage_B[own].to(policy.device), old, reference))
         shares.append(share)
     return shares
