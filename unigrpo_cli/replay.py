@@ -197,7 +197,7 @@ def replay(
             keys and values, for the painter's conditioning is part of the policy. "detach": the image loss
             trains the image expert alone.
         image: False leaves out velocities (a text-only objective).
-        text: False leaves the words unscored, for a reference that only velocities are held to; the log-probabilities
+        text: False leaves the words unscored, for a reference of velocities alone: its log-probabilities
             are then 0 and mean nothing.
 
     Raises:
