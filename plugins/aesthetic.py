@@ -21,8 +21,8 @@ WHERE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 class AestheticOptions(Options):
     head: str | None = Field(
         None,
-        description="the head: a .safetensors file, a directory with one, or org/repo[/file] on the hub; without it "
-        "the small one of the shapes world, with its CLIP",
+        description="the head: a .safetensors file, a directory with one, or org/repo[/file] on the hub; with the "
+        "embedded policy the default is the small one of the shapes world",
     )
     model: str | None = Field(
         None,
@@ -74,8 +74,8 @@ class AestheticReward:
         if width != self.head.width:
             self.teardown()
             raise RewardError(
-                f"reward {self.name!r}: {path.name} takes embeddings of {self.head.width} numbers, and {model} gives "
-                f"{width}; give the model that the head was trained on with @model=... (768: {MODEL})"
+                f"reward {self.name!r}: {path.name} takes embeddings of {self.head.width} numbers, and {model} "
+                f"gives {width}; give the model that the head was trained on with @model=... (768: {MODEL})"
             )
 
     def _head_file(self, context: RewardContext, model: str) -> Path:

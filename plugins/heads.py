@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from unigrpo_cli.errors import RewardError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
-"""Numbers of the linear layers in nn.Sequential: after the first three one dropout, or an activation and a dropout."""
+"""Numbers of the linear layers in nn.Sequential: after the first three a dropout, or activation and dropout."""
 FOLD_TOLERANCE = 1e-4
 _LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
 
@@ -60,8 +61,8 @@ def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") 
     """
     if any(key.startswith("scoring_head") for key in state):
         raise RewardError(
-            f"reward 'aesthetic': {name} is a head of aesthetic-predictor v2.5, which is not supported: it is AGPL-3.0 "
-            "and looks through SigLIP; take a LAION head (v1 or v2), or write a plugin of your own"
+            f"reward 'aesthetic': {name} is a head of aesthetic-predictor v2.5, which is not supported: it is "
+            "AGPL-3.0 and looks through SigLIP; take a LAION head (v1 or v2), or write a plugin of your own"
         )
     if set(state) == {"weight", "bias"}:
         return _chained(((state["weight"], state["bias"]),), False, name)
@@ -72,21 +73,18 @@ def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") 
             f"reward 'aesthetic': {name} is no LAION head: it holds {', '.join(sorted(state)[:4])}; "
             "expected `weight` and `bias` (v1), or layers.0/2/4/6/7 (v2)"
         )
-    if activation == "auto":
-        relu = _activated(numbers, name)
-    else:
-        relu = activation == "relu"
+    relu = _activated(numbers, name) if activation == "auto" else activation == "relu"
     layers = tuple((state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]) for n in numbers)
     return _chained(layers, relu, name)
 
 
 def _activated(numbers: tuple[int, ...], name: str) -> bool:
     """Whether there is ReLU between layers of these numbers."""
-    if numbers == RELU or numbers == LINEAR and "relu" not in name.lower():
+    if numbers == RELU or (numbers == LINEAR and "relu" not in name.lower()):
         return numbers == RELU
     raise RewardError(
-        f"reward 'aesthetic': {name} has layers {'/'.join(map(str, numbers))}, which does not tell whether there are "
-        "activations between them; say @activation=none or @activation=relu"
+        f"reward 'aesthetic': {name} has layers {'/'.join(map(str, numbers))}, which does not tell whether there "
+        "are activations between them; say @activation=none or @activation=relu"
     )
 
 
@@ -94,7 +92,7 @@ def _chained(layers: tuple[tuple[Tensor, Tensor], ...], relu: bool, name: str) -
     """A head whose layers fit each other, in fp32."""
     ends = [tuple(w.shape) for w, _ in layers]
     fits = all(w.ndim == 2 and tuple(b.shape) == (w.shape[0],) for w, b in layers)
-    if not fits or ends[-1][0] != 1 or any(a[0] != b[1] for a, b in zip(ends, ends[1:], strict=False)):
+    if not fits or ends[-1][0] != 1 or any(a[0] != b[1] for a, b in pairwise(ends)):
         raise RewardError(
             f"reward 'aesthetic': the layers of {name} do not lead from an embedding to one number: "
             f"{', '.join(map(str, ends))}"

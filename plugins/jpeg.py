@@ -1,4 +1,4 @@
-"""Size of the picture as a JPEG: the reward of Black et al. (2023) that needs no model and shows that learning works."""
+"""Size of the picture as a JPEG: a reward of Black et al. (2023) that needs no model."""
 
 from __future__ import annotations
 

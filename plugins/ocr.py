@@ -57,8 +57,8 @@ class OcrReward:
         name = self.options.recogniser
         if name is None:
             raise RewardError(
-                "reward 'ocr': say what reads, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) or "
-                "ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf"
+                "reward 'ocr': say what reads, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
+                "or ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf"
             )
         self.shared = context.shared
         self.key = ("ocr", name, self.options.precision)

@@ -119,7 +119,7 @@ class HPSv2Options(Options):
 
 
 class HPSv2Reward:
-    """Human Preference Score v2 and v2.1 (Wu et al. 2023): cosine of picture and prompt, the picture padded square."""
+    """Human Preference Score v2 and v2.1 (Wu et al. 2023): cosine of prompt and picture, padded to a square."""
 
     name = "hpsv2"
     summary = "Human Preference Score v2: agreement with what people prefer, about .2 to .35"

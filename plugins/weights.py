@@ -15,6 +15,7 @@ from unigrpo_cli.errors import RewardError
 
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:/[\w./+-]+)?")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+FORMS = (".safetensors", *PICKLED)
 
 
 def conversion(path: str | Path) -> str:
@@ -45,7 +46,7 @@ def find_weights(context: RewardContext, reward: str, option: str, given: str) -
         return _unpickled(path, where)
     if path.is_dir():
         return _only_file(path, where)
-    if not _HUB.fullmatch(given) or path.suffix and given.count("/") < 2:
+    if not _HUB.fullmatch(given) or (path.suffix in FORMS and given.count("/") < 2):
         raise RewardError(f"{where}: no such file; give a .safetensors file, a directory with one, or a hub id")
     return _only_file(*_fetched(context, given, where))
 
@@ -73,8 +74,8 @@ def cannot(context: RewardContext, name: str, error: BaseException) -> str:
     """The tail of an error about a model that is not to be had."""
     hint = " (HF_HUB_OFFLINE is set)" if context.offline else ""
     return (
-        f"cannot be loaded{hint}: {first_line(error)}; it must be a directory, or fetch it where there is a network "
-        f"with `hf download {name}` and give its directory"
+        f"cannot be loaded{hint}: {first_line(error)}; it must be a directory, or fetch it where there is a "
+        f"network with `hf download {name}` and give its directory"
     )
 
 
