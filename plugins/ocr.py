@@ -135,17 +135,20 @@ class Recogniser:
             return []
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        stop: dict[str, Any] = {}
-        if self.model.config.model_type == "got_ocr2":
-            stop = {"tokenizer": self.processor.tokenizer, "stop_strings": STOP}
         with torch.inference_mode():
             tokens = self.model.generate(
-                **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, **stop
+                **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=self._ends()
             )
         if "input_ids" in inputs:  # a decoder alone repeats the prompt that its processor made
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [text.removesuffix(STOP) for text in texts]
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text: the model's own, and GOT-OCR2's end of a turn, which its configuration leaves out."""
+        own = self.model.generation_config.eos_token_id
+        ends = [own] if isinstance(own, int) else list(own or [])
+        turn = self.processor.tokenizer.get_vocab().get(STOP)
+        return ends if turn is None or turn in ends else [*ends, turn]
 
 
 def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser:

@@ -31,7 +31,8 @@ def conversion(path: str | Path) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says first; when that ends with a colon, also what it announces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2])[:300] if lines[0].endswith(":") else lines[0][:300]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text[:300].rstrip(".")
 
 
 def find_weights(context: RewardContext, reward: str, option: str, given: str) -> Path:

@@ -29,7 +29,7 @@ from unigrpo_plugins.encoders import EMBEDDED, load_encoder
 WIDTHS = (48, 24, 16, 8, 1)
 NUMBERS = (0, 2, 4, 6, 7)  # of LAION's linear layers; dropout stands between
 BEST, BLUR, NOISE, APART = 7.0, 2.0, 2.0, 2.0
-"""Rating of a perfect picture, and what the worst blur, noise and placement take off: 1 to 7, near LAION's range."""
+"""Rating of a perfect picture, and what the worst blur, noise and placement take off: 1 to 7."""
 WORST_BLUR, WORST_NOISE = 8, 40.0
 """Passes of the kernel; standard deviation in grey levels. This CLIP was taught to look past milder ones."""
 
