@@ -143,12 +143,12 @@ class Recogniser:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
-    def _ends(self) -> list[int]:
-        """Tokens that end a text: the model's own, and GOT-OCR2's end of a turn, which its configuration leaves out."""
+    def _ends(self) -> list[int] | None:
+        """Tokens that end a text: the model's own, and the end of a turn, where GOT-OCR2's examples stop."""
         own = self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
         turn = self.processor.tokenizer.get_vocab().get(STOP)
-        return ends if turn is None or turn in ends else [*ends, turn]
+        return [*ends, *({turn} - {None, *ends})] or None
 
 
 def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser:
