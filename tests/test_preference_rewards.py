@@ -22,6 +22,7 @@ from unigrpo_cli.rewards.grammar import parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_plugins.preference import HPSv2Reward, PickScoreReward
+from unigrpo_plugins.weights import conversion
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
 TOLERANCE = 1e-5
@@ -190,6 +191,11 @@ def test_hpsv2_equals_open_clip_on_the_whole_picture(hps: Path) -> None:
         scores = reward.score(RewardBatch(tuple(samples))).scores
         reward.teardown()
         torch.testing.assert_close(scores, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_the_page_has_the_line_that_converts() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards" / "hpsv2.md").read_text()
+    assert conversion("HPS_v2.1_compressed.pt") in page
 
 
 def test_hpsv2_files_gone_wrong(hps: Path, tmp_path: Path) -> None:
