@@ -99,7 +99,7 @@ def test_position_needs_its_target_matched() -> None:
 )
 def test_partial_credit(objects: dict, atoms: list[float], partial: float) -> None:
     verdict = judge(objects, POSITION)
-    assert [value for _, value in verdict.atoms] == atoms
+    assert [atom.value for atom in verdict.atoms] == atoms
     assert verdict.partial == partial
 
 
