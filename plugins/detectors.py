@@ -40,17 +40,16 @@ class Detector(Protocol):
     def detect(self, images: Sequence[Image], floor: float = 0.0) -> list[list[Detection]]: ...
 
 
-DETECTORS = {
-    "shapes": "the six shapes of the embedded world",
-    "mask2former": "COCO's 80 classes with masks, closest to GenEval's own; needs scipy",
-    "rfdetr": "COCO's 80 classes with masks; needs nothing more",
+COCO_DETECTORS = {
+    "mask2former": "masks, closest to GenEval's own; needs scipy",
+    "rfdetr": "masks; needs nothing more",
     "boxes": "any object detector of transformers, boxes only; needs @weights=...",
 }
 
 
-def choices() -> str:
-    """What to type for each detector, for errors."""
-    return "; ".join(f"@detector={name} ({what})" for name, what in DETECTORS.items())
+def coco_choices() -> str:
+    """What to type for each detector of COCO's 80 classes, for errors."""
+    return "; ".join(f"@detector={name} ({what})" for name, what in COCO_DETECTORS.items())
 
 
 @dataclass(frozen=True)

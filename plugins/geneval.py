@@ -21,15 +21,15 @@ MODES = ("official", "strict", "partial", "soft")
 class GenEvalOptions(Options):
     detector: Literal["auto", "shapes", "mask2former", "rfdetr", "boxes"] = Field(
         "auto",
-        description="what looks at the picture; auto: shapes, with the embedded policy or where all prompts are about its "
-        "shapes, and otherwise none until one is named",
+        description="what looks; auto: shapes, with the embedded policy or where all prompts are about "
+        "its shapes, and otherwise none until one is named",
     )
     weights: str | None = Field(None, description="hub id or directory of the detector; default is its own")
     size: str | None = Field(
         None,
         pattern=r"^(own|[1-9]\d*x[1-9]\d*)$",
-        description="SHORTxLONG, the sides that it sees pictures at, or `own`, as its weights say; default 800x1333 for "
-        "mask2former, own for others",
+        description="SHORTxLONG, what it sees pictures at, or `own`, as its weights say; default 800x1333 "
+        "for mask2former, own for others",
     )
     threshold: float | None = Field(None, description="smallest confidence; default is the detector's")
     counting_threshold: float | None = Field(None, description="the same for counting prompts")
@@ -42,8 +42,8 @@ class GenEvalOptions(Options):
     )
     color: Literal["auto", "lab", "clip"] = Field(
         "auto",
-        description="lab: nearest of ten in CIELAB; clip: GenEval's rule, CLIP's choice; auto: lab for `shapes`, clip for "
-        "others",
+        description="lab: nearest of ten in CIELAB; clip: GenEval's rule, CLIP's choice; auto: lab for `shapes`, "
+        "clip for others",
     )
     clip_model: str = Field("ViT-L-14-quickgelu", description="open_clip name of the judge of colours")
     clip_pretrained: str | None = Field("openai", description="open_clip tag or weights file of it")
@@ -97,7 +97,9 @@ class GenEvalReward:
                 # Named, so that the embedded policy's own small CLIP is not taken: it never learnt to tell colours.
                 encoder, key = shared_encoder(self.context, self.name, o.clip_model, o.clip_pretrained)
             except RewardError as error:
-                raise RewardError(f"{error}; or do without: @color=lab, the nearest of ten colours") from error
+                raise RewardError(
+                    f"{str(error).rstrip('.')}; or do without: @color=lab, the nearest of ten colours"
+                ) from error
             self.keys.append(key)
             self.colors = ClipColors(encoder)
         self.detector, self.detector_name = detector, name
@@ -213,9 +215,9 @@ def _some(names: Sequence[str], count: int = 4) -> str:
 
 
 def _remedy() -> str:
-    from unigrpo_plugins.detectors import choices
+    from unigrpo_plugins.detectors import coco_choices
 
-    return f"Say geneval{choices()}. Another reward may judge such prompts, e.g. --reward clip"
+    return f"For COCO's 80 classes say geneval{coco_choices()}. Or --reward clip judges such prompts"
 
 
 def _coloured(metadata: Mapping[str, Any]) -> dict[str, int]:
