@@ -28,6 +28,11 @@ class Encoder:
         self.model.to(device)
         self.device = device
 
+    @property
+    def scale(self) -> float:
+        """What the model multiplies cosines by before a softmax: its own inverse temperature."""
+        return float(self.model.logit_scale.detach().exp())
+
     def images(self, images: Sequence[Image]) -> torch.Tensor:
         """[B, E] of PIL images."""
         import torch

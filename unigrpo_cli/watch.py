@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ def rollout_metrics(groups: Sequence[Group], scored: dict[str, Scored], advantag
         metrics[f"reward/{name}"] = math.nan if own.mean is None else own.mean
         metrics[f"reward/{name}/abstained"] = float((~own.valid).mean())
         for part, values in own.components.items():
-            metrics[f"reward/{name}/{part}"] = float(values[own.valid].mean()) if own.valid.any() else math.nan
+            known = values[own.valid & np.isfinite(values)]  # a part may be about some prompts only
+            metrics[f"reward/{name}/{part}"] = float(known.mean()) if len(known) else math.nan
     advantage_PG = advantage_B.view(len(groups), -1)
     metrics["advantage/zero_groups"] = float((advantage_PG == 0).all(dim=1).float().mean())
     metrics["advantage/std"] = float(advantage_B.std(correction=0))
