@@ -197,14 +197,16 @@ class Endpoint:
             try:
                 found = self._once(method, path, content, deadline, read)
             except _PassingError as passing:
-                why = str(passing)
-                # full jitter: many that failed together must not come back together
-                wait = max(passing.least_s, self._draw() * min(p.backoff_most_s, p.backoff_s * 2 ** (tried - 1)))
+                why, least = str(passing), passing.least_s
             else:
                 with self._lock:
                     self._in_a_row = 0
                 return found
-            if tried == p.attempts or self._clock() + wait >= deadline:
+            if tried == p.attempts:
+                break
+            # full jitter: many that failed together must not come back together
+            wait = max(least, self._draw() * min(p.backoff_most_s, p.backoff_s * 2 ** (tried - 1)))
+            if self._clock() + wait >= deadline:
                 break
             with self._lock:
                 self._counts["retries"] += 1
@@ -253,6 +255,9 @@ class Endpoint:
     def _answer_of(self, row: Any) -> Answer:
         choice = row["choices"][0]
         message, listed = choice["message"], (choice.get("logprobs") or {}).get("content") or []
+        text = message["content"] if message.get("content") is not None else ""
+        if not isinstance(text, str):
+            raise TypeError("content that is no text")
         first: dict[str, float] = {}
         if listed:
             for entry in [*listed[0].get("top_logprobs", []), listed[0]]:
@@ -262,7 +267,7 @@ class Endpoint:
         with self._lock:
             for name in ("prompt_tokens", "completion_tokens"):
                 self._counts[name] += int(usage.get(name) or 0)
-        return Answer(message.get("content") or "", tuple(first.items()), str(choice.get("finish_reason") or ""))
+        return Answer(text, tuple(first.items()), str(choice.get("finish_reason") or ""))
 
     def _give_up(self, why: str) -> None:
         with self._lock:
