@@ -222,10 +222,10 @@ class Endpoint:
         p, began = self.patience, self._clock()
         left = max(deadline - began, 0.01)
         timeout = httpx2.Timeout(min(p.read_s, left), connect=min(p.connect_s, left), pool=left)
-        sort = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
         try:
             with self._client.stream(
-                method, self.url + path, content=content, headers=sort, timeout=timeout
+                method, self.url + path, content=content, headers=headers, timeout=timeout
             ) as response:
                 data = bytearray()
                 for chunk in response.iter_bytes():
@@ -233,14 +233,13 @@ class Endpoint:
                     # each chunk may come within the read timeout and their sum never end
                     if self._clock() > deadline or len(data) > LARGEST_ANSWER:
                         raise _PassingError("an answer without end")
-                status, headers = response.status_code, response.headers
+                status, asked = response.status_code, response.headers.get("Retry-After")
         except (httpx2.RequestError, OSError) as error:
             raise _PassingError(self._without_key(f"{type(error).__name__}: {error}")) from None
         except RuntimeError:  # what a client says that was closed meanwhile
             raise UnansweredError("the judge was closed") from None
         if status in PASSING or status >= 500:
-            least = _retry_after(headers.get("Retry-After"), self._now())
-            raise _PassingError(f"status {status}{self._said(data)}", least)
+            raise _PassingError(f"status {status}{self._said(data)}", _retry_after(asked, self._now()))
         if not 200 <= status < 300:
             remedy = REMEDIES.get(status, "check @url")
             raise RefusedError(f"judge {self.url}{path} gave status {status}{self._said(data)}; {remedy}", status)

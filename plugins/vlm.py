@@ -157,7 +157,8 @@ class VlmReward:
             self.server.stop()
             self.server = None
         if figures:
-            print("vlm: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), file=sys.stderr)
+            shown = (f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in figures.items())
+            print(f"vlm: {', '.join(shown)}", file=sys.stderr)
 
     def _set_up_local(self, context: RewardContext, model: str) -> None:
         from unigrpo_plugins.judge_local import LocalJudge
