@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli import RewardContext
@@ -67,15 +68,21 @@ class LocalJudge:
         import torch
 
         processor, model = self._seeing.processor, self._seeing.model
+        texts = [self._text(matter) for _, matter in rows]
+        begin = getattr(processor.tokenizer, "bos_token", None)
         inputs = processor(
-            text=[self._text(matter) for _, matter in rows],
+            text=texts,
             images=[[image] for image, _ in rows],
             padding=True,
             padding_side="left",  # so that the next token is that of the last column for all
+            add_special_tokens=not (
+                begin and texts[0].startswith(begin)
+            ),  # most templates begin with it: not twice
             return_tensors="pt",
         ).to(self._seeing.device, dtype=model.dtype)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         with torch.inference_mode():
-            logits_BV = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            logits_BV = model(**inputs, **last).logits[:, -1].float()
             logp_BV = logits_BV.log_softmax(dim=-1)
             yes_B, no_B = (_summed(logp_BV, ids) for ids in self._words)
             value_B, mass_B = torch.sigmoid(yes_B - no_B), torch.logaddexp(yes_B, no_B).exp()

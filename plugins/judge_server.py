@@ -152,6 +152,10 @@ class Conversation(BaseHTTPRequestHandler):
             answer = complete(data, self.server)
         except BadRequestError as error:
             return self._error(400, str(error))
+        except (
+            Exception
+        ) as error:  # a fault of ours: said, where a dropped connection would look like the network's
+            return self._error(500, f"{type(error).__name__}: {error}")
         self._send(200, answer, fault)
 
     def _error(self, status: int, message: str, retry_after: str | None = None) -> None:
@@ -193,25 +197,24 @@ def complete(data: bytes, server: JudgeServer) -> dict[str, Any]:
     try:
         body = json.loads(data)
         parts = [part for m in body["messages"] for part in _parts(m["content"])]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        top = int(body.get("top_logprobs") or 0)
+        text = "\n".join(p["text"] for p in parts if p.get("type") == "text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadRequestError("no chat completion") from None
     for feature in sorted(server.faults.without):
         if body.get(feature):
             raise BadRequestError(f"{feature} is not supported")
     if body.get("model") != MODEL:
         raise BadRequestError(f"there is one model here, {MODEL}")
-    if int(body.get("top_logprobs") or 0) > 20:
+    if not 0 <= top <= 20:
         raise BadRequestError("top_logprobs is at most 20")
-    text = "\n".join(p["text"] for p in parts if p.get("type") == "text")
     shown, clean, reasons = look(_picture(parts), text, server.detector)
     content, first = _spoken(body, text, shown, clean, reasons)
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": content}}
     choice |= {"finish_reason": "stop", "logprobs": None}
     if body.get("logprobs"):
         listed = [{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in first]
-        choice["logprobs"] = {
-            "content": [listed[0] | {"top_logprobs": listed[: int(body.get("top_logprobs") or 0)]}]
-        }
+        choice["logprobs"] = {"content": [listed[0] | {"top_logprobs": listed[:top]}]}
     return {
         "id": "chatcmpl-0",
         "object": "chat.completion",
@@ -280,7 +283,8 @@ def _picture(parts: list[dict[str, Any]]) -> Any:
 
     for part in parts:
         if part.get("type") == "image_url":
-            head, _, data = str(part["image_url"]["url"]).partition(",")
+            source = part.get("image_url")
+            head, _, data = str(source.get("url") if isinstance(source, dict) else "").partition(",")
             if not re.fullmatch(r"data:image/(png|jpeg);base64", head):
                 raise BadRequestError("send the picture as a data URL, PNG or JPEG")
             try:

@@ -249,6 +249,35 @@ def test_a_judge_that_is_gone_stops_the_run(server: JudgeServer, judge: Callable
         reward.score(_batch(2))
 
 
+def test_only_failures_in_a_row_break_it() -> None:
+    bad, good = httpx2.Response(500), _answer()
+    endpoint, _ = _endpoint([bad, good, bad, good, bad, bad], Clock(), patience=Patience(attempts=1, breaker=2))
+    for what in (UnansweredError, None, UnansweredError, None, UnansweredError, RewardError, RewardError):
+        if what is None:
+            endpoint.ask({})
+        else:
+            with pytest.raises(what):
+                endpoint.ask({})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{", b"[" * 9000, b'{"messages": [3]}', b'{"messages": [{"content": [3]}]}']
+    + [json.dumps({"model": MODEL, "messages": [{"content": "hi"}]}).encode()]
+    + [json.dumps({"model": MODEL, "messages": [], "top_logprobs": "x"}).encode()]
+    + [
+        json.dumps({"model": MODEL, "messages": [{"content": [{"type": "image_url", "image_url": url}]}]}).encode()
+        for url in (3, {"url": "http://elsewhere/x.png"}, {"url": "data:image/png;base64,AAAA"}, {"url": "data:,"})
+    ],
+)
+def test_the_stand_in_answers_whatever_it_is_sent(server: JudgeServer, body: bytes) -> None:
+    with httpx2.Client(trust_env=False) as client:
+        response = client.post(f"{server.url}/chat/completions", content=body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["message"]
+        assert client.get(f"{server.url}/elsewhere").status_code == 404
+
+
 def test_no_server_at_all_is_found_at_setup() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
@@ -819,7 +848,7 @@ def test_a_cache_that_cannot_be_made(judge: Callable[..., VlmReward], tmp_path: 
 
 
 TEMPLATE = (
-    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
+    "<s>{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
     "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
@@ -827,7 +856,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A true image-text-to-text model (LLaVA's form), random and tiny, with its processor, in safetensors."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -871,6 +900,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     plain = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=plain, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
@@ -934,6 +964,18 @@ def test_a_model_run_here_equals_the_library(directory: Path) -> None:
     assert list(shared.loads.values()) == [1]
     reward.teardown()
     assert not shared._held
+
+
+def test_a_conversation_begins_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template writes the first token and the tokenizer would write it again."""
+    reward = VlmReward(VlmOptions(model=str(directory)))
+    reward.setup(CONTEXT)
+    seen: list[torch.Tensor] = []
+    model = reward.judge._seeing.model
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"]), with_kwargs=True)
+    reward.score(_batch(2))
+    assert (seen[0] == 2).sum(dim=1).tolist() == [1, 1]
+    reward.teardown()
 
 
 def test_what_a_model_run_here_cannot_do(directory: Path, tmp_path: Path) -> None:
