@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -59,11 +59,15 @@ class Patience:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge said: its text, the likeliest first tokens with their log-probabilities, why it stopped."""
+    """What a judge said: its text, the likeliest first tokens with their log-probabilities, why it stopped.
+
+    `call` is what it took to get it: tries, seconds, tokens. It is no part of what was said, and not remembered.
+    """
 
     text: str
     first: tuple[tuple[str, float], ...] = ()
     finish: str = ""
+    call: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         return {"text": self.text, "first": [list(pair) for pair in self.first], "finish": self.finish}
@@ -165,11 +169,13 @@ class Endpoint:
         """
         with self._lock:
             self._counts["calls"] += 1
-        return self._exchange("POST", "/chat/completions", body, self._answer_of)
+        began = self._clock()
+        answer, tried = self._exchange("POST", "/chat/completions", body, self._answer_of)
+        return replace(answer, call={"tries": tried, "seconds": self._clock() - began, **answer.call})
 
     def models(self) -> list[str]:
         """Ids of the models that are served; raises like `ask`."""
-        return self._exchange("GET", "/models", None, lambda row: [str(model["id"]) for model in row["data"]])
+        return self._exchange("GET", "/models", None, lambda row: [str(model["id"]) for model in row["data"]])[0]
 
     def figures(self) -> dict[str, float]:
         """Counts so far, and median and 95th percentile of the seconds that an answer took."""
@@ -186,7 +192,10 @@ class Endpoint:
         self._closed.set()
         self._client.close()
 
-    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]) -> T:
+    def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]
+    ) -> tuple[T, int]:
+        """What `read` makes of the answer, and at which try."""
         content = None if body is None else json.dumps(body).encode()
         p = self.patience
         deadline = self._clock() + p.deadline_s
@@ -201,7 +210,7 @@ class Endpoint:
             else:
                 with self._lock:
                     self._in_a_row = 0
-                return found
+                return found, tried
             if tried == p.attempts:
                 break
             # full jitter: many that failed together must not come back together
@@ -263,10 +272,11 @@ class Endpoint:
                 # the sampled token stands in the list too: each token counts once
                 first.setdefault(str(entry["token"]), _number(entry["logprob"]))
         usage = row.get("usage") or {}
+        tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         with self._lock:
-            for name in ("prompt_tokens", "completion_tokens"):
-                self._counts[name] += int(usage.get(name) or 0)
-        return Answer(text, tuple(first.items()), str(choice.get("finish_reason") or ""))
+            for name, count in tokens.items():
+                self._counts[name] += count
+        return Answer(text, tuple(first.items()), str(choice.get("finish_reason") or ""), tokens)
 
     def _give_up(self, why: str) -> None:
         with self._lock:

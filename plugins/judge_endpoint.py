@@ -6,6 +6,7 @@ import base64
 import io
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.errors import RewardError
@@ -89,7 +90,7 @@ class EndpointJudge:
                 answer = self.endpoint.ask(unique[key])
             except UnansweredError as error:
                 return no_opinion(str(error))
-            reading = self.form.read(answer)
+            reading = replace(self.form.read(answer), call=answer.call)
             if cache is not None and not reading.why:
                 cache.put(key, answer.as_json())
             return reading
@@ -118,7 +119,7 @@ class EndpointJudge:
             return None
         with self._lock:
             cache.hits += 1
-        return reading
+        return replace(reading, call={"tries": 0})
 
 
 def request(model: str, picture: str, matter: Matter, form: Form, extra: Mapping[str, Any]) -> dict[str, Any]:

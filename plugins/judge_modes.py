@@ -28,12 +28,16 @@ SHOWS = "Does the picture show "
 
 @dataclass(frozen=True)
 class Reading:
-    """An answer as a number in [0, 1], NaN where it is no opinion and `why` says so; its parts; a remark."""
+    """An answer as a number in [0, 1], NaN where it is no opinion and `why` says so; its parts; a remark.
+
+    `call` is what it took: tries, seconds, tokens.
+    """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
     remark: str = ""
     why: str = ""
+    call: Mapping[str, float] = field(default_factory=dict)
 
 
 def no_opinion(why: str) -> Reading:

@@ -242,6 +242,6 @@ class VlmReward:
         return RewardOutput(scores, components=parts, info=info)
 
 
-def _remarks(reading: Reading) -> dict[str, str]:
-    facts = {"reason": reading.remark, "abstained": reading.why}
-    return {name: text for name, text in facts.items() if text}
+def _remarks(reading: Reading) -> dict[str, Any]:
+    facts = {"reason": reading.remark, "abstained": reading.why, "call": dict(reading.call)}
+    return {name: fact for name, fact in facts.items() if fact}

@@ -166,6 +166,9 @@ def test_each_question_is_asked_once_and_paid_for(judge: Callable[..., VlmReward
     figures = reward.figures()
     assert figures["calls"] - before["calls"] == 4
     assert figures["repeats"] == 4
+    calls = [row["call"] for row in reward.score(batch).info]
+    assert [call["tries"] for call in calls] == [1] * 4
+    assert all(call["seconds"] > 0 and call["completion_tokens"] == 1 for call in calls)
     assert figures["completion_tokens"] == figures["calls"]  # one token each
     assert figures["cost"] == pytest.approx(
         (2 * figures["prompt_tokens"] + 10 * figures["completion_tokens"]) / 1e6
