@@ -9,14 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-import queue
-import sys
-import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +24,7 @@ from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.lane import Lane
 from unigrpo_cli.rewards.registry import Plugins
 
 RECENT = 512  # samples over which the share of abstentions is taken
@@ -48,47 +45,8 @@ class Scored:
         return float(self.scores[self.valid].mean()) if self.valid.any() else None
 
 
-class Lane:
-    """A thread of its own for a reward's calls, so that one that hangs can be left behind.
-
-    One thread for all calls: torch starts a new pool of workers for every new thread that computes, and gives
-    it as many as there are cores whatever the main thread was told.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-        torch = sys.modules.get("torch")
-        self._limit = None if torch is None else partial(torch.set_num_threads, torch.get_num_threads())
-        self._asked: queue.Queue[Callable[[], Any]] = queue.Queue()
-        self._answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self.lost = False
-
-    def _work(self) -> None:
-        if self._limit is not None:
-            self._limit()
-        while True:
-            function = self._asked.get()
-            try:
-                self._answers.put((True, function()))
-            except BaseException as error:  # a reward may even call sys.exit
-                self._answers.put((False, error))
-
-    def call(self, function: Callable[[], Any], timeout_s: float | None) -> tuple[bool, Any]:
-        """Whether it came back, and its result or its exception.
-
-        Raises:
-            TimeoutError: when it did not come back in time; the lane is then lost.
-        """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True, name=f"reward {self.name}")
-            self._thread.start()
-        self._asked.put(function)
-        try:
-            return self._answers.get(timeout=timeout_s)
-        except queue.Empty:
-            self.lost = True
-            raise TimeoutError from None
+class FailedCallError(RewardError):
+    """An exception of a reward's own code, which `reward.on_error` is about; broken promises always stop."""
 
 
 @dataclass
@@ -142,6 +100,7 @@ class RewardSet:
                 opened = OpenReward(choice, address, reward, _range_of(choice, reward), Lane(choice.alias))
                 if hasattr(reward, "setup"):
                     self._call(opened, lambda reward=reward: reward.setup(context), "setup")
+                    opened.range = _range_of(choice, reward)  # some learn it there, e.g. from a server
                 self.rewards.append(opened)
                 plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
         except BaseException:
@@ -225,7 +184,7 @@ class RewardSet:
 
     def _score_one(self, opened: OpenReward, batch: RewardBatch) -> Scored:
         batch = replace(batch, samples=tuple(map(_for_one_reward, batch.samples)))
-        size = _batch_size_of(opened) or len(batch)
+        size = _batch_size_of(opened) or len(batch) or 1  # without samples nobody is asked
         parts = []
         for at in range(0, len(batch), size):
             piece = batch[at : at + size]
@@ -262,7 +221,7 @@ class RewardSet:
             if what == "score"
             else f"see `unigrpo rewards info {opened.choice.name}`"
         )
-        raise RewardError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
+        raise FailedCallError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
 
     def _read(self, opened: OpenReward, result: Any, count: int) -> Scored:
         """A reward's answer, whatever it is: what cannot be read is the reward's fault, by name."""
