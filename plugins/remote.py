@@ -34,7 +34,7 @@ class RemoteOptions(Options):
 
 
 class RemoteReward:
-    """A reward in another process or machine, served by `unigrpo rewards serve`, with the range and needs it has."""
+    """A reward of another process or machine, served by `unigrpo rewards serve`; range and needs are its own."""
 
     name = "remote"
     summary = "a reward served elsewhere by `unigrpo rewards serve`"

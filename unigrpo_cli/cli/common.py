@@ -97,23 +97,29 @@ def resolve_config(
 ) -> Config:
     """The configuration of a command from its common options."""
     from unigrpo_cli.config import load_config
-    from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.rewards.grammar import scalar
 
     named = dict(named or {})
     if reward:
         named["reward.use"] = reward
     if reward_opt:
-        options = {}
-        for text in reward_opt:
-            key, found, value = text.partition("=")
-            if not found:
-                raise UsageError(f"--reward-opt {text}: write it as ALIAS.KEY=VALUE")
-            options[key] = scalar(value)
-        named["reward.options"] = options
+        named["reward.options"] = reward_options(reward_opt)
     from unigrpo_cli.session import model_defaults
 
     return load_config(preset=preset, file=config, overrides=overrides, named=named, model_defaults=model_defaults)
+
+
+def reward_options(texts: list[str] | None) -> dict[str, Any]:
+    """`--reward-opt` texts as `alias.key` and value."""
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.rewards.grammar import scalar
+
+    options = {}
+    for text in texts or ():
+        key, found, value = text.partition("=")
+        if not found:
+            raise UsageError(f"--reward-opt {text}: write it as ALIAS.KEY=VALUE")
+        options[key] = scalar(value)
+    return options
 
 
 def load_plugins(plugin: list[str] | None, directory: Path | None, display: Display) -> Plugins:

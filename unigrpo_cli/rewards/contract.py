@@ -80,6 +80,8 @@ def check_reward(
         with rewards:
             checks = _scoring(rewards, given, max_seconds)
     torn = [str(w.message) for w in said if "failed in teardown" in str(w.message)]
+    for other in [w for w in said if str(w.message) not in torn]:
+        warnings.warn(other.message, other.category, stacklevel=2)
     checks.append(Check("can be torn down", not torn, torn[0] if torn else "done"))
     return checks
 
