@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,9 +48,11 @@ def score(
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """Score pictures. Those that unigrpo painted bring their prompt and reasoning along; say otherwise to override."""
+    """Score pictures that are files. Those that unigrpo painted bring their prompt and their reasoning along."""
     from unigrpo_cli.rewards.grammar import parse_rewards
+    from unigrpo_cli.runtime.display import Display
 
+    Display(json=json)  # whose warnings are one line
     choices = parse_rewards([name], common.reward_options(reward_opt))
     samples = _given(image, prompt, prompts, reasoning)
     scored = _scored(choices, samples, split, plugin, plugins_dir, overrides, json)
@@ -85,8 +88,10 @@ def calibrate(
 
     from unigrpo_cli.rewards.agreement import agreement
     from unigrpo_cli.rewards.grammar import parse_rewards
+    from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.suites import TASKLESS
 
+    Display(json=json)  # whose warnings are one line
     samples = _of_folder(images, prompts)
     choices = []
     for alias, text in (("A", first), ("B", second)):
@@ -168,43 +173,46 @@ def _given(
             raise UsageError(
                 "--prompts has pictures and prompts in it: leave out --image, --prompt and --reasoning"
             )
-        return list(_of_file(file).values())
+        return _of_file(file)
     if not images:
         raise UsageError("say what to score: --image x.png --prompt TEXT, or --prompts file.jsonl")
     asked = prompt or []
     if len(asked) not in (0, 1, len(images)):
         raise UsageError(f"{len(asked)} prompts for {len(images)} pictures; give one for all, or one for each")
-    texts = asked * len(images) if len(asked) == 1 else asked or [None] * len(images)
+    texts: list[str | None] = [*asked] * len(images) if len(asked) == 1 else [*asked] or [None] * len(images)
     return [_sample(path, text, reasoning) for path, text in zip(images, texts, strict=True)]
 
 
-def _of_file(path: Path) -> dict[Path, Sample]:
-    """Samples of a .jsonl file by their picture."""
+def _of_file(path: Path) -> list[Sample]:
+    """The samples of a .jsonl file; their ids are the paths of their pictures."""
     from unigrpo_cli.suites import read_prompts
 
-    samples = {}
+    samples = []
     for prompt in read_prompts(path):
         if prompt.image is None:
             raise UsageError(f"{path}: the row of prompt {prompt.text!r} has no `image`, a file beside {path.name}")
         reasoning = prompt.metadata.get("reasoning")
-        samples[Path(prompt.image)] = _sample(Path(prompt.image), prompt.text, reasoning, prompt.metadata)
+        samples.append(_sample(Path(prompt.image), prompt.text, reasoning, prompt.metadata))
     return samples
 
 
 def _of_folder(folder: Path | None, file: Path | None) -> list[Sample]:
     """The pictures of a folder, with the prompts of a file where it has them; without a folder, the file's."""
-    known = _of_file(file) if file is not None else {}
+    rows = _of_file(file) if file is not None else []
     if folder is None:
-        if not known:
+        if not rows:
             raise UsageError("say what to score: --images DIR, or --prompts file.jsonl")
-        return list(known.values())
+        return rows
     if not folder.is_dir():
         raise UsageError(f"--images {folder} is no folder")
     kinds = (".png", ".jpg", ".jpeg", ".webp")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
     if not paths:
         raise UsageError(f"--images {folder} holds no picture ({', '.join(kinds)})")
-    return [known[path.resolve()] if path.resolve() in known else _sample(path, None, None) for path in paths]
+    found: list[Sample] = []
+    for path in paths:
+        found += [row for row in rows if Path(row.id) == path.resolve()] or [_sample(path, None, None)]
+    return found
 
 
 def _sample(
@@ -216,8 +224,11 @@ def _sample(
 
     pixels, story = _read(path)
     text = prompt if prompt is not None else story.get("prompt")
-    if not isinstance(text, str):
-        raise UsageError(f"{path} does not say what was asked for: give --prompt TEXT, or its row in --prompts")
+    if not isinstance(text, str):  # rewards of the picture alone do not mind
+        text = ""
+        warnings.warn(
+            f"{path} does not say what was asked for; give --prompt, or its row in --prompts", stacklevel=2
+        )
     own = story.get("reasoning") if prompt is None or prompt == story.get("prompt") else None
     thought = reasoning if reasoning is not None else own
     return Sample(text, pixels, thought, typed_prompt(text) if metadata is None else metadata, str(path), str(path))
