@@ -22,7 +22,8 @@ import math
 import socket
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -116,15 +117,22 @@ class RewardServer(ThreadingHTTPServer):
             self.scoring.release()
         self.server_close()
 
+    @contextmanager
+    def _turn(self) -> Iterator[RewardSet]:
+        """The reward, for one request alone."""
+        with self.scoring:
+            if self.stopping or self.rewards is None:
+                raise RefusedError(503, "the reward server is stopping", "stopping")
+            yield self.rewards
+
     def check(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Whether prompts carry what the reward needs."""
         rows = body.get("metadata")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise RefusedError(400, "`metadata` must be a list of objects")
-        assert self.rewards is not None
-        with self.scoring:
+        with self._turn() as rewards:
             try:
-                self.rewards.check_needs(rows, has_reasoning=bool(body.get("has_reasoning", True)), split="train")
+                rewards.check_needs(rows, has_reasoning=bool(body.get("has_reasoning", True)), split="train")
             except RewardError as error:
                 raise RefusedError(422, str(error), "needs") from error
         return {"protocol": PROTOCOL, "ok": True}
@@ -135,15 +143,12 @@ class RewardServer(ThreadingHTTPServer):
         step, split = body.get("step", 0), body.get("split", "train")
         if type(step) is not int or split not in ("train", "eval"):
             raise RefusedError(400, '`step` must be a whole number and `split` "train" or "eval"')
-        assert self.rewards is not None
-        opened = self.rewards.rewards[0]
-        with self.scoring:
-            if self.stopping:
-                raise RefusedError(503, "the reward server is stopping", "stopping")
+        with self._turn() as rewards:
+            opened = rewards.rewards[0]
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a score out of range is said where the run is
-                    scored = self.rewards.score(samples, step=step, split=split)[opened.alias]
+                    scored = rewards.score(samples, step=step, split=split)[opened.alias]
             except FailedCallError as error:
                 raise RefusedError(500, str(error), "failed") from error
             except RewardError as error:
@@ -198,8 +203,8 @@ class Exchange(BaseHTTPRequestHandler):
         return int(text) if text.isdecimal() and len(text) < 16 else None
 
     def _send(self, status: int, content: bytes) -> None:
-        if self._unread:
-            self.close_connection = True  # what is left of the request is no next one
+        if self._unread or self.server.stopping:  # what is left of a request is no next one
+            self.close_connection = True
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
