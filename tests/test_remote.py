@@ -538,7 +538,7 @@ def test_the_command_says_where_and_ends_when_told() -> None:
         (["nothing"], 3, "unknown reward"),
         (["plan", "--token-file", "nowhere"], 2, "nowhere"),
         (["clip"], 3, "say which model"),
-        (["plan", "--set", "reward.nothing=1"], 2, "reward.nothing"),
+        (["plan", "--device", "quantum"], 2, "--device quantum"),
     ],
 )
 def test_what_the_command_refuses(

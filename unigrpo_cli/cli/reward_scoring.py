@@ -43,7 +43,7 @@ def score(
     ] = None,
     split: Split = "eval",
     reward_opt: common.RewardOpt = None,
-    overrides: common.Set = None,
+    device: common.Device = "auto",
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
@@ -55,7 +55,7 @@ def score(
     Display(json=json)  # whose warnings are one line
     choices = parse_rewards([name], common.reward_options(reward_opt))
     samples = _given(image, prompt, prompts, reasoning)
-    scored = _scored(choices, samples, split, plugin, plugins_dir, overrides, json)
+    scored = _scored(choices, samples, split, plugin, plugins_dir, device, json)
     rows = [_row(k, sample, scored) for k, sample in enumerate(samples)]
     if json:
         common.print_json({"reward": name, "split": split, "images": rows})
@@ -75,7 +75,7 @@ def calibrate(
     prompts: PromptsFile = None,
     threshold: Annotated[float, typer.Option("--threshold", help="A score that reaches it is a yes.")] = 0.5,
     split: Split = "eval",
-    overrides: common.Set = None,
+    device: common.Device = "auto",
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
@@ -99,7 +99,7 @@ def calibrate(
         if more:
             raise UsageError(f"{text!r} names several rewards; calibrate compares one with one")
         choices.append(replace(choice, alias=alias))
-    scored = _scored(choices, samples, split, plugin, plugins_dir, overrides, json)
+    scored = _scored(choices, samples, split, plugin, plugins_dir, device, json)
     tags = [str(sample.metadata.get("tag", TASKLESS)) for sample in samples]
     report = {"a": first, "b": second, "split": split}
     report |= agreement(scored["A"].scores, scored["B"].scores, tags, threshold)
@@ -147,18 +147,16 @@ def _scored(
     split: str,
     plugin: list[str] | None,
     plugins_dir: Path | None,
-    overrides: list[str] | None,
+    device: str,
     json: bool,
 ) -> dict[str, Scored]:
     """What the rewards say of the samples; abstaining is an answer here."""
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.session import open_rewards
 
     if split not in ("train", "eval"):
         raise UsageError(f"--split {split}: accepted: eval, train")
     plugins = common.load_plugins(plugin, plugins_dir, Display(json=json))
-    settings = common.resolve_config(overrides=overrides, named={"reward.max_abstain": 1.0})
-    with open_rewards(choices, plugins, settings, embedded=False) as rewards:
+    with common.rewards_alone(choices, plugins, device) as rewards:
         thinks = all(sample.reasoning is not None for sample in samples)
         rewards.check_needs([sample.metadata for sample in samples], has_reasoning=thinks, split=split)
         return rewards.score(samples, split=split)

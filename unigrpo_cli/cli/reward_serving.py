@@ -29,8 +29,11 @@ def serve(
         typer.Option("--token-file", help=f"File with the token that clients must know; default ${TOKEN_ENV}."),
     ] = None,
     max_mb: Annotated[int, typer.Option("--max-mb", min=1, help="Largest request, in MiB.")] = 256,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", min=0, help="Seconds that one scoring may take; then the server ends.")
+    ] = 600.0,
+    device: common.Device = "auto",
     reward_opt: common.RewardOpt = None,
-    overrides: common.Set = None,
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
@@ -43,22 +46,17 @@ def serve(
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.rewards.serving import RewardServer
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.session import open_rewards
 
     display = Display(json=json)
     plugins = common.load_plugins(plugin, plugins_dir, display)
-    # how much a reward may abstain is for the run to say
-    settings = common.resolve_config(
-        overrides=overrides, named={"reward.max_abstain": 1.0}, reward=[name], reward_opt=reward_opt
-    )
-    choices = parse_rewards(settings.reward.use, settings.reward.options)
+    choices = parse_rewards([name], common.reward_options(reward_opt))
     if len(choices) != 1:
         raise UsageError(f"a server serves one reward, not {len(choices)}: start one for each")
     entry = plugins.rewards.find(choices[0].name)
     server = RewardServer(host, port, read_token(token_file), max_mb * 2**20)
     try:
         with (
-            open_rewards(choices, plugins, settings, embedded=False) as rewards,
+            common.rewards_alone(choices, plugins, device, timeout_s) as rewards,
             _until_stopped(server.stop),
         ):
             server.listen(rewards, entry.version)

@@ -70,7 +70,7 @@ class OpenReward:
 class Policy:
     """How strictly rewards are run; see the `reward` section of the configuration."""
 
-    timeout_s: float = 120.0
+    timeout_s: float | None = 120.0  # None waits for ever
     setup_timeout_s: float = 1800.0
     max_abstain: float = 0.25
     on_error: str = "raise"
