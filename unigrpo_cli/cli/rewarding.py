@@ -34,13 +34,14 @@ def list_rewards(
         common.print_json({"rewards": rows})
         return
     table = Table(box=None, header_style="dim")
-    for column in ("reward", "from", "version", "range", "needs", "state", "what it measures"):
-        table.add_column(column, overflow="fold")
+    for column in ("reward", "from", "version", "range", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it measures", overflow="fold")
     for row in rows:
-        state = Text(row["state"], style="" if row["state"] == "ok" else "red")
+        state, found, reason = row["state"].partition(": ")
         shown = "" if row["range"] is None else f"{row['range'][0]:g} to {row['range'][1]:g}"
-        first = (row["name"], row["origin"], row["version"], shown, ", ".join(row["needs"]))
-        table.add_row(*map(Text, first), state, Text(row["summary"]))
+        first = (row["name"], row["origin"], row["version"], shown)
+        table.add_row(*map(Text, first), Text(state, style="red" if found else ""), Text(reason or row["summary"]))
     display.say(table)
 
 
