@@ -11,9 +11,8 @@ import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,10 @@ class Scored:
         return float(self.scores[self.valid].mean()) if self.valid.any() else None
 
 
+class FailedCallError(RewardError):
+    """An exception of a reward's own code, which `reward.on_error` is about; broken promises always stop."""
+
+
 @dataclass
 class OpenReward:
     """A reward that is set up for a run."""
@@ -67,7 +70,7 @@ class OpenReward:
 class Policy:
     """How strictly rewards are run; see the `reward` section of the configuration."""
 
-    timeout_s: float = 120.0
+    timeout_s: float | None = 120.0  # None waits for ever
     setup_timeout_s: float = 1800.0
     max_abstain: float = 0.25
     on_error: str = "raise"
@@ -99,6 +102,7 @@ class RewardSet:
                 opened = OpenReward(choice, address, reward, _range_of(choice, reward), Lane(choice.alias))
                 if hasattr(reward, "setup"):
                     self._call(opened, partial(reward.setup, context), "setup")
+                    opened.range = _range_of(choice, reward)  # some learn it there, e.g. from a server
                 self.rewards.append(opened)
                 plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
         except BaseException:
@@ -211,7 +215,7 @@ class RewardSet:
     def submit(self, opened: OpenReward, batch: RewardBatch) -> list[tuple[int, Pending]]:
         """Hand a batch to a reward in pieces of its size, without waiting: how many samples, and the call."""
         batch = replace(batch, samples=tuple(map(_for_one_reward, batch.samples)))
-        size = _batch_size_of(opened) or len(batch)
+        size = _batch_size_of(opened) or len(batch) or 1  # without samples nobody is asked
         pieces = [batch[at : at + size] for at in range(0, len(batch), size)]
         return [(len(p), opened.lane.submit(partial(opened.reward.score, p))) for p in pieces]
 
@@ -256,7 +260,7 @@ class RewardSet:
             if what == "score"
             else f"see `unigrpo rewards info {opened.choice.name}`"
         )
-        raise RewardError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
+        raise FailedCallError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
 
     def _read(self, opened: OpenReward, result: Any, count: int) -> Scored:
         """A reward's answer, whatever it is: what cannot be read is the reward's fault, by name."""
