@@ -79,7 +79,8 @@ def trained(x_BE: Tensor, ratings_B: Tensor, steps: int) -> dict[str, Tensor]:
     """
     mean, scale = x_BE.mean(dim=0), (x_BE - x_BE.mean(dim=0)).std()
     widths = (x_BE.shape[1], *WIDTHS)
-    layers = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
+    linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
+    layers = nn.Sequential(*linears)
     optimizer = torch.optim.Adam(layers.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
     x = (x_BE - mean) / scale
@@ -91,9 +92,9 @@ def trained(x_BE: Tensor, ratings_B: Tensor, steps: int) -> dict[str, Tensor]:
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        layers[0].weight /= scale
-        layers[0].bias -= layers[0].weight @ mean
-        layers[-1].bias += centre
+        linears[0].weight /= scale
+        linears[0].bias -= linears[0].weight @ mean
+        linears[-1].bias += centre
     return {
         f"layers.{n}.{part}": getattr(layer, part).detach().contiguous()
         for n, layer in zip(NUMBERS, layers, strict=True)

@@ -126,7 +126,7 @@ def _scoring(rewards: RewardSet, given: Sequence[Sample], max_seconds: float | N
 
 def _nothing(opened: OpenReward) -> Check:
     """No samples, no scores. A run never asks that, so refusing with an exception is as good as an empty answer."""
-    ok, answer = opened.lane.call(lambda: opened.reward.score(RewardBatch(())), None)
+    ok, answer = opened.lane.wait(opened.lane.submit(lambda: opened.reward.score(RewardBatch(()))), None)
     if not ok:
         return Check("says nothing about nothing", True, f"refuses: {type(answer).__name__}")
     scores = answer.scores if isinstance(answer, RewardOutput) else answer
