@@ -1,7 +1,7 @@
 """Files of judges: found in a directory or on the hub, in a form that cannot run code, and never half a model.
 
-Only .safetensors are read. Weights that are published as .pth, .pt or .bin are converted once, by the user, with the
-one line that the error prints.
+Only .safetensors are read. Weights that are published as .pth, .pt or .bin are converted once, by the user, with
+the one line that the error prints.
 """
 
 from __future__ import annotations
