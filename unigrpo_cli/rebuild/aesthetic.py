@@ -93,8 +93,8 @@ def trained(x_BE: Tensor, ratings_B: Tensor, steps: int) -> dict[str, Tensor]:
         schedule.step()
     with torch.no_grad():
         linears[0].weight /= scale
-        linears[0].bias -= linears[0].weight @ mean
-        linears[-1].bias += centre
+        linears[0].bias.sub_(linears[0].weight @ mean)
+        linears[-1].bias.add_(centre)
     return {
         f"layers.{n}.{part}": getattr(layer, part).detach().contiguous()
         for n, layer in zip(NUMBERS, layers, strict=True)
