@@ -113,7 +113,7 @@ def test_served_and_local_scores_are_equal_to_the_bit(text: str) -> None:
     assert text != "everything@gain=0.7" or 0 < (~there.valid).sum() < 8, "some abstain, and stay NaN"
 
 
-@pytest.mark.parametrize("limit", [16_000, 18_000, 20_000])
+@pytest.mark.parametrize("limit", [17_000, 23_000, 30_000])
 def test_a_small_request_limit_cuts_requests_and_changes_nothing(limit: int) -> None:
     samples = example_samples(8)
     here = _local("everything", samples, everything)
