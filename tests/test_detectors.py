@@ -356,6 +356,14 @@ def test_weights_that_cannot_be_had_name_the_remedy(
         _open("boxes", tmp_path / "empty")
 
 
+def test_an_old_transformers_is_told_apart(rfdetr: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "RfDetrForInstanceSegmentation", None)
+    with pytest.raises(RewardError, match=r"is not in transformers .*pip install -U transformers"):
+        _open("rfdetr", rfdetr)
+
+
 def test_incomplete_weights_are_refused(rtdetr: Path, tmp_path: Path) -> None:
     """transformers would only warn and fill the gap with random numbers."""
     from safetensors.torch import load_file, save_file
