@@ -1,0 +1,109 @@
+"""Answers that were given before, in a SQLite file. A convenience: whatever befalls it, the run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def default_path() -> Path:
+    """$XDG_CACHE_HOME/unigrpo/judge.sqlite."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "unigrpo" / "judge.sqlite"
+
+
+def key_of(**facts: Any) -> str:
+    """sha256 of all that decides an answer."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class AnswerCache:
+    """JSON by key. Threads and processes may share the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.hits = 0
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._off = False
+
+    def get(self, key: str) -> Any:
+        """What was put under the key, or None."""
+        row = self._with(lambda db: db.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone())
+        try:
+            return None if row is None else json.loads(row[0])
+        except (ValueError, TypeError, RecursionError):
+            return None  # a damaged row is asked for again, and written over
+
+    def put(self, key: str, value: Mapping[str, Any]) -> None:
+        row = (key, json.dumps(value), time.time())
+        self._with(lambda db: db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", row) and None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._off = True
+            self._shut()
+
+    def _with(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """Work on the open file. A second time when the first found it damaged and it was moved aside."""
+        with self._lock:
+            for _ in range(2):
+                if self._off:
+                    return None
+                try:
+                    if self._db is None:
+                        self._db = self._open()
+                    return work(self._db)
+                except (sqlite3.OperationalError, OSError) as error:  # full, locked, not ours to write
+                    self._give_up(error)
+                except sqlite3.DatabaseError as error:  # no database, or a damaged one
+                    self._move_aside(error)
+            return None
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT, made REAL)")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _shut(self) -> None:
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+
+    def _give_up(self, error: Exception) -> None:
+        self._off = True
+        self._shut()
+        warnings.warn(
+            f"the judge's cache {self.path} is off from here on: {error}; every question is asked", stacklevel=4
+        )
+
+    def _move_aside(self, error: Exception) -> None:
+        self._shut()
+        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+        try:
+            self.path.rename(aside)
+            for tail in ("-wal", "-shm"):  # they belong to the old file and would spoil the new one
+                self.path.with_name(self.path.name + tail).unlink(missing_ok=True)
+        except OSError as also:
+            self._give_up(also)
+            return
+        warnings.warn(f"the judge's cache was damaged ({error}); moved to {aside}, begun anew", stacklevel=4)

@@ -1,0 +1,200 @@
+"""A judge behind an endpoint: which way of answering it masters, and many questions at once."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from unigrpo_cli.errors import RewardError
+from unigrpo_plugins.judge_cache import AnswerCache, key_of
+from unigrpo_plugins.judge_client import Answer, Endpoint, RefusedError, UnansweredError, in_parallel
+from unigrpo_plugins.judge_modes import (
+    Form,
+    Matter,
+    Rating,
+    Reading,
+    Rubric,
+    YesNoOdds,
+    YesNoWord,
+    fenced,
+    no_opinion,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+JPEG_ABOVE, JPEG_QUALITY = 512, 90  # pixels of the longer side: beyond it PNG is heavy to send
+
+
+def data_url(image: Image) -> str:
+    file = io.BytesIO()
+    if max(image.size) > JPEG_ABOVE:
+        image.save(file, "JPEG", quality=JPEG_QUALITY)
+        kind = "jpeg"
+    else:
+        image.save(file, "PNG")
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+class EndpointJudge:
+    """Asks one model at one endpoint in one form.
+
+    Args:
+        extra: fields merged into every request; null takes one out.
+        cache: of earlier answers, or None.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        form: Form,
+        *,
+        extra: Mapping[str, Any],
+        concurrency: int,
+        cache: AnswerCache | None,
+    ):
+        self.endpoint, self.model, self.form = endpoint, model, form
+        self.extra, self.concurrency, self.cache = extra, concurrency, cache
+        self.repeats = 0
+        self._lock = threading.Lock()
+
+    def read(
+        self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool
+    ) -> list[Reading]:
+        """A reading for each (number of a picture, matter). What is the same is asked once.
+
+        Args:
+            remember: whether to use the cache.
+
+        Raises:
+            RewardError: when the judge refuses, or is gone.
+        """
+        urls = [data_url(picture) for picture in pictures]
+        cache = self.cache if remember else None
+        bodies = [request(self.model, urls[k], matter, self.form, self.extra) for k, matter in asked]
+        keys = [key_of(url=self.endpoint.url, body=body) for body in bodies]
+        unique = dict(zip(keys, bodies, strict=True))
+        self.repeats += len(keys) - len(unique)
+
+        def one(key: str) -> Reading:
+            known = None if cache is None else self._known(cache, key)
+            if known is not None:
+                return known
+            try:
+                answer = self.endpoint.ask(unique[key])
+            except UnansweredError as error:
+                return no_opinion(str(error))
+            reading = replace(self.form.read(answer), call=answer.call)
+            if cache is not None and not reading.why:
+                cache.put(key, answer.as_json())
+            return reading
+
+        found = dict(zip(unique, in_parallel(one, list(unique), self.concurrency), strict=True))
+        return [found[key] for key in keys]
+
+    def figures(self) -> dict[str, float]:
+        hits = 0 if self.cache is None else self.cache.hits
+        return {**self.endpoint.figures(), "cache_hits": hits, "repeats": self.repeats}
+
+    def close(self) -> None:
+        self.endpoint.close()
+        if self.cache is not None:
+            self.cache.close()
+
+    def _known(self, cache: AnswerCache, key: str) -> Reading | None:
+        row = cache.get(key)
+        if row is None:
+            return None
+        try:
+            reading = self.form.read(Answer.from_json(row))
+        except (ValueError, KeyError, TypeError):
+            return None
+        if reading.why:
+            return None
+        with self._lock:
+            cache.hits += 1
+        return replace(reading, call={"tries": 0})
+
+
+def request(model: str, picture: str, matter: Matter, form: Form, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of one chat completion. One message, for not every template knows a system's."""
+    content = [
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "text", "text": fenced(matter, form.tail)},
+    ]
+    body = {"model": model, "messages": [{"role": "user", "content": content}], **form.fields(), **extra}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def find_model(endpoint: Endpoint, model: str | None) -> str:
+    """The model that was named, or the only one that is served; sees that the server is there.
+
+    Raises:
+        RewardError: when it is not there, or it is unclear which.
+    """
+    try:
+        served = endpoint.models()
+    except UnansweredError as error:
+        raise RewardError(f"judge {endpoint.url} does not answer: {error}; start it, or check @url") from None
+    except RefusedError as error:
+        if model is None or error.status in (401, 403):
+            raise
+        return model  # not every server lists its models
+    if model is not None:
+        return model
+    if len(served) != 1:
+        raise RewardError(
+            f"judge {endpoint.url} serves {len(served)} models: {', '.join(sorted(served)[:8])}; choose with @model"
+        )
+    return served[0]
+
+
+def find_form(
+    endpoint: Endpoint, model: str, mode: str, axes: Mapping[str, float], extra: Mapping[str, Any]
+) -> tuple[Form, str]:
+    """The first way of answering that the judge masters, and what became of those before it.
+
+    Raises:
+        RewardError: when it masters none that the mode can use.
+    """
+    rubric = Rubric(axes)
+    forms: dict[str, tuple[Form, ...]] = {
+        "auto": (YesNoOdds(), rubric, Rating()),
+        "yes_no": (YesNoOdds(),),
+        "rubric": (rubric,),
+        "checklist": (YesNoOdds(), YesNoWord()),
+        "text": (Rating(),),
+    }
+    picture, failed = data_url(_probe_picture()), []
+    for form in forms[mode]:
+        body = request(model, picture, Matter("a red square"), form, extra)
+        try:
+            reading = form.read(endpoint.ask(body))
+        except RefusedError as error:
+            if error.status not in (400, 422):
+                raise
+            failed.append(f"{form.name}: {error}")
+        except UnansweredError as error:
+            failed.append(f"{form.name}: {error}")
+        else:
+            if not reading.why:
+                return form, "; ".join(failed)
+            failed.append(f"{form.name}: {reading.why}")
+    remedy = "a judge that thinks before it answers must not: see @body" if mode == "auto" else "try @mode=auto"
+    raise RewardError(
+        f"judge {endpoint.url} ({model}) cannot be used with @mode={mode}: {'; '.join(failed)}; {remedy}"
+    )
+
+
+def _probe_picture() -> Image:
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (96, 96), (140, 140, 140))
+    ImageDraw.Draw(picture).rectangle((32, 32, 63, 63), fill=(214, 39, 40))
+    return picture
