@@ -1,7 +1,7 @@
 """Files of judges: found in a directory or on the hub, in a form that cannot run code, and never half a model.
 
-Nothing here unpickles. Weights that are published as .pth, .pt or .bin are converted once, by the user, with the
-one line that the error prints.
+Only .safetensors are read. Weights that are published as .pth, .pt or .bin are converted once, by the user, with
+the one line that the error prints.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
 
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:/[\w./+-]+)?")
-PICKLED = (".pth", ".pt", ".bin", ".ckpt")
-FORMS = (".safetensors", *PICKLED)
+CONVERTIBLE = (".pth", ".pt", ".bin", ".ckpt")
+FORMS = (".safetensors", *CONVERTIBLE)
 
 
 def conversion(path: str | Path) -> str:
-    """The line to type that turns a pickled state dict (also one under `state_dict`) into .safetensors."""
+    """The line to type that turns a .pth state dict (also one under `state_dict`) into .safetensors."""
     to = Path(path).with_suffix(".safetensors").name
     return (
         'python -c "from torch import load; from safetensors.torch import save_file; '
@@ -39,12 +39,12 @@ def find_weights(context: RewardContext, reward: str, option: str, given: str) -
     """The .safetensors file that an option names: a file, a directory with one, `org/repo` or `org/repo/file`.
 
     Raises:
-        RewardError: when there is none, or it is pickled, or there are several.
+        RewardError: when there is none, or it is of another form, or there are several.
     """
     path = Path(given).expanduser()
     where = f"reward {reward!r}: {option}={given}"
     if path.is_file():
-        return _unpickled(path, where)
+        return _safe(path, where)
     if path.is_dir():
         return _only_file(path, where)
     if not _HUB.fullmatch(given) or (path.suffix in FORMS and given.count("/") < 2):
@@ -59,7 +59,7 @@ def _fetched(context: RewardContext, given: str, where: str) -> tuple[Path, str]
     repo, name = "/".join(given.split("/")[:2]), "/".join(given.split("/")[2:])
     if name and not name.endswith(".safetensors"):
         raise RewardError(
-            f"{where} is not .safetensors, and nothing here unpickles; fetch it with `hf download {repo} {name} "
+            f"{where} is not .safetensors, and no other form is read; fetch it with `hf download {repo} {name} "
             f"--local-dir .` and convert it with: {conversion(name)}"
         )
     try:
@@ -80,25 +80,25 @@ def cannot(context: RewardContext, name: str, error: BaseException) -> str:
     )
 
 
-def _unpickled(path: Path, where: str) -> Path:
+def _safe(path: Path, where: str) -> Path:
     if path.suffix == ".safetensors":
         return path
     raise RewardError(
-        f"{where} is not .safetensors, and nothing here unpickles; convert it once with: {conversion(path)}"
+        f"{where} is not .safetensors, and no other form is read; convert it once with: {conversion(path)}"
     )
 
 
 def _only_file(path: Path, where: str) -> Path:
     if path.is_file():
-        return _unpickled(path, where)
+        return _safe(path, where)
     found = sorted(path.rglob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     if found:
         names = ", ".join(str(f.relative_to(path)) for f in found[:4])
         raise RewardError(f"{where} has {len(found)} .safetensors files ({names}); name one of them")
-    pickled = [f for f in sorted(path.rglob("*")) if f.suffix in PICKLED]
-    remedy = f"; convert {pickled[0].name} once with: {conversion(pickled[0])}" if pickled else ""
+    others = [f for f in sorted(path.rglob("*")) if f.suffix in CONVERTIBLE]
+    remedy = f"; convert {others[0].name} once with: {conversion(others[0])}" if others else ""
     raise RewardError(f"{where} has no .safetensors file{remedy}")
 
 
@@ -135,7 +135,9 @@ def load_transformer(context: RewardContext, reward: str, factory: Any, name: st
             f"reward {reward!r}: {name} lacks {len(absent)} weights of a {type(model).__name__} "
             f"({', '.join(absent[:3])}); they would be random, so it is refused"
         )
-    return model.to(context.device).eval()
+    model.to(context.device)
+    model.eval()
+    return model
 
 
 def load_processing(context: RewardContext, reward: str, name: str) -> Any:

@@ -210,7 +210,7 @@ def test_hpsv2_files_gone_wrong(hps: Path, tmp_path: Path) -> None:
         save_file({"x": torch.zeros(1)}, two / f"{name}.safetensors")
     for where, model, says in (
         (None, "tiny-hps", r"@weights=FILE; fetch them with `hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt"),
-        (pickled, "tiny-hps", r"nothing here unpickles; convert it once with: python -c .*'state_dict'"),
+        (pickled, "tiny-hps", r"no other form is read; convert it once with: python -c .*'state_dict'"),
         (tmp_path / "no.safetensors", "tiny-hps", "no such file"),
         ("xswu/HPSv2/HPS_v2.1_compressed.pt", "tiny-hps", r"hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt"),
         ("nobody/nothing-of-this-name", "tiny-hps", r"HF_HUB_OFFLINE is set.*hf download nobody/nothing"),

@@ -92,7 +92,7 @@ def trained(x_BE: Tensor, ratings_B: Tensor, steps: int) -> dict[str, Tensor]:
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        linears[0].weight /= scale
+        linears[0].weight.div_(scale)
         linears[0].bias.sub_(linears[0].weight @ mean)
         linears[-1].bias.add_(centre)
     return {
