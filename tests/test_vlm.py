@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.utils import formatdate
@@ -532,7 +533,8 @@ def test_a_prompt_cannot_leave_its_fence(text: str) -> None:
     plain = fenced(Matter("a red circle"), "TAIL")
     assert after == plain.rpartition("</request>\n")[2], "what is asked is the same whatever the prompt says"
     assert head.replace(tag, "request") == plain.partition("\n<request>\n")[0]
-    assert f"</{tag}" not in inside.casefold()
+    seen = unicodedata.normalize("NFKC", "".join(c for c in inside if unicodedata.category(c) != "Cf"))
+    assert tag not in seen.casefold()
     assert "<|" not in message
     assert inside.replace("< |", "<|").replace("| >", "|>") == text
 
@@ -786,6 +788,17 @@ def test_no_opinion_is_not_remembered(server: JudgeServer, judge: Callable[..., 
         began = server.served
         assert math.isnan(reward.score(unread).scores[0])
         assert server.served - began == 1
+    with sqlite3.connect(judge_cache.default_path()) as db:
+        assert db.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+
+
+def test_one_picture_has_an_answer_for_each_prompt(judge: Callable[..., VlmReward]) -> None:
+    sample = example_samples(1)[0]
+    both = RewardBatch((sample, replace(sample, prompt="four black hearts")))
+    reward = judge(cache="on")
+    for _ in range(2):
+        assert reward.score(both).scores == pytest.approx([0.98, 0.02])
+    assert reward.figures()["cache_hits"] == 2
 
 
 def _garbage(path: Path) -> None:
