@@ -38,6 +38,7 @@ from unigrpo_plugins.judge_client import (
     UnansweredError,
     in_parallel,
 )
+from unigrpo_plugins.judge_endpoint import find_model
 from unigrpo_plugins.judge_modes import (
     Matter,
     Rating,
@@ -434,6 +435,31 @@ def test_timeouts_are_apart_and_within_the_deadline() -> None:
     endpoint.ask({})
     limits = [request.extensions["timeout"] for request in seen]
     assert [(t["connect"], t["read"]) for t in limits] == [(3, 40), (3, 20)]
+
+
+def test_which_model() -> None:
+    def among(*answers: Any, model: str | None = None) -> str:
+        return find_model(_endpoint(list(answers), Clock())[0], model)
+
+    assert among({"data": [{"id": "only"}]}) == "only"
+    assert among({"data": [{"id": "a"}, {"id": "b"}]}, model="c") == "c"
+    assert among(httpx2.Response(404), model="c") == "c", "not every server lists its models"
+    with pytest.raises(RewardError, match=r"serves 2 models: a, b; choose with @model"):
+        among({"data": [{"id": "b"}, {"id": "a"}]})
+    with pytest.raises(RewardError, match="status 404"):
+        among(httpx2.Response(404))
+    with pytest.raises(RewardError, match=r"status 401.*UNIGRPO_JUDGE_KEY"):
+        among(httpx2.Response(401), model="c")
+
+
+def test_a_proxy_does_not_stand_before_this_machine(
+    monkeypatch: pytest.MonkeyPatch, judge: Callable[..., VlmReward]
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert not np.isnan(_scores(judge(attempts=1), _batch(2))).any()
 
 
 def test_the_first_error_does_not_wait_for_the_slow() -> None:
