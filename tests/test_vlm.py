@@ -993,7 +993,12 @@ def test_a_model_run_here_equals_the_library(directory: Path) -> None:
     reward = VlmReward(VlmOptions(model=str(directory), local_batch_size=2))
     context = replace(CONTEXT, embedded=False)
     reward.setup(context)
+    rows: list[int] = []
+    reward.judge._seeing.model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
     output = reward.score(RewardBatch(samples))
+    assert rows == [2, 1, 2], "three pictures of one size and two of another, two at a time"
     safe = [p.replace("<image>", "< image>").replace("</s>", "< /s>") for p in prompts]
     expected = [
         _alone(directory, fenced(Matter(p), YesNoOdds.tail), Image.fromarray(x))
