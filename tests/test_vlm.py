@@ -870,11 +870,11 @@ def test_a_full_disk_turns_the_cache_off(judge: Callable[..., VlmReward], monkey
         db.execute("PRAGMA max_page_count = 1")  # SQLite then says what it says of a full disk
         return db
 
-    expected = _scores(judge(), _batch(32)).tolist()
+    expected = _scores(judge(), _batch(24)).tolist()
     monkeypatch.setattr(judge_cache.AnswerCache, "_open", small)
     reward = judge(cache="on", concurrency=1)
     with pytest.warns(UserWarning, match=r"cache .* is off from here on: database or disk is full") as caught:
-        found = [_scores(reward, _batch(32)).tolist() for _ in range(2)]
+        found = [_scores(reward, _batch(24)).tolist() for _ in range(2)]
     assert found == [expected, expected]
     assert len([w for w in caught if "is off" in str(w.message)]) == 1
 
