@@ -1,11 +1,47 @@
-"""The name of an object's colour: the nearest of GenEval's ten in CIELAB, where distance is what eyes see."""
+"""The name of an object's colour, one of GenEval's ten: by CIELAB, where distance is what eyes see, or by CLIP.
+
+A judge of colours gives, for each object, how much it is of each colour, in [0, 1]; the largest is its name.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unigrpo_cli.shapes.world import COLORS
+from unigrpo_plugins.detectors import Detection, Image
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image as Picture
+
+    from unigrpo_plugins.encoders import Encoder
+
+NAMES = tuple(COLORS)
+GREY = "#999"  # what GenEval paints around an object's mask
+TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+CROPS = 64  # in one pass of CLIP
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """An object whose colour is asked for, in its picture."""
+
+    image: Image
+    detection: Detection
+
+
+class ColorJudge(Protocol):
+    def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]: ...
+
+
+def named(likeness: Mapping[str, float]) -> str:
+    """The colour that something is most of; at a tie, the first of the ten."""
+    return max(likeness, key=likeness.__getitem__)
 
 
 def cielab(rgb: NDArray) -> NDArray[np.float64]:
@@ -25,18 +61,85 @@ def cielab(rgb: NDArray) -> NDArray[np.float64]:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-_NAMES = tuple(COLORS)
 _LAB = cielab(np.array(list(COLORS.values())))
 
 
-def name_color(
-    image: NDArray[np.uint8], mask: NDArray[np.bool_] | None, box: tuple[float, float, float, float]
-) -> str:
-    """Colour name of the median pixel of an object (of its box, when there is no mask)."""
+def closeness(lab: NDArray) -> dict[str, float]:
+    """How close a colour in CIELAB is to each of the ten: 1 at it, 1/2 where another becomes nearer, 0 at another.
+
+    With d the distance to one and e the distance to the nearest of the other nine: e / (d + e).
+    """
+    d = np.sqrt(((_LAB - lab) ** 2).sum(axis=1))
+    others = np.array([np.delete(d, k).min() for k in range(len(d))])
+    return dict(zip(NAMES, (others / (d + others)).tolist(), strict=True))
+
+
+def median_lab(
+    image: Image, mask: NDArray[np.bool_] | None, box: tuple[float, float, float, float]
+) -> NDArray[np.float64]:
+    """CIELAB of the median pixel of an object (of its box, when there is no mask)."""
     if mask is not None:
         pixels = image[mask]
     else:
-        x0, y0, x1, y1 = (max(0, round(v)) for v in box)
-        pixels = image[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].reshape(-1, 3)
-    lab = cielab(np.median(pixels, axis=0))
-    return _NAMES[int(((_LAB - lab) ** 2).sum(axis=1).argmin())]
+        x0, y0, x1, y1 = _pixels_of(box, image)
+        pixels = image[y0:y1, x0:x1].reshape(-1, 3)
+    return cielab(np.median(pixels, axis=0))
+
+
+def _pixels_of(box: tuple[float, float, float, float], image: Image) -> tuple[int, int, int, int]:
+    """A box in whole pixels, of at least one, inside the picture."""
+    height, width = image.shape[:2]
+    x0, y0 = min(max(0, round(box[0])), width - 1), min(max(0, round(box[1])), height - 1)
+    return x0, y0, min(max(round(box[2]), x0 + 1), width), min(max(round(box[3]), y0 + 1), height)
+
+
+def name_color(image: Image, mask: NDArray[np.bool_] | None, box: tuple[float, float, float, float]) -> str:
+    """Colour name of an object: the nearest of ten."""
+    return named(closeness(median_lab(image, mask, box)))
+
+
+class LabColors:
+    """The nearest of ten in CIELAB, by the median pixel."""
+
+    name = "lab"
+
+    def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]:
+        return [closeness(median_lab(t.image, t.detection.mask, t.detection.box)) for t in things]
+
+
+class ClipColors:
+    """GenEval's rule: CLIP's choice among ten captions of the object, cut out onto grey."""
+
+    name = "clip"
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]:
+        """Probabilities of the ten colours, at the temperature that the model was trained with."""
+        found: list[dict[str, float]] = []
+        captions = {label: self._captions(label) for label in {t.detection.label for t in things}}
+        for at in range(0, len(things), CROPS):
+            part = things[at : at + CROPS]
+            seen = self.encoder.images([cut_out(t.image, t.detection) for t in part])
+            for row, thing in zip(seen, part, strict=True):
+                logits = self.encoder.scale * (captions[thing.detection.label] @ row)
+                found.append(dict(zip(NAMES, logits.softmax(dim=0).tolist(), strict=True)))
+        return found
+
+    def _captions(self, label: str) -> torch.Tensor:
+        """[10, E]: for each colour the mean of its captions' embeddings, of length 1 again."""
+        texts = [template.format(color=color, label=label) for color in NAMES for template in TEMPLATES]
+        mean = self.encoder.texts(texts).unflatten(0, (len(NAMES), len(TEMPLATES))).mean(dim=1)
+        return mean / mean.norm(dim=-1, keepdim=True)
+
+
+def cut_out(image: Image, detection: Detection) -> Picture:
+    """The object alone on grey, cropped to its box (with its surroundings, when there is no mask)."""
+    import PIL.Image
+
+    picture = PIL.Image.fromarray(image)
+    if detection.mask is not None:
+        blank = PIL.Image.new("RGB", picture.size, color=GREY)
+        picture = PIL.Image.composite(picture, blank, PIL.Image.fromarray(detection.mask))
+    return picture.crop(_pixels_of(detection.box, image))

@@ -1,22 +1,18 @@
-"""Detectors behind one protocol: pictures in, labelled boxes and masks out.
+"""Detectors behind one protocol: pictures in, labelled boxes and masks out. Which there are, and how one opens.
 
-`shapes` sees the shapes world, on pixels alone: it segments what differs from the background, takes the
-connected pieces, and names each by the shape whose outline, at the piece's own size and centre, covers it best.
-It knows nothing of how a picture came to be.
+No detector suppresses overlapping boxes: GenEval's own suppression is off by default, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unigrpo_cli.shapes.render import signed_distance
-from unigrpo_cli.shapes.world import SHAPES
+from unigrpo_cli import RewardContext
 
 Image = NDArray[np.uint8]  # [height, width, 3]
 
@@ -32,163 +28,60 @@ class Detection:
 
 
 class Detector(Protocol):
-    """`labels` is what it can see; thresholds are its own, for a confidence means something else in each."""
+    """`labels` is what it can see; thresholds are its own, for a confidence means something else in each.
+
+    `detect` gives for each picture the objects whose confidence is above `floor`, with masks or with boxes alone.
+    """
 
     labels: frozenset[str]
     threshold: float
     counting_threshold: float
 
-    def detect(self, images: Sequence[Image]) -> list[list[Detection]]: ...
+    def detect(self, images: Sequence[Image], floor: float = 0.0) -> list[list[Detection]]: ...
 
 
-CONTRAST = 30 / 255  # a pixel is foreground when a channel differs this much from the background
-WINDOW = 20  # pixels around a piece's centre that its outline is compared in, for pictures of 48
-SMALLEST = 12.0  # pixels of area, likewise
+COCO_DETECTORS = {
+    "mask2former": "masks, closest to GenEval's own; needs scipy",
+    "rfdetr": "masks; needs nothing more",
+    "boxes": "any object detector of transformers, boxes only; needs @weights=...",
+}
 
 
-class ShapesDetector:
-    """See the module's text. Fit, the soft intersection over union with the best outline, gives confidence."""
-
-    labels = frozenset(SHAPES)
-    threshold = 0.3
-    counting_threshold = 0.3
-
-    def detect(self, images: Sequence[Image]) -> list[list[Detection]]:
-        found: list[list[Detection]] = [[] for _ in images]
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(index)
-        for indices in by_size.values():
-            stacked = np.stack([images[i] for i in indices]).astype(np.float32) / 255
-            for index, own in zip(indices, _detect_stack(stacked), strict=True):
-                found[index] = own
-        return found
+def coco_choices() -> str:
+    """What to type for each detector of COCO's 80 classes, for errors."""
+    return "; ".join(f"@detector={name} ({what})" for name, what in COCO_DETECTORS.items())
 
 
-def _detect_stack(x_BHWC: NDArray[np.floating]) -> list[list[Detection]]:
-    count, height, width, _ = x_BHWC.shape
-    unit = min(height, width) / 48
-    difference = x_BHWC - background(x_BHWC)
-    contrast = np.abs(difference).max(axis=-1)
-    labels = connected(contrast > CONTRAST)
-    pieces: list[tuple[int, NDArray[np.bool_]]] = []
-    for b in range(count):
-        ids, areas = np.unique(labels[b], return_counts=True)
-        pieces += [
-            (b, labels[b] == i) for i, area in zip(ids, areas, strict=True) if i and area >= SMALLEST * unit**2
-        ]
-    found: list[list[Detection]] = [[] for _ in range(count)]
-    side = max(4, round(WINDOW * unit))
-    grid = np.arange(side, dtype=np.float32) - side // 2 + 0.5
-    alphas, origins, kept = [], [], []
-    for b, mask in pieces:
-        alpha = _coverage_of(difference[b], contrast[b], mask)
-        if alpha.sum() < SMALLEST * unit**2 / 2:
-            continue  # specks without a common colour: noise, not an object
-        kept.append((b, mask))
-        rows, columns = np.indices(mask.shape)
-        cx, cy = (float(((axis + 0.5) * alpha).sum() / alpha.sum()) for axis in (columns, rows))
-        x0, y0 = int(cx) - side // 2, int(cy) - side // 2
-        padded = np.pad(alpha, side)
-        alphas.append(padded[y0 + side : y0 + 2 * side, x0 + side : x0 + 2 * side])
-        origins.append((cx - int(cx), cy - int(cy)))
-    if not kept:
-        return found
-    fits = shape_fits(np.stack(alphas), np.array(origins, np.float32), grid)
-    for (b, mask), fit in zip(kept, fits, strict=True):
-        best = int(fit.argmax())
-        ys, xs = np.nonzero(mask)
-        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        found[b].append(Detection(SHAPES[best], confidence(fit), box, mask))
-    return found
+@dataclass(frozen=True)
+class DetectorChoice:
+    """What decides which detector is opened. Two rewards with the same choice share one.
 
-
-def confidence(fit: NDArray[np.floating]) -> float:
-    """Confidence from the fits of one piece: how good the best is, times how far ahead of the second."""
-    first, second = np.sort(fit)[::-1][:2]
-    good = np.clip((first - 0.60) / 0.20, 0, 1)
-    ahead = np.clip((first - second) / 0.06, 0, 1)
-    return float(good * (0.5 + 0.5 * ahead))
-
-
-def background(x_BHWC: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Median colour of each picture's border, [B, 1, 1, 3]."""
-    border = np.concatenate([x_BHWC[:, 0], x_BHWC[:, -1], x_BHWC[:, :, 0], x_BHWC[:, :, -1]], axis=1)
-    return np.median(border, axis=1)[:, None, None, :]
-
-
-def connected(mask_BHW: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Label 4-connected pieces by spreading the largest pixel number through each; 0 is background."""
-    _, height, width = mask_BHW.shape
-    labels = np.arange(1, height * width + 1, dtype=np.int32).reshape(1, height, width) * mask_BHW
-    while True:
-        grown = labels.copy()
-        np.maximum(grown[:, 1:], labels[:, :-1], out=grown[:, 1:])
-        np.maximum(grown[:, :-1], labels[:, 1:], out=grown[:, :-1])
-        np.maximum(grown[:, :, 1:], labels[:, :, :-1], out=grown[:, :, 1:])
-        np.maximum(grown[:, :, :-1], labels[:, :, 1:], out=grown[:, :, :-1])
-        grown *= mask_BHW
-        if (grown == labels).all():
-            return labels
-        labels = grown
-
-
-def _coverage_of(
-    difference: NDArray[np.floating], contrast: NDArray[np.floating], mask: NDArray[np.bool_]
-) -> NDArray[np.floating]:
-    """How much of each pixel a piece covers: its difference from the background relative to its core's."""
-    core = mask & (contrast >= 0.7 * contrast[mask].max())
-    color = np.median(difference[core], axis=0)
-    alpha = np.clip(difference @ color / max(float(color @ color), 1e-6), 0, 1)
-    near = mask.copy()  # the piece and one pixel around it: its soft edge, not its neighbours
-    near[1:] |= mask[:-1]
-    near[:-1] |= mask[1:]
-    near[:, 1:] |= mask[:, :-1]
-    near[:, :-1] |= mask[:, 1:]
-    return (alpha * near).astype(np.float32)
-
-
-@cache
-def _unit(shape: str) -> tuple[float, float]:
-    """Area and vertical centroid of a shape of radius 1 (all shapes are symmetric left to right)."""
-    axis = (np.arange(400, dtype=np.float32) + 0.5) / 400 * 3 - 1.5
-    x, y = np.meshgrid(axis, axis)
-    inside = signed_distance(shape, x, y) < 0
-    return float(inside.sum() * (3 / 400) ** 2), float(y[inside].mean())
-
-
-def shape_fits(
-    alpha_MHW: NDArray[np.floating], centre_M2: NDArray[np.floating], grid: NDArray[np.floating]
-) -> NDArray[np.floating]:
-    """Soft intersection over union of each piece with each shape of its area and centroid: [M, shapes]."""
-    area = alpha_MHW.sum(axis=(1, 2))
-    fits = []
-    for shape in SHAPES:
-        unit_area, unit_y = _unit(shape)
-        radius = np.sqrt(area / unit_area)[:, None, None]
-        x = (grid[None, None, :] - centre_M2[:, 0, None, None]) / radius
-        y = (grid[None, :, None] - centre_M2[:, 1, None, None]) / radius + unit_y
-        x, y = np.broadcast_arrays(x, y)
-        outline = np.clip(0.5 - signed_distance(shape, x, y) * radius, 0, 1)
-        both = np.minimum(outline, alpha_MHW).sum(axis=(1, 2))
-        either = np.maximum(outline, alpha_MHW).sum(axis=(1, 2))
-        fits.append(both / either)
-    return np.stack(fits, axis=1)
-
-
-def background_deviation(images: Sequence[Image]) -> list[float]:
-    """Standard deviation of each picture's background pixels around their median, in [0, 1] units.
-
-    Pixels within two of anything that stands out are left out, so a soft edge does not count as texture.
+    Args:
+        weights: hub id or directory; None is the detector's default.
+        size: `SHORTxLONG`, the sides that pictures are resized to; `own` as the weights say; None the default.
+        batch_size: pictures in one pass.
     """
-    deviations = []
-    for image in images:
-        x = image.astype(np.float32)[None] / 255
-        difference = x - background(x)
-        objects = (np.abs(difference).max(axis=-1) > CONTRAST)[0]
-        near = np.pad(objects, 2)
-        height, width = objects.shape
-        shifts = [near[i : i + height, j : j + width] for i in range(5) for j in range(5)]
-        plain = ~np.any(shifts, axis=0)
-        deviations.append(float(difference[0][plain].std()) if plain.any() else 1.0)
-    return deviations
+
+    name: str
+    weights: str | None = None
+    size: str | None = None
+    batch_size: int = 8
+
+
+def shared_detector(context: RewardContext, reward: str, choice: DetectorChoice) -> tuple[Detector, tuple]:
+    """The detector of that choice and its key, for `context.shared.release` at teardown.
+
+    Raises:
+        RewardError: when it lacks a package, or its weights are not to be had.
+    """
+    key = ("detector", choice)
+    return context.shared.get(key, lambda: _open(context, reward, choice)), key
+
+
+def _open(context: RewardContext, reward: str, choice: DetectorChoice) -> Detector:
+    from unigrpo_plugins.detector_hf import load_detector
+    from unigrpo_plugins.detector_shapes import ShapesDetector
+
+    if choice.name == "shapes":
+        return ShapesDetector()
+    return load_detector(context, reward, choice)

@@ -28,6 +28,11 @@ class Encoder:
         self.model.to(device)
         self.device = device
 
+    @property
+    def scale(self) -> float:
+        """What the model multiplies cosines by before a softmax: its own inverse temperature."""
+        return float(self.model.logit_scale.detach().exp())
+
     def images(self, images: Sequence[Image]) -> torch.Tensor:
         """[B, E] of PIL images."""
         import torch
@@ -47,15 +52,23 @@ class Encoder:
             return read[[unique.index(text) for text in texts]]
 
 
-def key_of(model: str, pretrained: str | None, precision: str) -> tuple[str, ...]:
+def key_of(model: str, pretrained: str | None, precision: str, resize: str | None = None) -> tuple[str, ...]:
     """What names an encoder among the shared models."""
-    return ("open_clip", model, pretrained or "", precision)
+    return ("open_clip", model, pretrained or "", precision, resize or "")
 
 
 def shared_encoder(
-    context: RewardContext, reward: str, model: str | None, pretrained: str | None, precision: str = "fp32"
+    context: RewardContext,
+    reward: str,
+    model: str | None,
+    pretrained: str | None,
+    precision: str = "fp32",
+    resize: str | None = None,
 ) -> tuple[Encoder, tuple[str, ...]]:
     """The encoder of that name and its key, for `context.shared.release` at teardown.
+
+    Args:
+        resize: open_clip's resize mode ("longest" pads instead of cropping); None is the weights' own.
 
     Raises:
         RewardError: when no model is named, or its weights are not to be had.
@@ -68,15 +81,24 @@ def shared_encoder(
             f"reward {reward!r}: say which model, e.g. {reward}@model=ViT-B-32@pretrained=laion2b_s34b_b79k "
             f"or {reward}@model=local-dir:/path"
         )
-    key = key_of(name, pretrained, precision)
-    return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision)), key
+    key = key_of(name, pretrained, precision, resize)
+    return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision, resize)), key
 
 
-def load_encoder(context: RewardContext, reward: str, name: str, pretrained: str | None, precision: str) -> Encoder:
+def load_encoder(
+    context: RewardContext,
+    reward: str,
+    name: str,
+    pretrained: str | None,
+    precision: str,
+    resize: str | None = None,
+) -> Encoder:
     """Load an open_clip model; refuse to run on random weights."""
     import open_clip
+    from safetensors import SafetensorError
 
     from unigrpo_cli.errors import RewardError
+    from unigrpo_plugins.weights import first_line
 
     schema = f"local-dir:{files('unigrpo_cli') / 'embedded' / 'clip'}" if name == EMBEDDED else name
     plain = ":" not in schema
@@ -92,13 +114,12 @@ def load_encoder(context: RewardContext, reward: str, name: str, pretrained: str
             pretrained=pretrained if plain else None,
             precision=precision,
             device=context.device,
+            image_resize_mode=resize,
             **({"force_quick_gelu": True} if pretrained == "openai" else {}),
         )
         tokenizer = open_clip.get_tokenizer(schema)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         hint = " (HF_HUB_OFFLINE is set)" if context.offline else ""
-        raise RewardError(
-            f"reward {reward!r}: {name!r} cannot be loaded{hint}: {str(error).splitlines()[0]}"
-        ) from error
+        raise RewardError(f"reward {reward!r}: {name!r} cannot be loaded{hint}: {first_line(error)}") from error
     model.eval()
     return Encoder(model, preprocess, tokenizer, context.device)

@@ -2,55 +2,114 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
-from unigrpo_plugins.geneval_rules import COLORS, Seen, Verdict, judge, keep_confident
+from unigrpo_cli.errors import RewardError
+from unigrpo_plugins.geneval_rules import COLORS, KINDS, Seen, Verdict, judge, keep_confident
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from unigrpo_plugins.detectors import Detection
 
-MODES = ("official", "strict", "partial")
+MODES = ("official", "strict", "partial", "soft")
 
 
 class GenEvalOptions(Options):
-    detector: Literal["shapes"] = Field("shapes", description="what looks at the picture")
-    mode: Literal["auto", "official", "strict", "partial"] = Field(
+    detector: Literal["auto", "shapes", "mask2former", "rfdetr", "boxes"] = Field(
         "auto",
-        description="official: GenEval's verdict, 0 or 1; strict: the same with exact counts; partial: mean of "
-        "what was asked for, each in [0, 1]; auto: partial in training (a denser signal), official in evaluation",
+        description="what looks; auto: shapes, with the embedded policy or where all prompts are about "
+        "its shapes, and otherwise none until one is named",
+    )
+    weights: str | None = Field(None, description="hub id or directory of the detector; default is its own")
+    size: str | None = Field(
+        None,
+        pattern=r"^(own|[1-9]\d*x[1-9]\d*)$",
+        description="SHORTxLONG, what it sees pictures at, or `own`, as its weights say; default 800x1333 "
+        "for mask2former, own for others",
     )
     threshold: float | None = Field(None, description="smallest confidence; default is the detector's")
     counting_threshold: float | None = Field(None, description="the same for counting prompts")
+    batch_size: int = Field(8, ge=1, description="pictures in one pass of the detector")
+    mode: Literal["auto", "official", "strict", "partial", "soft"] = Field(
+        "auto",
+        description="official: GenEval's verdict, 0 or 1; strict: the same with exact counts; partial: mean of "
+        "what was asked for, each in [0, 1]; soft: the same with graded colours and positions; auto: partial in "
+        "training (a denser signal), official in evaluation",
+    )
+    color: Literal["auto", "lab", "clip"] = Field(
+        "auto",
+        description="lab: nearest of ten in CIELAB; clip: GenEval's rule, CLIP's choice; auto: lab for `shapes`, "
+        "clip for others",
+    )
+    clip_model: str = Field("ViT-L-14-quickgelu", description="open_clip name of the judge of colours")
+    clip_pretrained: str | None = Field("openai", description="open_clip tag or weights file of it")
 
 
 class GenEvalReward:
-    """Detected objects against GenEval's clauses; colours by the nearest of ten in CIELAB."""
+    """Detected objects against GenEval's clauses; colours by the nearest of ten in CIELAB or by CLIP."""
 
     name = "geneval"
     summary = "objects, counts, colours and positions as asked (GenEval's rules on detections)"
     range = (0.0, 1.0)
     needs = frozenset({"image", "metadata:include"})
     batch_size = None
-    licence = "rules: facts of GenEval (MIT); detector `shapes`: ours"
+    licence = "rules: facts of GenEval (MIT); detector `shapes`: ours; others: that of their weights"
     Options = GenEvalOptions
 
     def __init__(self, options: GenEvalOptions):
         self.options = options
+        self.detector: Any = None
+        self.keys: list[tuple] = []
 
     def setup(self, context: RewardContext) -> None:
-        from unigrpo_plugins.detectors import ShapesDetector
+        """Open the detector and the judge of colours; with `auto`, the detector may wait for the prompts.
 
-        self.detector = ShapesDetector()
+        Raises:
+            RewardError: when weights or a package are missing, or options have no use.
+        """
+        self.context, o = context, self.options
+        if o.detector in ("auto", "shapes") and (o.weights or o.size):
+            raise RewardError(
+                f"reward 'geneval': @{'weights' if o.weights else 'size'} is of no use to detector {o.detector!r}; "
+                "name one that has weights, @detector=mask2former, rfdetr or boxes"
+            )
+        if o.detector != "auto":
+            self._open(o.detector)
+        elif context.embedded:
+            self._open("shapes")
+
+    def _open(self, name: str) -> None:
+        from unigrpo_plugins.colors import ClipColors, LabColors
+        from unigrpo_plugins.detectors import DetectorChoice, shared_detector
+        from unigrpo_plugins.encoders import shared_encoder
+
+        o = self.options
+        choice = DetectorChoice(name, o.weights, o.size, o.batch_size)
+        detector, key = shared_detector(self.context, self.name, choice)
+        self.keys.append(key)
+        self.colors: LabColors | ClipColors = LabColors()
+        if o.color == "clip" or (o.color == "auto" and name != "shapes"):
+            try:
+                # Named, so that the embedded policy's own small CLIP is not taken: it never learnt to tell colours.
+                encoder, key = shared_encoder(self.context, self.name, o.clip_model, o.clip_pretrained)
+            except RewardError as error:
+                raise RewardError(
+                    f"{str(error).rstrip('.')}; or do without: @color=lab, the nearest of ten colours"
+                ) from error
+            self.keys.append(key)
+            self.colors = ClipColors(encoder)
+        self.detector, self.detector_name = detector, name
+        self.threshold = detector.threshold if o.threshold is None else o.threshold
+        self.counting_threshold = (
+            detector.counting_threshold if o.counting_threshold is None else o.counting_threshold
+        )
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Refuse prompts about things the detector cannot see: it would find none and call that wrong."""
-        from unigrpo_cli.errors import RewardError
-
         for m in metadata:
             for item in [*m["include"], *m.get("exclude", [])]:
                 if item.get("color", COLORS[0]) not in COLORS:
@@ -58,64 +117,121 @@ class GenEvalReward:
                         f"reward 'geneval': no object is ever {item['color']!r} to it; its colours are "
                         f"{', '.join(COLORS)}"
                     )
-        unseen = [c for m in metadata for c in _classes(m) if c not in self.detector.labels]
+        self._see_to(metadata)
+        unseen = _unseen(metadata, self.detector.labels)
         if unseen:
-            missing = sorted(set(unseen))
             raise RewardError(
-                f"reward 'geneval': detector {self.options.detector!r} cannot see {', '.join(missing[:4])} "
-                f"({len(missing)} classes of these prompts); it sees {', '.join(sorted(self.detector.labels))}. "
-                "Another reward may judge such prompts, e.g. --reward clip"
+                f"reward 'geneval': detector {self.detector_name!r} cannot see {_some(unseen)}; it sees "
+                f"{_some(sorted(self.detector.labels), 6)}. {_remedy()}"
             )
 
+    def _see_to(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Have a detector. A policy that is not the embedded one does not get `shapes` without being told."""
+        from unigrpo_cli.shapes.world import SHAPES
+
+        if self.detector is not None:
+            return
+        unseen = _unseen(metadata, SHAPES)
+        if unseen:
+            raise RewardError(
+                f"reward 'geneval': no detector was named, and that of the shapes world cannot see "
+                f"{_some(unseen)}. {_remedy()}"
+            )
+        self._open("shapes")
+
     def score(self, batch: RewardBatch) -> RewardOutput:
+        self._see_to(batch.metadata)
         mode = self.options.mode
         if mode == "auto":
             mode = "partial" if batch.split == "train" else "official"
-        verdicts = [
-            judge(self._confident(seen, metadata), metadata)
-            for seen, metadata in zip(self._see(batch.pixels), batch.metadata, strict=True)
-        ]
+        pictures = self._see(batch)
+        verdicts = [judge(seen, m) for seen, m in zip(pictures, batch.metadata, strict=True)]
+        components = {m: [_value(v, m) for v in verdicts] for m in MODES}
+        for kind in KINDS:
+            parts = [v.part(kind) for v in verdicts]
+            components[kind] = [math.nan if part is None else part for part in parts]
+        told = {"judge": self.title}
         return RewardOutput(
             [_value(v, mode) for v in verdicts],
-            components={m: [_value(v, m) for v in verdicts] for m in MODES},
+            components=components,
             info=[
-                {"reasons": list(v.reasons), "tag": m.get("tag")}
-                for v, m in zip(verdicts, batch.metadata, strict=True)
+                {"reasons": list(v.reasons), "tag": m.get("tag"), "counts": _counts(seen, m)} | told
+                for v, m, seen in zip(verdicts, batch.metadata, pictures, strict=True)
             ],
         )
 
-    def _see(self, pixels: Sequence[NDArray[np.uint8]]) -> list[dict[str, list[Seen]]]:
-        """Detections by class with their colours."""
-        return [
-            objects_by_class(image, found)
-            for image, found in zip(pixels, self.detector.detect(pixels), strict=True)
-        ]
+    @property
+    def title(self) -> str:
+        """What judged, for reports. The rules are GenEval's, the eyes are not: never the official score."""
+        eyes = "shapes" if self.detector_name == "shapes" else "hf"
+        return f"geneval ({eyes}): {self.detector_name}, {self.colors.name}"
 
-    def _confident(self, seen: dict[str, list[Seen]], metadata: Mapping[str, Any]) -> dict[str, list[Seen]]:
-        options, detector = self.options, self.detector
+    def _see(self, batch: RewardBatch) -> list[dict[str, list[Seen]]]:
+        """The confident objects of each picture by class, best first; with colours where one was asked for."""
+        from unigrpo_plugins.colors import Coloured, named
+
+        found = self.detector.detect(batch.pixels, min(self.threshold, self.counting_threshold))
+        kept = [self._confident(own, m) for own, m in zip(found, batch.metadata, strict=True)]
+        asked = [
+            Coloured(image, detection)
+            for image, own, m in zip(batch.pixels, kept, batch.metadata, strict=True)
+            for label, count in _coloured(m).items()
+            for detection in own.get(label, [])[:count]
+        ]
+        likeness = {id(a.detection): of for a, of in zip(asked, self.colors.likeness(asked), strict=True)}
+
+        def seen(d: Detection) -> Seen:
+            of = likeness.get(id(d))
+            return Seen(d.score, d.box) if of is None else Seen(d.score, d.box, named(of), of)
+
+        return [{label: [seen(d) for d in own] for label, own in picture.items()} for picture in kept]
+
+    def _confident(self, found: Sequence[Detection], metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
+        by_class: dict[str, list[Detection]] = {}
+        for d in found:
+            by_class.setdefault(d.label, []).append(d)
         return keep_confident(
-            seen,
-            metadata,
-            threshold=detector.threshold if options.threshold is None else options.threshold,
-            counting_threshold=(
-                detector.counting_threshold if options.counting_threshold is None else options.counting_threshold
-            ),
+            by_class, metadata, threshold=self.threshold, counting_threshold=self.counting_threshold
         )
+
+    def teardown(self) -> None:
+        self.detector = None
+        for key in self.keys:
+            self.context.shared.release(key)
+        self.keys = []
 
 
 def _classes(metadata: Mapping[str, Any]) -> list[str]:
     return [item["class"] for item in metadata["include"]]
 
 
+def _unseen(metadata: Sequence[Mapping[str, Any]], labels: Sequence[str] | frozenset[str]) -> list[str]:
+    return sorted({c for m in metadata for c in _classes(m) if c not in labels})
+
+
+def _some(names: Sequence[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _remedy() -> str:
+    from unigrpo_plugins.detectors import coco_choices
+
+    return f"For COCO's 80 classes say geneval{coco_choices()}. Or --reward clip judges such prompts"
+
+
+def _coloured(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Of how many objects of each class the colour matters."""
+    wanted: dict[str, int] = {}
+    for item in metadata["include"]:
+        if "color" in item:
+            wanted[item["class"]] = max(item["count"], wanted.get(item["class"], 0))
+    return wanted
+
+
+def _counts(seen: Mapping[str, Sequence[Seen]], metadata: Mapping[str, Any]) -> dict[str, int]:
+    return {label: len(seen.get(label, ())) for label in dict.fromkeys(_classes(metadata))}
+
+
 def _value(verdict: Verdict, mode: str) -> float:
     return float(getattr(verdict, "correct" if mode == "official" else mode))
-
-
-def objects_by_class(image: NDArray[np.uint8], found: Sequence) -> dict[str, list[Seen]]:
-    """Detections of one picture as the rules see them, by class."""
-    from unigrpo_plugins.colors import name_color
-
-    seen: dict[str, list[Seen]] = {}
-    for d in found:
-        seen.setdefault(d.label, []).append(Seen(d.score, d.box, name_color(image, d.mask, d.box)))
-    return seen

@@ -64,7 +64,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0, faults: Faults = Faults()):
         super().__init__(("127.0.0.1", port), Conversation)
-        from unigrpo_plugins.detectors import ShapesDetector
+        from unigrpo_plugins.detector_shapes import ShapesDetector
 
         self.detector = ShapesDetector()
         self.faults = faults
@@ -228,7 +228,7 @@ def complete(data: bytes, server: JudgeServer) -> dict[str, Any]:
 def look(image: Any, text: str, detector: Any) -> tuple[float | None, float, tuple[str, ...]]:
     """How much of what is asked about is there, None for words of another world; how clean it is; what is amiss."""
     from unigrpo_cli.shapes.prompts import parse_prompt
-    from unigrpo_plugins.detectors import background_deviation
+    from unigrpo_plugins.detector_shapes import background_deviation
     from unigrpo_plugins.geneval import objects_by_class
     from unigrpo_plugins.geneval_rules import judge, keep_confident
 

@@ -27,25 +27,24 @@ class FidelityReward:
         pass
 
     def setup(self, context: RewardContext) -> None:
-        from unigrpo_plugins.detectors import ShapesDetector
+        from unigrpo_plugins.detector_shapes import ShapesDetector
 
         self.detector = ShapesDetector()
 
     def score(self, batch: RewardBatch) -> list[float]:
         from unigrpo_cli.shapes.world import CELLS, parse_plan
-        from unigrpo_plugins.geneval import objects_by_class
+        from unigrpo_plugins.colors import name_color
 
         scores = []
         found = self.detector.detect(batch.pixels)
         for image, detections, text in zip(batch.pixels, found, batch.reasoning, strict=True):
             plan = parse_plan(text or "")
             shown: Counter = Counter()
-            for label, seen in objects_by_class(image, detections).items():
-                for s in seen:
-                    if s.score > self.detector.threshold:
-                        column = int((s.box[0] + s.box[2]) / 2 * 3 / image.shape[1])
-                        row = int((s.box[1] + s.box[3]) / 2 * 3 / image.shape[0])
-                        shown[s.color, label, CELLS[3 * row + column]] += 1
+            for d in detections:
+                if d.score > self.detector.threshold:
+                    column = int((d.box[0] + d.box[2]) / 2 * 3 / image.shape[1])
+                    row = int((d.box[1] + d.box[3]) / 2 * 3 / image.shape[0])
+                    shown[name_color(image, d.mask, d.box), d.label, CELLS[3 * row + column]] += 1
             planned = Counter((t.color, t.shape, t.cell) for t in plan or ())
             scores.append(float(plan is not None and shown == planned))
         return scores
@@ -90,6 +89,6 @@ class CleanReward:
         pass
 
     def score(self, batch: RewardBatch) -> list[float]:
-        from unigrpo_plugins.detectors import background_deviation
+        from unigrpo_plugins.detector_shapes import background_deviation
 
         return [float(max(0.0, 1 - 10 * d)) for d in background_deviation(batch.pixels)]

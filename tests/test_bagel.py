@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import unigrpo_cli.rollout as rollout_module
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
@@ -34,7 +35,7 @@ from unigrpo_cli.models.sizes import (
 )
 from unigrpo_cli.models.unified import PLAN_FIRST, UnifiedModel
 from unigrpo_cli.replay import collate, micro_batches, replay
-from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.rollout import Sampling, read_given, rollout
 from unigrpo_cli.train import replay_fixed
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 from unigrpo_cli.watch import drift
@@ -279,6 +280,35 @@ def test_guidance_of_one_is_no_guidance_and_more_is_some() -> None:
         rollout(model, PROMPTS, 1, replace(SAMPLING, guidance=Guidance(text=4.0)), WINDOW, seed=0)
 
 
+def test_guidance_compares_with_the_contexts_of_the_official_sampler(
+    picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thinking and a source: without text system and source remain, without pictures system and prompt."""
+    model = load_model(str(TINY))
+    prompt = replace(PROMPTS[0], image=str(picture))
+    caught: list = []
+
+    def paint(policy, context, sampling, window, seeds, grid, poorer):
+        caught.append((context, poorer))
+        return real(policy, context, sampling, window, seeds, grid, poorer)
+
+    real = rollout_module.paint
+    monkeypatch.setattr(rollout_module, "paint", paint)
+    rollout(
+        model, [prompt], 2, replace(SAMPLING, guidance=Guidance(text=4.0, image=2.0)), flow.Window(0, 0), seed=0
+    )
+    (context, poorer), (system, source, asked) = caught[0], model.preamble(prompt, think=True)
+    shown = len(source.latent) + 2 + (source.view.shape[0] // 14) * (source.view.shape[1] // 14) + 2
+    words, request = len(system.ids), len(asked.ids)
+    assert (poorer.less_text.used, poorer.less_image.used) == (words + shown, words + request)
+    assert context.used > words + shown + request, "and the thinking"
+    assert poorer.less_text.position_B.tolist() == [words + 2] * 2
+    assert poorer.less_image.position_B.tolist() == [words + request] * 2
+    with torch.no_grad():
+        alone = read_given(model, [(system, asked)])
+    assert torch.allclose(alone.keys[0][0], poorer.less_image.keys[0][1, :, : alone.used], atol=1e-6)
+
+
 # ----- training
 
 
@@ -361,7 +391,24 @@ def test_gradients_of_a_bf16_base_reach_its_adapters_in_fp32() -> None:
     matrices = [m for n, m in policy.network.named_modules() if n.endswith("lora_A.default")]
     assert matrices
     assert all(isinstance(m, Linear) and m.weight.dtype == torch.float32 for m in matrices)
-    assert matrices[0](torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    seen: set[torch.dtype] = set()
+    for matrix in matrices:
+        matrix.register_forward_hook(lambda _m, given, out: seen.update((given[0].dtype, out.dtype)))
+    with torch.no_grad():
+        policy.forward(policy.empty_context(1), policy.given("prompt", "a cube").ids[None])
+    assert seen == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_logits_and_velocities_of_a_bf16_network_are_not_rounded_to_it() -> None:
+    """They are computed in fp32 from bf16 states, so hardly any of them is a bf16 number."""
+    model = load_model(str(TINY), dtype=torch.bfloat16)
+    ids = model.given("prompt", "a red cube").ids[None]
+    image = NoisyImage(torch.ones(1, 1, 6, 64), torch.full((1, 1), 0.9), (2, 3))
+    out = model.forward(model.empty_context(1), ids, image=image)
+    for values in (model.network.logits(out.hidden_BLC), out.velocity_BKND):
+        assert values.dtype == torch.float32
+        assert (values == values.bfloat16().float()).float().mean() < 0.05
 
 
 def test_the_reference_on_the_host_is_the_same_reference() -> None:
@@ -372,6 +419,10 @@ def test_the_reference_on_the_host_is_the_same_reference() -> None:
     ids = near.given("prompt", "a red cube").ids[None]
     with torch.no_grad(), near.reference() as a, far.reference() as b:
         assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (a, b)))
+    for policy in (near, far):  # what is not trained is not copied
+        assert policy.frozen.vit_model.vision_model.post_layernorm.weight is (
+            policy.network.vit_model.vision_model.post_layernorm.weight
+        )
     layer = far.frozen.language_model.model.layers[0]
     assert layer._forward_pre_hooks
     assert layer._forward_hooks

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from unigrpo_cli.cli import app
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rewards.batch import RewardContext
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput
+from unigrpo_cli.rewards.contract import example_samples
 from unigrpo_cli.shapes.world import COLORS
-from unigrpo_plugins.colors import cielab, name_color
+from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name_color, named
+from unigrpo_plugins.detectors import Detection
+from unigrpo_plugins.encoders import shared_encoder
 from unigrpo_plugins.geneval import GenEvalOptions, GenEvalReward
-from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident, relations
+from unigrpo_plugins.geneval_rules import KINDS, Seen, judge, keep_confident, relations
 
 
 def _at(x: float, y: float, size: float = 10.0, score: float = 0.95, color: str | None = None) -> Seen:
@@ -99,7 +109,7 @@ def test_position_needs_its_target_matched() -> None:
 )
 def test_partial_credit(objects: dict, atoms: list[float], partial: float) -> None:
     verdict = judge(objects, POSITION)
-    assert [value for _, value in verdict.atoms] == atoms
+    assert [atom.value for atom in verdict.atoms] == atoms
     assert verdict.partial == partial
 
 
@@ -138,8 +148,230 @@ def test_every_colour_is_named_within_its_jitter(name: str) -> None:
         assert name_color(image, None, (0, 0, 8, 8)) == name
 
 
+@pytest.mark.parametrize(
+    ("dx", "dy", "expected"),
+    [
+        (-50, 0, 1.0),  # 50 - 2 of 50: beyond the half at which the rule holds
+        (-3, 0, 2 / 3),  # 3 - 2 of 3 is a third, over a half
+        (-4, 0, 1.0),  # 4 - 2 of 4 is just a half
+        (-2, 0, 0.0),
+        (50, 0, 0.0),  # the wrong side
+        (0, -50, 0.0),
+        (-10, -20, 2 * 8 / 500**0.5),  # 10 - 2 of the length of (10, 20)
+    ],
+)
+def test_soft_position(dx: float, dy: float, expected: float) -> None:
+    """The shrunk component along the wanted direction, over the one at which the rule begins to hold."""
+    verdict = judge({"dog": [_at(100, 100, color="red")], "cat": [_at(100 + dx, 100 + dy)]}, POSITION)
+    assert verdict.atoms[-1].soft == pytest.approx(expected, abs=1e-12)
+    assert verdict.soft == pytest.approx((3 + expected) / 4, abs=1e-12)
+
+
+def test_soft_position_rises_to_one_where_the_rule_holds() -> None:
+    def atom(degrees: float) -> tuple[float, float]:
+        turn = np.deg2rad(degrees)
+        cat = _at(100 - 50 * np.cos(turn), 100 - 50 * np.sin(turn))
+        last = judge({"dog": [_at(100, 100, color="red")], "cat": [cat]}, POSITION).atoms[-1]
+        return last.soft, last.value
+
+    values = [atom(degrees) for degrees in range(180, -1, -3)]
+    soft = [s for s, _ in values]
+    assert soft == sorted(soft) and soft[0] == 0.0 and soft[-1] == 1.0
+    assert all((s == 1.0) == (v == 1.0) for s, v in values)
+    assert 5 < sum(0 < s < 1 for s in soft) < 25
+
+
+def test_soft_position_is_that_of_the_worst_pair() -> None:
+    metadata = {
+        "tag": "position",
+        "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 2, "position": ["left of", 0]}],
+    }
+    verdict = judge({"dog": [_at(100, 0)], "cat": [_at(50, 0), _at(97, 0)]}, metadata)
+    assert verdict.atoms[-1].soft == pytest.approx(2 / 3)
+    assert verdict.atoms[-1].value == 0.0
+
+
+def test_soft_colour_is_the_mean_likeness_of_the_wanted() -> None:
+    metadata = {"tag": "colors", "include": [{"class": "cat", "count": 2, "color": "red"}]}
+    cats = [
+        Seen(0.9, (0, 0, 9, 9), "red", {"red": 0.7, "pink": 0.3}),
+        Seen(0.8, (20, 0, 29, 9), "pink", {"red": 0.2, "pink": 0.8}),
+    ]
+    verdict = judge({"cat": cats}, metadata)
+    assert [atom.value for atom in verdict.atoms] == [1.0, 0.5]
+    assert verdict.soft == pytest.approx((1 + (0.7 + 0.2) / 2) / 2)
+    assert judge({"cat": cats[:1]}, metadata).soft == pytest.approx(0.25)  # a wrong count: nothing for the colour
+
+
+def test_parts_are_means_by_kind_and_none_where_nothing_was_asked() -> None:
+    right = judge({"dog": [_at(50, 0, color="red")], "cat": [_at(0, 0)]}, POSITION)
+    assert [right.part(kind) for kind in KINDS] == [1.0, 1.0, 1.0]
+    no_dog = judge({"cat": [_at(0, 0)]}, POSITION)
+    assert [no_dog.part(kind) for kind in KINDS] == [0.5, 0.0, 0.0]
+    plain = judge({}, {"tag": "single_object", "include": [{"class": "cat", "count": 1}]})
+    assert [plain.part(kind) for kind in KINDS] == [0.0, None, None]
+    both = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "color": "red", "position": ["above", 0]}]
+    surplus = judge({"dog": [_at(0, 50)], "cat": [_at(0, 0), _at(9, 0)]}, {"include": both})
+    assert [surplus.part(kind) for kind in KINDS] == [0.5, 0.0, 0.0]
+    assert len(surplus.atoms) == 3  # one 0 for both, as the reference has it
+
+
+def test_lab_closeness() -> None:
+    """1 at a colour, 1/2 between two, falling on the way; the largest is the nearest."""
+    red, pink = (cielab(np.array(COLORS[name])) for name in ("red", "pink"))
+    assert closeness(red)["red"] == 1.0
+    assert closeness(red)["pink"] == 0.0
+    way = [closeness(red + k / 20 * (pink - red)) for k in range(21)]
+    to_red = [w["red"] for w in way]
+    assert to_red == sorted(to_red, reverse=True)
+    assert all((w["red"] >= 0.5) == (named(w) == "red") for w in way)
+    assert all(0 <= v <= 1 for w in way for v in w.values())
+
+
+class StubEncoder:
+    """Looks at the mean colour of a crop; reads a caption as the colour it names, a weak red in "object" ones."""
+
+    scale = 10.0
+
+    def __init__(self) -> None:
+        self.crops: list[np.ndarray] = []
+        self.read: list[str] = []
+
+    def images(self, images: list) -> torch.Tensor:
+        self.crops += [np.asarray(image) for image in images]
+        means = torch.tensor(np.stack([np.asarray(i).reshape(-1, 3).mean(axis=0) for i in images])).float()
+        return torch.nn.functional.normalize(means, dim=-1)
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        self.read += texts
+        rows = []
+        for text in texts:
+            color = next(c for c in COLORS if f" {c}" in text)
+            rows.append((255, 0, 0) if text.endswith("object") else COLORS[color])
+        return torch.nn.functional.normalize(torch.tensor(rows).float(), dim=-1)
+
+
+def test_clip_colours_follow_genevals_rule() -> None:
+    """The mask on grey, cropped to the box; three captions for each colour averaged; a softmax over ten."""
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[:] = (0, 0, 255)
+    image[5:10, 10:18] = (255, 0, 0)
+    mask = np.zeros((20, 30), bool)
+    mask[5:10, 10:18] = True
+    mask[5, 10] = False
+    stub = StubEncoder()
+    masked, bare = Detection("cup", 0.9, (10, 5, 18, 10), mask), Detection("cup", 0.9, (9.4, 4.6, 18.4, 10.2))
+    found = ClipColors(stub).likeness([Coloured(image, masked), Coloured(image, bare)])
+    cut, box = stub.crops
+    assert cut.shape == (5, 8, 3)
+    assert (cut[0, 0] == 0x99).all() and (cut[1:] == (255, 0, 0)).all()
+    assert box.shape == (5, 9, 3) and (box[:, 0] == (0, 0, 255)).all()  # without a mask, the surroundings stay
+    assert stub.read[:3] == ["a photo of a red cup", "a photo of a red-colored cup", "a photo of a red object"]
+    assert len(stub.read) == 30
+    mean = np.stack([_unit(2 * _unit(np.array(rgb)) + (1, 0, 0)) for rgb in COLORS.values()])
+    logits = 10 * mean @ _unit(cut.reshape(-1, 3).mean(axis=0))
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose(list(found[0].values()), expected, atol=1e-5)
+    assert named(found[0]) == list(COLORS)[int(expected.argmax())]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x)
+
+
+def test_clip_colours_with_a_real_encoder() -> None:
+    """The embedded CLIP, whose world this is: it tells most colours of a plain square; its key is shared."""
+    context = RewardContext("cpu", 0, True, True)
+    encoder, _ = shared_encoder(context, "geneval", "embedded", None)
+    image = np.full((48, 48, 3), 0x99, np.uint8)
+    things = []
+    for rgb in COLORS.values():
+        one = image.copy()
+        one[14:34, 14:34] = rgb
+        things.append(Coloured(one, Detection("square", 0.9, (4, 4, 44, 44))))
+    found = ClipColors(encoder).likeness(things)
+    assert all(sum(f.values()) == pytest.approx(1, abs=1e-5) for f in found)
+    assert sum(named(f) == color for f, color in zip(found, COLORS, strict=True)) >= 6
+    reward = GenEvalReward(GenEvalOptions(color="clip", clip_model="embedded", clip_pretrained=None))
+    reward.setup(context)
+    assert reward.colors.encoder is encoder
+    reward.teardown()
+
+
+def _samples(split: str = "train", **options: object) -> RewardOutput:
+    reward = GenEvalReward(GenEvalOptions(**options))
+    reward.setup(RewardContext("cpu", 0, True, True))
+    rows = example_samples(6)
+    reward.check_metadata([s.metadata for s in rows])
+    return reward.score(RewardBatch(tuple(rows), split=split))
+
+
+def test_components_and_remarks_of_a_batch() -> None:
+    output = _samples()
+    assert set(output.components) == {"official", "strict", "partial", "soft", "count", "color", "position"}
+    asked = [
+        {"color", "position"} & {key for item in s.metadata["include"] for key in item} for s in example_samples(6)
+    ]
+    for kind in ("color", "position"):
+        assert [not math.isnan(v) for v in output.components[kind]] == [kind in own for own in asked]
+    assert output.scores == output.components["partial"] == [1.0] * 6
+    assert _samples("eval").scores == output.components["official"]
+    soft = _samples(mode="soft").scores
+    assert soft == output.components["soft"]
+    assert all(0.5 < v <= 1 for v in soft) and any(v < 1 for v in soft)
+    first = output.info[0]
+    assert first["tag"] and first["counts"] and first["judge"] == "geneval (shapes): shapes, lab"
+
+
 def test_a_detector_refuses_what_it_cannot_see() -> None:
     reward = GenEvalReward(GenEvalOptions())
     reward.setup(RewardContext("cpu", 0, True, True))
-    with pytest.raises(RewardError, match="cannot see bench"):
+    with pytest.raises(RewardError, match=r"cannot see bench.*@detector=mask2former.*@detector=rfdetr"):
         reward.check_metadata([{"include": [{"class": "bench", "count": 1}]}])
+
+
+def test_another_policy_gets_shapes_only_for_prompts_about_shapes() -> None:
+    stranger = RewardContext("cpu", 0, False, True)
+    reward = GenEvalReward(GenEvalOptions())
+    reward.setup(stranger)
+    with pytest.raises(RewardError, match=r"no detector was named.*cannot see bench.*@detector=boxes.*@weights"):
+        reward.check_metadata([{"include": [{"class": "heart", "count": 1}, {"class": "bench", "count": 1}]}])
+    reward.check_metadata([{"include": [{"class": "heart", "count": 1}]}])
+    assert reward.detector_name == "shapes" and reward.colors.name == "lab"
+    reward.teardown()
+    assert not stranger.shared._held
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"weights": "x"}, "@weights is of no use to detector 'auto'"),
+        ({"detector": "shapes", "size": "own"}, "@size is of no use"),
+        ({"detector": "boxes"}, "needs weights"),
+    ],
+)
+def test_options_without_use_are_refused(options: dict, says: str) -> None:
+    with pytest.raises(RewardError, match=says):
+        GenEvalReward(GenEvalOptions(**options)).setup(RewardContext("cpu", 0, True, True))
+
+
+def test_a_tiny_bagel_trains_on_it(tmp_path: Path) -> None:
+    """A policy that is not ours, on prompts about shapes, without options."""
+    tiny = Path(__file__).parent / "golden" / "bagel_tiny"
+    settings = [
+        "sampling.height=32",
+        "sampling.width=48",
+        "sampling.max_new_tokens=8",
+        "sampling.steps=6",
+        "eval.steps=6",
+        "eval.limit=1",
+        "eval.rewards=[]",
+        "train.prompts_per_step=2",
+        "train.group_size=2",
+        "train.lora_rank=2",
+    ]
+    arguments = ["train", "--model", str(tiny), "--reward", "geneval", "--steps", "1", "--preset", "paper"]
+    sets = [f"--set={s}" for s in settings]
+    done = CliRunner().invoke(app, [*arguments, *sets, "--out", str(tmp_path / "run"), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert set(json.loads(done.stdout)["eval_after"]) == {"geneval"}

@@ -267,3 +267,12 @@ def test_what_cannot_be_stacked_is_refused(tiny: UnifiedModel) -> None:
         collate([thinking[0], hot[0]])
     with pytest.raises(ValueError, match="coupling"):
         replay(tiny, collate(thinking), coupling="some")
+
+
+def test_a_reference_for_velocities_alone_leaves_words_unscored(tiny: UnifiedModel) -> None:
+    batch = collate(_episodes(tiny))
+    with torch.no_grad():
+        whole, silent = replay(tiny, batch), replay(tiny, batch, text=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.velocities, silent.velocities, strict=True))
+    assert silent.log_prob_BL.shape == whole.log_prob_BL.shape
+    assert not silent.log_prob_BL.any()

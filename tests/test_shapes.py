@@ -21,7 +21,7 @@ from unigrpo_cli.shapes.prompts import (
 from unigrpo_cli.shapes.render import SIZE, render
 from unigrpo_cli.shapes.world import CELLS, COLORS, SHAPES, Thing, parse_plan, plan_text, satisfies
 from unigrpo_plugins.colors import name_color
-from unigrpo_plugins.detectors import ShapesDetector, background_deviation
+from unigrpo_plugins.detector_shapes import ShapesDetector, background_deviation
 
 
 def test_no_request_is_in_both_splits() -> None:

@@ -415,3 +415,25 @@ def test_the_window_is_drawn_per_step() -> None:
     low, high = config.sampling.window_within
     assert starts == set(range(low, high - config.sampling.window_size + 1))
     assert window_of(config, 7) == window_of(config, 7)
+
+
+def test_a_held_out_reward_that_falls_is_told_of_once(tmp_path: Path) -> None:
+    """Weight 0: never trained on, only watched; it parts from the trained one, and the run says so."""
+    plugin = tmp_path / "two.py"
+    plugin.write_text(
+        "from unigrpo_cli import reward\n\n"
+        '@reward("up", range=(0, 100))\ndef up(images, step):\n'
+        "    return [step + k / 100 for k in range(len(images))]\n\n"
+        '@reward("down", range=(-100, 0))\ndef down(images, step):\n'
+        "    return [-step + k / 100 for k in range(len(images))]\n"
+    )
+    small = ["train.prompts_per_step=2", "train.group_size=2", "sampling.steps=4", "sampling.window_within=[0, 3]"]
+    small += ["sampling.think=false", "eval.limit=1", "eval.steps=2", "eval.rewards=[]", "train.samples_every=0"]
+    small = [part for s in small for part in ("--set", s)]
+    told = ["train", "--plugin", str(plugin), "--steps", "23", *small]
+    done = CliRunner().invoke(app, [*told, "--reward", "up,down:0", "--out", str(tmp_path / "a")])
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.stderr.split())
+    assert text.count("held-out reward down has been falling for 20 steps") == 1
+    done = CliRunner().invoke(app, [*told, "--reward", "up,down:0.1", "--out", str(tmp_path / "b")])
+    assert "held-out" not in done.stderr

@@ -138,7 +138,9 @@ class Train(Section):
 class Eval(Section):
     """Held-out evaluation: Euler steps only, fixed noise."""
 
-    suite: str = Field("shapes", description="shapes, geneval, or a prompts file")
+    suite: str = Field(
+        "shapes", description="shapes, geneval, a prompts file, or KIND:PATH of a foreign suite (docs/suites.md)"
+    )
     samples: Positive = Field(1, description="images per prompt")
     limit: Count = Field(0, description="only the first n prompts of each task; 0 for all")
     temperature: Rate = Field(1.0, description="of the reasoning; 0 is greedy")
@@ -174,6 +176,12 @@ class Rewards(Section):
     )
     on_error: Literal["raise", "abstain"] = Field("raise", description="what an exception in a reward does")
     strict: bool = Field(False, description="a score outside the declared range is an error, not a warning")
+    overlap: Literal["auto", "all", "none"] = Field(
+        "auto",
+        description="judge episodes while others are still sampled (sampling.rows at a time): rewards that wait "
+        "for an endpoint, all that take batches, or none",
+    )
+    offload: bool = Field(False, description="move rewards' models to host memory between scorings")
 
 
 class Config(Section):

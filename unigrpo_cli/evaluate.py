@@ -103,10 +103,11 @@ def train_sampling(config: Config) -> Sampling:
 
 def samples_of(groups: Sequence[Group], step: int = 0) -> list[Sample]:
     """Episodes as rewards see them."""
-    return [_sample(e, step) for e in flatten(groups)]
+    return [sample_of(e, step) for e in flatten(groups)]
 
 
-def _sample(episode: Episode, step: int) -> Sample:
+def sample_of(episode: Episode, step: int) -> Sample:
+    """One episode as rewards see it; its id is unique within a step."""
     return Sample(
         prompt=episode.prompt.text,
         pixels=episode.pixels.numpy(),

@@ -187,7 +187,9 @@ def _to(value, device):
     return value
 
 
-def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool = True) -> Scores:
+def replay(
+    policy: Policy, batch: Batch, *, coupling: str = "full", image: bool = True, text: bool = True
+) -> Scores:
     """Score recorded actions under the policy's present weights.
 
     Args:
@@ -195,6 +197,8 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
             keys and values, for the painter's conditioning is part of the policy. "detach": the image loss
             trains the image expert alone.
         image: False leaves out velocities (a text-only objective).
+        text: False leaves the words unscored, for a reference of velocities alone: its log-probabilities
+            are then 0 and mean nothing.
 
     Raises:
         ValueError: on an unknown coupling.
@@ -213,7 +217,10 @@ def replay(policy: Policy, batch: Batch, *, coupling: str = "full", image: bool 
             noisy,
             detach_context=coupling == "detach",
         )
-        if turn.mask_BL.shape[1]:
+        if turn.mask_BL.shape[1] and not text:
+            log_probs.append(torch.zeros(turn.mask_BL.shape, device=policy.device))
+            entropies.append(log_probs[-1])
+        elif turn.mask_BL.shape[1]:
             assert out.hidden_BLC is not None
             hidden = out.hidden_BLC[turn.mask_BL.nonzero()[:, 0], turn.row_BL[turn.mask_BL]]
             scored = token(policy.logits(hidden), temperature=batch.temperature, id=turn.action_BL[turn.mask_BL])

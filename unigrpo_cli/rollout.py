@@ -76,11 +76,15 @@ def rollout(
     window: flow.Window,
     seed: int,
     on_rows: Callable[[int], None] = lambda rows: None,
+    on_episodes: Callable[[list[Episode]], None] = lambda episodes: None,
 ) -> list[Group]:
     """`members` episodes of every prompt, grouped.
 
     An episode's randomness comes from (seed, prompt id, member) alone: batches and their order change nothing but
     the rounding of matrix products. The window is one for all rows.
+
+    Args:
+        on_rows, on_episodes: told after each batch how many, and given them.
     """
     asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
     alike: dict[tuple, list[tuple[int, int]]] = {}
@@ -90,8 +94,10 @@ def rollout(
     for todo in alike.values():
         for at in range(0, len(todo), sampling.rows):
             rows = todo[at : at + sampling.rows]
-            episodes |= zip(rows, _think_then_paint(policy, asked, rows, sampling, window, seed), strict=True)
+            drawn = _think_then_paint(policy, asked, rows, sampling, window, seed)
+            episodes |= zip(rows, drawn, strict=True)
             on_rows(len(rows))
+            on_episodes(drawn)
     return [
         Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)
     ]
@@ -205,6 +211,7 @@ def write_text(
     fed = torch.full((rows, 1), open_id, device=policy.device)
     out = policy.forward(context.reserve(budget + 2), fed)
     ids, log_probs = [], []
+    going = [1] * rows
     for k in range(budget):
         assert out.hidden_BLC is not None
         drawn = token(
@@ -213,13 +220,14 @@ def write_text(
         ids.append(drawn.id)
         log_probs.append(drawn.log_prob)
         length += alive
-        out = policy.forward(out.context, drawn.id[:, None], [int(a) for a in alive])
+        out = policy.forward(out.context, drawn.id[:, None], going)
         alive = alive & (drawn.id != stop_id)
-        if not alive.any():
+        going = alive.int().tolist()  # the one wait for the device per token
+        if not any(going):
             break
     context = out.context
-    if alive.any():
-        context = policy.forward(context, torch.full_like(fed, stop_id), length_B=[int(a) for a in alive]).context
+    if any(going):
+        context = policy.forward(context, torch.full_like(fed, stop_id), going).context
     ids_BL, log_prob_BL = torch.stack(ids, dim=1).cpu(), torch.stack(log_probs, dim=1).float().cpu()
     texts = []
     for row, (n, truncated) in enumerate(zip(length.tolist(), alive.tolist(), strict=True)):

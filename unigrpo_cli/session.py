@@ -178,5 +178,8 @@ def open_rewards(choices: Sequence[RewardChoice], plugins: Plugins, config: Conf
     )
     r = config.reward
     return RewardSet(
-        choices, plugins, context, Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict)
+        choices,
+        plugins,
+        context,
+        Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict, r.offload),
     )

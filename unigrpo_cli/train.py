@@ -24,9 +24,10 @@ from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import DivergedError, RewardError
-from unigrpo_cli.evaluate import samples_of, train_sampling
+from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
 from unigrpo_cli.models import Policy
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay
+from unigrpo_cli.rewards.overlap import Scoring
 from unigrpo_cli.rewards.scoring import RewardSet, Scored
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.state import TrainState
@@ -76,11 +77,19 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     policy, objective, step = state.policy, objective_of(config), state.step
     seed = derive(config.seed, "step", step)
 
+    scoring = Scoring(rewards, step=step, overlap=config.reward.overlap)
     with _timed(seconds, "rollout"):
-        window = window_of(config, step)
-        groups = rollout(policy, prompts_P, config.train.group_size, train_sampling(config), window, seed)
+        groups = rollout(
+            policy,
+            prompts_P,
+            config.train.group_size,
+            train_sampling(config),
+            window_of(config, step),
+            seed,
+            on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
+        )
     with _timed(seconds, "reward"):
-        scored = rewards.score(samples_of(groups, step), step=step)
+        scored = scoring.finish([s.id for s in samples_of(groups, step)])
     advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
 
     with _timed(seconds, "old"):
@@ -206,7 +215,7 @@ def replay_fixed(
                 old = replay(policy, batch, coupling=config.objective.coupling, image=paints)
                 if needs_reference:
                     with policy.reference() as beginning:
-                        reference = replay(beginning, batch, image=paints)
+                        reference = replay(beginning, batch, image=paints, text=objective.text_kl > 0)
             share.append(MicroBatch(batch, advantage_B[own].to(policy.device), old, reference))
         shares.append(share)
     return shares

@@ -54,6 +54,9 @@ from unigrpo_cli.session import (
 from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.watch import parting
+
+HISTORY = 20  # steps over which the trends of rewards are compared
 
 
 def start(config: Config, plugins: Plugins, display: Display, out: Path | None) -> dict[str, Any]:
@@ -159,6 +162,7 @@ class _Session:
         self.config, self.display, self.run, self.state, self.base = config, display, run, state, base
         self.rewards, self.prompts, self.suite, self.began = rewards, prompts, suite, began
         self.shown = _a_few_of_each_task(suite, SHOWN)
+        self.history: list[dict[str, float]] = []
 
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step (or evaluation) at hand."""
@@ -277,7 +281,26 @@ class _Session:
             if drift is not None and known is not None:
                 facts["rollout_drift_max_abs"][kind] = max(drift, known)
 
+    def _warn_of_parting(self, metrics: dict[str, float]) -> None:
+        """Say once of each held-out reward (weight 0) that it falls while what is trained on rises."""
+        asked = self.rewards.asked("train")
+        sign = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
+        self.history.append({name: s * metrics[f"reward/{name}"] for name, s in sign.items()})
+        self.history = self.history[-HISTORY:]
+        if len(self.history) < HISTORY:
+            return
+        weights = self.rewards.weights
+        warned = self.state.facts.setdefault("warned_of_parting", [])
+        held_out = [name for name, weight in weights.items() if not weight and name not in warned]
+        for name in parting(self.history, [n for n, w in weights.items() if w], held_out):
+            warned.append(name)
+            self.display.warn(
+                f"held-out reward {name} has been falling for {HISTORY} steps while a trained one rises: it "
+                "may be learning a judge's weakness; look at samples/progress.png, train on both or stop early"
+            )
+
     def _warn(self, metrics: dict[str, float]) -> None:
+        self._warn_of_parting(metrics)
         limit = self.config.train.drift_limit
         if metrics.get("text/drift_mean", 0.0) > limit and not self.state.facts.get("warned_of_drift"):
             self.state.facts["warned_of_drift"] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +17,9 @@ from unigrpo_cli.errors import UnigrpoError
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
+    from unigrpo_cli.rewards.grammar import RewardChoice
     from unigrpo_cli.rewards.registry import Plugins
+    from unigrpo_cli.rewards.scoring import RewardSet
     from unigrpo_cli.runtime.display import Display
 
 Model = Annotated[
@@ -51,6 +53,9 @@ PluginOption = Annotated[
 PluginsDir = Annotated[
     Path | None,
     typer.Option("--plugins-dir", help="Folder whose .py files are loaded as plugins (runs them)."),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
@@ -97,23 +102,29 @@ def resolve_config(
 ) -> Config:
     """The configuration of a command from its common options."""
     from unigrpo_cli.config import load_config
-    from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.rewards.grammar import scalar
 
     named = dict(named or {})
     if reward:
         named["reward.use"] = reward
     if reward_opt:
-        options = {}
-        for text in reward_opt:
-            key, found, value = text.partition("=")
-            if not found:
-                raise UsageError(f"--reward-opt {text}: write it as ALIAS.KEY=VALUE")
-            options[key] = scalar(value)
-        named["reward.options"] = options
+        named["reward.options"] = reward_options(reward_opt)
     from unigrpo_cli.session import model_defaults
 
     return load_config(preset=preset, file=config, overrides=overrides, named=named, model_defaults=model_defaults)
+
+
+def reward_options(texts: list[str] | None) -> dict[str, Any]:
+    """`--reward-opt` texts as `alias.key` and value."""
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.rewards.grammar import scalar
+
+    options = {}
+    for text in texts or ():
+        key, found, value = text.partition("=")
+        if not found:
+            raise UsageError(f"--reward-opt {text}: write it as ALIAS.KEY=VALUE")
+        options[key] = scalar(value)
+    return options
 
 
 def load_plugins(plugin: list[str] | None, directory: Path | None, display: Display) -> Plugins:
@@ -125,6 +136,31 @@ def load_plugins(plugin: list[str] | None, directory: Path | None, display: Disp
     for problem in plugins.rewards.problems:
         display.warn(problem)
     return plugins
+
+
+def rewards_alone(
+    choices: Sequence[RewardChoice], plugins: Plugins, device: str, timeout_s: float | None = None
+) -> RewardSet:
+    """Rewards without a run around them: nothing of models is imported, and to abstain is an answer.
+
+    Raises:
+        UsageError: when the device is not there.
+        RewardError: when a reward is unknown, misconfigured or cannot be set up.
+    """
+    import torch
+
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.rewards.batch import RewardContext
+    from unigrpo_cli.rewards.scoring import Policy, RewardSet
+
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {error}") from error
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    context = RewardContext(device=name, seed=0, embedded=False, offline=offline)
+    return RewardSet(choices, plugins, context, Policy(timeout_s=timeout_s, max_abstain=1.0))
 
 
 _json_stream: list[TextIO] = []

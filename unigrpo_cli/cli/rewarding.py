@@ -1,26 +1,19 @@
-"""`unigrpo rewards`: list, info, test, new."""
+"""`unigrpo rewards`: list, info, test; score, calibrate, serve and new have files of their own."""
 
 from __future__ import annotations
 
-import keyword
-import re
-import shlex
-from importlib.resources import files
-from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unigrpo_cli.cli import common
+from unigrpo_cli.cli import common, reward_scoring, reward_serving, reward_starting
 from unigrpo_cli.cli.common import one_error_line
-from unigrpo_cli.errors import RewardError, UsageError, suggest
+from unigrpo_cli.errors import RewardError
 
 if TYPE_CHECKING:
     from unigrpo_cli.rewards.registry import RewardEntry
 
 app = typer.Typer(help="See, try and start rewards.", no_args_is_help=True)
-KINDS = ("function", "class")
 
 
 @app.command("list")
@@ -41,13 +34,14 @@ def list_rewards(
         common.print_json({"rewards": rows})
         return
     table = Table(box=None, header_style="dim")
-    for column in ("reward", "from", "version", "range", "needs", "what it says"):
-        table.add_column(column, overflow="fold")
+    for column in ("reward", "from", "version", "range", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it measures", overflow="fold")
     for row in rows:
-        last = Text(row["summary"]) if row["state"] == "ok" else Text(row["state"], style="red")
+        state, found, reason = row["state"].partition(": ")
         shown = "" if row["range"] is None else f"{row['range'][0]:g} to {row['range'][1]:g}"
-        first = (row["name"], row["origin"], row["version"], shown, ", ".join(row["needs"]))
-        table.add_row(*map(Text, first), last)
+        first = (row["name"], row["origin"], row["version"], shown)
+        table.add_row(*map(Text, first), Text(state, style="red" if found else ""), Text(reason or row["summary"]))
     display.say(table)
 
 
@@ -116,6 +110,9 @@ def info(
 @one_error_line
 def test(
     name: Annotated[str, typer.Argument(help="Rewards as in --reward, options included.")],
+    max_ms: Annotated[
+        float | None, typer.Option("--max-ms", min=0, help="Longest time per sample that is accepted.")
+    ] = None,
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
@@ -129,7 +126,7 @@ def test(
     names = [part.strip() for part in name.split(",")]
     found = {}
     for one in names:
-        found[one] = check_reward(one, plugins=plugins)
+        found[one] = check_reward(one, plugins=plugins, max_seconds=None if max_ms is None else max_ms / 1000)
         for check in found[one]:
             head = f"{one}: " if len(names) > 1 else ""
             display.say(f"{'ok  ' if check.ok else 'FAIL'} {head}{check.name}: {check.seen}")
@@ -140,33 +137,7 @@ def test(
         raise typer.Exit(RewardError.exit_code)
 
 
-@app.command("new")
-@one_error_line
-def new(
-    name: Annotated[str, typer.Argument(help="Name of the reward, a Python identifier.")],
-    kind: Annotated[str, typer.Option("--kind", help="function or class.")] = "function",
-    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("."),
-) -> None:
-    """Start a reward: a file with a working example and its test."""
-    from unigrpo_cli.rewards.registry import Plugins
-
-    if kind not in KINDS:
-        raise UsageError(f"--kind {kind}: {suggest(kind, KINDS)}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UsageError(f"{name!r} cannot name a reward: use lower-case letters, digits and _")
-    plugins = Plugins()
-    plugins.load_installed()
-    if any(entry.name == name for entry in plugins.rewards.entries):
-        raise UsageError(f"there is a reward {name!r} already; choose another name")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
-    made = {f"{name}.py": f"{kind}.py.tmpl", f"test_{name}.py": "test.py.tmpl"}
-    for file in made:
-        if (out / file).exists():
-            raise UsageError(f"{out / file} exists already; choose another name or --out")
-    out.mkdir(parents=True, exist_ok=True)
-    for file, template in made.items():
-        text = (files("unigrpo_cli") / "templates" / template).read_text()
-        (out / file).write_text(Template(text).substitute(name=name, file=f"{name}.py"))
-    path = out / f"{name}.py"
-    typer.echo(f"wrote {path} and its test; try: unigrpo rewards test {name} --plugin {shlex.quote(str(path))}")
+app.command("score")(reward_scoring.score)
+app.command("calibrate")(reward_scoring.calibrate)
+app.command("serve")(reward_serving.serve)
+app.command("new")(reward_starting.new)

@@ -62,12 +62,20 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
         """Softmax attention over keys, heads merged: [B, L, H*E]. Scores scaled by 1/sqrt(E)."""
-        if mask is not None and q.shape[1] != k.shape[1]:
-            # A GPU's fused kernel that takes a mask takes no grouped heads; without one all scores are stored.
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        heads, shared = q.shape[1], k.shape[1]
+        if mask is None or heads == shared:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads != shared
+            )
+        elif mask.shape[2] == 1:
+            # A GPU's fused kernel that takes a mask takes no grouped heads. Where the mask is one for all queries,
+            # those of a group can come one after the other as one head's: the same sums, nothing repeated.
+            folded = q.unflatten(1, (shared, -1)).flatten(2, 3)
+            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
+            out = out.unflatten(2, (heads // shared, -1)).flatten(1, 2)
+        else:
+            k, v = (x.repeat_interleave(heads // shared, 1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).flatten(2)
 
     def attend_words(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:

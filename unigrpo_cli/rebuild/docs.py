@@ -6,6 +6,7 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -51,13 +52,14 @@ def rewards() -> str:
             continue
         factory = entry.factory()
         low, high = factory.range
-        needs = ", ".join(sorted(factory.needs))
+        limits = f"Range {low:g} to {high:g}." if low > -math.inf else "Range not declared."
+        needs = ", ".join(sorted(factory.needs)) or "nothing"
         block = [
             f"### `{entry.name}`",
             "",
             f"{inspect.getdoc(factory)}",
             "",
-            f"Range {low:g} to {high:g}. Needs {needs}. Licence: {factory.licence}.",
+            f"{limits} Needs {needs}. Licence: {factory.licence}.",
             "",
         ]
         for key, field in factory.Options.model_fields.items():

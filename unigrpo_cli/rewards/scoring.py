@@ -9,9 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import queue
-import sys
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.lane import Lane, Pending
 from unigrpo_cli.rewards.registry import Plugins
 
 RECENT = 512  # samples over which the share of abstentions is taken
@@ -48,47 +46,8 @@ class Scored:
         return float(self.scores[self.valid].mean()) if self.valid.any() else None
 
 
-class Lane:
-    """A thread of its own for a reward's calls, so that one that hangs can be left behind.
-
-    One thread for all calls: torch starts a new pool of workers for every new thread that computes, and gives
-    it as many as there are cores whatever the main thread was told.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-        torch = sys.modules.get("torch")
-        self._limit = None if torch is None else partial(torch.set_num_threads, torch.get_num_threads())
-        self._asked: queue.Queue[Callable[[], Any]] = queue.Queue()
-        self._answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self.lost = False
-
-    def _work(self) -> None:
-        if self._limit is not None:
-            self._limit()
-        while True:
-            function = self._asked.get()
-            try:
-                self._answers.put((True, function()))
-            except BaseException as error:  # a reward may even call sys.exit
-                self._answers.put((False, error))
-
-    def call(self, function: Callable[[], Any], timeout_s: float | None) -> tuple[bool, Any]:
-        """Whether it came back, and its result or its exception.
-
-        Raises:
-            TimeoutError: when it did not come back in time; the lane is then lost.
-        """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True, name=f"reward {self.name}")
-            self._thread.start()
-        self._asked.put(function)
-        try:
-            return self._answers.get(timeout=timeout_s)
-        except queue.Empty:
-            self.lost = True
-            raise TimeoutError from None
+class FailedCallError(RewardError):
+    """An exception of a reward's own code, which `reward.on_error` is about; broken promises always stop."""
 
 
 @dataclass
@@ -112,11 +71,12 @@ class OpenReward:
 class Policy:
     """How strictly rewards are run; see the `reward` section of the configuration."""
 
-    timeout_s: float = 120.0
+    timeout_s: float | None = 120.0  # None waits for ever
     setup_timeout_s: float = 1800.0
     max_abstain: float = 0.25
     on_error: str = "raise"
     strict: bool = False
+    offload: bool = False
 
 
 class RewardSet:
@@ -135,13 +95,15 @@ class RewardSet:
             RewardError: on an unknown reward, a wrong option, or a failing setup.
         """
         self.plugins, self.context, self.policy = plugins, context, policy
+        self._resting = False
         self.rewards: list[OpenReward] = []
         made = [(choice, *_construct(choice, plugins)) for choice in choices]
         try:
             for choice, address, reward in made:
                 opened = OpenReward(choice, address, reward, _range_of(choice, reward), Lane(choice.alias))
                 if hasattr(reward, "setup"):
-                    self._call(opened, lambda reward=reward: reward.setup(context), "setup")
+                    self._call(opened, partial(reward.setup, context), "setup")
+                    opened.range = _range_of(choice, reward)  # some learn it there, e.g. from a server
                 self.rewards.append(opened)
                 plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
         except BaseException:
@@ -201,42 +163,79 @@ class RewardSet:
                         "(sampling.think is false)"
                     )
             if hasattr(opened.reward, "check_metadata"):
-                self._call(opened, lambda o=opened: o.reward.check_metadata(metadata), "check_metadata")
+                self._call(opened, partial(opened.reward.check_metadata, metadata), "check_metadata")
 
     def score(self, samples: Sequence[Sample], *, step: int = 0, split: str = "train") -> dict[str, Scored]:
-        """Scores of every reward that is asked in this split, by alias.
+        """Scores of every reward that is asked in this split, by alias. Those that wait for others wait together.
 
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often.
         """
+        batch = self.prepare(samples, step=step, split=split)
+        asked = self.asked(split)
+        waiting = {r.alias: self.submit(r, batch) for r in asked if waits_elsewhere(r)}
+        results = {r.alias: self.collect(r, waiting.get(r.alias) or self.submit(r, batch)) for r in asked}
+        self.announce(batch, results)
+        return results
+
+    def prepare(self, samples: Sequence[Sample], *, step: int, split: str) -> RewardBatch:
+        """Samples as rewards get them, after whoever changes them by hook."""
+        self.wake()
         batch = RewardBatch(tuple(samples), step, split, self.context.device)
         changed = self.plugins.call("unigrpo_before_score", batch=batch)
-        if changed is not None:
-            if not isinstance(changed, RewardBatch) or len(changed) != len(batch):
-                raise RewardError(f"unigrpo_before_score must give a RewardBatch of the same {len(batch)} samples")
-            batch = changed
-        results = {opened.alias: self._score_one(opened, batch) for opened in self.asked(split)}
+        if changed is None:
+            return batch
+        if not isinstance(changed, RewardBatch) or len(changed) != len(batch):
+            raise RewardError(f"unigrpo_before_score must give a RewardBatch of the same {len(batch)} samples")
+        return changed
+
+    def announce(self, batch: RewardBatch, results: dict[str, Scored]) -> None:
+        """Tell observers, and give the device back until the next scoring where that is asked for."""
         for alias, scored in results.items():
             try:
                 self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=scored)
             except RewardError as error:  # an observer's fault is not the run's
                 warnings.warn(str(error), stacklevel=2)
-        return results
+        if self.policy.offload:
+            self._resting = True
+            for opened in self.rewards:
+                if hasattr(opened.reward, "offload"):
+                    self._call(opened, opened.reward.offload, "offload")
+            self.context.shared.move("cpu")
 
-    def _score_one(self, opened: OpenReward, batch: RewardBatch) -> Scored:
+    def wake(self) -> None:
+        """Bring what rests in host memory back to the device."""
+        if not self._resting:
+            return
+        self._resting = False
+        self.context.shared.move(self.context.device)
+        for opened in self.rewards:
+            if hasattr(opened.reward, "reload"):
+                self._call(opened, opened.reward.reload, "reload")
+
+    def submit(self, opened: OpenReward, batch: RewardBatch) -> list[tuple[int, Pending]]:
+        """Hand a batch to a reward in pieces of its size, without waiting: how many samples, and the call."""
         batch = replace(batch, samples=tuple(map(_for_one_reward, batch.samples)))
-        size = _batch_size_of(opened) or len(batch)
-        parts = []
-        for at in range(0, len(batch), size):
-            piece = batch[at : at + size]
-            result = self._call(opened, lambda piece=piece: opened.reward.score(piece), "score", piece)
-            parts.append(self._read(opened, result, len(piece)))
+        size = _batch_size_of(opened) or len(batch) or 1  # without samples nobody is asked
+        pieces = [batch[at : at + size] for at in range(0, len(batch), size)]
+        return [(len(p), opened.lane.submit(partial(opened.reward.score, p))) for p in pieces]
+
+    def collect(self, opened: OpenReward, calls: Sequence[tuple[int, Pending]]) -> Scored:
+        """What a reward said of the batches it was handed, checked.
+
+        Raises:
+            RewardError: when it failed, broke its contract or abstained too often.
+        """
+        parts = [self._read(opened, self._wait(opened, call, "score", n), n) for n, call in calls]
         scored = _join(parts)
         self._watch(opened, scored)
         return scored
 
-    def _call(self, opened: OpenReward, function: Any, what: str, batch: RewardBatch | None = None) -> Any:
-        """Call into a plugin, with a deadline.
+    def _call(self, opened: OpenReward, function: Callable[[], Any], what: str) -> Any:
+        return self._wait(opened, opened.lane.submit(function), what)
+
+    def _wait(self, opened: OpenReward, call: Pending, what: str, count: int | None = None) -> Any:
+        """The answer of a call into a plugin, with a deadline.
 
         Raises:
             RewardError: naming the reward and what to do, when it fails or does not come back.
@@ -244,7 +243,7 @@ class RewardSet:
         where = f"reward {opened.alias!r} ({opened.address})"
         limit = "setup_timeout_s" if what == "setup" else "timeout_s"
         try:
-            ok, value = opened.lane.call(function, getattr(self.policy, limit))
+            ok, value = opened.lane.wait(call, getattr(self.policy, limit))
         except TimeoutError:
             raise RewardError(
                 f"{where} gave no answer in {what} within {getattr(self.policy, limit):g} s; "
@@ -254,15 +253,15 @@ class RewardSet:
             return value
         if isinstance(value, RewardError):
             raise value
-        if what == "score" and batch is not None and self.policy.on_error == "abstain":
-            return [math.nan] * len(batch)
+        if count is not None and self.policy.on_error == "abstain":
+            return [math.nan] * count
         remedy = (
             f"try it alone with `unigrpo rewards test {opened.choice.name}`, "
             "or let failures abstain with --set reward.on_error=abstain"
             if what == "score"
             else f"see `unigrpo rewards info {opened.choice.name}`"
         )
-        raise RewardError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
+        raise FailedCallError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
 
     def _read(self, opened: OpenReward, result: Any, count: int) -> Scored:
         """A reward's answer, whatever it is: what cannot be read is the reward's fault, by name."""
@@ -314,6 +313,11 @@ class RewardSet:
                 f"{len(opened.recent)} samples, more than reward.max_abstain={self.policy.max_abstain:g}; "
                 f"look into it with `unigrpo rewards test {opened.choice.name}`"
             )
+
+
+def waits_elsewhere(opened: OpenReward) -> bool:
+    """Whether a reward mostly waits for another machine, so that it costs nothing to ask it early."""
+    return int(getattr(opened.reward, "concurrency", 0) or 0) > 0
 
 
 def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:

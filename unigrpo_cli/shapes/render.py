@@ -1,7 +1,7 @@
 """Paint a scene: analytic signed distances, anti-aliased, in numpy. No drawing library.
 
 Signed distances are in units of the object's radius; negative is inside. The same functions give the
-detector its templates (`plugins/detectors.py`), so "a star" means one thing in the whole project.
+detector its templates (`plugins/detector_shapes.py`), so "a star" means one thing in the whole project.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, suggest
 from unigrpo_cli.shapes.prompts import held_out_prompts, parse_prompt, train_prompts
 from unigrpo_cli.suites.geneval import geneval_rows
+from unigrpo_cli.suites.readers import READERS, read_foreign
 
 TASKLESS = "all"
 
@@ -51,9 +52,15 @@ class SuiteRegistry:
             if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
                 raise UsageError(f"suite {name!r} must give rows with a text `prompt` each, and at least one")
             return as_prompts(rows)
+        foreign = read_foreign(name)
+        if foreign is not None:
+            return as_prompts(foreign[1])
         if Path(name).suffix in (".txt", ".jsonl"):
             return read_prompts(Path(name))
-        raise UsageError(f"unknown suite {name!r}: {suggest(name, self.suites)} (or a .txt or .jsonl file)")
+        raise UsageError(
+            f"unknown suite {name!r}: {suggest(name, self.suites)} (or a .txt or .jsonl file, or KIND:PATH, kinds "
+            f"being {', '.join(READERS)})"
+        )
 
 
 def training_prompts(name: str) -> list[Prompt]:

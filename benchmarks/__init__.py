@@ -1,0 +1,1 @@
+"""What the package costs at full size. Not installed with it."""

@@ -1,0 +1,191 @@
+"""What BAGEL's shape costs here: `python benchmarks/bagel.py`. docs/performance.md says what each row means.
+
+The weights are random, the code is the package's own. Parts that do not fit into memory or time are reported as
+such. Rows come as they are measured; `--json` is written after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this file, whatever is installed
+
+from benchmarks import clock as clocks
+from benchmarks import parts
+from benchmarks.clock import Clock
+from benchmarks.report import Report, put_into
+from benchmarks.shapes import SIZES, Size, random_policy
+from unigrpo_cli.models.sizes import network_shapes
+from unigrpo_cli.replay import collate, replay
+from unigrpo_cli.tuning import prepare_policy
+
+PROFILE = "profile"
+SHARES = 40
+"""A repeated measurement may take this part of the budget: there are about so many."""
+
+
+def measurements(bench: parts.Benchmark) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Parts of the report and how they are filled: first what goals are about, for time may end."""
+    *smaller, largest = sorted(bench.size.groups)
+    first, *others = bench.size.micro_batches
+
+    def denoising(group: int) -> Iterator[tuple[str, Callable[[], None]]]:
+        for part in parts.denoise_variants(group):
+            yield part, partial(parts.measure_denoise, bench, group, part)
+
+    def updating(micro_batch: int) -> Iterator[tuple[str, Callable[[], None]]]:
+        for part in parts.update_variants(micro_batch):
+            yield part, partial(parts.measure_update, bench, micro_batch, part)
+
+    yield parts.NETWORK, partial(parts.measure_network, bench)
+    yield parts.CEILINGS, partial(parts.measure_ceilings, bench)
+    yield from denoising(largest)
+    for group in (*smaller, largest):
+        yield parts.rollout_part(group), partial(parts.measure_rollout, bench, group)
+    yield from updating(first)
+    yield parts.IN_ALL, partial(parts.measure_all, bench)
+    for group in smaller:
+        yield from denoising(group)
+    for micro_batch in others:
+        yield from updating(micro_batch)
+
+
+# ----- operators
+
+
+def profile(bench: parts.Benchmark, title: str, run: Callable[[], object]) -> None:
+    """What a call spends its time in: operators by their own time, and on a card the kernels that they launch."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    bench.clock.need(10)
+    on_card = bench.clock.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
+    own = "self_device_time_total" if on_card else "self_cpu_time_total"
+    with torch.no_grad():
+        run()
+        with torch.profiler.profile(activities=activities) as seen:
+            run()
+            bench.clock.now()
+    kinds = {"operators": DeviceType.CPU} | ({"kernels": DeviceType.CUDA} if on_card else {})
+    for kind, where in kinds.items():
+        spent = [(getattr(e, own), e.count, e.key[:100]) for e in seen.key_averages() if e.device_type == where]
+        spent = sorted((s for s in spent if s[0] > 0), reverse=True)
+        total = sum(s[0] for s in spent)
+        bench.report.add_profile(
+            f"{title}: {kind}", [{"name": name, "share": us / total, "calls": n} for us, n, name in spent[:12]]
+        )
+
+
+def profile_all(bench: parts.Benchmark) -> None:
+    """A denoise call of the largest group, then a replay of the first micro-batch; texts of differing length."""
+    group, micro_batch = max(bench.size.groups), bench.size.micro_batches[0]
+    with torch.no_grad():
+        run, _ = parts.denoise_call(bench, group, differing=True)
+    profile(bench, f"a denoise call of {group} rows", run)
+    own = parts.episodes_of(bench, micro_batch, parts.DIFFERING)[:micro_batch]
+    batch = collate(own, bench.policy.device)
+    profile(bench, f"a replay of {micro_batch} episodes", lambda: replay(bench.policy, batch))
+
+
+# ----- the command
+
+
+def settings(arguments: argparse.Namespace, size: Size, device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on. No name of a machine."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    weights = sum(math.prod(shape) for shape in network_shapes(size.network).values())
+    return {
+        "size": arguments.size,
+        "parameters": f"{weights / 1e9:.3g} B",
+        "device": device.type,
+        "card": card,
+        "nominal_tflops": clocks.nominal_tflops(card) if arguments.dtype == "bfloat16" else None,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": arguments.dtype,
+        "cudnn_attention": not arguments.no_cudnn_attention,
+        "image": f"{size.pixels} px of {size.image_tokens} tokens in {size.calls} calls",
+        "thinking": f"{size.thinking} tokens after {size.given + 4} given ones",
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str:
+    """The commit of this clone, marked when files differ from it."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def parse(given: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options, with what depends on the machine filled in."""
+    parser = argparse.ArgumentParser(description="What BAGEL's shape costs on this machine, with random weights.")
+    parser.add_argument("--size", choices=list(SIZES), default="7b")
+    parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a card, else float32"
+    )
+    parser.add_argument("--json", type=Path, help="write the report there, after every row")
+    parser.add_argument("--markdown", type=Path, help="put the table into that document, e.g. docs/performance.md")
+    parser.add_argument("--profile", action="store_true", help="also the operators of a denoise call and a replay")
+    parser.add_argument("--budget-s", type=float, default=480, help="seconds for everything")
+    parser.add_argument(
+        "--no-cudnn-attention", action="store_true", help="to compare: it plans every new length anew"
+    )
+    arguments = parser.parse_args(given)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> Report:
+    arguments = parse(given)
+    size, device = SIZES[arguments.size], torch.device(arguments.device)
+    if arguments.no_cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    clock = Clock(device, arguments.budget_s)
+    setting = settings(arguments, size, device)
+    aimed = arguments.size == "7b" and device.type == "cuda"  # the goals are one card's, at full size
+    rows = parts.rows_of(size, goals=aimed, nominal=setting["nominal_tflops"] is not None)
+    report = Report(setting, rows, arguments.json)
+    with report.attempt(list(dict.fromkeys(row.part for row in rows))):
+        policy = random_policy(size, device, getattr(torch, arguments.dtype))
+        policy = prepare_policy(policy, parts.configuration(size, arguments.dtype, 1))
+        bench = parts.Benchmark(size, policy, arguments.dtype, clock, report, arguments.budget_s / SHARES)
+        for part, measure in measurements(bench):
+            with report.attempt([part]):
+                measure()
+            gc.collect()  # what an attempt leaves behind its traceback holds as long as it lasts
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        if arguments.profile:
+            with report.attempt([PROFILE]):
+                profile_all(bench)
+    report.write()
+    if arguments.markdown:
+        put_into(arguments.markdown, f"{arguments.size} on {device.type}", report.markdown())
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""LAION's aesthetic score: a small head on the image embeddings of a CLIP."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from unigrpo_cli import Options, RewardBatch, RewardContext
+from unigrpo_plugins.heads import Head, folded, read_head
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL, PRETRAINED = "ViT-L-14-quickgelu", "openai"
+WHERE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+
+
+class AestheticOptions(Options):
+    head: str | None = Field(
+        None,
+        description="the head: a .safetensors file, a directory with one, or org/repo[/file] on the hub; with the "
+        "embedded policy the default is the small one of the shapes world",
+    )
+    model: str | None = Field(
+        None,
+        description=f"open_clip model that the head was trained on, as in `clip`; default {MODEL}, or `embedded` "
+        "with the embedded policy and no head",
+    )
+    pretrained: str | None = Field(None, description=f"its weights; default {PRETRAINED} for the default model")
+    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the encoder's weights")
+    activation: Literal["auto", "none", "relu"] = Field(
+        "auto", description="between the head's layers; auto goes by their numbers"
+    )
+    batch_size: int = Field(64, ge=1, description="pictures in one pass")
+
+
+class AestheticReward:
+    """How much people liked pictures of such an embedding: LAION's aesthetic predictor, version 1 or 2."""
+
+    name = "aesthetic"
+    summary = "LAION aesthetic score, about 4 to 7 (a head on CLIP embeddings)"
+    range = (0.0, 10.0)
+    needs = frozenset({"image"})
+    licence = "head v1 MIT, v2 Apache-2.0; CLIP MIT; embedded: ours"
+    Options = AestheticOptions
+
+    def __init__(self, options: AestheticOptions):
+        self.options = options
+        self.batch_size = options.batch_size
+
+    def setup(self, context: RewardContext) -> None:
+        """Read the head, then get the encoder, which other rewards may share.
+
+        Raises:
+            RewardError: when either is not to be had, or they do not fit each other.
+        """
+        from unigrpo_cli.errors import RewardError
+        from unigrpo_plugins.encoders import EMBEDDED, shared_encoder
+        from unigrpo_plugins.weights import load_state
+
+        o = self.options
+        model = o.model or (EMBEDDED if context.embedded and o.head is None else MODEL)
+        pretrained = o.pretrained or (PRETRAINED if model == MODEL else None)
+        path = self._head_file(context, model)
+        self.head: Head = folded(
+            read_head(load_state(path, f"reward {self.name!r}"), path.name, o.activation), path.name
+        )
+        self.shared = context.shared
+        self.encoder, self.key = shared_encoder(context, self.name, model, pretrained, o.precision)
+        width = self._width()
+        if width != self.head.width:
+            self.teardown()
+            raise RewardError(
+                f"reward {self.name!r}: {path.name} takes embeddings of {self.head.width} numbers, and {model} "
+                f"gives {width}; give the model that the head was trained on with @model=... (768: {MODEL})"
+            )
+
+    def _head_file(self, context: RewardContext, model: str) -> Path:
+        from unigrpo_cli.errors import RewardError
+        from unigrpo_plugins.encoders import EMBEDDED
+        from unigrpo_plugins.weights import conversion, find_weights
+
+        if self.options.head is not None:
+            return find_weights(context, self.name, "head", self.options.head)
+        if model == EMBEDDED:
+            return Path(str(files("unigrpo_cli") / "embedded" / "aesthetic" / "head.safetensors"))
+        published = "sac+logos+ava1-l14-linearMSE.pth"
+        raise RewardError(
+            f"reward {self.name!r}: no head for {model}; download {published} from {WHERE}, convert it with: "
+            f"{conversion(published)} and give it with @head=FILE"
+        )
+
+    def _width(self) -> int:
+        """Length of the encoder's embeddings, seen on a blank picture: towers name it differently."""
+        from PIL import Image
+
+        return self.encoder.images([Image.new("RGB", (32, 32))]).shape[-1]
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        return self.head(self.encoder.images(batch.images).cpu())
+
+    def teardown(self) -> None:
+        self.encoder = None
+        self.shared.release(self.key)

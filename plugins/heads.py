@@ -1,0 +1,126 @@
+"""Aesthetic heads: from an image embedding of length 1 to one number.
+
+LAION's version 1 is one linear layer (`weight`, `bias`). Version 2 has five, and in its published files nothing
+between them but dropout, so that it is one affine map: it is folded into that. The `reluMSE` files have
+activations; which it is shows in the layers' numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from unigrpo_cli.errors import RewardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
+"""Numbers of the linear layers in nn.Sequential: after the first three a dropout, or activation and dropout."""
+FOLD_TOLERANCE = 1e-4
+_LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Linear layers, (weight [out, in], bias [out]) each, with ReLU between them or nothing."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    relu: bool
+
+    @property
+    def width(self) -> int:
+        """Length of the embeddings that it takes."""
+        return self.layers[0][0].shape[1]
+
+    def __call__(self, x_BE: Tensor) -> Tensor:
+        """Scores [B]."""
+        for at, (weight, bias) in enumerate(self.layers):
+            x_BE = x_BE @ weight.T + bias
+            if self.relu and at < len(self.layers) - 1:
+                x_BE = x_BE.relu()
+        return x_BE.squeeze(-1)
+
+    def double(self) -> Head:
+        """The same in fp64."""
+        return Head(tuple((w.double(), b.double()) for w, b in self.layers), self.relu)
+
+
+def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") -> Head:
+    """The head in a state dict.
+
+    Args:
+        name: of the file, for errors and because it may say what the layout cannot.
+        activation: "none" or "relu" between layers; "auto" goes by the layers' numbers.
+
+    Raises:
+        RewardError: when the layout is not LAION's.
+    """
+    if any(key.startswith("scoring_head") for key in state):
+        raise RewardError(
+            f"reward 'aesthetic': {name} is a head of aesthetic-predictor v2.5, which is not supported: it is "
+            "AGPL-3.0 and looks through SigLIP; take a LAION head (v1 or v2), or write a plugin of your own"
+        )
+    if set(state) == {"weight", "bias"}:
+        return _chained(((state["weight"], state["bias"]),), False, name)
+    numbers = tuple(sorted({int(found[1]) for key in state if (found := _LAYER.fullmatch(key))}))
+    expected = {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}
+    if not numbers or set(state) != expected:
+        raise RewardError(
+            f"reward 'aesthetic': {name} is no LAION head: it holds {', '.join(sorted(state)[:4])}; "
+            "expected `weight` and `bias` (v1), or layers.0/2/4/6/7 (v2)"
+        )
+    relu = _activated(numbers, name) if activation == "auto" else activation == "relu"
+    layers = tuple((state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]) for n in numbers)
+    return _chained(layers, relu, name)
+
+
+def _activated(numbers: tuple[int, ...], name: str) -> bool:
+    """Whether there is ReLU between layers of these numbers."""
+    if numbers == RELU or (numbers == LINEAR and "relu" not in name.lower()):
+        return numbers == RELU
+    raise RewardError(
+        f"reward 'aesthetic': {name} has layers {'/'.join(map(str, numbers))}, which does not tell whether there "
+        "are activations between them; say @activation=none or @activation=relu"
+    )
+
+
+def _chained(layers: tuple[tuple[Tensor, Tensor], ...], relu: bool, name: str) -> Head:
+    """A head whose layers fit each other, in fp32."""
+    ends = [tuple(w.shape) for w, _ in layers]
+    fits = all(w.ndim == 2 and tuple(b.shape) == (w.shape[0],) for w, b in layers)
+    if not fits or ends[-1][0] != 1 or any(a[0] != b[1] for a, b in pairwise(ends)):
+        raise RewardError(
+            f"reward 'aesthetic': the layers of {name} do not lead from an embedding to one number: "
+            f"{', '.join(map(str, ends))}"
+        )
+    return Head(tuple((w.float(), b.float()) for w, b in layers), relu)
+
+
+def folded(head: Head, name: str) -> Head:
+    """A head without activations as one affine map, compared with its layers before it is trusted.
+
+    Raises:
+        RewardError: when the two differ by more than FOLD_TOLERANCE, or are no numbers.
+    """
+    import torch
+
+    if head.relu:
+        return head
+    exact = head.double()
+    weight, bias = exact.layers[0]
+    for next_weight, next_bias in exact.layers[1:]:
+        weight, bias = next_weight @ weight, next_weight @ bias + next_bias
+    one = Head(((weight.float(), bias.float()),), relu=False)
+    generator = torch.Generator().manual_seed(0)
+    x_BE = torch.nn.functional.normalize(torch.randn(256, head.width, generator=generator), dim=-1)
+    error = float((one(x_BE).double() - exact(x_BE.double())).abs().max())
+    if not error <= FOLD_TOLERANCE:  # also refuses NaN
+        raise RewardError(
+            f"reward 'aesthetic': the layers of {name} folded into one differ from them by {error:.2g} on random "
+            f"vectors (at most {FOLD_TOLERANCE:g} is accepted): its weights are broken, or not those of a head"
+        )
+    return one

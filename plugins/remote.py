@@ -1,0 +1,229 @@
+"""A reward that runs elsewhere: the client of `unigrpo rewards serve`. Protocol 1, docs/rewards.md."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample
+from unigrpo_cli.errors import RewardError
+
+if TYPE_CHECKING:
+    import httpx2
+
+PROTOCOL = 1
+TOKEN_ENV = "UNIGRPO_REWARD_TOKEN"
+AGAIN = (502, 503, 504)  # a proxy whose server is away, or a server that is stopping or full
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
+CONNECT_S = 5.0
+
+
+class RemoteOptions(Options):
+    url: str = Field("", description="of the server, as `unigrpo rewards serve` prints it")
+    token_file: str | None = Field(None, description=f"file with the server's token; default ${TOKEN_ENV}")
+    deadline_s: float = Field(100.0, gt=0, description="seconds for one call, further tries included")
+
+
+class RemoteReward:
+    """A reward of another process or machine, served by `unigrpo rewards serve`; range and needs are its own."""
+
+    name = "remote"
+    summary = "a reward served elsewhere by `unigrpo rewards serve`"
+    range = (-math.inf, math.inf)
+    needs: frozenset[str] = frozenset()
+    batch_size = None
+    licence = "that of the reward served"
+    Options = RemoteOptions
+
+    def __init__(self, options: RemoteOptions):
+        self.options = options
+        if not options.url.startswith(("http://", "https://")):
+            raise RewardError(
+                f"reward remote: @url={options.url!r}; give the address that `unigrpo rewards serve` prints, e.g. "
+                "remote@url=http://127.0.0.1:8700"
+            )
+        self.url = options.url.rstrip("/").removesuffix("/v1")
+
+    def setup(self, context: RewardContext) -> None:
+        """Ask the server what it serves.
+
+        Raises:
+            RewardError: when it wants another token or speaks another protocol.
+            ConnectionError: when nobody answers.
+        """
+        import httpx2
+
+        local = httpx2.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+        self.client = httpx2.Client(
+            headers={"Authorization": f"Bearer {token}"} if (token := self._token()) else {},
+            trust_env=not local,  # a proxy for the web cannot reach this machine's loopback
+        )
+        self.jitter = random.Random()  # of its own: waiting must not move the run's random numbers
+        facts = self._ask("GET", "/v1/info")
+        try:
+            low, high = facts["range"]
+            self.range = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+            self.name = str(facts["name"])
+            self.needs = frozenset(map(str, facts["needs"]))
+            self.sends = frozenset(map(str, facts["sends"]))
+            self.scope = str(facts["scope"])
+            self.unit = int(facts["batch_size"] or 1)
+            self.max_bytes = int(facts["max_bytes"])
+            self.higher_is_better = bool(facts["higher_is_better"])
+            self.summary, self.licence = str(facts["summary"]), str(facts["licence"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._malformed(f"/v1/info: {type(error).__name__}: {error}") from error
+
+    def check_metadata(self, metadata: list[Any]) -> None:
+        """Let the server look at the prompts before anything is sampled."""
+        rows = [dict(row) for row in metadata] if "metadata" in self.sends else [{} for _ in metadata]
+        # what the policy thinks has been looked at here, by the same `needs`
+        self._ask("POST", "/v1/check", {"metadata": rows, "has_reasoning": True})
+
+    def score(self, batch: RewardBatch) -> RewardOutput:
+        scores: list[Any] = []
+        components: dict[str, list[Any]] = {}
+        info: list[Any] = []
+        for rows in self._requests(batch):
+            body = {"samples": rows, "step": batch.step, "split": batch.split}
+            answer = self._ask("POST", "/v1/score", body)
+            parts = answer.get("components", {})
+            remarks = answer.get("info") or [{}] * len(rows)
+            shaped = isinstance(parts, dict) and (not scores or parts.keys() == components.keys())
+            lists = [answer.get("scores"), remarks, *(parts.values() if shaped else [None])]
+            if not all(isinstance(values, list) and len(values) == len(rows) for values in lists):
+                raise self._malformed(f"not one score, component and remark for each of {len(rows)} samples")
+            scores += answer["scores"]
+            info += remarks
+            for name, values in parts.items():
+                components.setdefault(name, []).extend(values)
+        return RewardOutput(scores, components, info)
+
+    def teardown(self) -> None:
+        self.client.close()
+
+    def _requests(self, batch: RewardBatch) -> Iterator[list[dict[str, Any]]]:
+        """The batch in as few requests as the server's limit allows, cut where the server would cut it anyway."""
+        rows: list[dict[str, Any]] = []
+        held = 0
+        step = max(1, len(batch)) if self.scope == "group" else self.unit
+        for at in range(0, len(batch), step):
+            unit = [self._row(sample) for sample in batch.samples[at : at + step]]
+            size = sum(len(json.dumps(row)) + 2 for row in unit)
+            if size + 1024 > self.max_bytes:
+                raise RewardError(
+                    f"reward remote: {len(unit)} samples that belong together make {size} bytes, and {self.url} "
+                    f"takes {self.max_bytes}; serve it with a larger --max-mb"
+                )
+            if rows and held + size + 1024 > self.max_bytes:
+                yield rows
+                rows, held = [], 0
+            rows += unit
+            held += size
+        if rows:
+            yield rows
+
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        row: dict[str, Any] = {"prompt": sample.prompt, "id": sample.id, "group_id": sample.group_id}
+        if "image" in self.sends:
+            row["image"] = _png(sample)
+        if "reasoning" in self.sends:
+            row["reasoning"] = sample.reasoning
+        if "metadata" in self.sends:
+            row["metadata"] = dict(sample.metadata)
+        return row
+
+    def _token(self) -> str | None:
+        if self.options.token_file is None:
+            return os.environ.get(TOKEN_ENV, "").strip() or None
+        try:
+            with open(self.options.token_file, encoding="utf-8") as file:
+                return file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RewardError(f"reward remote: @token_file={self.options.token_file}: {error}") from error
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The server's answer; what may pass is tried again until the deadline.
+
+        Raises:
+            ConnectionError: when nobody answered in time; `reward.on_error` says what then.
+            RuntimeError: when the reward itself failed there; the same.
+            RewardError: on anything that another try would not mend.
+        """
+        import httpx2
+
+        content = json.dumps({"protocol": PROTOCOL} | body, allow_nan=False).encode() if body is not None else None
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        until = time.monotonic() + self.options.deadline_s
+        wait, tries = FIRST_WAIT_S, 0
+        while True:
+            tries += 1
+            left = max(0.05, until - time.monotonic())
+            limit = httpx2.Timeout(left, connect=min(CONNECT_S, left))
+            try:
+                response = self.client.request(
+                    method, self.url + path, content=content, headers=headers, timeout=limit
+                )
+                if response.status_code not in AGAIN:
+                    return self._read(path, response)
+                trouble = f"HTTP {response.status_code}: {response.text[:200]}"
+            except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
+                raise RewardError(f"reward remote: @url={self.url} or its token cannot be used: {error}") from error
+            except httpx2.TransportError as error:
+                trouble = f"{type(error).__name__}: {error}"
+            pause = wait * (0.5 + self.jitter.random() / 2)
+            if time.monotonic() + pause >= until:
+                raise ConnectionError(
+                    f"{self.url} gave no answer in {tries} tries and {self.options.deadline_s:g} s ({trouble}); "
+                    "start it with `unigrpo rewards serve`, or give it longer with @deadline_s="
+                )
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+    def _read(self, path: str, response: httpx2.Response) -> dict[str, Any]:
+        try:
+            answer = response.json()
+        except ValueError:  # UnicodeDecodeError and JSONDecodeError among them
+            answer = None
+        if not isinstance(answer, dict) or "protocol" not in answer:
+            raise self._malformed(f"{path}: HTTP {response.status_code}, {response.text[:80]!r}")
+        if answer["protocol"] != PROTOCOL:
+            raise RewardError(
+                f"reward remote: {self.url} speaks protocol {answer['protocol']!r} and this unigrpo {PROTOCOL}; "
+                "run the same version of unigrpo on both sides"
+            )
+        if response.status_code == 200:
+            return answer
+        said, kind = f"{self.url}: {answer.get('error')}", answer.get("kind")
+        if kind == "failed":
+            raise RuntimeError(said)
+        remedy = {
+            401: f"; set {TOKEN_ENV} or @token_file= to the token that the server was given",
+            404: "; is @url= the address that `unigrpo rewards serve` printed?",
+            413: "; serve it with a larger --max-mb",
+        }.get(response.status_code, "" if kind == "needs" else "; try `unigrpo rewards test` beside the server")
+        raise RewardError(f"reward remote: {said}{remedy}")
+
+    def _malformed(self, what: str) -> RewardError:
+        return RewardError(
+            f"reward remote: {self.url} did not answer as a reward server does ({what}); is @url= the address that "
+            "`unigrpo rewards serve` printed, with the same version of unigrpo?"
+        )
+
+
+def _png(sample: Sample) -> str:
+    """The pixels, bit for bit, as text; little compression, for the network is rarely the slow part."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(sample.pixels).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()

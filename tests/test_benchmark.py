@@ -1,0 +1,211 @@
+"""The benchmark runs, says what it did not do, and counts as torch counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bagel, parts, report
+from benchmarks.clock import Clock
+from benchmarks.flops import Pass, decode_bytes, forward_flops, update_flops
+from benchmarks.shapes import SIZES, random_policy
+from unigrpo_cli.models.sizes import network_shapes
+from unigrpo_cli.replay import collate, replay
+from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str]:
+    """The report of one run in a process of its own, its Markdown, and what it printed."""
+    directory = tmp_path_factory.mktemp("benchmark")
+    options = ["--size", "tiny", "--device", "cpu", "--profile", "--budget-s", "60"]
+    files = ["--json", str(directory / "found.json"), "--markdown", str(directory / "found.md")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bagel.py"), *options, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    assert not done.returncode, done.stderr
+    return json.loads((directory / "found.json").read_text()), (directory / "found.md").read_text(), done.stdout
+
+
+def test_every_row_is_there_and_is_a_true_number(finished: tuple[dict, str, str]) -> None:
+    found, _, _ = finished
+    rows = {(r["part"], r["name"]): r["value"] for r in found["rows"]}
+    assert list(rows) == [(r.part, r.name) for r in parts.rows_of(SIZES["tiny"], goals=False, nominal=False)]
+    assert found["not_run"] == []
+    assert all(math.isfinite(value) and value > 0 for value in rows.values())
+    lengths = {value for (_, name), value in rows.items() if name == "thinking length"}
+    assert lengths == {SIZES["tiny"].thinking}
+    for group in SIZES["tiny"].groups:
+        part = parts.rollout_part(group)
+        stages = sum(rows[part, name] for name in ("prefill", "thinking", "denoising", "decode"))
+        assert 0.5 * rows[part, "rollout"] < stages <= rows[part, "rollout"]
+    assert all(p and sum(s["share"] for s in p) <= 1.001 for p in found["profiles"].values())
+
+
+def test_rows_are_printed_and_written(finished: tuple[dict, str, str]) -> None:
+    found, markdown, printed = finished
+    for r in found["rows"]:
+        assert f"| {r['part']} | {r['name']} | " in markdown
+        assert f"| {r['part']} | {r['name']} | " in printed
+    assert {"torch", "commit", "date", "machine", "card", "dtype"} <= set(found["setting"])
+
+
+def test_what_finds_no_time_is_named(tmp_path: Path) -> None:
+    arguments = ["--size", "tiny", "--device", "cpu", "--budget-s", "0", "--profile"]
+    bagel.main([*arguments, "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [r["part"] for r in found["rows"]] == ["network"]
+    assert len(found["not_run"]) == len(parts.rows_of(SIZES["tiny"], goals=False, nominal=False))
+    reasons = {r["reason"] for r in found["not_run"]}
+    assert all("no time" in reason or "needs" in reason for reason in reasons), reasons
+
+
+def test_what_does_not_fit_is_named_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = parts.watched_rollout
+
+    def large_groups_do_not_fit(bench: parts.Benchmark, group: int, config: parts.Config) -> parts.Rolled:
+        if group == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+        return own(bench, group, config)
+
+    monkeypatch.setattr(parts, "watched_rollout", large_groups_do_not_fit)
+    found = bagel.main(["--size", "tiny", "--device", "cpu", "--budget-s", "60"]).json()
+    missing = {r["part"]: r["reason"] for r in found["not_run"]}
+    assert missing.pop("rollout, group of 4") == "did not fit: needs 2.5 GiB"
+    assert list(missing) == ["in all"]
+    assert "update, micro-batch 2" in {r["part"] for r in found["rows"]}
+
+
+def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("an error of ours")
+
+    monkeypatch.setattr(parts, "measure_denoise", broken)
+    with pytest.raises(RuntimeError, match="an error of ours"):
+        bagel.main(["--size", "tiny", "--device", "cpu", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [r["part"] for r in found["rows"]] == ["network"] + ["ceilings"] * 4
+    assert {r["reason"] for r in found["not_run"]} == {report.NOT_REACHED}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_it_runs_on_a_card() -> None:
+    found = bagel.main(["--size", "tiny", "--device", "cuda", "--budget-s", "120", "--profile"]).json()
+    assert found["not_run"] == []
+    assert any("kernels" in title for title in found["profiles"])
+
+
+# ----- operations
+
+
+@pytest.fixture(scope="module")
+def bench() -> parts.Benchmark:
+    """As the command makes it, with a larger image: the formulas let the last layer learn from boundary tokens."""
+    size = replace(SIZES["tiny"], pixels=128)
+    rows = parts.rows_of(size, goals=False, nominal=False)
+    policy = random_policy(size, torch.device("cpu"), torch.float32)
+    policy = prepare_policy(policy, parts.configuration(size, "float32", 1))
+    clock = Clock(torch.device("cpu"), 60)
+    return parts.Benchmark(size, policy, "float32", clock, report.Report({"nominal_tflops": None}, rows, None), 1)
+
+
+def _counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_operations_of_a_denoise_call(bench: parts.Benchmark, adapters: bool) -> None:
+    with torch.no_grad(), nullcontext() if adapters else bench.policy.reference():
+        run, context = parts.denoise_call(bench, 3, differing=True)
+        counted = _counted(run)
+    rank = bench.size.rank if adapters else 0
+    work = Pass(3, past=context.used, copies=1, image=bench.size.image_tokens, rank=rank)
+    assert forward_flops(bench.size.network, work) == pytest.approx(counted, rel=0.01)
+
+
+def test_operations_of_a_written_token(bench: parts.Benchmark) -> None:
+    policy = bench.policy
+    with torch.no_grad():
+        context = parts.reading(bench, 3, differing=False)
+        counted = _counted(
+            lambda: policy.logits(policy.forward(context, torch.zeros(3, 1).long()).hidden_BLC[:, -1])
+        )
+    work = Pass(3, text=1, past=context.used, scored=3, rank=bench.size.rank)
+    assert forward_flops(bench.size.network, work) == pytest.approx(counted, rel=0.01)
+
+
+def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None:
+    size, config = bench.size, bench.config(micro_batch=2)
+    bench.episodes = parts.watched_rollout(bench, 2, config).episodes
+    episodes = parts.episodes_of(bench, 2, parts.DIFFERING)
+    assert [len(e.segments[-2].ids) for e in episodes] == [12, 6]
+    batch = collate(episodes)
+    scored, length = int(batch.actions.mask_BL.sum()), max(batch.turns[0].length_B)
+    assert length == size.reading()
+    work = Pass(2, text=length, copies=3, image=size.image_tokens, scored=scored, rank=size.rank)
+    with torch.no_grad():
+        counted = _counted(lambda: replay(bench.policy, batch))
+    assert forward_flops(size.network, work) == pytest.approx(counted, rel=0.01)
+    state, objective = TrainState(bench.policy, make_optimizer(bench.policy, config)), objective_of(config)
+    shares = replay_fixed(bench.policy, episodes, torch.tensor([1.0, -1.0]), config, objective)
+    counted = _counted(lambda: optimizer_step(state, shares[0], objective, config))
+    assert update_flops(size.network, work) == pytest.approx(counted, rel=0.01)
+
+
+def test_bytes_of_a_written_token(bench: parts.Benchmark) -> None:
+    """The text expert's matrices, its adapters and the head, as the network holds them; then the cache."""
+    read = 0
+    for name, parameter in bench.policy.network.named_parameters():
+        if parameter.ndim == 2 and "_moe_gen" not in name and (".layers." in name or "lm_head" in name):
+            read += parameter.numel() * parameter.element_size()
+    context = parts.reading(bench, 3, differing=False)
+    read += sum(x.numel() * x.element_size() for x in (*context.keys, *context.values))
+    assert decode_bytes(bench.size.network, 3, context.used, 4, bench.size.rank) == read
+
+
+def test_sizes_are_what_they_are_called() -> None:
+    def count(name: str) -> int:
+        return sum(math.prod(shape) for shape in network_shapes(SIZES[name].network).values())
+
+    assert count("7b") == pytest.approx(14.2e9, rel=0.01)  # both experts, without the vision tower
+    assert count("100m") == pytest.approx(100e6, rel=0.05)
+    assert SIZES["7b"].image_tokens == 1024
+
+
+def test_the_page_has_room_for_the_table_and_names_the_goals() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert page.index("<!-- 7b on cuda -->") < page.index("<!-- end 7b on cuda -->")
+    aims = {(r.name, str(r.goal)) for r in parts.rows_of(SIZES["7b"], goals=True, nominal=True) if r.goal}
+    expected = {
+        "rollout": "<= 3",
+        "rollout and update": "<= 4",
+        "utilisation": ">= 45",
+        "peak memory update": "<= 55.9",
+    }
+    assert aims == set(expected.items())
+    assert all(goal.split()[1] in page for goal in expected.values())
+
+
+def test_a_table_is_replaced_where_it_stands(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("before\n\n<!-- here -->\nold\n<!-- end here -->\n\nafter\n")
+    report.put_into(document, "here", "new")
+    assert document.read_text() == "before\n\n<!-- here -->\nnew\n<!-- end here -->\n\nafter\n"
+    report.put_into(document, "there", "more")
+    assert document.read_text().endswith("after\n\n## there\n\n<!-- there -->\nmore\n<!-- end there -->\n")

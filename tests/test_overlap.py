@@ -1,0 +1,160 @@
+"""Scoring while sampling: the same scores in the same order, begun early only where that is safe, and faster."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
+from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.overlap import Scoring
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import Policy, RewardSet
+
+CONTEXT = RewardContext("cpu", 0, True, True)
+
+
+class Judge:
+    """Says the sample's number, after a while; notes the batches that it saw."""
+
+    range = (0.0, 100.0)
+    batch_size: int | None = None
+    concurrency = 0
+    wait_s = 0.0
+
+    def __init__(self, _options: object):
+        self.seen: list[list[str]] = []
+        self.rested: list[str] = []
+
+    def score(self, batch: RewardBatch) -> RewardOutput:
+        self.seen.append(batch.ids)
+        time.sleep(self.wait_s)
+        numbers = [float(i) for i in batch.ids]
+        return RewardOutput(
+            numbers, components={"half": [n / 2 for n in numbers]}, info=[{"id": i} for i in batch.ids]
+        )
+
+    def offload(self) -> None:
+        self.rested.append("off")
+
+    def reload(self) -> None:
+        self.rested.append("on")
+
+
+@contextmanager
+def opened(policy: Policy | None = None, **attributes: object) -> Iterator[tuple[RewardSet, Judge]]:
+    plugins = Plugins()
+    plugins.rewards.add("judge", type("Judge", (Judge,), attributes))
+    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT, policy or Policy()) as rewards:
+        yield rewards, rewards.rewards[0].reward
+
+
+def samples(*ids: int) -> list[Sample]:
+    return [Sample("p", np.zeros((2, 2, 3), np.uint8), id=str(i)) for i in ids]
+
+
+ORDER = [str(i) for i in range(6)]
+
+
+@pytest.mark.parametrize("overlap", ["auto", "all", "none"])
+@pytest.mark.parametrize(
+    "attributes", [{}, {"batch_size": 2}, {"concurrency": 4}, {"concurrency": 4, "scope": "group"}]
+)
+def test_scores_come_in_the_order_that_is_asked_for(overlap: str, attributes: dict) -> None:
+    """Batches may be added in any order; scores, parts and remarks follow the ids."""
+    with opened(**attributes) as (rewards, judge):
+        scoring = Scoring(rewards, step=3, overlap=overlap)
+        for part in ((4, 5), (0, 1, 2), (3,)):
+            scoring.add(samples(*part))
+        scored = scoring.finish(ORDER)["judge"]
+        assert scored.scores.tolist() == list(range(6))
+        assert scored.components["half"].tolist() == [i / 2 for i in range(6)]
+        assert [row["id"] for row in scored.info] == ORDER
+        early = attributes.get("scope") != "group" and (
+            (overlap == "all" and "batch_size" in attributes) or (overlap != "none" and "concurrency" in attributes)
+        )
+        assert (judge.seen[0] == ["4", "5"]) is early
+
+
+def test_what_wants_the_whole_rollout_gets_it_in_one_call() -> None:
+    """A reward without a batch size may compare the members of a group."""
+    with opened() as (rewards, judge):
+        scoring = Scoring(rewards, step=0, overlap="all")
+        scoring.add(samples(1, 0))
+        scoring.add(samples(2))
+        scoring.finish(["0", "1", "2"])
+        assert judge.seen == [["0", "1", "2"]]
+
+
+def test_waiting_is_hidden_behind_sampling() -> None:
+    """Four batches, a tenth of a second each to sample and to judge: the judging of three is hidden."""
+
+    def seconds(overlap: str) -> float:
+        with opened(concurrency=1, wait_s=0.1) as (rewards, _):
+            began = time.perf_counter()
+            scoring = Scoring(rewards, step=0, overlap=overlap)
+            for k in range(4):
+                time.sleep(0.1)
+                scoring.add(samples(k))
+            scoring.finish(["0", "1", "2", "3"])
+            return time.perf_counter() - began
+
+    together = min(seconds("auto") for _ in range(3))
+    with opened(concurrency=1, wait_s=0.4) as (rewards, _):
+        began = time.perf_counter()
+        time.sleep(0.4)
+        rewards.score(samples(0))
+        apart = time.perf_counter() - began
+    assert apart > 0.8
+    assert together < 0.7
+
+
+def test_rewards_that_wait_elsewhere_wait_together() -> None:
+    """Two judges that each wait until the other has been asked: one after the other they would wait forever."""
+    meeting = threading.Barrier(2)
+
+    class Meets(Judge):
+        concurrency = 1
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            meeting.wait(timeout=5)
+            return [1.0] * len(batch)
+
+    plugins = Plugins()
+    plugins.rewards.add("a", Meets)
+    plugins.rewards.add("b", type("Other", (Meets,), {}))
+    choices = [RewardChoice(name, name, 1.0, {}) for name in "ab"]
+    with RewardSet(choices, plugins, CONTEXT) as rewards:
+        assert rewards.score(samples(0))["b"].scores.tolist() == [1.0]
+
+
+def test_a_failure_while_sampling_stops_the_step() -> None:
+    class Fails(Judge):
+        concurrency = 1
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            raise ValueError("no judge")
+
+    plugins = Plugins()
+    plugins.rewards.add("judge", Fails)
+    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        scoring = Scoring(rewards, step=0)
+        scoring.add(samples(0))
+        with pytest.raises(RewardError, match="ValueError: no judge"):
+            scoring.finish(["0"])
+
+
+def test_rewards_rest_between_scorings_where_that_is_asked_for() -> None:
+    with opened(Policy(offload=True)) as (rewards, judge):
+        for _ in range(2):
+            rewards.score(samples(0))
+        assert judge.rested == ["off", "on", "off"]
+    with opened() as (rewards, judge):
+        rewards.score(samples(0))
+        assert judge.rested == []

@@ -1,0 +1,311 @@
+"""`rewards score`, `calibrate`, `list`, `test`, and the contract suite that third parties import."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from unigrpo_cli import Options, RewardBatch, RewardOutput, reward
+from unigrpo_cli.cli import app
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.rewards.agreement import agreement, kappa, ranks, spearman
+from unigrpo_cli.rewards.contract import example_samples
+from unigrpo_cli.runtime.pictures import save_png
+from unigrpo_cli.testing import Check, assert_reward_contract, check_reward
+
+REDNESS = str(Path(__file__).parents[1] / "examples" / "custom_reward" / "redness.py")
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def _json(*arguments: object) -> dict[str, Any]:
+    result = _run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def _refused(result: Result, code: int, says: str) -> None:
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert (result.exit_code, len(errors)) == (code, 1), (result.output, result.exception)
+    assert says in errors[0]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eight pictures of the shapes world and a .jsonl file of their prompts."""
+    rows = []
+    for k, sample in enumerate(example_samples(8)):
+        Image.fromarray(sample.pixels).save(tmp_path / f"{k}.png")
+        rows.append(json.dumps(dict(sample.metadata) | {"image": f"{k}.png", "reasoning": sample.reasoning}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+# ----- score
+
+
+def test_score_of_named_pictures(tmp_path: Path) -> None:
+    for name, red in (("red.png", 255), ("half.jpg", 128)):
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(tmp_path / name, quality=100)
+    images = ("--image", tmp_path / "red.png", "--image", tmp_path / "half.jpg")
+    found = _json("rewards", "score", "redness", "--plugin", REDNESS, *images, "--prompt", "red")
+    assert [row["scores"]["redness"] for row in found["images"]] == pytest.approx([1.0, 128 / 255], abs=0.02)
+    assert [row["prompt"] for row in found["images"]] == ["red", "red"]
+    shown = _run("rewards", "score", "redness", "--plugin", REDNESS, *images, "--prompt", "a", "--prompt", "b")
+    assert shown.stdout.splitlines()[0] == f"{tmp_path / 'red.png'}: redness 1.0000"
+    _refused(
+        _run("rewards", "score", "redness", "-p", REDNESS, *images, *("--prompt", "a") * 3), 2, "3 prompts for 2"
+    )
+
+
+def test_score_of_a_prompts_file(pictures: Path) -> None:
+    found = _json("rewards", "score", "geneval@mode=strict,plan", "--prompts", pictures / "prompts.jsonl")
+    assert [row["scores"] for row in found["images"]] == [{"geneval": 1.0, "plan": 1.0}] * 8
+    assert all(row["components"]["geneval"]["official"] == 1.0 for row in found["images"])
+
+
+def test_a_picture_of_ours_brings_its_prompt_along(tmp_path: Path) -> None:
+    sample = example_samples(1)[0]
+    save_png(sample.pixels, tmp_path / "x.png", {"prompt": sample.prompt, "reasoning": sample.reasoning})
+    score = ("rewards", "score", "geneval,plan,fidelity", "--image", tmp_path / "x.png")
+    (row,) = _json(*score)["images"]
+    assert row["prompt"] == sample.prompt
+    assert row["scores"] == {"geneval": 1.0, "plan": 1.0, "fidelity": 1.0}
+    _refused(_run(*score, "--prompt", "a red heart"), 3, "reasoning")  # the plan was for another prompt
+    (row,) = _json("rewards", "score", "geneval", "--image", tmp_path / "x.png", "--prompt", "a white heart")[
+        "images"
+    ]
+    assert row["scores"]["geneval"] == 0.0
+
+
+def test_no_opinion_is_null_and_a_missing_prompt_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    plugin = tmp_path / "shy.py"
+    plugin.write_text(
+        "from unigrpo_cli import reward\n\n\n@reward('shy')\ndef shy(prompts):\n    return [None] * len(prompts)\n"
+    )
+    result = _run("rewards", "score", "shy", "-p", plugin, "--image", tmp_path / "x.png", "--json")
+    assert json.loads(result.stdout)["images"][0]["scores"] == {"shy": None}
+    assert "does not say what was asked for" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["score", "geneval"], 2, "say what to score"),
+        (["score", "geneval", "--image", "none.png"], 2, "none.png is no picture"),
+        (["score", "geneval", "--image", "text.png"], 2, "text.png is no picture"),
+        (
+            ["score", "geneval", "--image", "x.png", "--prompt", "words of no grammar"],
+            3,
+            "needs metadata 'include'",
+        ),
+        (["score", "gneval", "--image", "x.png", "--prompt", "a"], 3, "did you mean geneval"),
+        (["score", "clip", "--image", "x.png", "--prompt", "a"], 3, "say which model"),
+        (["score", "plan", "--image", "x.png", "--prompt", "a red circle"], 3, "reasoning"),
+        (["score", "geneval", "--prompts", "p.jsonl", "--image", "x.png"], 2, "leave out --image"),
+        (["score", "geneval", "--prompts", "p.jsonl"], 2, "has no `image`"),
+        (["score", "geneval", "--image", "x.png", "--split", "test"], 2, "--split test"),
+        (["score", "geneval", "--image", "x.png", "-R", "clip.x=1"], 2, "--reward-opt clip.x"),
+        (["calibrate", "geneval", "clip"], 2, "say what to score"),
+        (["calibrate", "geneval", "clip", "--images", "nowhere"], 2, "is no folder"),
+        (["calibrate", "geneval", "clip", "--images", "empty"], 2, "holds no picture"),
+        (["calibrate", "geneval,clip", "plan", "--images", "."], 2, "x.png"),
+        (["test", "clean", "--max-ms", "0"], 3, ""),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("x.png")
+    Path("text.png").write_text("no picture")
+    Path("p.jsonl").write_text('{"prompt": "a red circle"}')
+    Path("empty").mkdir()
+    if arguments[0] == "calibrate" and "," in arguments[1]:
+        Path("text.png").unlink()
+        says = "compares one with one"
+    result = _run("rewards", *arguments)
+    if says:
+        _refused(result, code, says)
+    assert result.exit_code == code
+
+
+# ----- calibrate
+
+
+def test_ranks_share_ties_and_spearman_is_worked_by_hand() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [1.5, 0.0, 1.5, 3.0]
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    # rank differences 0, 1, 1, 2 in (1, 3, 2, 4) and (1, 2, 3, 4) squared: 0 + 1 + 1 + 0; 1 - 6 * 2 / (4 * 15)
+    assert spearman(a, np.array([1.0, 9.0, 4.0, 70.0])) == pytest.approx(0.8)
+    assert spearman(a, -(a**3)) == pytest.approx(-1.0)
+    assert spearman(a, np.ones(4)) is None
+
+
+def test_kappa_is_worked_by_hand() -> None:
+    yes = np.array([True] * 5 + [False] * 5)
+    also = np.array([True] * 4 + [False] * 4 + [True] * 2)
+    # equal 4 + 3 of 10; by chance .5 * .6 + .5 * .4
+    assert kappa(yes, also) == pytest.approx((0.7 - 0.5) / 0.5)
+    assert kappa(yes, ~yes) == pytest.approx(-1.0)
+    assert kappa(np.ones(4, bool), np.ones(4, bool)) is None
+
+
+def test_agreement_leaves_out_who_has_no_opinion() -> None:
+    a = np.array([0.9, 0.1, np.nan, 0.5, 0.2])
+    b = np.array([0.6, 0.2, 1.0, 0.4, np.nan])
+    report = agreement(a, b, ["x", "y", "x", "y", "y"], 0.5)
+    assert (report["n"], report["abstained"]) == (3, [1, 1])
+    assert report["agreement"] == pytest.approx(2 / 3)  # 0.5 reaches 0.5, 0.4 does not
+    assert report["mean_difference"] == pytest.approx((0.3 - 0.1 + 0.1) / 3)
+    assert report["per_tag"]["x"]["mean_difference"] == pytest.approx(0.3)
+    assert report["per_tag"]["y"]["n"] == 2
+    nothing = agreement(np.array([np.nan]), np.array([1.0]), ["x"], 0.5)
+    assert (nothing["n"], nothing["spearman"], nothing["kappa"]) == (0, None, None)
+
+
+def test_calibrate_reports_on_a_folder(pictures: Path) -> None:
+    where = ("--images", pictures, "--prompts", pictures / "prompts.jsonl")
+    report = _json("rewards", "calibrate", "geneval@mode=strict", "clip@model=embedded", *where)
+    assert report["n"] == 8
+    assert sum(row["n"] for row in report["per_tag"].values()) == 8
+    assert "counting" in report["per_tag"]
+    same = _json("rewards", "calibrate", "clean", "clean", *where)
+    assert same["spearman"] == pytest.approx(1.0)
+    assert (same["agreement"], same["mean_difference"]) == (1.0, 0.0)
+    less = _json("rewards", "calibrate", "clean", "clip@model=embedded", "--prompts", pictures / "prompts.jsonl")
+    back = _json("rewards", "calibrate", "clip@model=embedded", "clean", "--prompts", pictures / "prompts.jsonl")
+    assert less["mean_difference"] == pytest.approx(-back["mean_difference"])
+    shown = _run("rewards", "calibrate", "clean", "clean", *where)
+    assert "Spearman" in shown.stdout
+    assert [line.split()[0] for line in shown.stdout.splitlines()[2:]][-1] == "all"
+
+
+# ----- list
+
+
+def test_the_list_shows_source_version_range_and_state(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(
+        "from unigrpo_cli import hookimpl\n\n\n@hookimpl\ndef unigrpo_register_rewards(registry):\n"
+        "    registry.add('bad', object)\n"
+    )
+    rows = {r["name"]: r for r in _json("rewards", "list", "--plugins-dir", tmp_path)["rewards"]}
+    assert rows["geneval"]["origin"] == "unigrpo-cli"
+    assert rows["geneval"]["range"] == [0, 1]
+    assert rows["remote"]["range"] is None
+    assert rows["bad"]["state"].startswith("broken: ")
+    shown = _run("rewards", "list", "--plugins-dir", tmp_path).stdout
+    assert all(word in shown.splitlines()[0] for word in ("from", "version", "range", "state"))
+    (line,) = [line for line in shown.splitlines() if line.startswith(" bad")]
+    assert line.split()[1:3] == ["bad", "-"], "origin, version"
+    assert "broken" in line
+
+
+# ----- the contract suite
+
+
+class Settings(Options):
+    level: float = 0.5
+
+
+class Steady:
+    name, range, needs, Options = "steady", (0.0, 1.0), frozenset({"image"}), Settings
+
+    def __init__(self, options: Settings):
+        self.options = options
+
+    def score(self, batch: RewardBatch) -> Any:
+        return [self.options.level] * len(batch)
+
+
+@reward("bright", range=(0, 1))
+def bright(pixels):
+    return [float(image.mean()) / 255 for image in pixels]
+
+
+def _found(checks: list[Check], name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+def test_the_suite_takes_a_name_a_class_or_a_function() -> None:
+    names = [[check.name for check in assert_reward_contract(one)] for one in ("clean", Steady, bright)]
+    assert all(a == b for a, b in pairwise(names))
+    assert len(names[0]) == 9
+    assert_reward_contract("redness", plugin=REDNESS)
+    assert_reward_contract(Steady, options={"level": 1.0})
+    with pytest.raises(AssertionError, match=r"stays in its declared range: 2 to 2 in \[0, 1\]"):
+        assert_reward_contract(Steady, options={"level": 2.0})
+    with pytest.raises(RewardError, match="no option 'levle': did you mean level"):
+        assert_reward_contract(Steady, options={"levle": 2.0})
+    with pytest.raises(RewardError, match="no `score` method"):
+        assert_reward_contract(object)
+
+
+def test_a_class_of_a_known_name_is_the_one_that_is_checked() -> None:
+    class Clean(Steady):
+        name = "clean"
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            return [7.0] * len(batch)
+
+    assert not _found(check_reward(Clean), "stays in its declared range").ok
+
+
+@pytest.mark.parametrize(
+    ("answer", "broken"),
+    [
+        (lambda batch: [0.5] * max(1, len(batch)), "says nothing about nothing"),
+        (lambda batch: [0.5] * len(batch) if len(batch) else 0.0, "says nothing about nothing"),
+        (lambda batch: RewardOutput([0.5] * (len(batch) or 2)), "says nothing about nothing"),
+        (lambda batch: ["0.5"] * len(batch), "answers with one number per sample"),
+        (lambda batch: [0.5 + 0j] * len(batch), "answers with one number per sample"),
+        (lambda batch: [None if k else 0.5 for k in range(len(batch))], "does not depend on the batch"),
+    ],
+)
+def test_the_suite_finds_each_fault(answer: Any, broken: str) -> None:
+    faulty = type("Faulty", (Steady,), {"name": "faulty", "score": lambda self, batch: answer(batch)})
+    assert not _found(check_reward(faulty), broken).ok
+    assert _found(check_reward(Steady), broken).ok
+
+
+def test_refusing_an_empty_batch_is_fine_and_a_run_never_asks_it() -> None:
+    def refuses(self: Any, batch: RewardBatch) -> list[float]:
+        assert len(batch), "asked about nothing"
+        return [0.5] * len(batch)
+
+    assert _found(check_reward(type("R", (Steady,), {"score": refuses})), "says nothing about nothing").ok, (
+        "an exception is as good"
+    )
+
+
+def test_a_failing_teardown_and_slowness_are_faults() -> None:
+    class Clinging(Steady):
+        def teardown(self) -> None:
+            raise RuntimeError("cannot let go")
+
+    check = _found(check_reward(Clinging), "can be torn down")
+    assert not check.ok
+    assert "cannot let go" in check.seen
+    assert not _found(check_reward(Steady, max_seconds=0.0), "is fast enough").ok
+    assert _found(check_reward(Steady, max_seconds=60.0), "is fast enough").ok
+
+
+def test_a_group_reward_is_excused_from_being_the_same_alone() -> None:
+    def ranked(self: Any, batch: RewardBatch) -> list[float]:
+        means = np.array([image.mean() for image in batch.pixels])
+        return [float((means < m).mean()) for m in means]
+
+    alone = type("Ranked", (Steady,), {"score": ranked})
+    assert not _found(check_reward(alone), "does not depend on the batch").ok
+    grouped = type("Ranked", (Steady,), {"score": ranked, "scope": "group"})
+    assert_reward_contract(grouped)

@@ -1,0 +1,166 @@
+"""Rewards by strangers: an installed package, and the few lines that docs/rewards.md shows, by every door."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from unigrpo_cli.cli import app
+from unigrpo_cli.cli.common import load_plugins
+from unigrpo_cli.rewards.contract import check_reward
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.runtime.display import Display
+
+ROOT = Path(__file__).parents[1]
+AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
+
+COMMANDS = """
+import sys
+from unigrpo_cli.cli import main
+
+for arguments in {commands!r}:
+    sys.argv = ["unigrpo", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (arguments, end.code)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example package, installed by pip into a folder of its own; building leaves the checkout alone."""
+    source = tmp_path_factory.mktemp("source") / "package"
+    shutil.copytree(ROOT / "examples" / "unigrpo-reward-sharpness", source)
+    target = tmp_path_factory.mktemp("target")
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [sys.executable, *pip, "--disable-pip-version-check", "--target", str(target), str(source)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_the_example_package_is_found_tested_and_trained_on(installed: Path, tmp_path: Path) -> None:
+    """Three commands in one fresh process that knows the package by its installation alone."""
+    (found,) = distributions(path=[str(installed)])
+    assert [(p.group, p.name) for p in found.entry_points] == [("unigrpo.rewards", "sharpness")]
+    small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=1"]
+    run = tmp_path / "run"
+    commands = [
+        ["rewards", "list", "--json"],
+        ["rewards", "test", "sharpness@half=0.01", "--json"],
+        ["train", "--reward", "sharpness", "--steps", "1", "--out", str(run), "--json", *small],
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != AUTOLOAD}
+    environment["PYTHONPATH"] = os.pathsep.join([str(installed), environment.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS.format(commands=commands)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    listed, tested, trained = map(json.loads, done.stdout.splitlines())
+    (row,) = [row for row in listed["rewards"] if row["name"] == "sharpness"]
+    assert (row["origin"], row["version"], row["state"]) == ("unigrpo-reward-sharpness", "0.1.0", "ok")
+    assert row["range"] == [0, 1]
+    assert len(tested["checks"]) >= 9
+    assert all(check["ok"] for check in tested["checks"])
+    assert 0 < trained["eval_after"]["sharpness"] < 1
+    assert json.loads((run / "metrics.jsonl").read_text())["reward/sharpness"] > 0
+
+
+def test_the_example_packages_own_tests_pass(installed: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "examples" / "unigrpo-reward-sharpness",
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def _from_the_docs() -> str:
+    """The first reward of docs/rewards.md, as a reader would copy it."""
+    text = (ROOT / "docs" / "rewards.md").read_text()
+    code = re.search(r"## Write one\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert code
+    return code[1]
+
+
+def _by_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plugins:
+    (folder / "mine.py").write_text(_from_the_docs())
+    return load_plugins([str(folder / "mine.py")], None, Display())
+
+
+def _by_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plugins:
+    (folder / "mine.py").write_text(_from_the_docs())
+    return load_plugins(None, folder, Display())
+
+
+def _by_entry_point(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plugins:
+    (folder / "mine.py").write_text(_from_the_docs())
+    facts = folder / "strangers_rewards-3.2.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers-rewards\nVersion: 3.2\n")
+    (facts / "entry_points.txt").write_text("[unigrpo.rewards]\nredness = mine:redness\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.delenv(AUTOLOAD)
+    return load_plugins(None, None, Display())
+
+
+@pytest.mark.parametrize(
+    ("door", "origin"), [(_by_file, "mine"), (_by_directory, "mine"), (_by_entry_point, "strangers-rewards")]
+)
+def test_what_the_docs_show_works_by_every_door(
+    door: Callable[[Path, pytest.MonkeyPatch], Plugins],
+    origin: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len([line for line in _from_the_docs().splitlines() if line.strip()]) < 10
+    plugins = door(tmp_path, monkeypatch)
+    assert plugins.rewards.find("redness").address == f"{origin}/redness"
+    checks = check_reward("redness", plugins=plugins)
+    assert all(check.ok for check in checks), checks
+    sys.modules.pop("mine", None)
+
+
+def test_new_files_of_every_kind_pass_their_own_tests(tmp_path: Path) -> None:
+    """What `rewards new` writes works as it is written, judge and package included."""
+    folders = [tmp_path / "files"] * 3 + [tmp_path / "package"]
+    for kind, folder in zip(("function", "class", "vlm", "package"), folders, strict=True):
+        made = CliRunner().invoke(app, ["rewards", "new", f"my_{kind}", "--kind", kind, "--out", str(folder)])
+        assert made.exit_code == 0, made.output
+        again = CliRunner().invoke(app, ["rewards", "new", f"my_{kind}", "--kind", kind, "--out", str(folder)])
+        assert again.exit_code == 2
+    package = tmp_path / "package" / "unigrpo-reward-my-package"
+    assert 'my_package = "unigrpo_reward_my_package:my_package"' in (package / "pyproject.toml").read_text()
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-c", str(package / "pyproject.toml")]
+    done = subprocess.run(
+        [*pytest_here, "--rootdir", str(package), str(tmp_path / "files"), str(package)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout

@@ -1,0 +1,31 @@
+"""The contract of a reward, for the tests of whoever writes one.
+
+from unigrpo_cli.testing import assert_reward_contract
+
+def test_contract():
+    assert_reward_contract("mine", plugin="mine.py")    # by name, as `--reward` and `--plugin` take it
+    assert_reward_contract(Mine, options={"gain": 2})   # by class
+    assert_reward_contract(redness)                     # by function
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unigrpo_cli.rewards.contract import Check, check_reward, example_samples
+
+__all__ = ["Check", "assert_reward_contract", "check_reward", "example_samples"]
+
+
+def assert_reward_contract(reward: Any, **how: Any) -> list[Check]:
+    """Run `check_reward`, which takes the same arguments, and give its checks back.
+
+    Raises:
+        AssertionError: naming every promise that was not kept and what was seen.
+        RewardError: when the reward cannot be found or set up.
+    """
+    checks = check_reward(reward, **how)
+    broken = [f"{check.name}: {check.seen}" for check in checks if not check.ok]
+    if broken:
+        raise AssertionError("the reward does not keep its contract: " + "; ".join(broken))
+    return checks
