@@ -240,6 +240,9 @@ def load_detector(context: RewardContext, reward: str, choice: DetectorChoice) -
 def _from_pretrained(where: str, family: Family, source: str, context: RewardContext) -> tuple[Any, Any]:
     import transformers
 
+    architecture = getattr(transformers, family.architecture, None)
+    if architecture is None:
+        raise RewardError(f"{where} is not in transformers {transformers.__version__}: pip install -U transformers")
     local = {"local_files_only": context.offline}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **local)
@@ -249,7 +252,7 @@ def _from_pretrained(where: str, family: Family, source: str, context: RewardCon
                 "give other @weights, or @detector=boxes for a detector of boxes"
             )
         prepare = transformers.AutoImageProcessor.from_pretrained(source, **local)
-        model, info = getattr(transformers, family.architecture).from_pretrained(
+        model, info = architecture.from_pretrained(
             source, config=config, output_loading_info=True, use_safetensors=True, dtype="float32", **local
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:

@@ -146,6 +146,8 @@ class Endpoint:
             headers=headers,
             transport=transport,
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            # without TLS on our own loopback there is nothing to verify, and loading the authorities takes a while
+            verify=not (local and self.url.startswith("http://")),
             trust_env=not local,  # a proxy cannot reach our own loopback
         )
         self._closed = threading.Event()

@@ -149,7 +149,7 @@ class Rating:
         return {"max_tokens": 8, "temperature": 0}
 
     def read(self, answer: Answer) -> Reading:
-        match = re.fullmatch(r"\s*([0-9]|10)\s*", answer.text, re.ASCII)
+        match = re.fullmatch(r"\s*([0-9]|10)\s*", answer.text)
         if match is None:
             return no_opinion(f"no whole number from 0 to {TENTHS}: {answer.text[:80]!r}")
         return Reading(int(match[1]) / TENTHS)

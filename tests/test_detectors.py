@@ -265,9 +265,9 @@ def test_overlapping_objects_of_one_class_both_stay_and_ties_keep_their_order() 
     where = (slice(2, 6), slice(1, 5))
     logits = torch.tensor([[3.0, 0.0, 0.0], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
     shifted = (slice(2, 6), slice(2, 6))
-    found = mask_instances(logits, _mask_logits(where, shifted, where), (8, 8), floor=0.3)
+    found = mask_instances(logits, _mask_logits(where, where, shifted), (8, 8), floor=0.3)
     assert [label for label, *_ in found] == [0, 0, 0]
-    assert [box for _, _, box, _ in found] == [(1, 2, 5, 6), (2, 2, 6, 6), (1, 2, 5, 6)]
+    assert [box for _, _, box, _ in found] == [(1, 2, 5, 6), (1, 2, 5, 6), (2, 2, 6, 6)]
     p = torch.tensor([3.0, 0.0, 0.0]).softmax(0)[0] * torch.tensor(4.0).sigmoid()
     assert found[0][1] == pytest.approx(float(p), abs=1e-6)
 
@@ -287,6 +287,9 @@ def test_a_weak_mask_moves_an_object_down() -> None:
     masks = torch.cat([_mask_logits(everywhere, value=0.1), _mask_logits(everywhere, value=6.0)])
     found = mask_instances(torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), masks, (8, 8), floor=0.2)
     assert [label for label, *_ in found] == [1, 0]
+    assert found[1][1] == pytest.approx(0.909 * 0.525, abs=1e-3)
+    sure = mask_instances(torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), masks, (8, 8), floor=0.6)
+    assert [label for label, *_ in sure] == [1]
 
 
 def test_boxes_are_cut_at_the_edge_and_only_the_best_q_pairs_stay() -> None:
@@ -295,6 +298,13 @@ def test_boxes_are_cut_at_the_edge_and_only_the_best_q_pairs_stay() -> None:
     found = box_instances(logits, boxes, None, (10, 20), 0.0, exclusive=False)
     assert [(label, box) for label, _, box, _ in found] == [(0, (0, 2.5, 20, 7.5)), (1, (0, 2.5, 20, 7.5))]
     assert found[0][1] == pytest.approx(1 / (1 + np.exp(-2)))
+
+
+def test_no_object_takes_its_share_of_a_softmax_and_is_no_class() -> None:
+    logits = torch.tensor([[1.0, 0.0, 3.0], [0.0, 2.0, -9.0]])
+    found = box_instances(logits, torch.full((2, 4), 0.5), None, (10, 10), 0.0, exclusive=True)
+    assert [label for label, *_ in found] == [1, 0]
+    assert found[1][1] == pytest.approx(np.e / (np.e + 1 + np.e**3))
 
 
 def test_labels_go_by_index() -> None:
@@ -344,6 +354,14 @@ def test_weights_that_cannot_be_had_name_the_remedy(
     (tmp_path / "empty").mkdir()
     with pytest.raises(RewardError, match=r"cannot be loaded.*model\.safetensors"):
         _open("boxes", tmp_path / "empty")
+
+
+def test_an_old_transformers_is_told_apart(rfdetr: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "RfDetrForInstanceSegmentation", None)
+    with pytest.raises(RewardError, match=r"is not in transformers .*pip install -U transformers"):
+        _open("rfdetr", rfdetr)
 
 
 def test_incomplete_weights_are_refused(rtdetr: Path, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from unigrpo_cli.cli import app
+from unigrpo_cli.episode import Group, Prompt
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput
 from unigrpo_cli.rewards.contract import example_samples
+from unigrpo_cli.rewards.scoring import Scored
 from unigrpo_cli.shapes.world import COLORS
+from unigrpo_cli.watch import rollout_metrics
 from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name_color, named
 from unigrpo_plugins.detectors import Detection
 from unigrpo_plugins.encoders import shared_encoder
@@ -321,6 +324,16 @@ def test_components_and_remarks_of_a_batch() -> None:
     assert all(0.5 < v <= 1 for v in soft) and any(v < 1 for v in soft)
     first = output.info[0]
     assert first["tag"] and first["counts"] and first["judge"] == "geneval (shapes): shapes, lab"
+
+
+def test_a_part_that_some_prompts_lack_is_logged_for_those_that_have_it() -> None:
+    yes = np.array([True, True, False])
+    parts = {"color": np.array([0.5, math.nan, 1.0]), "position": np.full(3, math.nan)}
+    scored = Scored(np.ones(3), yes, parts, [{}] * 3)
+    groups = [Group(Prompt("a", "a"), ())]
+    metrics = rollout_metrics(groups, {"geneval": scored}, torch.zeros(2))
+    assert metrics["reward/geneval/color"] == 0.5
+    assert math.isnan(metrics["reward/geneval/position"])
 
 
 def test_a_detector_refuses_what_it_cannot_see() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -112,10 +113,11 @@ def test_served_and_local_scores_are_equal_to_the_bit(text: str) -> None:
     assert text != "everything@gain=0.7" or 0 < (~there.valid).sum() < 8, "some abstain, and stay NaN"
 
 
-def test_a_small_request_limit_cuts_requests_and_changes_nothing() -> None:
+@pytest.mark.parametrize("limit", [17_000, 23_000, 30_000])
+def test_a_small_request_limit_cuts_requests_and_changes_nothing(limit: int) -> None:
     samples = example_samples(8)
     here = _local("everything", samples, everything)
-    with _served("everything", everything, max_bytes=20_000) as server:
+    with _served("everything", everything, max_bytes=limit) as server:
         counted = server.score
         sizes: list[int] = []
 
@@ -287,36 +289,41 @@ def test_a_refused_giant_hears_why() -> None:
     """The refusal of a body that is still being sent must arrive, not a reset connection."""
     with _served("geneval", max_bytes=1000) as server:
         head = {"Content-Type": "application/json"}
-        answer = httpx2.post(f"{server.url}/v1/score", content=b" " * 2**24, headers=head, trust_env=False)
-        assert answer.status_code == 413
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
+        connection.request("POST", "/v1/score", b" " * 2**24, head)  # which raises where a reset overtakes it
+        answer = connection.getresponse()
+        assert (answer.status, json.load(answer)["kind"]) == (413, "size")
+        connection.close()
 
 
 # ----- failing
 
 
-def test_no_request_at_a_time_but_one() -> None:
+def test_one_scoring_at_a_time_and_waiting_for_it_is_no_timeout() -> None:
     busy, most = [], []
 
     @reward("slow")
     def slow(prompts):
         busy.append(1)
         most.append(len(busy))
-        time.sleep(0.02)
+        time.sleep(0.15)
         busy.pop()
-        return [1.0] * len(prompts)
+        return [float(len(p)) for p in prompts]
 
-    with _served("slow", slow) as server:
-        body = {"protocol": 1, "samples": [{"prompt": "x"}]}
+    with _served("slow", slow, policy=Policy(timeout_s=0.6)) as server:
+        found: dict[int, Any] = {}
 
-        def post() -> None:
-            httpx2.post(f"{server.url}/v1/score", json=body, trust_env=False)
+        def post(k: int) -> None:
+            body = {"protocol": 1, "samples": [{"prompt": "x" * k}]}
+            found[k] = httpx2.post(f"{server.url}/v1/score", json=body, trust_env=False, timeout=60).json()
 
-        threads = [threading.Thread(target=post) for _ in range(6)]
+        threads = [threading.Thread(target=post, args=(k,)) for k in range(1, 9)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert most == [1] * 6
+    assert most == [1] * 8
+    assert {k: answer.get("scores") for k, answer in found.items()} == {k: [float(k)] for k in range(1, 9)}
 
 
 def test_a_server_that_goes_and_comes_back() -> None:

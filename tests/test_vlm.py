@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.utils import formatdate
@@ -37,6 +38,7 @@ from unigrpo_plugins.judge_client import (
     UnansweredError,
     in_parallel,
 )
+from unigrpo_plugins.judge_endpoint import find_model
 from unigrpo_plugins.judge_modes import (
     Matter,
     Rating,
@@ -435,6 +437,31 @@ def test_timeouts_are_apart_and_within_the_deadline() -> None:
     assert [(t["connect"], t["read"]) for t in limits] == [(3, 40), (3, 20)]
 
 
+def test_which_model() -> None:
+    def among(*answers: Any, model: str | None = None) -> str:
+        return find_model(_endpoint(list(answers), Clock())[0], model)
+
+    assert among({"data": [{"id": "only"}]}) == "only"
+    assert among({"data": [{"id": "a"}, {"id": "b"}]}, model="c") == "c"
+    assert among(httpx2.Response(404), model="c") == "c", "not every server lists its models"
+    with pytest.raises(RewardError, match=r"serves 2 models: a, b; choose with @model"):
+        among({"data": [{"id": "b"}, {"id": "a"}]})
+    with pytest.raises(RewardError, match="status 404"):
+        among(httpx2.Response(404))
+    with pytest.raises(RewardError, match=r"status 401.*UNIGRPO_JUDGE_KEY"):
+        among(httpx2.Response(401), model="c")
+
+
+def test_a_proxy_does_not_stand_before_this_machine(
+    monkeypatch: pytest.MonkeyPatch, judge: Callable[..., VlmReward]
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert not np.isnan(_scores(judge(attempts=1), _batch(2))).any()
+
+
 def test_the_first_error_does_not_wait_for_the_slow() -> None:
     gate = threading.Event()
 
@@ -532,7 +559,8 @@ def test_a_prompt_cannot_leave_its_fence(text: str) -> None:
     plain = fenced(Matter("a red circle"), "TAIL")
     assert after == plain.rpartition("</request>\n")[2], "what is asked is the same whatever the prompt says"
     assert head.replace(tag, "request") == plain.partition("\n<request>\n")[0]
-    assert f"</{tag}" not in inside.casefold()
+    seen = unicodedata.normalize("NFKC", "".join(c for c in inside if unicodedata.category(c) != "Cf"))
+    assert tag not in seen.casefold()
     assert "<|" not in message
     assert inside.replace("< |", "<|").replace("| >", "|>") == text
 
@@ -786,6 +814,17 @@ def test_no_opinion_is_not_remembered(server: JudgeServer, judge: Callable[..., 
         began = server.served
         assert math.isnan(reward.score(unread).scores[0])
         assert server.served - began == 1
+    with sqlite3.connect(judge_cache.default_path()) as db:
+        assert db.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+
+
+def test_one_picture_has_an_answer_for_each_prompt(judge: Callable[..., VlmReward]) -> None:
+    sample = example_samples(1)[0]
+    both = RewardBatch((sample, replace(sample, prompt="four black hearts")))
+    reward = judge(cache="on")
+    for _ in range(2):
+        assert reward.score(both).scores == pytest.approx([0.98, 0.02])
+    assert reward.figures()["cache_hits"] == 2
 
 
 def _garbage(path: Path) -> None:
@@ -831,11 +870,11 @@ def test_a_full_disk_turns_the_cache_off(judge: Callable[..., VlmReward], monkey
         db.execute("PRAGMA max_page_count = 1")  # SQLite then says what it says of a full disk
         return db
 
-    expected = _scores(judge(), _batch(32)).tolist()
+    expected = _scores(judge(), _batch(24)).tolist()
     monkeypatch.setattr(judge_cache.AnswerCache, "_open", small)
     reward = judge(cache="on", concurrency=1)
     with pytest.warns(UserWarning, match=r"cache .* is off from here on: database or disk is full") as caught:
-        found = [_scores(reward, _batch(32)).tolist() for _ in range(2)]
+        found = [_scores(reward, _batch(24)).tolist() for _ in range(2)]
     assert found == [expected, expected]
     assert len([w for w in caught if "is off" in str(w.message)]) == 1
 
@@ -954,7 +993,12 @@ def test_a_model_run_here_equals_the_library(directory: Path) -> None:
     reward = VlmReward(VlmOptions(model=str(directory), local_batch_size=2))
     context = replace(CONTEXT, embedded=False)
     reward.setup(context)
+    rows: list[int] = []
+    reward.judge._seeing.model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
     output = reward.score(RewardBatch(samples))
+    assert rows == [2, 1, 2], "three pictures of one size and two of another, two at a time"
     safe = [p.replace("<image>", "< image>").replace("</s>", "< /s>") for p in prompts]
     expected = [
         _alone(directory, fenced(Matter(p), YesNoOdds.tail), Image.fromarray(x))

@@ -95,7 +95,7 @@ def _choice(reward: Any, options: Mapping[str, Any], plugins: Plugins) -> Reward
     made = getattr(reward, MARK, reward)
     name = str(getattr(made, "name", None) or getattr(made, "__name__", type(made).__name__))
     origin = str(getattr(made, "__module__", "-"))
-    plugins.rewards._put(RewardEntry(name, origin, "-", load=lambda: reward, override=True))
+    plugins.rewards._put(RewardEntry(name, origin, "-", load=lambda: reward))
     return RewardChoice(name, f"{origin}/{name}", 1.0, dict(options))
 
 
