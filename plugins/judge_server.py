@@ -228,9 +228,9 @@ def complete(data: bytes, server: JudgeServer) -> dict[str, Any]:
 def look(image: Any, text: str, detector: Any) -> tuple[float | None, float, tuple[str, ...]]:
     """How much of what is asked about is there, None for words of another world; how clean it is; what is amiss."""
     from unigrpo_cli.shapes.prompts import parse_prompt
+    from unigrpo_plugins.colors import name_color
     from unigrpo_plugins.detector_shapes import background_deviation
-    from unigrpo_plugins.geneval import objects_by_class
-    from unigrpo_plugins.geneval_rules import judge, keep_confident
+    from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident
 
     clean = max(0.0, 1 - 10 * background_deviation([image])[0])
     match = re.search(r"^<((?:request|question)[-\d]*)>\n(.*?)\n</\1>$", text, re.MULTILINE | re.DOTALL)
@@ -239,8 +239,11 @@ def look(image: Any, text: str, detector: Any) -> tuple[float | None, float, tup
     metadata = parse_prompt(asked[1] if asked else caption)
     if metadata is None:
         return None, clean, ("I cannot read that.",)
+    objects: dict[str, list[Seen]] = {}
+    for d in detector.detect([image])[0]:
+        objects.setdefault(d.label, []).append(Seen(d.score, d.box, name_color(image, d.mask, d.box)))
     seen = keep_confident(
-        objects_by_class(image, detector.detect([image])[0]),
+        objects,
         metadata,
         threshold=detector.threshold,
         counting_threshold=detector.counting_threshold,
