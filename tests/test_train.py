@@ -435,5 +435,3 @@ def test_a_held_out_reward_that_falls_is_told_of_once(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     text = " ".join(done.stderr.split())
     assert text.count("held-out reward down has been falling for 20 steps") == 1
-    done = CliRunner().invoke(app, [*told, "--reward", "up,down:0.1", "--out", str(tmp_path / "b")])
-    assert "held-out" not in done.stderr
