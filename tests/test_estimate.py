@@ -236,7 +236,8 @@ def passes(work: Workload) -> dict[str, int]:
     def replayed() -> Tensor:
         ids = torch.zeros(micro, work.text, dtype=torch.long)
         image = NoisyImage(torch.zeros(micro, copies, work.latents, dim), torch.ones(micro, copies), grid)
-        out = network(network.empty_context(micro), ids, [work.text] * micro, image)
+        lengths = [work.text, *[work.text - 1] * (micro - 1)]
+        out = network(network.empty_context(micro), ids, lengths, image)
         seen.setdefault("replays, layers", alive.over(empty))
         hidden = out.hidden_BLC[:, GIVEN : GIVEN + work.words].flatten(0, 1)
         logits = network.logits(hidden).index_fill(-1, torch.tensor([0]), -torch.inf)
@@ -246,7 +247,11 @@ def passes(work: Workload) -> dict[str, int]:
     with alive:
         with torch.no_grad():
             rows = work.rows
-            context = network(network.empty_context(rows), torch.zeros(rows, work.text, dtype=torch.long)).context
+            ids, lengths = (
+                torch.zeros(rows, work.text, dtype=torch.long),
+                [work.text, *[work.text - 1] * (rows - 1)],
+            )
+            context = network(network.empty_context(rows), ids, lengths).context
             alive.over(empty)
             image = NoisyImage(torch.zeros(rows, 1, work.latents, dim), torch.ones(rows, 1), grid)
             network(context, image=image)
@@ -325,7 +330,7 @@ def test_flops_of_reading_denoising_and_logits(tune: str) -> None:
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("experts", ["both", "image", "text"])
 def test_flops_of_replay_and_its_backward_pass(tune: str, experts: str) -> None:
-    """Forward exactly; backward within 2 %, for the first layer is spared some. Flash attention makes scores again."""
+    """Forward exactly; backward within 2 %: the first layer is spared some, flash attention makes scores again."""
     work = small(f"train.tune={tune}", f"train.experts={experts}", "sampling.max_new_tokens=40")
     work = replace(work, model=replace(SMALL, num_hidden_layers=8))
     network, grid = network_of(work), work.model.grid(64, 64)

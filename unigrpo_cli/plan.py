@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from unigrpo_cli.runtime.display import Display
 
 GIB = 2**30
+LEGEND = (
+    "C hidden width, I width inside the MLP, Q width of keys, V vocabulary, W elements of an expert's matrices; "
+    "a token's keys and values are 2 x layers x Q"
+)
 TIGHT = 0.9
 """Share of the memory above which the allocator's pieces may decide."""
 
@@ -141,7 +145,7 @@ def refuse_too_large(plan: Plan) -> None:
         together = plan.work
         for change, _ in found:
             together = changed(together, change)
-        text += f", together they leave {memory(together).need:.1f}"
+        text += f", {'together they leave' if len(found) > 1 else 'which leaves'} {memory(together).need:.1f}"
     raise TooLargeError(f"{text} (set memory_gb to go past this check)")
 
 
@@ -294,16 +298,17 @@ def show(plan: Plan, rates: Rates, display: Display) -> None:
     timed = [
         (
             part.name,
-            f"{(part.work.flops + part.work.wide) / 1e12:,.4g}",
-            f"{(part.work.bytes + part.work.host) / 1e9:,.4g}",
-            f"{part.work.seconds(rates):,.3g}",
+            _short((part.work.flops + part.work.wide) / 1e12),
+            _short((part.work.bytes + part.work.host) / 1e9),
+            _short(part.work.seconds(rates)),
             part.formula,
         )
         for part in parts
     ]
     total = sum(part.work.seconds(rates) for part in parts)
-    timed.append(("a training step", "", "", f"{total:,.3g}", ""))
+    timed.append(("a training step", "", "", _short(total), ""))
     display.table("time of a training step", ("part", "TFLOP", "GB moved", "seconds", "because"), timed, {1, 2, 3})
+    display.say(f"  {LEGEND}")
     display.say("assumed")
     for line in assumptions(plan, rates):
         display.say(f"  {line}")
@@ -313,6 +318,11 @@ def show(plan: Plan, rates: Rates, display: Display) -> None:
     display.say(
         f"{verdict}: {plan.memory.need:.1f} GiB in {plan.memory.peak.name!r}, on {plan.device}", style="bold"
     )
+
+
+def _short(number: float) -> str:
+    """Three digits or, of larger numbers, all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _once(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -78,8 +78,7 @@ def _cache(work: Workload, tokens: int, what: str) -> Item:
     return Item(
         "key-value cache",
         work.rows * tokens * work.cached_token,
-        f"{work.rows} rows x {what} = {tokens} tokens x {work.cached_token:,} B "
-        "(2 x layers x key-value heads x head width x dtype)",
+        f"{work.rows} rows x {tokens} tokens ({what}) x {work.cached_token:,} B",
     )
 
 
@@ -91,10 +90,22 @@ def _writing(work: Workload) -> Phase:
     return Phase(
         "rollout, words",
         some(
-            _cache(work, work.text + work.given, "text and once more what is given"),
+            _cache(work, work.text + work.given, "text, and once more what is given"),
             Item("logits", 28 * numbers, f"{work.rows} rows x V x 28 B (three in fp32, two in fp64)"),
+            _spelt_out(work),
             _cast(work),
         ),
+    )
+
+
+def _spelt_out(work: Workload) -> Item | None:
+    """Keys and values of one layer, for every head: under the mask that rows of unequal length need."""
+    if work.keys(1) == work.keys(work.rows):
+        return None
+    each = work.keys(work.rows) * (8 if work.cpu else work.narrow)
+    numbers = work.rows * work.text
+    return Item(
+        "keys of all heads", 2 * numbers * each, f"one layer, {numbers} tokens x 2 C x {each // work.keys(2)} B"
     )
 
 
@@ -105,7 +116,7 @@ def _painting(work: Workload, adapted: bool) -> Phase:
     return Phase(
         "rollout, image",
         some(
-            _cache(work, work.text + poorer, "text" + (" and the two contexts of guidance" if poorer else "")),
+            _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
             _own_cache(work, tokens),
             _pass(work, tokens, adapted),
             Item(
@@ -131,7 +142,7 @@ def _pass(work: Workload, tokens: int, adapted: bool) -> Item:
     return Item(
         "one layer",
         tokens * per_token,
-        f"{tokens} tokens x ({inner} I + 5 C + 2 Q) x {work.narrow} B = {per_token:,}",
+        f"{tokens} tokens x ({inner} I + 5 C + 2 Q) x {work.narrow} B",
     )
 
 
@@ -246,13 +257,14 @@ def saved_per_token(work: Workload, stream: str) -> int:
     """Bytes that one layer keeps for the backward pass of one token of a stream."""
     m, b = work.model, work.narrow
     width, inner, keys = m.hidden_size, m.intermediate_size, m.num_key_value_heads * m.head_dim
+    given = work.keys(work.micro if stream == IMAGE else 1)
     attention = 8 if work.cpu and stream == TEXT else b
     unfused = 2 if work.cpu and not work.lora else 1
     inputs = (3 * width + inner) * b + (7 * work.rank * b if work.lora else 0)
     return (
         inputs
         + (3 * width + keys) * WIDE * unfused
-        + (2 * width + 2 * keys) * attention
+        + (2 * width + 2 * given) * attention
         + WIDE * m.num_attention_heads
         + 3 * inner * b
     )
@@ -260,10 +272,9 @@ def saved_per_token(work: Workload, stream: str) -> int:
 
 def _saved(work: Workload) -> int:
     """Bytes that one layer keeps for the backward pass of a micro-batch, weights aside."""
-    m = work.model
     tokens = {TEXT: work.micro * work.text if work.trains(TEXT) else 0, IMAGE: _image_tokens(work)}
     per_stream = sum(count * saved_per_token(work, stream) for stream, count in tokens.items())
-    seen = 2 * m.num_key_value_heads * m.head_dim * work.narrow * work.text
+    seen = 2 * work.keys(work.micro) * work.narrow * work.text
     return per_stream + (work.micro * work.copies * seen if tokens[IMAGE] else 0)
 
 

@@ -230,6 +230,12 @@ class Workload:
         """Episodes replayed together."""
         return min(self.config.train.micro_batch, self.batch.each)
 
+    def keys(self, rows: int) -> int:
+        """Width of the keys that attention is given for one token. Rows whose texts differ in length need a mask,
+        and with a mask grouped heads are spelt out."""
+        m = self.model
+        return m.head_dim * (m.num_key_value_heads if rows == 1 else m.num_attention_heads)
+
     @property
     def cached_token(self) -> int:
         """Bytes of a token's keys and values in all layers."""
