@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unigrpo_cli.models.mot import NoisyImage, expert_of
+from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.models.sizes import expert_of
 from unigrpo_cli.models.unified import UnifiedModel
 
 GRID = (6, 6)

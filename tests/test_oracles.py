@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from unigrpo_cli.models.mot import MoT, NoisyImage, expert_of
-from unigrpo_cli.models.sizes import MoTConfig
+from unigrpo_cli.models.mot import MoT, NoisyImage
+from unigrpo_cli.models.sizes import MoTConfig, expert_of
 from unigrpo_cli.models.unified import UnifiedModel
 
 try:

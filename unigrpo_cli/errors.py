@@ -28,6 +28,10 @@ class DivergedError(UnigrpoError):
     """Training that left the numbers: a gradient that is not finite."""
 
 
+class TooLargeError(UnigrpoError):
+    """A run that cannot fit the memory there is."""
+
+
 class GateError(UnigrpoError):
     """A threshold that was asked for was not reached."""
 

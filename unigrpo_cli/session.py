@@ -15,6 +15,7 @@ from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.hub import EMBEDDED, locate
 from unigrpo_cli.models.release import read_release
+from unigrpo_cli.models.sizes import BAGEL, BAGEL_NETWORK
 from unigrpo_cli.models.unified import UNKNOWN, UnifiedModel
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
@@ -73,12 +74,14 @@ def model_defaults(model: str) -> dict[str, Any]:
             return {"preset": own.preset, "dtype": own.dtype, "sampling": own.sampling.model_dump()}
     try:
         release = read_release(*locate(find_checkpoint(model)[0], fetch=False))
+        network, paints_pixels = release.config, release.kind == "pixels"
     except (WeightsError, UsageError):
-        return {}  # whoever loads it will say what is wrong
-    if release.kind == "pixels":
+        if model != BAGEL:
+            return {}  # whoever loads it will say what is wrong
+        network, paints_pixels = BAGEL_NETWORK, False  # not fetched yet, and no other model for that
+    if paints_pixels:
         return {}
-    largest = release.config.max_latent_size * release.config.pixels_per_token
-    side = min(largest, Sampling().height)
+    side = min(network.largest_side, Sampling().height)
     return {"preset": "paper", "dtype": "bfloat16", "sampling": {"height": side, "width": side}}
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UnigrpoError, UsageError
+from unigrpo_cli.estimate import batch_of
 from unigrpo_cli.evaluate import (
     NO_NOISE,
     Evaluation,
@@ -27,6 +28,7 @@ from unigrpo_cli.evaluate import (
     samples_of,
 )
 from unigrpo_cli.models.checkpoint import restore_weights
+from unigrpo_cli.plan import Plan, plan_of, refuse_too_large
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
@@ -69,6 +71,11 @@ def go_on(config: Config, plugins: Plugins, display: Display, checkpoint: Path) 
     return _run(config, plugins, display, checkpoint, None)
 
 
+def plan(config: Config, checkpoint: Path | None) -> Plan:
+    """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing."""
+    return plan_of(config, *_origin(config, checkpoint), elsewhere=True)
+
+
 def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
     """The checkpoint behind `--resume`: a checkpoint, a run, or `auto`.
 
@@ -100,7 +107,7 @@ def _run(
     plugins.call("unigrpo_register_suites", registry=suites)
     prompts = training_prompts(config.prompts)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
-    state, base = _prepare(config, checkpoint)
+    state, base = _prepare(config, checkpoint, display.warn)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     with open_rewards(choices, plugins, config, embedded=is_embedded(state.policy)) as rewards:
         thinks = config.sampling.think
@@ -116,31 +123,42 @@ def _run(
             raise
 
 
-def _prepare(config: Config, checkpoint: Path | None) -> tuple[TrainState, str]:
-    """Policy, optimizer and the name of the base, fresh or as a checkpoint left them.
-
-    The reference is always the base: never the weights that a run is resumed from, and with adapters the network
-    without them, also when training starts from an adapter.
-    """
+def _origin(config: Config, checkpoint: Path | None) -> tuple[str, str | None]:
+    """The base, and the adapter that it begins with: of a fresh run, or as a checkpoint has them."""
     if checkpoint is None:
         base, own_adapter = find_checkpoint(model_of(config))
-        if (config.adapter or own_adapter) and config.train.tune == "full":
+        adapter = config.adapter or own_adapter
+        if adapter and config.train.tune == "full":
             raise UsageError("train.tune=full cannot start from an adapter; use --set train.tune=lora")
-        policy = prepare_policy(load_policy(model_of(config), config.adapter, config), config)
-        return TrainState(policy, make_optimizer(policy, config)), base
+        return base, adapter
     content = read_state(checkpoint)
     if content["tune"] != config.train.tune:
         raise UsageError(
             f"{checkpoint} was trained with train.tune={content['tune']}, the configuration says "
             f"{config.train.tune}; resume with the former"
         )
-    base = content["base"]
-    adapter = str(checkpoint) if content["tune"] == "lora" else None
+    return content["base"], str(checkpoint) if content["tune"] == "lora" else None
+
+
+def _prepare(config: Config, checkpoint: Path | None, warn: Callable[[str], None]) -> tuple[TrainState, str]:
+    """Policy, optimizer and the name of the base, fresh or as a checkpoint left them.
+
+    The reference is always the base: never the weights that a run is resumed from, and with adapters the network
+    without them, also when training starts from an adapter.
+    """
+    base, adapter = _origin(config, checkpoint)
+    planned = plan_of(config, base, adapter)
+    refuse_too_large(planned)
+    if planned.present is not None and planned.available > planned.present:
+        warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.present:.1f} GiB")
+    if checkpoint is None:
+        policy = prepare_policy(load_policy(model_of(config), config.adapter, config), config)
+        return TrainState(policy, make_optimizer(policy, config)), base
     policy = prepare_policy(load_policy(base, adapter, config), config)
     if adapter is None:
         restore_weights(policy.network, checkpoint)
     state = TrainState(policy, make_optimizer(policy, config))
-    restore_state(state, checkpoint, content)
+    restore_state(state, checkpoint, read_state(checkpoint))
     return state, base
 
 
@@ -366,12 +384,9 @@ def _a_few_of_each_task(suite: Sequence[Prompt], count: int) -> list[Prompt]:
 def _headline(config: Config, base: str, directory: Path, step: int) -> str:
     """The batch arithmetic, so that nobody has to guess it."""
     t = config.train
-    episodes = t.prompts_per_step * t.group_size
-    each = episodes // t.updates
     lines = [
         f"UniGRPO on {base}, {t.tune} tuning of {'both experts' if t.experts == 'both' else t.experts}",
-        f"step = {t.prompts_per_step} prompts x {t.group_size} episodes = {episodes} episodes, "
-        f"{t.epochs * t.updates} optimizer steps on {each}, {-(-each // t.micro_batch)} micro-batches each",
+        batch_of(config).lines()[0],
         f"writing {directory}" + (f", going on from step {step}" if step else ""),
     ]
     return "\n".join(lines)

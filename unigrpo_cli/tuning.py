@@ -8,18 +8,9 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.layers import widen
 from unigrpo_cli.models.mot import MoT
+from unigrpo_cli.models.sizes import ALSO, LAYERS
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.seeds import derive
-
-ALSO = {
-    "embeddings": ("language_model.model.embed_tokens.",),
-    "head": ("language_model.lm_head.",),
-    "norms": ("language_model.model.norm.", "language_model.model.norm_moe_gen."),
-    "projections": ("vae2llm.", "llm2vae.", "time_embedder."),
-    "connector": ("connector.",),
-    "vision": ("vit_model.",),
-}
-"""What `train.also` may add to the layers when all weights are trained."""
 
 
 def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
@@ -40,7 +31,7 @@ def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_("lora_" in name)
     else:
-        wanted = ("language_model.model.layers.", *(prefix for name in t.also for prefix in ALSO[name]))
+        wanted = (LAYERS, *(prefix for name in t.also for prefix in ALSO[name]))
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith(wanted))
     if t.experts != "both":

@@ -421,13 +421,3 @@ class MoT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits over the vocabulary for the rows of `hidden` [..., C]."""
         return self.language_model.lm_head(widen(hidden))
-
-
-def expert_of(name: str) -> str:
-    """Which expert a parameter belongs to: "image" for `_moe_gen` and the latent projections, else "text".
-
-    BAGEL's learning rates are per expert. The projections in and out of latent space and the time embedding
-    touch image tokens only, so they go with the image expert.
-    """
-    image_only = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
-    return "image" if "_moe_gen" in name or name.startswith(image_only) else "text"

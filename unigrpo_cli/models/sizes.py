@@ -13,7 +13,28 @@ TABLES = (LATENT_POSITIONS, VISION_POSITIONS)
 """Fixed sine-cosine tables: formulas, so a file may lack them; where it has them its own (rounded) ones count."""
 VISION_PREFIXES = ("vit_model.", "connector.", "vit_pos_embed.")
 """Parts of BAGEL that only image understanding and editing need."""
+LAYERS = "language_model.model.layers."
+"""What full tuning trains."""
+ALSO = {
+    "embeddings": ("language_model.model.embed_tokens.",),
+    "head": ("language_model.lm_head.",),
+    "norms": ("language_model.model.norm.", "language_model.model.norm_moe_gen."),
+    "projections": ("vae2llm.", "llm2vae.", "time_embedder."),
+    "connector": ("connector.",),
+    "vision": ("vit_model.",),
+}
+"""What `train.also` may add to the layers when all weights are trained."""
 TIME_WAVES = 256
+
+
+def expert_of(name: str) -> str:
+    """Which expert a parameter belongs to: "image" for `_moe_gen` and the latent projections, else "text".
+
+    BAGEL's learning rates are per expert. The projections in and out of latent space and the time embedding
+    touch image tokens only, so they go with the image expert.
+    """
+    image_only = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
+    return "image" if "_moe_gen" in name or name.startswith(image_only) else "text"
 
 
 def computes_wide(name: str) -> bool:
@@ -139,6 +160,42 @@ class MoTConfig:
     def pixels_per_token(self) -> int:
         return self.latent_patch_size * self.pixels_per_latent
 
+    @property
+    def largest_side(self) -> int:
+        """The longest side of a picture that can be painted, in pixels."""
+        return self.max_latent_size * self.pixels_per_token
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of an image of that many pixels.
+
+        Raises:
+            ValueError: when the size is no multiple of a token or larger than the position table.
+        """
+        unit, largest = self.pixels_per_token, self.largest_side
+        if height % unit or width % unit or not 0 < max(height, width) <= largest or min(height, width) < 1:
+            raise ValueError(
+                f"image size {height}x{width} does not fit this model: "
+                f"both sides must be multiples of {unit}, at most {largest}"
+            )
+        return height // unit, width // unit
+
+
+BAGEL = "ByteDance-Seed/BAGEL-7B-MoT"
+BAGEL_NETWORK = MoTConfig(
+    hidden_size=3584,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    intermediate_size=18944,
+    vocab_size=152064,
+    latent_patch_size=2,
+    latent_channels=16,
+    pixels_per_latent=8,
+    max_latent_size=64,
+    vision=VisionConfig(1152, 26, 16, 4304, 14, 70),
+)
+BAGEL_AUTOENCODER = AutoencoderConfig((128, 256, 512, 512), 2, 16)
+"""The published release, to plan with where it is not: whatever is loaded is read from its own files."""
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -17,10 +17,10 @@ from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.codec import Codec
 from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.layers import come_and_go, on_the_host
-from unigrpo_cli.models.mot import MoT, MoTOutput, NoisyImage, expert_of
+from unigrpo_cli.models.mot import MoT, MoTOutput, NoisyImage
 from unigrpo_cli.models.pictures import Resize, read_picture
 from unigrpo_cli.models.release import Release
-from unigrpo_cli.models.sizes import VisionConfig
+from unigrpo_cli.models.sizes import VisionConfig, expert_of
 from unigrpo_cli.models.vision import patchify
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
@@ -223,7 +223,7 @@ class UnifiedModel:
 
     @property
     def largest_size(self) -> tuple[int, int]:
-        side = self.network.config.max_latent_size * self.network.config.pixels_per_token
+        side = self.network.config.largest_side
         return side, side
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -232,13 +232,7 @@ class UnifiedModel:
         Raises:
             ValueError: when the size is no multiple of a token or larger than the position table.
         """
-        unit, largest = self.network.config.pixels_per_token, self.largest_size[0]
-        if height % unit or width % unit or not 0 < max(height, width) <= largest or min(height, width) < 1:
-            raise ValueError(
-                f"image size {height}x{width} does not fit this model: "
-                f"both sides must be multiples of {unit}, at most {largest}"
-            )
-        return height // unit, width // unit
+        return self.network.config.grid(height, width)
 
     def decode_pixels(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """Final latents to images [B, height, width, 3] uint8 on the CPU. Inside a token: row, column, channel."""

@@ -6,13 +6,19 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
-from unigrpo_cli.config import config_keys
+from unigrpo_cli.config import config_keys, load_config
+from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.rewards.hooks import Hooks
 from unigrpo_cli.rewards.registry import Plugins
 
@@ -87,6 +93,23 @@ def commands() -> str:
     return "\n".join(blocks)
 
 
+def dry_run(recipe: str) -> str:
+    """What `unigrpo train --dry-run` says of a recipe in examples/, where the release is not on the machine."""
+    from unigrpo_cli.plan import plan_of, rates_of, refuse_too_large, show
+    from unigrpo_cli.runtime.display import Display
+
+    config = load_config(file=ROOT / "examples" / recipe / "config.toml")
+    plan = replace(plan_of(config, config.model, None, elsewhere=True), published=True)
+    display, said = Display(), io.StringIO()
+    display.console = Console(file=said, highlight=False)
+    show(plan, rates_of(plan), display)
+    try:
+        refuse_too_large(plan)
+    except TooLargeError as error:
+        said.write(f"error: {error}\n")
+    return f"```\n{said.getvalue()}```\n"
+
+
 def _leaves(command, name: str):
     inner = getattr(command, "commands", None)
     if inner is None:
@@ -96,7 +119,14 @@ def _leaves(command, name: str):
         yield from _leaves(sub, f"{name} {key}")
 
 
-PARTS = {"configuration": configuration, "hooks": hooks, "rewards": rewards, "commands": commands}
+PARTS: dict[str, Callable[[], str]] = {
+    "configuration": configuration,
+    "hooks": hooks,
+    "rewards": rewards,
+    "commands": commands,
+    "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
+    "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),
+}
 
 
 def regenerated(text: str) -> str:
@@ -106,7 +136,7 @@ def regenerated(text: str) -> str:
 
 def documents() -> list[Path]:
     """All Markdown files with generated parts."""
-    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
     return [path for path in sorted(found) if _PART.search(path.read_text())]
 
 

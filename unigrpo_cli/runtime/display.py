@@ -51,6 +51,28 @@ class Display:
         if not self.quiet:
             self.console.print(text, markup=False, style=style, soft_wrap=isinstance(text, str))
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int]) -> None:
+        """Rows under headings: a table on a terminal, aligned and unbroken lines elsewhere.
+
+        Args:
+            numbers: columns that are aligned to the right.
+        """
+        if self.console.is_terminal:
+            table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+            for k, name in enumerate(columns):
+                table.add_column(name, justify="right" if k in numbers else "left", header_style="dim")
+            for row in rows:
+                table.add_row(*map(Text, row))
+            self.say(table)
+            return
+        widths = [max(len(row[k]) for row in (columns, *rows)) for k in range(len(columns))]
+        self.say(title)
+        for row in (columns, *rows):
+            cells = [
+                c.rjust(w) if k in numbers else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            self.say(("  " + "  ".join(cells)).rstrip())
+
     def warn(self, text: str) -> None:
         self.errors.print("[yellow]warning:[/] ", Text(text), sep="", soft_wrap=True)
 

@@ -1,0 +1,453 @@
+"""What a run asks of a machine, against the machine: tensors, autograd's memory, a profiler's FLOP."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from unigrpo_cli.algo.text import token
+from unigrpo_cli.config import Config, load_config
+from unigrpo_cli.episode import Prompt, flatten
+from unigrpo_cli.estimate import Memory, Workload, batch_of, memory, needs, step_parts
+from unigrpo_cli.estimate import seconds as speed
+from unigrpo_cli.evaluate import train_sampling
+from unigrpo_cli.models.checkpoint import load_model
+from unigrpo_cli.models.lora import add_adapters
+from unigrpo_cli.models.mot import MoT, NoisyImage
+from unigrpo_cli.models.release import read_release
+from unigrpo_cli.models.sizes import (
+    ALSO,
+    BAGEL_AUTOENCODER,
+    BAGEL_NETWORK,
+    LAYERS,
+    AutoencoderConfig,
+    MoTConfig,
+    autoencoder_shapes,
+    computes_wide,
+    expert_of,
+)
+from unigrpo_cli.replay import collate, replay
+from unigrpo_cli.rollout import read_given, rollout, write_text
+from unigrpo_cli.train import window_of
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+TINY = Path(__file__).parent / "golden" / "bagel_tiny"
+SMALL = MoTConfig(96, 3, 6, 2, 320, 4000, 2, 4, 4, 8)
+"""Wide enough that what the formulas leave out is little, small enough for a second."""
+GIVEN, PROMPTS = 6, [Prompt("a", "a red cube"), Prompt("b", "two birds")]
+
+
+def settings(*overrides: str) -> Config:
+    return load_config(preset="paper", overrides=list(overrides))
+
+
+def small(*overrides: str) -> Workload:
+    own = ["sampling.height=64", "sampling.width=64", "sampling.rows=5", "train.micro_batch=2"]
+    own += ["train.prompts_per_step=2", "train.group_size=2", "sampling.max_new_tokens=4", "train.lora_rank=4"]
+    return Workload(SMALL, None, settings(*own, *overrides), cpu=True, given=GIVEN)
+
+
+def item(found: Memory, name: str, phase: str | None = None) -> int:
+    items = found.always if phase is None else found.phase(phase).items
+    return sum(i.bytes for i in items if i.name == name)
+
+
+# ----- parameters
+
+
+def test_the_release_counted() -> None:
+    """Against the network on the meta device and the totals that are known of it."""
+    work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings("train.tune=lora"))
+    with torch.device("meta"):
+        network = MoT(BAGEL_NETWORK, (1, 2))
+    assert work.elements() == sum(p.numel() for p in network.parameters())
+    assert round(work.elements() / 1e9, 3) == 14.607
+    assert round(work.elements(lambda n: n.startswith("language_model.") and "_moe_gen" not in n) / 1e9, 3) == 7.616
+    assert round(work.elements(lambda n: "_moe_gen" in n) / 1e9, 3) == 6.526
+    matrices = dict.fromkeys(("text", "image"), 0)
+    for name, parameter in network.named_parameters():
+        if name.startswith(LAYERS) and parameter.ndim == 2:
+            matrices[expert_of(name)] += parameter.numel()
+    assert {e: work.matrices(e) for e in matrices} == matrices
+    assert sum(map(prod, autoencoder_shapes(BAGEL_AUTOENCODER).values())) == 83_819_683
+    with torch.device("meta"):
+        add_adapters(network, 64, 128.0, 0)
+    adapters = dict.fromkeys(matrices, 0)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            adapters[expert_of(name)] += parameter.numel()
+    assert {e: work.adapter_elements(e) for e in adapters} == adapters
+
+
+@pytest.mark.parametrize("experts", ["both", "text", "image"])
+@pytest.mark.parametrize("also", [None, (), tuple(ALSO)])
+def test_what_is_trained_is_what_tuning_trains(experts: str, also: tuple[str, ...] | None) -> None:
+    """Adapters (None), all weights of the layers, and everything that can be trained beside them."""
+    tune = "lora" if also is None else "full"
+    config = settings(f"train.experts={experts}", f"train.tune={tune}", f"train.also={list(also or ())}")
+    release = read_release(TINY)
+    policy = load_model(str(TINY))
+    policy.network.requires_grad_(False)
+    trained = prepare_policy(policy, config).trainable()
+    found = Workload(release.config, release.autoencoder, config).trained
+    assert found == sum(p.numel() for own in trained.values() for p in own) > 0
+
+
+# ----- bytes of tensors
+
+
+def size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.tune=lora", "dtype=bfloat16"),
+        ("train.tune=lora", "train.experts=image"),
+        ("train.tune=full", "dtype=bfloat16"),
+        ("train.tune=full", "dtype=bfloat16", "train.reference_on=host", "train.also=['head', 'projections']"),
+        ("train.tune=full", "train.experts=text"),
+    ],
+)
+def test_weights_reference_gradients_and_moments_to_the_byte(overrides: tuple[str, ...]) -> None:
+    """A tiny BAGEL trained one step; what is there is what was reckoned, to the byte."""
+    shape = ("sampling.height=32", "sampling.width=48", "sampling.steps=5", "sampling.max_new_tokens=4")
+    config = settings(*overrides, *shape, "train.prompts_per_step=2", "train.group_size=2", "train.lora_rank=3")
+    release = read_release(TINY)
+    found = memory(Workload(release.config, release.autoencoder, config))
+    policy = load_model(str(TINY), dtype=getattr(torch, config.dtype))
+    policy.network.requires_grad_(False)
+    policy = prepare_policy(policy, config)
+    optimizer = make_optimizer(policy, config)
+    episodes = flatten(rollout(policy, PROMPTS, 2, train_sampling(config), window_of(config, 0), seed=0))
+    scores = replay(policy, collate(episodes))
+    (scores.log_prob_BL.sum() + sum(v.square().mean() for v in scores.velocities)).backward()
+    trained = [p for own in policy.trainable().values() for p in own]
+    for parameter in trained:  # what neither words nor images reach has no gradient; it has room for one
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    optimizer.step()
+    weights = size(policy.network.parameters())
+    assert sum(item(found, name) for name in ("frozen weights", "trained weights", "adapters")) == weights
+    assert item(found, "gradients", "update, layers") == size(p.grad for p in trained)
+    moments = [m for s in optimizer.state.values() for name, m in s.items() if name != "step"]
+    assert item(found, "Adam's moments") == size(moments)
+    codec = policy.codec.network.state_dict()  # type: ignore[attr-defined]
+    assert item(found, "autoencoder") == size(codec.values())
+    own = {id(p) for p in policy.network.parameters()}
+    copied = [] if policy.frozen is None else [p for p in policy.frozen.parameters() if id(p) not in own]
+    assert item(found, "reference") + sum(i.bytes for i in found.host) == size(copied)
+    layers = sum(
+        p.numel() for n, p in policy.network.named_parameters() if n.startswith(LAYERS) and p.requires_grad
+    )
+    assert bool(found.host) == ("train.reference_on=host" in overrides)
+    if found.host:
+        assert found.host[0].bytes < item(found, "trained weights")
+        assert f"{layers:,}" in found.host[0].formula
+
+
+def test_the_cache_of_a_rollout_is_a_contexts() -> None:
+    shape = ("sampling.height=32", "sampling.width=48", "sampling.max_new_tokens=5", "sampling.rows=3")
+    config = settings(*shape, "dtype=bfloat16")
+    model = load_model(str(TINY), dtype=torch.bfloat16)
+    given = model.preamble(PROMPTS[0], think=True)
+    context = read_given(model, [given] * 3)
+    work = Workload(model.network.config, None, config, given=context.used)
+    grown, _ = write_text(model, context, train_sampling(config), [1, 2, 3])
+    held = size([*grown.keys, *grown.values])
+    found = memory(work)
+    assert item(found, "key-value cache", "rollout, image") == held
+    assert item(found, "key-value cache", "rollout, words") == held + size([*context.keys, *context.values])
+
+
+# ----- bytes of passes
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all storages that are alive, and their largest sum so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.now = self.peak = 0
+
+    def add(self, value: object) -> None:
+        if not isinstance(value, Tensor) or (key := value.untyped_storage()._cdata) in self.seen:
+            return
+        storage = value.untyped_storage()
+        self.seen.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            self.add(value)
+        return out
+
+    def over(self, start: int) -> int:
+        """The peak since the last call, over `start`."""
+        found, self.peak = self.peak - start, self.now
+        return found
+
+
+def network_of(work: Workload) -> MoT:
+    """As tuning leaves it, in the dtypes of a loaded one."""
+    torch.manual_seed(0)
+    network = MoT(work.model, (1, 2))
+    for name, parameter in network.named_parameters():
+        trained = work.is_trained(name)
+        wide = trained or computes_wide(name)
+        parameter.data = parameter.data.to(torch.float32 if wide else getattr(torch, work.config.dtype))
+        parameter.requires_grad_(trained)
+    if work.lora:
+        add_adapters(network, work.rank, 8.0, 0)
+    network.activation_checkpointing = work.checkpoints
+    return network
+
+
+def passes(work: Workload) -> dict[str, int]:
+    """Peaks of the phases of a step, the network itself left out: what `memory` reckons, seen."""
+    network, alive, seen = network_of(work), Alive(), {}
+    grid = work.model.grid(work.config.sampling.height, work.config.sampling.width)
+    dim, micro, copies = work.model.token_dim, work.micro, work.copies
+    for parameter in network.parameters():
+        alive.add(parameter)
+    empty = alive.now
+
+    def replayed() -> Tensor:
+        ids = torch.zeros(micro, work.text, dtype=torch.long)
+        image = NoisyImage(torch.zeros(micro, copies, work.latents, dim), torch.ones(micro, copies), grid)
+        lengths = [work.text, *[work.text - 1] * (micro - 1)]
+        out = network(network.empty_context(micro), ids, lengths, image)
+        seen.setdefault("replays, layers", alive.over(empty))
+        hidden = out.hidden_BLC[:, GIVEN : GIVEN + work.words].flatten(0, 1)
+        logits = network.logits(hidden).index_fill(-1, torch.tensor([0]), -torch.inf)
+        scored = token(logits, temperature=1.0, id=torch.ones(len(hidden), dtype=torch.long))
+        return scored.log_prob.sum() + out.velocity_BKND.sum()
+
+    with alive:
+        with torch.no_grad():
+            rows = work.rows
+            ids, lengths = (
+                torch.zeros(rows, work.text, dtype=torch.long),
+                [work.text, *[work.text - 1] * (rows - 1)],
+            )
+            context = network(network.empty_context(rows), ids, lengths).context
+            alive.over(empty)
+            image = NoisyImage(torch.zeros(rows, 1, work.latents, dim), torch.ones(rows, 1), grid)
+            network(context, image=image)
+            seen["rollout, image"] = alive.over(empty)
+            del context, image
+            alive.over(empty)
+            replayed()
+            seen["replays, words"] = alive.over(empty)
+        for _ in range(2):  # in the second pass gradients are there from the start
+            loss = replayed()
+            seen["update, words"] = alive.over(empty)
+            loss.backward()
+            seen["update, layers"] = alive.over(empty)
+            del loss
+    return seen
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_activations_are_those_of_the_passes(tune: str, dtype: str, checkpointing: str) -> None:
+    """Every phase within 6 %: few words, where layers decide, and many, where logits do."""
+    own = (f"train.tune={tune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}")
+    for words, phases in (
+        (4, ("rollout, image", "replays, layers", "update, layers")),
+        (300, ("replays, words", "update, words")),
+    ):
+        work = small(*own, f"sampling.max_new_tokens={words}", f"sampling.rows={5 if words < 5 else 1}")
+        found, seen = memory(work), passes(work)
+        for phase in phases:
+            left_out = item(found, "latents", phase) + item(found, "recorded steps", phase)
+            assert found.phase(phase).bytes - left_out == pytest.approx(seen[phase], rel=0.06), phase
+
+
+def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
+    model, alive = load_model(str(TINY)), Alive()
+    config = settings("sampling.height=64", "sampling.width=32", "sampling.rows=1")
+    work = Workload(model.network.config, read_release(TINY).autoencoder, config)
+    with alive:
+        latent = torch.zeros(1, 16, 8, 4)
+        start = alive.now
+        model.codec.raw(latent)  # type: ignore[attr-defined]
+    assert item(memory(work), "decoder", "rollout, pixels") == pytest.approx(alive.over(start), rel=0.06)
+
+
+# ----- FLOP
+
+
+def counted(action: Any) -> int:
+    """By PyTorch's own counter, with attention as products of matrices."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+def flops(work: speed.Work) -> float:
+    return work.flops + work.wide
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_flops_of_reading_denoising_and_logits(tune: str) -> None:
+    work = small(f"train.tune={tune}")
+    network, grid = network_of(work), work.model.grid(64, 64)
+    image = NoisyImage(torch.zeros(1, 1, work.latents, work.model.token_dim), torch.ones(1, 1), grid)
+    with torch.no_grad():
+        ids = torch.zeros(1, 50, dtype=torch.long)
+        context = network(network.empty_context(1), ids).context
+        read = counted(lambda: network(network.empty_context(1), ids))
+        assert flops(speed.read(work, 50, work.lora)) == pytest.approx(read, rel=1e-6)
+        paint = counted(lambda: network(context, image=image))
+        assert flops(speed.denoise(work, 50)) == pytest.approx(paint, rel=1e-6)
+        head = counted(lambda: network.logits(torch.zeros(7, work.model.hidden_size)))
+        assert flops(speed.head(work, 7)) == head
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("experts", ["both", "image", "text"])
+def test_flops_of_replay_and_its_backward_pass(tune: str, experts: str) -> None:
+    """Forward exactly; backward within 2 %: the first layer is spared some, flash attention makes scores again."""
+    work = small(f"train.tune={tune}", f"train.experts={experts}", "sampling.max_new_tokens=40")
+    work = replace(work, model=replace(SMALL, num_hidden_layers=8))
+    network, grid = network_of(work), work.model.grid(64, 64)
+    if work.lora:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_("lora_" in name and work.trains(expert_of(name)))
+    dim, copies, kept = work.model.token_dim, work.copies, []
+
+    def forward() -> None:
+        shape = (1, copies, work.latents, dim)
+        image = NoisyImage(torch.zeros(shape), torch.ones(1, copies), grid) if work.paints else None
+        out = network(network.empty_context(1), torch.zeros(1, work.text, dtype=torch.long), None, image)
+        kept.append(network.logits(out.hidden_BLC[0, : work.words]).sum())
+        kept.append(out.velocity_BKND.sum() if work.paints else kept[0])
+
+    assert flops(speed.replay(work, work.lora)) == pytest.approx(counted(forward), rel=1e-6)
+    remade = speed.attention(work, work.image, work.text + work.image) * copies * work.paints
+    remade += speed.attention(work, work.text, work.text) * work.trains("text")
+    found = counted(lambda: sum(kept).backward()) + remade / 2
+    assert flops(speed.backward(work)) == pytest.approx(found, rel=0.02)
+
+
+def test_flops_of_decoding_a_picture() -> None:
+    model, config = load_model(str(TINY)), read_release(TINY).autoencoder
+    found = counted(lambda: model.codec.raw(torch.zeros(1, 16, 8, 4)))  # type: ignore[attr-defined]
+    assert speed.decoder_flops(config, 64 * 32) == pytest.approx(found, rel=0.02)
+
+
+def test_a_step_is_the_sum_of_its_passes() -> None:
+    """Calls counted by hand: 3 prompts of 4 in batches of 5, so prompts 0 1 | 1 2 | 2 are read."""
+    work = small("train.prompts_per_step=3", "train.group_size=4", "train.updates=1", "train.epochs=2")
+    assert work.batch.reads == 5
+    parts = {part.name: part.work for part in step_parts(work)}
+    assert parts["read prompts"].flops == pytest.approx(5 * speed.read(work, GIVEN, False).flops)
+    assert parts["denoise"].flops == pytest.approx(12 * 24 * speed.denoise(work, work.text).flops)
+    assert parts["old replay"].flops == parts["reference replay"].flops == 12 * speed.replay(work, False).flops
+    both = speed.replay(work, False) + speed.backward(work)
+    assert parts["update"].flops == pytest.approx(2 * 12 * both.flops)
+    words = sum(speed.attention(work, 1, GIVEN + k) for k in range(1, work.words + 3))
+    words += (work.words + 2) * 2 * work.matrices("text")
+    assert parts["write words"].flops == pytest.approx(12 * words)
+
+
+def test_seconds_are_those_of_arithmetic_or_of_moving_bytes() -> None:
+    rates = speed.Rates(10.0, 2.0, 5.0, 1.0, "")
+    assert speed.Work(20, 6, 0).seconds(rates) == 5
+    assert speed.Work(20, 6, 50).seconds(rates) == 10
+    assert speed.Work(20, 6, 50, 11).seconds(rates) == 11
+
+
+# ----- as a whole
+
+
+LARGER = [
+    ("sampling.rows=16", "sampling.rows=64"),
+    ("sampling.height=512", "sampling.height=1024"),
+    ("sampling.max_new_tokens=256", "sampling.max_new_tokens=2048"),
+    ("train.micro_batch=1", "train.micro_batch=8"),
+    ("sampling.window_size=2", "sampling.window_size=5"),
+    ("train.lora_rank=16", "train.lora_rank=256"),
+    ("train.activation_checkpointing=true", "train.activation_checkpointing=false"),
+    ("dtype=bfloat16", "dtype=float32"),
+    ("train.tune=lora", "train.tune=full"),
+    ("train.experts=image", "train.experts=both"),
+    ("train.prompts_per_step=4", "train.prompts_per_step=400"),
+]
+
+
+@pytest.mark.parametrize(("less", "more"), LARGER)
+def test_more_takes_more(less: str, more: str) -> None:
+    """In at least one phase, and in none less."""
+    common = [
+        "dtype=bfloat16",
+        "train.tune=lora",
+        "train.micro_batch=2",
+        "sampling.width=512",
+        "sampling.height=512",
+    ]
+
+    def phases(override: str) -> dict[str, float]:
+        work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*common, override))
+        found = memory(work)
+        return {phase.name: found.gib(phase) for phase in found.phases}
+
+    small, large = phases(less), phases(more)
+    assert all(large[name] >= small[name] for name in small)
+    assert any(large[name] > small[name] for name in small)
+
+
+def test_the_host_takes_the_reference_off_the_device() -> None:
+    found = {}
+    for where in ("device", "host"):
+        config = settings("dtype=bfloat16", f"train.reference_on={where}")
+        found[where] = memory(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, config))
+    moved = sum(i.bytes for i in found["host"].host)
+    assert moved == item(found["device"], "reference") > 0
+    assert not item(found["host"], "reference")
+    assert found["device"].need > found["host"].need
+
+
+def test_needs_are_those_of_the_standard_settings() -> None:
+    found = needs(BAGEL_NETWORK, BAGEL_AUTOENCODER)
+    assert list(found) == ["generate", "LoRA", "full fine-tuning"]
+    assert 28 < found["generate"] < found["LoRA"] < 45 < 200 < found["full fine-tuning"]
+    tiny = needs(SMALL, AutoencoderConfig((8, 16), 1, 4))
+    assert max(tiny.values()) < 1.2
+
+
+def test_the_batch_arithmetic() -> None:
+    batch = batch_of(settings("train.epochs=3", "train.micro_batch=7"))
+    assert (batch.episodes, batch.each, batch.optimizer_steps, batch.micro_batches) == (768, 384, 6, 55)
+    assert (batch.rollouts, batch.reads, batch.word_calls, batch.denoise_calls) == (48, 64, 1026, 24)
+    assert (batch.replays, batch.backwards) == (2, 3)
+    assert batch_of(settings("objective.penalty=none", "sampling.think=false")).replays == 1
+
+
+def test_it_imports_no_torch() -> None:
+    code = "import unigrpo_cli.estimate, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,260 @@
+"""The dry run: it reads headers alone, is right about what fits, and stands before every training run."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+from math import prod
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from unigrpo_cli.cli import app
+from unigrpo_cli.config import load_config
+from unigrpo_cli.errors import TooLargeError
+from unigrpo_cli.estimate import memory
+from unigrpo_cli.models.sizes import (
+    BAGEL,
+    BAGEL_AUTOENCODER,
+    BAGEL_NETWORK,
+    Shapes,
+    autoencoder_shapes,
+    network_shapes,
+)
+from unigrpo_cli.plan import Plan, changed, plan_of, refuse_too_large, relief
+from unigrpo_cli.runtime.display import Display
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = ("bagel_one_gpu", "bagel_unigrpo")
+REFUSAL = re.compile(r"'([^']+)' needs ([\d.]+) GiB, available are ([\d.]+); (.*), (?:together|which)")
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def _sparse(path: Path, shapes: Shapes, dtype: str, width: int) -> None:
+    """A weight file with a true header and a hole for a body."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = width * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def bagel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The release at full size, 30 GB of nothing."""
+    directory = tmp_path_factory.mktemp("model") / "BAGEL-7B-MoT"
+    directory.mkdir()
+    c, v = BAGEL_NETWORK, BAGEL_NETWORK.vision
+    assert v is not None
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    llm = {name: getattr(c, name) for name in (*names, "vocab_size", "rms_norm_eps", "rope_theta")}
+    vit = {"image_size": 980, "num_hidden_layers": v.num_hidden_layers + 1, "patch_size": v.patch_size}
+    vit |= {name: getattr(v, name) for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("tokenizer.json", {})):
+        (directory / name).write_text(json.dumps(content))
+    _sparse(directory / "ema.safetensors", network_shapes(c), "BF16", 2)
+    _sparse(directory / "ae.safetensors", autoencoder_shapes(BAGEL_AUTOENCODER), "F32", 4)
+    return directory
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty working directory, and an error for whoever reads a weight, opens a reward or makes a run."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("this must not be called")
+
+    monkeypatch.setattr("unigrpo_cli.models.checkpoint.read_tensors", forbidden)
+    monkeypatch.setattr("unigrpo_cli.models.checkpoint.load_tokenizer", forbidden)
+    monkeypatch.setattr("unigrpo_cli.training_run.open_rewards", forbidden)
+    monkeypatch.setattr("unigrpo_cli.training_run.fresh_directory", forbidden)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _dry(model: Path | str, *settings: str) -> tuple[int, dict, str]:
+    sets = [x for s in settings for x in ("--set", s)]
+    result = _run("train", "--model", model, "--dry-run", "--json", *sets)
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+LORA = ("train.tune=lora", "train.activation_checkpointing=true", "train.micro_batch=1")
+
+
+def test_it_accepts_and_refuses_at_the_boundary_and_reads_nothing(bagel: Path, unread: Path) -> None:
+    code, plan, said = _dry(bagel, *LORA, "memory_gb=80")
+    assert (code, plan["fits"], said) == (0, True, "")
+    need = plan["need_gib"]
+    assert 30 < need < 80
+    assert _dry(bagel, *LORA, f"memory_gb={need + 0.01}")[0] == 0
+    code, plan, said = _dry(bagel, *LORA, f"memory_gb={need - 0.01}")
+    assert (code, plan["fits"]) == (1, False)
+    (line,) = said.splitlines()
+    assert line.startswith("error: BAGEL-7B-MoT does not fit") and repr(plan["peak"]) in line
+    assert not list(unread.iterdir())
+
+
+def test_its_sums_add_up(bagel: Path, unread: Path) -> None:
+    _, plan, _ = _dry(bagel, *LORA, "memory_gb=80")
+    always = sum(item["gib"] for item in plan["memory"]["always"])
+    for phase in plan["memory"]["phases"]:
+        assert phase["gib"] == pytest.approx(always + sum(item["gib"] for item in phase["items"]))
+        assert all(item["formula"] for item in phase["items"])
+    assert plan["need_gib"] == max(phase["gib"] for phase in plan["memory"]["phases"])
+    weights = {item["item"]: item["gib"] for item in plan["memory"]["always"]}["frozen weights"]
+    stored = (bagel / "ema.safetensors").stat().st_size / 2**30
+    assert stored < weights < stored + 1.1, "as stored, and the head over the vocabulary in fp32"
+    assert plan["time"]["seconds_per_step"] == pytest.approx(sum(p["seconds"] for p in plan["time"]["parts"]))
+    assert plan["trained_parameters"] == 322_961_408
+
+
+def test_training_refuses_by_the_same_sum_before_it_reads_or_writes(bagel: Path, unread: Path) -> None:
+    sets = [x for s in (*LORA, "memory_gb=30", "device=cpu") for x in ("--set", s)]
+    result = _run("train", "--model", bagel, "--reward", "clip@model=x", "--out", unread / "run", *sets)
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "does not fit" in line
+    assert not list(unread.iterdir())
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_what_a_refusal_names_helps_as_much_as_it_says(bagel: Path, unread: Path, tune: str) -> None:
+    config = load_config(
+        preset="paper", overrides=[f"train.tune={tune}", "dtype=bfloat16", "memory_gb=40", "sampling.rows=64"]
+    )
+    plan = plan_of(config, str(bagel), None, elsewhere=True)
+    with pytest.raises(TooLargeError) as caught:
+        refuse_too_large(plan)
+    found = REFUSAL.search(str(caught.value))
+    assert found, caught.value
+    assert found[1] == plan.memory.peak.name
+    assert float(found[2]) == pytest.approx(plan.memory.need, abs=0.06)
+    named = re.findall(r"([\w.=\s]+?) saves ([\d.]+) GiB", found[4])
+    assert 2 <= len(named) <= 3
+    best = relief(plan)
+    assert [saved for _, saved in best] == sorted((saved for _, saved in best), reverse=True)
+    for (text, saved), (change, _) in zip(named, best, strict=False):
+        again = memory(changed(plan.work, change))
+        less = plan.memory.need - again.gib(again.phase(plan.memory.peak.name))
+        assert float(saved) == pytest.approx(less, abs=0.06)
+        typed = load_config(preset="paper", overrides=text.split())
+        for key in text.split():
+            section, _, name = key.partition("=")[0].rpartition(".")
+            own, other = (getattr(c, section) if section else c for c in (changed(plan.work, change).config, typed))
+            assert getattr(own, name) == getattr(other, name), "what it says can be typed"
+
+
+def test_without_the_release_its_published_sizes_are_taken(bagel: Path, unread: Path) -> None:
+    here = _dry(bagel, *LORA, "memory_gb=80")[1]
+    code, elsewhere, _ = _dry(BAGEL, *LORA, "memory_gb=80")
+    assert code == 0
+    assert elsewhere["memory"] == here["memory"]
+    other = _run("train", "--model", "nobody/nothing", "--dry-run", "--set", "memory_gb=80")
+    assert other.exit_code == 5
+
+
+def test_a_size_that_cannot_be_painted_is_refused(bagel: Path, unread: Path) -> None:
+    result = _run("train", "--model", bagel, "--dry-run", "--set", "sampling.height=500", "--set", "memory_gb=80")
+    assert result.exit_code == 2
+    assert "multiples of 16" in result.stderr
+
+
+def test_the_embedded_model_fits_anywhere(unread: Path) -> None:
+    """By default, in its largest phase, it takes a gigabyte; and measured rates give seconds, not hours."""
+    code, plan, _ = _dry("embedded")
+    assert code == 0
+    assert plan["need_gib"] < 1.5
+    assert 0.01 < plan["time"]["seconds_per_step"] < 100
+    assert "measured" in plan["time"]["rates"]["source"]
+
+
+def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
+    small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
+    result = _run("train", "--out", tmp_path / "r", "--steps", "0", "--set", "memory_gb=1000000", *small)
+    assert result.exit_code == 0, result.output
+    assert "memory_gb=1e+06, but there are only" in result.stderr
+
+
+def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
+    """Rank of the adapters that are there, not of the configuration; and nothing is added to the run."""
+    small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
+    lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=3"]
+    run = tmp_path / "run"
+    assert _run("train", "--out", run, "--steps", "0", *lora, *small).exit_code == 0
+    before = sorted(run.rglob("*"))
+    result = _run("train", "--resume", run, "--dry-run", "--json", "--set", "train.lora_rank=8")
+    assert result.exit_code == 0, result.output
+    adapters = {i["item"]: i["formula"] for i in json.loads(result.stdout)["memory"]["always"]}["adapters"]
+    assert "rank 3 " in adapters
+    assert sorted(run.rglob("*")) == before
+
+
+def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: Path, unread: Path) -> None:
+    result = _run(
+        "train", "--model", bagel, "--dry-run", "--set", "memory_gb=80", *[x for s in LORA for x in ("--set", s)]
+    )
+    assert result.exit_code == 0, result.output
+    assert not set(result.stdout) & set("─│┃╭\x1b")
+    (weights,) = [line for line in result.stdout.splitlines() if "frozen weights" in line]
+    assert "14,607,260,128 x 2 B" in weights
+    display = Display()
+    display.console = Console(force_terminal=True, width=60, record=True, file=io.StringIO())
+    display.table("sizes", ("a", "number"), [("first [b]", "1.00"), ("second", "22.00")], {1})
+    text = display.console.export_text()
+    assert "first [b]" in text and "22.00" in text
+
+
+# ----- recipes
+
+
+def _recipe(name: str) -> Plan:
+    config = load_config(file=EXAMPLES / name / "config.toml")
+    assert config.memory_gb == 80
+    return plan_of(config, config.model, None, elsewhere=True)
+
+
+def test_the_recipe_for_one_card_leaves_room_on_it(bagel: Path) -> None:
+    plan = _recipe("bagel_one_gpu")
+    assert plan.fits
+    assert plan.memory.need < 60
+    assert plan_of(plan.work.config, str(bagel), None, elsewhere=True).memory == plan.memory
+
+
+def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:
+    """Every value of the algorithm is the paper preset's; what its page promises of one process is so."""
+    plan, paper = _recipe("bagel_unigrpo"), load_config(preset="paper")
+    config = plan.work.config
+    assert (config.objective, config.advantage, config.sampling) == (
+        paper.objective,
+        paper.advantage,
+        paper.sampling,
+    )
+    changes = {"micro_batch": 1, "activation_checkpointing": True, "reference_on": "host"}
+    assert config.train == paper.train.model_copy(update=changes)
+    with pytest.raises(TooLargeError, match=r"'optimizer step' needs 258\.1 GiB"):
+        refuse_too_large(plan)
+    page = (EXAMPLES / "bagel_unigrpo" / "README.md").read_text()
+    for change, says in (
+        ({"train.tune": "lora"}, "`--set train.tune=lora` needs {:.1f} GiB"),
+        ({"train.experts": "image"}, "`--set train.experts=image` needs {:.1f} GiB"),
+        ({"train.experts": "image", "sampling.height": 512, "sampling.width": 512}, "{:.1f} of them at 512 px"),
+    ):
+        assert says.format(memory(changed(plan.work, change)).need) in page
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_explain_every_value(name: str) -> None:
+    for number, line in enumerate((EXAMPLES / name / "config.toml").read_text().splitlines(), 1):
+        if "=" in line and not line.startswith("#"):
+            assert re.search(r"  # \S+", line), f"{name}:{number}: {line}"

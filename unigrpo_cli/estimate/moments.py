@@ -1,0 +1,365 @@
+"""The worst moment of each phase of a training run, in bytes. Arithmetic; imports no torch.
+
+What a pass keeps for its backward pass, and what is alive at its worst moment, are sums over the tensors that these
+passes make; a test holds them against autograd's own. Attention makes no matrix of scores, on a CPU neither.
+
+Letters in formulas: C hidden width, I width inside the MLP, Q width of keys, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from unigrpo_cli.estimate.workload import WIDE, Workload
+from unigrpo_cli.models.sizes import LAYERS
+
+GIB = 2**30
+TEXT, IMAGE = "text", "image"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that takes memory, in bytes, and why so much."""
+
+    name: str
+    bytes: int
+    formula: str
+
+    @property
+    def gib(self) -> float:
+        return self.bytes / GIB
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The worst moment of a phase: what is there besides what always is."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+
+def some(*items: Item | None) -> tuple[Item, ...]:
+    """Those that are there."""
+    return tuple(item for item in items if item is not None and item.bytes)
+
+
+def training(work: Workload) -> tuple[Phase, ...]:
+    """All phases of a training step."""
+    phases = (
+        *sampling(work, adapted=work.lora),
+        _scoring(work, IMAGE),
+        _scoring(work, TEXT),
+        _update(work, TEXT),
+        _update(work, IMAGE),
+        _step(work),
+    )
+    return tuple(phase for phase in phases if phase.items)
+
+
+# ----- rollout
+
+
+def sampling(work: Workload, adapted: bool) -> tuple[Phase, ...]:
+    """Phases of a rollout, also where nothing is trained.
+
+    Args:
+        adapted: with adapters in the network.
+    """
+    phases = (_writing(work), _painting(work, adapted), _decoding(work))
+    return tuple(phase for phase in phases if phase.items)
+
+
+def _cache(work: Workload, tokens: int, what: str) -> Item:
+    return Item(
+        "key-value cache",
+        work.rows * tokens * work.cached_token,
+        f"{work.rows} rows x {tokens} tokens ({what}) x {work.cached_token:,} B",
+    )
+
+
+def _writing(work: Workload) -> Phase:
+    """Drawing a word: the cache, the prompt's cache that it grew from, and probabilities in fp32 and fp64."""
+    if not work.words:
+        return Phase("rollout, words", ())
+    numbers = work.rows * work.model.vocab_size
+    return Phase(
+        "rollout, words",
+        some(
+            _cache(work, work.text + work.given, "text, and once more what is given"),
+            Item("logits", 28 * numbers, f"{work.rows} rows x V x 28 B (three in fp32, two in fp64)"),
+            _spelt_out(work),
+            _cast(work),
+        ),
+    )
+
+
+def _spelt_out(work: Workload) -> Item | None:
+    """Keys and values of one layer, for every head: under the mask that rows of unequal length need."""
+    if work.keys(1) == work.keys(work.rows):
+        return None
+    each = work.keys(work.rows) * (8 if work.cpu else work.narrow)
+    numbers = work.rows * work.text
+    return Item(
+        "keys of all heads", 2 * numbers * each, f"one layer, {numbers} tokens x 2 C x {each // work.keys(2)} B"
+    )
+
+
+def _painting(work: Workload, adapted: bool) -> Phase:
+    poorer = 2 * work.given if work.config.eval.guidance_text > 1 else 0
+    s, tokens = work.config.sampling, work.rows * work.image
+    latents = work.rows * work.latents * work.model.token_dim
+    return Phase(
+        "rollout, image",
+        some(
+            _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
+            _own_cache(work, tokens),
+            _pass(work, tokens, adapted),
+            Item(
+                "latents",
+                latents * WIDE * (3 * work.copies + 4),
+                f"{work.rows} images of {s.height} x {s.width} px x (3 x {work.copies} recorded + 4) in fp32",
+            ),
+            _cast(work),
+        ),
+    )
+
+
+def _own_cache(work: Workload, tokens: int) -> Item:
+    """A pass collects the keys and values of its images from all layers, although only clean ones are kept."""
+    return Item("keys and values", tokens * work.cached_token, f"{tokens} image tokens x {work.cached_token:,} B")
+
+
+def _pass(work: Workload, tokens: int, adapted: bool) -> Item:
+    """The worst moment of a layer without gradients, inside the MLP."""
+    m, inner = work.model, 4 if adapted else 3
+    keys = m.num_key_value_heads * m.head_dim
+    per_token = (inner * m.intermediate_size + 5 * m.hidden_size + 2 * keys) * work.narrow
+    return Item(
+        "one layer",
+        tokens * per_token,
+        f"{tokens} tokens x ({inner} I + 5 C + 2 Q) x {work.narrow} B",
+    )
+
+
+def _largest(work: Workload) -> int:
+    """Elements of the largest matrix in the layers that full tuning trains."""
+    return max((prod(s) for e in (TEXT, IMAGE) for s in work.in_one_layer(e, work.is_trained).values()), default=0)
+
+
+def _cast(work: Workload) -> Item | None:
+    """A trained matrix is cast to the network's dtype when it is used."""
+    if work.narrow == WIDE:
+        return None
+    largest = _largest(work)
+    return Item("cast weights", largest * work.narrow, f"the largest trained matrix, {largest:,} x {work.narrow} B")
+
+
+def _decoding(work: Workload) -> Phase:
+    """One picture at a time through the decoder; its worst moment is a norm of the widest level there is."""
+    if work.autoencoder is None:
+        return Phase("rollout, pixels", ())
+    s, widths = work.config.sampling, work.autoencoder.widths
+    pixels, last = s.height * s.width, len(widths) - 1
+    numbers = max(widths[min(level + 1, last)] * pixels // 4**level for level in range(last + 1))
+    return Phase(
+        "rollout, pixels",
+        some(
+            _cache(work, work.text, "text"),
+            Item("decoder", 3 * WIDE * numbers, f"3 maps x {numbers:,} x 4 B, one picture at a time"),
+            Item(
+                "pictures",
+                2 * work.rows * 3 * pixels * WIDE,
+                f"{work.rows} x {s.height} x {s.width} x 3 x 2 in fp32",
+            ),
+        ),
+    )
+
+
+# ----- old and reference scores
+
+
+def _recorded(work: Workload) -> Item | None:
+    """Recorded steps of all episodes with the velocities that stay fixed, on the device until the step is over."""
+    if not work.paints:
+        return None
+    arrays = (3 + work.needs_reference) * work.copies + 1
+    numbers = work.batch.episodes * arrays * work.latents * work.model.token_dim
+    return Item(
+        "recorded steps",
+        numbers * WIDE,
+        f"{work.batch.episodes} episodes x {arrays} latents (before, after and fixed velocities of {work.copies} "
+        "steps, and the last) in fp32",
+    )
+
+
+def _image_tokens(work: Workload) -> int:
+    """Of a micro-batch: every noisy copy with its boundary tokens."""
+    return work.micro * work.copies * work.image if work.paints else 0
+
+
+def _text_cache(work: Workload) -> Item:
+    tokens = work.micro * work.text
+    return Item("text's keys and values", tokens * work.cached_token, f"{tokens} tokens x {work.cached_token:,} B")
+
+
+def _logits(work: Workload) -> Item | None:
+    if not work.words:
+        return None
+    numbers = work.micro * work.words * work.model.vocab_size
+    return Item(
+        "logits",
+        5 * WIDE * numbers,
+        f"{work.micro} x {work.words} words x V x 5 x 4 B (logits, logarithms, probabilities, two for entropy)",
+    )
+
+
+def _streamed(work: Workload) -> Item | None:
+    """The layer of a reference on the host that is on the device now."""
+    if work.lora or work.config.train.reference_on != "host":
+        return None
+    layer = work.stored(lambda name: work.is_trained(name) and name.startswith(f"{LAYERS}0."))
+    return Item("reference's layer", layer, f"one layer of it, from the host, x {work.narrow} B")
+
+
+def _scoring(work: Workload, kind: str) -> Phase:
+    """Old and reference replays, at their worst layer or at their logits."""
+    if kind == TEXT:
+        logits = _logits(work)
+        items = () if logits is None else some(_recorded(work), _text_cache(work), logits)
+        return Phase("replays, words", items)
+    tokens = _image_tokens(work)
+    return Phase(
+        "replays, layers",
+        some(
+            _recorded(work),
+            _text_cache(work),
+            _own_cache(work, tokens) if tokens else None,
+            _pass(work, max(tokens, work.micro * work.text), work.lora),
+            _cast(work),
+            _streamed(work),
+        ),
+    )
+
+
+# ----- update
+
+
+def _gradients(work: Workload) -> Item:
+    return Item("gradients", WIDE * work.trained, f"{work.trained:,} x 4 B")
+
+
+def saved_per_token(work: Workload, stream: str) -> int:
+    """Bytes that one layer keeps for the backward pass of one token of a stream."""
+    m, b = work.model, work.narrow
+    width, inner, keys = m.hidden_size, m.intermediate_size, m.num_key_value_heads * m.head_dim
+    given = work.keys(work.micro if stream == IMAGE else 1)
+    attention = 8 if work.cpu and stream == TEXT else b
+    unfused = 2 if work.cpu and not work.lora else 1
+    inputs = (3 * width + inner) * b + (7 * work.rank * b if work.lora else 0)
+    return (
+        inputs
+        + (3 * width + keys) * WIDE * unfused
+        + (2 * width + 2 * given) * attention
+        + WIDE * m.num_attention_heads
+        + 3 * inner * b
+    )
+
+
+def _saved(work: Workload) -> int:
+    """Bytes that one layer keeps for the backward pass of a micro-batch, weights aside."""
+    tokens = {TEXT: work.micro * work.text if work.trains(TEXT) else 0, IMAGE: _image_tokens(work)}
+    per_stream = sum(count * saved_per_token(work, stream) for stream, count in tokens.items())
+    seen = 2 * work.keys(work.micro) * work.narrow * work.text
+    return per_stream + (work.micro * work.copies * seen if tokens[IMAGE] else 0)
+
+
+def _saved_casts(work: Workload) -> int:
+    """Bytes of one layer's trained matrices, cast for the pass; the text expert's twice, for images' edges too."""
+    if work.narrow == WIDE:
+        return 0
+    per_layer = {
+        expert: work.adapter_elements(expert) // work.model.num_hidden_layers
+        if work.lora
+        else sum(map(prod, work.in_one_layer(expert, work.is_trained).values()))
+        for expert in (TEXT, IMAGE)
+        if work.trains(expert)
+    }
+    uses = {TEXT: 1 + work.paints, IMAGE: int(work.paints)}
+    return sum(uses[expert] * count for expert, count in per_layer.items()) * work.narrow
+
+
+def _kept(work: Workload) -> tuple[Item, ...]:
+    """What a whole forward pass leaves for the backward pass."""
+    m = work.model
+    tokens = work.micro * work.text + _image_tokens(work)
+    inputs = (m.num_hidden_layers + 2) * tokens * m.hidden_size * work.narrow
+    shown = f"{tokens} tokens x {m.hidden_size} x {work.narrow} B"
+    if work.checkpoints:
+        return (Item("layers' inputs", inputs, f"({m.num_hidden_layers} layers + 2) x {shown}"),)
+    per_image, per_text = saved_per_token(work, IMAGE), saved_per_token(work, TEXT)
+    return (
+        Item(
+            "activations",
+            m.num_hidden_layers * _saved(work) + 2 * tokens * m.hidden_size * work.narrow,
+            f"{m.num_hidden_layers} layers x ({_image_tokens(work)} image tokens x {per_image:,} B + "
+            f"{work.micro * work.text} of text x {per_text:,} B)",
+        ),
+        Item(
+            "cast weights",
+            m.num_hidden_layers * _saved_casts(work),
+            f"what is trained, x {work.narrow} B for each use, of all layers",
+        ),
+    )
+
+
+def _update(work: Workload, kind: str) -> Phase:
+    """Forward and backward of a micro-batch: at the logits, or in the backward pass of a layer."""
+    if kind == TEXT:
+        logits = _logits(work)
+        own = () if logits is None else (_text_cache(work), logits)
+        items = some(_recorded(work), _gradients(work), *_kept(work), *own) if own else ()
+        return Phase("update, words", items)
+    m = work.model
+    tokens = max(_image_tokens(work), work.micro * work.text)
+    again: tuple[Item, ...] = ()
+    if work.checkpoints:
+        again = (
+            Item(
+                "one layer again",
+                _saved(work) + _saved_casts(work),
+                f"recomputed: {_image_tokens(work)} image tokens x {saved_per_token(work, IMAGE):,} B + "
+                f"{work.micro * work.text} of text x {saved_per_token(work, TEXT):,} B + its cast weights",
+            ),
+        )
+    inner = 2 * m.intermediate_size * work.narrow * tokens
+    return Phase(
+        "update, layers",
+        some(
+            _recorded(work),
+            _gradients(work),
+            *_kept(work),
+            *again,
+            Item("derivatives", inner, f"{tokens} tokens x 2 I x {work.narrow} B"),
+            Item(
+                "a matrix's gradient", (work.narrow + WIDE) * _largest(work), "of the largest, before it is added"
+            ),
+        ),
+    )
+
+
+def _step(work: Workload) -> Phase:
+    """AdamW's own step. On an accelerator it goes over all tensors at once, with a copy of them."""
+    copied = 0 if work.cpu else work.trained
+    return Phase(
+        "optimizer step",
+        some(
+            _recorded(work),
+            _gradients(work),
+            Item("denominators", WIDE * copied, f"{copied:,} x 4 B"),
+        ),
+    )

@@ -1,0 +1,243 @@
+"""A model and a configuration as the numbers that bytes and FLOP depend on. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.models.sizes import (
+    ALSO,
+    LAYERS,
+    AutoencoderConfig,
+    MoTConfig,
+    Shapes,
+    computes_wide,
+    expert_of,
+    network_shapes,
+)
+
+GIVEN = 128
+"""Tokens of a prompt with its system prompt that are reckoned with; a hundred more are some megabytes."""
+WIDE = 4
+"""Bytes of what is fp32 in any network: masters, gradients, moments, logits, latents."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch arithmetic of a training step.
+
+    `each` is episodes per optimizer step, `micro_batches` backward passes per optimizer step, `rollouts` batches of
+    sampling, `reads` how often a prompt is read for them. The calls are passes through the network per episode.
+    """
+
+    prompts: int
+    group: int
+    episodes: int
+    optimizer_steps: int
+    each: int
+    micro_batches: int
+    rollouts: int
+    reads: int
+    word_calls: int
+    denoise_calls: int
+    replays: int
+    backwards: int
+
+    def lines(self) -> tuple[str, ...]:
+        """In words."""
+        return (
+            f"step = {self.prompts} prompts x {self.group} episodes = {self.episodes} episodes, "
+            f"{self.optimizer_steps} optimizer steps on {self.each}, {self.micro_batches} micro-batches each",
+            f"sampled in {self.rollouts} batches: up to {self.word_calls} calls of the network for the words of "
+            f"each, {self.denoise_calls} for its images; then {self.replays} replays without gradients, "
+            f"{self.backwards} with",
+        )
+
+
+def paints(config: Config) -> bool:
+    """Whether replay looks at images."""
+    return config.objective.image_weight > 0 and config.train.experts != "text"
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether replay asks the reference."""
+    o = config.objective
+    return o.text_kl > 0 or (paints(config) and o.penalty != "none" and o.penalty_weight > 0)
+
+
+def batch_of(config: Config) -> Batch:
+    """The batch arithmetic of a configuration."""
+    t, s = config.train, config.sampling
+    episodes = t.prompts_per_step * t.group_size
+    each = episodes // t.updates
+    starts = range(0, episodes, s.rows)
+    reads = sum((min(at + s.rows, episodes) - 1) // t.group_size - at // t.group_size + 1 for at in starts)
+    return Batch(
+        prompts=t.prompts_per_step,
+        group=t.group_size,
+        episodes=episodes,
+        optimizer_steps=t.updates * t.epochs,
+        each=each,
+        micro_batches=-(-each // t.micro_batch),
+        rollouts=len(starts),
+        reads=reads,
+        word_calls=s.max_new_tokens + 2 if s.think else 0,
+        denoise_calls=s.steps,
+        replays=1 + needs_reference(config),
+        backwards=t.epochs,
+    )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on what.
+
+    Args:
+        cpu: the device is a CPU: attention over words is in fp64 there, norms keep what others recompute, and the
+            optimizer goes tensor by tensor.
+        given: tokens of a prompt with its system prompt.
+        adapter_rank: of adapters that are there already; None takes the configuration's.
+    """
+
+    model: MoTConfig
+    autoencoder: AutoencoderConfig | None
+    config: Config
+    cpu: bool = False
+    given: int = GIVEN
+    adapter_rank: int | None = None
+
+    # ----- weights
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        return network_shapes(self.model)
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of a number in the network's dtype."""
+        return 2 if self.config.dtype == "bfloat16" else WIDE
+
+    def elements(self, chosen: Callable[[str], bool] = lambda name: True) -> int:
+        """Of the network's tensors with such names."""
+        return sum(prod(shape) for name, shape in self.shapes.items() if chosen(name))
+
+    def stored(self, chosen: Callable[[str], bool] = lambda name: True) -> int:
+        """Bytes of those tensors as a network that is not trained keeps them."""
+        wide = self.elements(lambda name: chosen(name) and computes_wide(name))
+        return WIDE * wide + self.narrow * (self.elements(chosen) - wide)
+
+    def in_one_layer(self, expert: str, chosen: Callable[[str], bool] = lambda name: True) -> Shapes:
+        """Matrices of an expert in one layer."""
+        return {
+            name: shape
+            for name, shape in self.shapes.items()
+            if name.startswith(f"{LAYERS}0.") and len(shape) == 2 and expert_of(name) == expert and chosen(name)
+        }
+
+    def matrices(self, expert: str) -> int:
+        """Elements of the matrices that a token of an expert meets in all layers."""
+        return self.model.num_hidden_layers * sum(map(prod, self.in_one_layer(expert).values()))
+
+    # ----- what is trained
+
+    @property
+    def lora(self) -> bool:
+        return self.config.train.tune == "lora"
+
+    @property
+    def rank(self) -> int:
+        return self.adapter_rank or self.config.train.lora_rank
+
+    def trains(self, expert: str) -> bool:
+        return self.config.train.experts in ("both", expert)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether full tuning trains that tensor."""
+        wanted = (LAYERS, *(prefix for key in self.config.train.also for prefix in ALSO[key]))
+        return not self.lora and name.startswith(wanted) and self.trains(expert_of(name))
+
+    def adapter_elements(self, expert: str) -> int:
+        """Elements of an expert's adapters: rank x (rows + columns) of each of its matrices."""
+        sides = sum(sum(shape) for shape in self.in_one_layer(expert).values())
+        return self.rank * sides * self.model.num_hidden_layers if self.lora else 0
+
+    @property
+    def adapters(self) -> int:
+        return self.adapter_elements("text") + self.adapter_elements("image")
+
+    @property
+    def trained(self) -> int:
+        """Elements that have a gradient."""
+        if self.lora:
+            return sum(self.adapter_elements(expert) for expert in ("text", "image") if self.trains(expert))
+        return self.elements(self.is_trained)
+
+    # ----- tokens
+
+    @property
+    def words(self) -> int:
+        """Tokens that an episode may write."""
+        return self.config.sampling.max_new_tokens if self.config.sampling.think else 0
+
+    @property
+    def text(self) -> int:
+        """Text tokens of an episode: given ones, and with thinking an opening, the words and a forced stop."""
+        return self.given + (self.words + 2 if self.words else 0)
+
+    @property
+    def latents(self) -> int:
+        """Tokens of an image."""
+        rows, columns = self.model.grid(self.config.sampling.height, self.config.sampling.width)
+        return rows * columns
+
+    @property
+    def image(self) -> int:
+        """Tokens of an image with its two boundary tokens."""
+        return self.latents + 2
+
+    @property
+    def copies(self) -> int:
+        """Stochastic steps of an image, which replay looks at side by side."""
+        s = self.config.sampling
+        return s.steps if s.window == "all" else s.window_size
+
+    @property
+    def paints(self) -> bool:
+        return paints(self.config)
+
+    @property
+    def needs_reference(self) -> bool:
+        return needs_reference(self.config)
+
+    @property
+    def checkpoints(self) -> bool:
+        return self.config.train.activation_checkpointing
+
+    @cached_property
+    def batch(self) -> Batch:
+        return batch_of(self.config)
+
+    @property
+    def rows(self) -> int:
+        """Episodes sampled together, in training or in an evaluation."""
+        return self.config.sampling.rows
+
+    @property
+    def micro(self) -> int:
+        """Episodes replayed together."""
+        return min(self.config.train.micro_batch, self.batch.each)
+
+    def keys(self, rows: int) -> int:
+        """Width of the keys that attention is given for one token. Rows whose texts differ in length need a mask,
+        and with a mask grouped heads are spelt out."""
+        m = self.model
+        return m.head_dim * (m.num_key_value_heads if rows == 1 else m.num_attention_heads)
+
+    @property
+    def cached_token(self) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        m = self.model
+        return 2 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * self.narrow

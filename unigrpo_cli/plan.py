@@ -1,0 +1,330 @@
+"""The dry run: what a run would take, and a refusal of what cannot fit, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.errors import TooLargeError, UsageError, WeightsError
+from unigrpo_cli.estimate import ACCELERATOR, Item, Memory, Part, Rates, Workload, memory, step_parts
+from unigrpo_cli.models.hub import locate
+from unigrpo_cli.models.release import read_release
+from unigrpo_cli.models.sizes import BAGEL, BAGEL_AUTOENCODER, BAGEL_NETWORK, AutoencoderConfig, MoTConfig
+from unigrpo_cli.session import DTYPES, device_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from unigrpo_cli.runtime.display import Display
+
+GIB = 2**30
+LEGEND = (
+    "C hidden width, I width inside the MLP, Q width of keys, V vocabulary, W elements of an expert's matrices; "
+    "a token's keys and values are 2 x layers x Q"
+)
+TIGHT = 0.9
+"""Share of the memory above which the allocator's pieces may decide."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Args:
+        base: the model.
+        available: GiB that it may fill.
+        device: where that is, in words.
+        present: GiB that the device has, when it was asked; None for a plan without it.
+        published: the model is not here, and its published sizes are taken.
+    """
+
+    base: str
+    work: Workload
+    memory: Memory
+    available: float
+    device: str
+    present: float | None
+    published: bool
+
+    @property
+    def name(self) -> str:
+        return Path(self.base).name
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.need <= self.available
+
+
+def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool = False) -> Plan:
+    """The plan of a configuration. Of the model it reads configurations and headers.
+
+    Args:
+        base, adapter: as `session.find_checkpoint` gives them, or the configuration.
+        elsewhere: only plan: nothing is fetched, and with `memory_gb` set no device is asked.
+
+    Raises:
+        WeightsError: when the model cannot be loaded.
+        UsageError: when it cannot paint that size, or the device is not there.
+    """
+    network, autoencoder, published = _sizes(base, fetch=not elsewhere)
+    try:
+        network.grid(config.sampling.height, config.sampling.width)
+    except ValueError as error:
+        raise UsageError(f"sampling.height, sampling.width: {error}") from error
+    if elsewhere and config.memory_gb:
+        cpu, present = config.device == "cpu", None
+        device = "a CPU" if cpu else "an accelerator"
+    else:
+        found = device_of(config)
+        cpu, present, device = found.type == "cpu", _memory_of(found), str(found)
+    work = Workload(network, autoencoder, config, cpu=cpu, adapter_rank=_rank(adapter))
+    available = config.memory_gb or present
+    assert available is not None
+    source = "memory_gb" if config.memory_gb else "all it has now" if cpu else "all it has"
+    where = f"{device} of {available:.1f} GiB ({source})"
+    return Plan(base, work, memory(work), available, where, present, published)
+
+
+def _sizes(base: str, fetch: bool) -> tuple[MoTConfig, AutoencoderConfig | None, bool]:
+    """Network and autoencoder of a model, and whether they are only the published release's, which is not here."""
+    try:
+        release = read_release(*locate(base, fetch)).refuse_problems()
+    except WeightsError:
+        if fetch or base != BAGEL:
+            raise
+        return BAGEL_NETWORK, BAGEL_AUTOENCODER, True
+    return release.config, release.autoencoder, False
+
+
+def _memory_of(device: torch.device) -> float:
+    """GiB of a device: all of an accelerator's, what is free of a machine's."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    import psutil
+
+    return psutil.virtual_memory().available / GIB
+
+
+def _rank(adapter: str | None) -> int | None:
+    """Rank of adapters on disk; whoever loads them says what is wrong with their files."""
+    try:
+        return int(json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]) if adapter else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ----- what does not fit
+
+Change = dict[str, Any]
+"""Settings by dotted key."""
+SHOWN = 3
+
+
+def refuse_too_large(plan: Plan) -> None:
+    """Nothing, for a plan that fits.
+
+    Raises:
+        TooLargeError: naming the largest phase, and the settings that would take most off it.
+    """
+    if plan.fits:
+        return
+    text = (
+        f"{plan.name} does not fit: {plan.memory.peak.name!r} needs {plan.memory.need:.1f} GiB, available are "
+        f"{plan.available:.1f}"
+    )
+    found = relief(plan)[:SHOWN]
+    if found:
+        text += "; " + ", ".join(f"{_typed(change)} saves {saved:.1f} GiB" for change, saved in found)
+        together = plan.work
+        for change, _ in found:
+            together = changed(together, change)
+        text += f", {'together they leave' if len(found) > 1 else 'which leaves'} {memory(together).need:.1f}"
+    raise TooLargeError(f"{text} (set memory_gb to go past this check)")
+
+
+def relief(plan: Plan) -> list[tuple[Change, float]]:
+    """Settings that take something off the largest phase, and how many GiB, the most helpful first."""
+    name, before = plan.memory.peak.name, plan.memory.need
+    found = []
+    for change in _changes(plan.work):
+        after = memory(changed(plan.work, change))
+        saved = before - max((after.gib(phase) for phase in after.phases if phase.name == name), default=0.0)
+        if saved > 0.01 * before:
+            found.append((change, saved))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def changed(work: Workload, change: Change) -> Workload:
+    """The same work under other settings."""
+    config = work.config
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            section, name, value = "", section, getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={name: value})
+    return replace(work, config=config)
+
+
+def _changes(work: Workload) -> Iterator[Change]:
+    """What can be set otherwise and may save memory; what changes no result comes first."""
+    t, s = work.config.train, work.config.sampling
+    if not t.activation_checkpointing:
+        yield {"train.activation_checkpointing": True}
+    if t.micro_batch > 1:
+        yield {"train.micro_batch": 1}
+    if s.rows > 1:
+        yield {"sampling.rows": max(1, s.rows // 4)}
+    if t.tune == "full" and t.reference_on == "device" and not work.cpu:
+        yield {"train.reference_on": "host"}
+    if work.config.dtype == "float32":
+        yield {"dtype": "bfloat16"}
+    if t.tune == "full":
+        yield {"train.tune": "lora", "train.also": ()}
+    if s.height == s.width and s.height > 512 and 512 % work.model.pixels_per_token == 0:
+        yield {"sampling.height": 512, "sampling.width": 512}
+    if s.think and s.max_new_tokens > 256:
+        yield {"sampling.max_new_tokens": 256}
+
+
+def _typed(change: Change) -> str:
+    """As it is typed after --set."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in change.items() if value != ())
+
+
+# ----- what the dry run says
+
+
+def rates_of(plan: Plan) -> Rates:
+    """What the device sustains: assumed for an accelerator, for a CPU a moment's measurement."""
+    dtype = plan.work.config.dtype
+    if plan.work.cpu:
+        return _measured(DTYPES[dtype])
+    return ACCELERATOR if dtype == "bfloat16" else replace(ACCELERATOR, flops=ACCELERATOR.wide_flops)
+
+
+def _measured(dtype: torch.dtype) -> Rates:
+    """Of this CPU: a product of matrices of 512 rows and columns, and a copy of 64 MiB."""
+    import torch
+
+    def per_second(amount: float, action: Any) -> float:
+        action()
+        began = time.perf_counter()
+        action()
+        return float(amount / (time.perf_counter() - began))
+
+    def product(kind: torch.dtype) -> float:
+        a = torch.ones(512, 512, dtype=kind)
+        return per_second(2 * 512**3, lambda: a @ a)
+
+    block = torch.zeros(2**24)
+    copied = per_second(2 * block.numel() * block.element_size(), block.clone)
+    return Rates(product(dtype), product(torch.float32), copied, copied, "measured on this CPU in a moment")
+
+
+def report(plan: Plan, rates: Rates) -> dict[str, Any]:
+    """The plan as JSON: GiB, FLOP, bytes, seconds."""
+    parts = step_parts(plan.work)
+    return {
+        "model": plan.base,
+        "fits": plan.fits,
+        "need_gib": plan.memory.need,
+        "available_gib": plan.available,
+        "device": plan.device,
+        "peak": plan.memory.peak.name,
+        "trained_parameters": plan.work.trained,
+        "batch": asdict(plan.work.batch),
+        "memory": {
+            "always": [_as_row(item) for item in plan.memory.always],
+            "phases": [
+                {"phase": p.name, "gib": plan.memory.gib(p), "items": [_as_row(item) for item in p.items]}
+                for p in plan.memory.phases
+            ],
+            "host": [_as_row(item) for item in plan.memory.host],
+        },
+        "time": {
+            "seconds_per_step": sum(part.work.seconds(rates) for part in parts),
+            "parts": [_as_part(part, rates) for part in parts],
+            "rates": asdict(rates),
+        },
+        "assumed": assumptions(plan, rates),
+    }
+
+
+def _as_row(item: Item) -> dict[str, Any]:
+    return {"item": item.name, "gib": item.gib, "formula": item.formula}
+
+
+def _as_part(part: Part, rates: Rates) -> dict[str, Any]:
+    work = asdict(part.work)
+    return {"part": part.name, "seconds": part.work.seconds(rates), "formula": part.formula} | work
+
+
+def assumptions(plan: Plan, rates: Rates) -> list[str]:
+    """What the numbers stand on."""
+    work = plan.work
+    sizes = "those of the published release, which is not here" if plan.published else "by the files' headers"
+    return [
+        f"sizes: {sizes}",
+        f"{work.given} tokens of prompt and system prompt; every text as long as its budget, {work.words} words"
+        if work.words
+        else f"{work.given} tokens of prompt",
+        "not counted in memory: rewards' own models, pictures that are given, what the allocator leaves in pieces",
+        "not counted in time: rewards, evaluations, the disk, and starting kernels: most of a small model",
+        f"{rates.flops / 1e12:.3g} TFLOP/s in {work.config.dtype}, {rates.wide_flops / 1e12:.3g} in float32, "
+        f"{rates.bytes / 1e9:.4g} GB/s of memory, {rates.host_bytes / 1e9:.3g} from the host: {rates.source}",
+    ]
+
+
+def show(plan: Plan, rates: Rates, display: Display) -> None:
+    """The plan for people."""
+    plain, work = plan.memory, plan.work
+    display.say(f"{plan.name}, {work.config.train.tune} tuning: {work.trained / 1e6:,.1f} M trained parameters")
+    for line in work.batch.lines():
+        display.say(f"  {line}")
+    rows = [("always", item.name, f"{item.gib:.2f}", item.formula) for item in plain.always]
+    for phase in plain.phases:
+        rows += [(phase.name, item.name, f"{item.gib:.2f}", item.formula) for item in phase.items]
+        rows.append((phase.name, "in all", f"{plain.gib(phase):.2f}", ""))
+    rows += [("in host memory", item.name, f"{item.gib:.2f}", item.formula) for item in plain.host]
+    display.table("memory", ("phase", "item", "GiB", "because"), _once(rows), {2})
+    parts = step_parts(work)
+    timed = [
+        (
+            part.name,
+            _short((part.work.flops + part.work.wide) / 1e12),
+            _short((part.work.bytes + part.work.host) / 1e9),
+            _short(part.work.seconds(rates)),
+            part.formula,
+        )
+        for part in parts
+    ]
+    total = sum(part.work.seconds(rates) for part in parts)
+    timed.append(("a training step", "", "", _short(total), ""))
+    display.table("time of a training step", ("part", "TFLOP", "GB moved", "seconds", "because"), timed, {1, 2, 3})
+    display.say(f"  {LEGEND}")
+    display.say("assumed")
+    for line in assumptions(plan, rates):
+        display.say(f"  {line}")
+    verdict = "fits" if plan.fits else "does not fit"
+    if plan.fits and plan.memory.need > TIGHT * plan.available:
+        verdict = "fits, but barely"
+    display.say(
+        f"{verdict}: {plan.memory.need:.1f} GiB in {plan.memory.peak.name!r}, on {plan.device}", style="bold"
+    )
+
+
+def _short(number: float) -> str:
+    """Three digits or, of larger numbers, all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _once(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows with a first cell that repeats left empty."""
+    return [(("" if k and rows[k - 1][0] == row[0] else row[0]), *row[1:]) for k, row in enumerate(rows)]
