@@ -92,20 +92,8 @@ def _writing(work: Workload) -> Phase:
         some(
             _cache(work, work.text + work.given, "text, and once more what is given"),
             Item("logits", 28 * numbers, f"{work.rows} rows x V x 28 B (three in fp32, two in fp64)"),
-            _spelt_out(work),
             _cast(work),
         ),
-    )
-
-
-def _spelt_out(work: Workload) -> Item | None:
-    """Keys and values of one layer, for every head: under the mask that rows of unequal length need."""
-    if work.keys(1) == work.keys(work.rows):
-        return None
-    each = work.keys(work.rows) * (8 if work.cpu else work.narrow)
-    numbers = work.rows * work.text
-    return Item(
-        "keys of all heads", 2 * numbers * each, f"one layer, {numbers} tokens x 2 C x {each // work.keys(2)} B"
     )
 
 
@@ -257,7 +245,7 @@ def saved_per_token(work: Workload, stream: str) -> int:
     """Bytes that one layer keeps for the backward pass of one token of a stream."""
     m, b = work.model, work.narrow
     width, inner, keys = m.hidden_size, m.intermediate_size, m.num_key_value_heads * m.head_dim
-    given = work.keys(work.micro if stream == IMAGE else 1)
+    given = work.keys
     attention = 8 if work.cpu and stream == TEXT else b
     unfused = 2 if work.cpu and not work.lora else 1
     inputs = (3 * width + inner) * b + (7 * work.rank * b if work.lora else 0)
@@ -274,7 +262,7 @@ def _saved(work: Workload) -> int:
     """Bytes that one layer keeps for the backward pass of a micro-batch, weights aside."""
     tokens = {TEXT: work.micro * work.text if work.trains(TEXT) else 0, IMAGE: _image_tokens(work)}
     per_stream = sum(count * saved_per_token(work, stream) for stream, count in tokens.items())
-    seen = 2 * work.keys(work.micro) * work.narrow * work.text
+    seen = 2 * work.keys * work.narrow * work.text
     return per_stream + (work.micro * work.copies * seen if tokens[IMAGE] else 0)
 
 

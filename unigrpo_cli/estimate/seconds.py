@@ -162,9 +162,7 @@ def _decode(load: Workload) -> Work:
     """Words one by one, all rows of a batch at once, each as if it spent its whole budget."""
     batch, m, calls = load.batch, load.model, load.words + 2
     seen = load.given + (calls + 1) / 2
-    spelt_out = load.keys(load.rows) / load.keys(1)  # read, written for all heads, and read again
-    moved = load.cached_token * (1 + 2 * spelt_out if spelt_out > 1 else 1)
-    token = Work(_matrices(load, TEXT, 1, load.lora) + attention(load, 1, seen), bytes=seen * moved)
+    token = Work(_matrices(load, TEXT, 1, load.lora) + attention(load, 1, seen), bytes=seen * load.cached_token)
     per_row = token.times(calls) + head(load, load.words)
     table = Work(bytes=WIDE * m.vocab_size * m.hidden_size).times(load.words)
     return per_row.times(batch.episodes) + (_reads(load, TEXT).times(calls) + table).times(batch.rollouts)

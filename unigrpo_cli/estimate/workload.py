@@ -230,11 +230,10 @@ class Workload:
         """Episodes replayed together."""
         return min(self.config.train.micro_batch, self.batch.each)
 
-    def keys(self, rows: int) -> int:
-        """Width of the keys that attention is given for one token. Rows whose texts differ in length need a mask,
-        and with a mask grouped heads are spelt out."""
-        m = self.model
-        return m.head_dim * (m.num_key_value_heads if rows == 1 else m.num_attention_heads)
+    @property
+    def keys(self) -> int:
+        """Width of a token's keys."""
+        return self.model.head_dim * self.model.num_key_value_heads
 
     @property
     def cached_token(self) -> int:
