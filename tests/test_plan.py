@@ -6,6 +6,8 @@ import io
 import json
 import re
 import struct
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 
@@ -258,3 +260,89 @@ def test_recipes_explain_every_value(name: str) -> None:
     for number, line in enumerate((EXAMPLES / name / "config.toml").read_text().splitlines(), 1):
         if "=" in line and not line.startswith("#"):
             assert re.search(r"  # \S+", line), f"{name}:{number}: {line}"
+
+
+# ----- unigrpo inspect
+
+
+def test_inspect_audits_the_full_size_by_its_headers(bagel: Path, unread: Path) -> None:
+    """Parameters of each part, files, dtypes, memory: 30 GB that nobody reads, in no time and without torch."""
+    done = _run("inspect", bagel, "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert (facts["kind"], facts["loadable"], facts["problems"]) == ("BAGEL", True, [])
+    assert facts["tensors"] == 1223 + 244
+    assert facts["dtypes"] == {"BF16": 1223, "F32": 244}
+    sizes = {name: round(count / 1e9, 3) for name, count in facts["parameters"].items()}
+    # 14.607 in all; the vision tower with its connector, and the image expert's 6.526 with 0.029 of its projections
+    assert sum(sizes.values()) == pytest.approx(14.607 + 0.084, abs=2e-3)
+    assert sizes["text expert"] == 7.616
+    needed = facts["memory_gib"]
+    assert 28 < needed["generate"] < needed["LoRA"] < 80 < needed["full fine-tuning"]
+    shown = _run("inspect", bagel).stdout
+    assert "28 layers of width 3584" in shown
+    assert "images up to 1024 px, can be shown pictures" in shown
+
+
+def test_inspect_imports_no_torch(bagel: Path) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['unigrpo', 'inspect', {str(bagel)!r}]\n"
+        "from unigrpo_cli.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_names_every_problem(bagel: Path, tmp_path: Path) -> None:
+    """All of them, where loading stops at the first; exit 5, and JSON says the same."""
+    shapes = network_shapes(BAGEL_NETWORK)
+    shapes.pop("llm2vae.bias")
+    shapes["vae2llm.bias"] = (7,)
+    shapes["extra"] = (1,)
+    for name in ("llm_config.json", "vit_config.json"):
+        (tmp_path / name).write_text((bagel / name).read_text())
+    _sparse(tmp_path / "ema.safetensors", shapes, "BF16", 2)
+    _sparse(tmp_path / "ae.safetensors", autoencoder_shapes(BAGEL_AUTOENCODER), "F32", 4)
+    done = _run("inspect", tmp_path)
+    assert done.exit_code == 5
+    for says in (
+        "missing (e.g. llm2vae.bias)",
+        "unexpected (e.g. extra)",
+        "vae2llm.bias: file [7]",
+        "no tokenizer",
+    ):
+        assert says in " ".join(done.stdout.split())
+        assert says in " ".join(done.stderr.split())
+    facts = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert (facts["loadable"], len(facts["problems"])) == (False, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", "{", "config.json: invalid JSON"),
+        ("llm_config.json", "", "llm_config.json: invalid JSON"),
+        ("ema.safetensors", "short", "ema.safetensors: damaged or truncated"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "points to b.safetensors"),
+    ],
+)
+def test_inspect_of_what_cannot_be_read_is_one_line(
+    bagel: Path, tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    for file in bagel.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / name).write_text(content)
+    done = _run("inspect", tmp_path)
+    assert done.exit_code == 5
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert says in done.stderr
+
+
+def test_a_run_is_refused_before_its_weights_are_read(bagel: Path, unread: Path) -> None:
+    done = _run("train", "--model", bagel, "--reward", "jpeg", "--set", "memory_gb=20")
+    assert done.exit_code == 1
+    assert "does not fit" in done.stderr
+    assert not list(unread.iterdir())
