@@ -77,6 +77,8 @@ class RemoteReward:
             self.sends = frozenset(map(str, facts["sends"]))
             self.scope = str(facts["scope"])
             self.unit = int(facts["batch_size"] or 1)
+            # One that wants the whole rollout in one call must not be asked while it is still sampled.
+            self.concurrency = 1 if facts["batch_size"] else 0
             self.max_bytes = int(facts["max_bytes"])
             self.higher_is_better = bool(facts["higher_is_better"])
             self.summary, self.licence = str(facts["summary"]), str(facts["licence"])

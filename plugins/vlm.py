@@ -89,6 +89,7 @@ class VlmReward:
     def __init__(self, options: VlmOptions):
         self.options = options
         self.batch_size = options.batch_size
+        self.concurrency = 0 if options.model and not options.url else options.concurrency  # 0: computes here
         self.mode: str = options.mode
         self.judge: EndpointJudge | LocalJudge | None = None
         self.server: Any = None

@@ -13,9 +13,10 @@ import pytest
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.grammar import RewardChoice
-from unigrpo_cli.rewards.overlap import Scoring
+from unigrpo_cli.rewards.lane import Lane
+from unigrpo_cli.rewards.overlap import Scoring, begins_early
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import Policy, RewardSet
+from unigrpo_cli.rewards.scoring import OpenReward, Policy, RewardSet
 
 CONTEXT = RewardContext("cpu", 0, True, True)
 
@@ -158,3 +159,16 @@ def test_rewards_rest_between_scorings_where_that_is_asked_for() -> None:
     with opened() as (rewards, judge):
         rewards.score(samples(0))
         assert judge.rested == []
+
+
+@pytest.mark.parametrize(
+    ("options", "early"), [({}, True), ({"url": "http://127.0.0.1:1/v1"}, True), ({"model": "org/model"}, False)]
+)
+def test_a_judge_behind_an_endpoint_is_asked_early_and_one_that_computes_here_is_not(
+    options: dict, early: bool
+) -> None:
+    from unigrpo_plugins.vlm import VlmOptions, VlmReward
+
+    reward = VlmReward(VlmOptions(**options))
+    opened = OpenReward(RewardChoice("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Lane("vlm"))
+    assert begins_early(opened, "auto") is early
