@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,27 @@ def test_a_runs_own_sampling_is_how_it_is_sampled(tmp_path: Path, brightness: Pa
     )["images"]
     assert Image.open(own[0]["path"]).size == (48, 32)
     assert Image.open(typed[0]["path"]).size == (48, 16)
+
+
+def test_an_adapter_brings_its_runs_sampling_and_a_moved_base_is_found_again(
+    tmp_path: Path, brightness: Path
+) -> None:
+    """`--model BASE --adapter RUN/checkpoints/N` is sampled as `--model RUN`; a base may move."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("golden.*"))
+    reward, run = ["--reward", "brightness", "--plugin", brightness], tmp_path / "run"
+    settings = [*SMALL, *FEW, "--set=train.tune=lora"]
+    trained = _do("train", "--model", base, *reward, *settings, "--steps=1", "--out", run)
+    few = ["--set=eval.steps=2", "--model", base, "--adapter", trained["checkpoint"]]
+    image = _do("generate", "a cube", *few, "--out", tmp_path / "a")["images"][0]
+    assert Image.open(image["path"]).size == (48, 32)
+    go_on = ["train", "--resume", str(run), "--plugin", str(brightness), "--steps=2"]
+    for other in (["--model", str(TINY)], ["--weights-file", "nonsense.safetensors"]):
+        refused = CliRunner().invoke(app, [*go_on, *other])
+        assert refused.exit_code == 2
+        assert "goes on with the model it began with" in refused.stderr
+    base.rename(tmp_path / "elsewhere")
+    assert _do(*go_on, "--model", tmp_path / "elsewhere")["steps"] == 2
 
 
 def test_a_bagel_comes_with_the_papers_preset_at_its_own_size(tmp_path: Path) -> None:

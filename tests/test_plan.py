@@ -63,8 +63,10 @@ def bagel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llm = {name: getattr(c, name) for name in (*names, "vocab_size", "rms_norm_eps", "rope_theta")}
     vit = {"image_size": 980, "num_hidden_layers": v.num_hidden_layers + 1, "patch_size": v.patch_size}
     vit |= {name: getattr(v, name) for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
-    for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("tokenizer.json", {})):
+    for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
         (directory / name).write_text(json.dumps(content))
+    tiny = Path(__file__).parent / "golden" / "bagel_tiny" / "tokenizer.json"
+    (directory / "tokenizer.json").write_bytes(tiny.read_bytes())
     _sparse(directory / "ema.safetensors", network_shapes(c), "BF16", 2)
     _sparse(directory / "ae.safetensors", autoencoder_shapes(BAGEL_AUTOENCODER), "F32", 4)
     return directory

@@ -6,15 +6,21 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.hub import locate
-from unigrpo_cli.models.release import read_header, read_release
+from unigrpo_cli.models.lora import load_adapters
+from unigrpo_cli.models.release import read_header, read_release, tokenizer_problems
+from unigrpo_cli.models.sizes import BAGEL
+from unigrpo_cli.plan import plan_of
+from unigrpo_cli.session import find_checkpoint, model_defaults, model_of
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 
@@ -118,6 +124,11 @@ BROKEN = {
         _set("config.json", "vae_config", {"z_channels": 16, "downsample": 16}),
         "config.json says a latent stands for 16 pixels",
     ),
+    "a table where a row should be": (
+        _weights("ema.safetensors", lambda s: s.update({"vae2llm.weight": s["vae2llm.bias"][0].clone()})),
+        "a tensor has fewer axes than it must",
+    ),
+    "vae_config is null": (_set("config.json", "vae_config", None), "config.json: vae_config = None: an object is"),
     "a system prompt that is no text": (_set("config.json", "system_prompt", 3), "system_prompt = 3"),
 }
 
@@ -163,6 +174,39 @@ def test_tensors_that_lie_about_their_size(copy: Path) -> None:
         read_header(copy / "x.safetensors")
 
 
+@pytest.mark.parametrize("offsets", [[-8, 8], [0, 16]])
+def test_tensors_that_lie_over_each_other(tmp_path: Path, offsets: list[int]) -> None:
+    """Over the header, or over another tensor: such bytes are not weights."""
+    header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+    header["b"] = {"dtype": "F32", "shape": [4], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(32))
+    with pytest.raises(WeightsError, match="lies where another tensor or the header does"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: "{", "tokenizer.json is unreadable"),
+        (lambda t: t.replace("<|vision_start|>", "<|other|>"), "tokenizer.json lacks <|vision_start|>"),
+    ],
+)
+def test_inspect_looks_into_the_tokenizer(copy: Path, change: Callable[[str], str], says: str) -> None:
+    assert tokenizer_problems(read_release(copy)) == []
+    path = copy / "tokenizer.json"
+    path.write_text(change(path.read_text()))
+    (found,) = tokenizer_problems(read_release(copy))
+    assert says in found
+
+
+def test_inspect_sees_ids_beyond_the_vocabulary(copy: Path) -> None:
+    release = read_release(copy)
+    (found,) = tokenizer_problems(replace(release, config=replace(release.config, vocab_size=397)))
+    assert "ids up to 397, the network's vocabulary 397 words" in found
+    assert tokenizer_problems(replace(release, config=replace(release.config, vocab_size=398))) == []
+
+
 @pytest.mark.parametrize("text", ['{"model_type": "bagel",}', '{\n  "_name_or_path": "BAGEL-7B-MoT",\n}\n'])
 def test_the_comma_of_early_snapshots_is_forgiven(copy: Path, text: str) -> None:
     """All that `config.json` says of a BAGEL is in its tensors; nothing else is forgiven."""
@@ -199,12 +243,16 @@ def test_weights_in_several_files(copy: Path) -> None:
     assert all(one[n].equal(many[n]) for n in one)
 
 
-def _cached(root: Path, snapshot: str = "0123abcd") -> None:
-    """The tiny release as huggingface_hub's cache keeps `someone/tiny`."""
-    repo = root / "models--someone--tiny"
-    shutil.copytree(TINY, repo / "snapshots" / snapshot, ignore=shutil.ignore_patterns("golden.*"))
-    (repo / "refs").mkdir()
+def _cached(root: Path, snapshot: str = "0123abcd", name: str = "someone/tiny") -> Path:
+    """The tiny release as huggingface_hub's cache keeps a model: names that link to blobs without one."""
+    repo = root / f"models--{name.replace('/', '--')}"
+    for folder in ("blobs", "refs", f"snapshots/{snapshot}"):
+        (repo / folder).mkdir(parents=True)
+    for k, file in enumerate(p for p in TINY.iterdir() if not p.name.startswith("golden.")):
+        shutil.copyfile(file, repo / "blobs" / f"{k:040x}")
+        (repo / "snapshots" / snapshot / file.name).symlink_to(repo / "blobs" / f"{k:040x}")
     (repo / "refs" / "main").write_text(snapshot)
+    return repo / "snapshots" / snapshot
 
 
 def test_a_model_by_its_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +268,51 @@ def test_a_model_by_its_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         locate("someone/else")
     with pytest.raises(WeightsError, match="no model at"):
         locate("no such model")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_weights_file_of_a_model_by_its_hub_id(cache: Path) -> None:
+    """A link in the cache is followed to its bytes and keeps its name; its defaults are a BAGEL's own."""
+    snapshot = _cached(cache, name="someone/grown")
+    (snapshot / "ema.safetensors").rename(snapshot / "grown.safetensors")
+    (snapshot / "model.safetensors.index.json").unlink()
+    config = load_config(
+        named={"model": "someone/grown", "weights_file": "grown.safetensors"}, model_defaults=model_defaults
+    )
+    assert (config.preset, config.dtype, config.sampling.height) == ("paper", "bfloat16", 256)
+    base, adapter = find_checkpoint(model_of(config))
+    assert Path(base).name == "grown.safetensors"
+    assert adapter is None
+    assert load_model(base).release.kind == "BAGEL"
+
+
+def test_a_model_of_the_hub_has_the_same_defaults_before_and_after_it_is_fetched(cache: Path) -> None:
+    before = model_defaults({"model": "someone/tiny"})
+    _cached(cache)
+    after = model_defaults({"model": "someone/tiny"})
+    for name in ("preset", "dtype"):
+        assert before[name] == after[name]
+    assert model_defaults({}) == model_defaults({"model": "embedded"}) == {}
+
+
+def test_a_broken_model_in_the_cache_is_not_taken_for_one_that_is_not_there(cache: Path) -> None:
+    config = load_config(overrides=["memory_gb=80", "train.tune=lora", "dtype=bfloat16"])
+    assert plan_of(config, BAGEL, None, elsewhere=True).published
+    weights = _cached(cache, name=BAGEL) / "ema.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data[:300_000])
+    with pytest.raises(WeightsError, match="truncated"):
+        plan_of(config, BAGEL, None, elsewhere=True)
+
+
+def test_other_kinds_of_adapters_are_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(WeightsError, match="an adapter of kind IA3; this version takes LoRA"):
+        load_adapters(load_model(str(TINY)).network, tmp_path)

@@ -238,7 +238,7 @@ def load_config(
     file: Path | None = None,
     overrides: list[str] | None = None,
     named: dict[str, Any] | None = None,
-    model_defaults: Callable[[str], dict[str, Any]] = lambda model: {},
+    model_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
 ) -> Config:
     """The resolved configuration.
 
@@ -247,8 +247,8 @@ def load_config(
         file: TOML file.
         overrides: `a.b=c` strings; c is a TOML value, or else a plain string.
         named: dotted keys to values, None meaning "not given".
-        model_defaults: what a model brings of its own, as a preset and values on top of it. Whatever is given
-            outranks it; another preset leaves it out.
+        model_defaults: what the model asked for brings of its own, as a preset and values on top of it. Whatever is
+            given outranks it; another preset leaves it out.
 
     Raises:
         UsageError: on an unknown key, a value of the wrong kind, or an unreadable file.
@@ -266,7 +266,7 @@ def load_config(
     for key, value in (named or {}).items():
         if value is not None:
             _merge(given, _nest(key, value))
-    own = model_defaults(given["model"]) if isinstance(given.get("model"), str) else {}
+    own = model_defaults(given) if {"model", "adapter"} & given.keys() else {}
     chosen = preset or from_file.get("preset") or own.get("preset") or "embedded"
     if chosen not in PRESETS:
         raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")

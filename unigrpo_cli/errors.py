@@ -44,6 +44,10 @@ class WeightsError(UnigrpoError):
     exit_code = 5
 
 
+class NotFetchedError(WeightsError):
+    """A model of the hub that is not on this machine, where nothing was to be fetched."""
+
+
 def suggest(given: str, accepted: Iterable[str]) -> str:
     """A tail for an error about a wrong name: the near misses, or else all that is accepted."""
     options = sorted(accepted)

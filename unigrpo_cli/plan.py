@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.config import Config
-from unigrpo_cli.errors import TooLargeError, UsageError, WeightsError
+from unigrpo_cli.errors import NotFetchedError, TooLargeError, UsageError
 from unigrpo_cli.estimate import ACCELERATOR, Item, Memory, Part, Rates, Workload, memory, step_parts
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.release import read_release
@@ -93,11 +93,12 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
 def _sizes(base: str, fetch: bool) -> tuple[MoTConfig, AutoencoderConfig | None, bool]:
     """Network and autoencoder of a model, and whether they are only the published release's, which is not here."""
     try:
-        release = read_release(*locate(base, fetch)).refuse_problems()
-    except WeightsError:
-        if fetch or base != BAGEL:
+        directory, file = locate(base, fetch)
+    except NotFetchedError:
+        if base != BAGEL:
             raise
         return BAGEL_NETWORK, BAGEL_AUTOENCODER, True
+    release = read_release(directory, file).refuse_problems()
     return release.config, release.autoencoder, False
 
 

@@ -11,11 +11,11 @@ import torch
 
 from unigrpo_cli.config import Config, Sampling, load_config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
 from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.hub import EMBEDDED, locate
 from unigrpo_cli.models.release import read_release
-from unigrpo_cli.models.sizes import BAGEL, BAGEL_NETWORK
+from unigrpo_cli.models.sizes import BAGEL_NETWORK
 from unigrpo_cli.models.unified import UNKNOWN, UnifiedModel
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
@@ -49,36 +49,44 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
-def model_of(config: Config) -> str:
+def model_of(config: Config, fetch: bool = True) -> str:
     """The configured model, as one name: with `weights_file` the path of that file.
 
     Raises:
-        WeightsError: when there is no such file.
+        WeightsError: when there is no such file; NotFetchedError without `fetch`, for a model of the hub.
     """
     if config.weights_file is None:
         return config.model
-    directory, _ = locate(config.model)
+    directory, _ = locate(config.model, fetch)
     path = directory / config.weights_file
     if not path.is_file():
         raise WeightsError(f"no weights file {config.weights_file} in {directory}")
     return str(path)
 
 
-def model_defaults(model: str) -> dict[str, Any]:
-    """What a model brings: its run's sampling, or for a BAGEL the paper's preset at its size, in bf16."""
+def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """What a model brings: its run's sampling, or for a BAGEL the paper's preset at its size, in bf16.
+
+    Args:
+        given: what was asked for, of which `model`, `weights_file` and `adapter` are looked at. An adapter of a run
+            brings that run's sampling.
+    """
+    model, adapter = str(given.get("model", EMBEDDED)), given.get("adapter")
+    for path in [Path(p) for p in (adapter, model) if isinstance(p, str)]:
+        for directory in (path, *path.absolute().parents[1:2]):
+            if (directory / "checkpoints").is_dir() and (directory / "config.toml").is_file():
+                own = load_config(file=directory / "config.toml")
+                return {"preset": own.preset, "dtype": own.dtype, "sampling": own.sampling.model_dump()}
     if model == EMBEDDED:
         return {}
-    for directory in (Path(model), *Path(model).resolve().parents[1:2]):
-        if (directory / "checkpoints").is_dir() and (directory / "config.toml").is_file():
-            own = load_config(file=directory / "config.toml")
-            return {"preset": own.preset, "dtype": own.dtype, "sampling": own.sampling.model_dump()}
     try:
-        release = read_release(*locate(find_checkpoint(model)[0], fetch=False))
+        directory, file = locate(find_checkpoint(model)[0], fetch=False)
+        release = read_release(directory, given.get("weights_file") or file)
         network, paints_pixels = release.config, release.kind == "pixels"
+    except NotFetchedError:
+        network, paints_pixels = BAGEL_NETWORK, False  # the hub has no other models of this form
     except (WeightsError, UsageError):
-        if model != BAGEL:
-            return {}  # whoever loads it will say what is wrong
-        network, paints_pixels = BAGEL_NETWORK, False  # not fetched yet, and no other model for that
+        return {}  # whoever loads it will say what is wrong
     if paints_pixels:
         return {}
     side = min(network.largest_side, Sampling().height)
@@ -90,7 +98,7 @@ def find_checkpoint(path: str) -> tuple[str, str | None]:
 
     Paths come back absolute, so that what is written down stays true elsewhere.
     """
-    directory = Path(path).resolve()
+    directory = Path(os.path.abspath(path))  # links stay: the hub's cache links names to files that have none
     if path == EMBEDDED or directory.is_file():
         return (path if path == EMBEDDED else str(directory)), None
     if (directory / "checkpoints").is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import UnigrpoError, UsageError
+from unigrpo_cli.errors import NotFetchedError, UnigrpoError, UsageError
 from unigrpo_cli.estimate import batch_of
 from unigrpo_cli.evaluate import (
     NO_NOISE,
@@ -28,6 +29,8 @@ from unigrpo_cli.evaluate import (
     samples_of,
 )
 from unigrpo_cli.models.checkpoint import restore_weights
+from unigrpo_cli.models.hub import EMBEDDED
+from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.plan import Plan, plan_of, refuse_too_large
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
@@ -73,7 +76,20 @@ def go_on(config: Config, plugins: Plugins, display: Display, checkpoint: Path) 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
     """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing."""
-    return plan_of(config, *_origin(config, checkpoint), elsewhere=True)
+    return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True)
+
+
+def refuse_another_model(config: Config, began: Config) -> None:
+    """A run goes on with the model it began with; another path counts only where that is not there any more.
+
+    Raises:
+        UsageError: naming the model.
+    """
+    gone = began.model != EMBEDDED and Path(began.model).is_absolute() and not Path(began.model).exists()
+    same_place = os.path.abspath(config.model) == os.path.abspath(began.model)
+    same_files = (config.weights_file, config.adapter) == (began.weights_file, began.adapter)
+    if not (same_place or gone) or not same_files:
+        raise UsageError(f"--resume goes on with the model it began with, {began.model}; leave out the other")
 
 
 def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
@@ -123,10 +139,14 @@ def _run(
             raise
 
 
-def _origin(config: Config, checkpoint: Path | None) -> tuple[str, str | None]:
+def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tuple[str, str | None]:
     """The base, and the adapter that it begins with: of a fresh run, or as a checkpoint has them."""
     if checkpoint is None:
-        base, own_adapter = find_checkpoint(model_of(config))
+        try:
+            name = model_of(config, fetch)
+        except NotFetchedError:
+            name = config.model
+        base, own_adapter = find_checkpoint(name)
         adapter = config.adapter or own_adapter
         if adapter and config.train.tune == "full":
             raise UsageError("train.tune=full cannot start from an adapter; use --set train.tune=lora")
@@ -137,7 +157,10 @@ def _origin(config: Config, checkpoint: Path | None) -> tuple[str, str | None]:
             f"{checkpoint} was trained with train.tune={content['tune']}, the configuration says "
             f"{config.train.tune}; resume with the former"
         )
-    return content["base"], str(checkpoint) if content["tune"] == "lora" else None
+    base = content["base"]
+    if Path(base).is_absolute() and not Path(base).exists():  # it was moved: take it where it is now said to be
+        base = find_checkpoint(model_of(config, fetch))[0]
+    return base, str(checkpoint) if content["tune"] == "lora" else None
 
 
 def _prepare(config: Config, checkpoint: Path | None, warn: Callable[[str], None]) -> tuple[TrainState, str]:
@@ -152,7 +175,9 @@ def _prepare(config: Config, checkpoint: Path | None, warn: Callable[[str], None
     if planned.present is not None and planned.available > planned.present:
         warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.present:.1f} GiB")
     if checkpoint is None:
-        policy = prepare_policy(load_policy(model_of(config), config.adapter, config), config)
+        policy = load_policy(model_of(config), config.adapter, config)
+        _warn_of_rank(policy, config, warn)
+        policy = prepare_policy(policy, config)
         return TrainState(policy, make_optimizer(policy, config)), base
     policy = prepare_policy(load_policy(base, adapter, config), config)
     if adapter is None:
@@ -160,6 +185,16 @@ def _prepare(config: Config, checkpoint: Path | None, warn: Callable[[str], None
     state = TrainState(policy, make_optimizer(policy, config))
     restore_state(state, checkpoint, read_state(checkpoint))
     return state, base
+
+
+def _warn_of_rank(policy: UnifiedModel, config: Config, warn: Callable[[str], None]) -> None:
+    """An adapter that training starts from has a rank of its own."""
+    own = getattr(policy.network, "adapter_config", None)
+    if own is not None and (own.r, own.lora_alpha) != (config.train.lora_rank, config.train.lora_alpha):
+        warn(
+            f"the adapter has rank {own.r} and alpha {own.lora_alpha:g}, which stay; train.lora_rank and "
+            "train.lora_alpha are for fresh adapters"
+        )
 
 
 class _Session:

@@ -30,14 +30,19 @@ def inspect(
 ) -> None:
     """Audit a model by its headers: what it is, what is missing, what it takes to use it. Reads no weights.
 
+    (A hub id that is not in the cache yet is fetched first.)
+
     Exit 5 when it cannot be loaded, with every reason.
     """
+    from dataclasses import replace
+
     from unigrpo_cli.models.hub import locate
-    from unigrpo_cli.models.release import read_release
+    from unigrpo_cli.models.release import read_release, tokenizer_problems
     from unigrpo_cli.runtime.display import Display
 
     directory, own_file = locate(model)
     release = read_release(directory, weights_file or own_file)
+    release = replace(release, problems=(*release.problems, *tokenizer_problems(release)))
     facts = _facts(release)
     if json:
         common.print_json(facts)

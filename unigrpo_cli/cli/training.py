@@ -84,8 +84,7 @@ def train(
             raise UsageError(f"--resume goes on in {run}; leave out --out {out}")
         began = common.resolve_config(config=run / "config.toml")
         settings = resolved(config or run / "config.toml")
-        if (settings.model, settings.adapter) != (began.model, began.adapter):
-            raise UsageError(f"--resume goes on with the model it began with, {began.model}; leave out the other")
+        training_run.refuse_another_model(settings, began)
     if dry_run:
         _dry_run(training_run.plan(settings, checkpoint), display, json)
         return

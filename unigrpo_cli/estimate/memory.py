@@ -46,9 +46,15 @@ class Memory:
 def memory(work: Workload) -> Memory:
     """Memory of a training run by phase and item."""
     return Memory(
-        always=some(*_weights(work), *_training(work), *_surroundings(work)),
+        # On a CPU the host's memory is the device's, wherever the copy is told to live.
+        always=some(
+            *_weights(work),
+            *_training(work),
+            *_surroundings(work),
+            _reference(work, on_host=True) if work.cpu else None,
+        ),
         phases=training(work),
-        host=some(_reference(work, on_host=True)),
+        host=() if work.cpu else some(_reference(work, on_host=True)),
     )
 
 

@@ -98,7 +98,7 @@ def network_weights(release: Release, device: torch.device | str, dtype: torch.d
     wanted = ((name, release.tensors[name]) for name in release.wanted)
     wide = torch.promote_types(dtype, torch.float32)
     state = {
-        name: tensor.to(device=device, dtype=wide if computes_wide(name) else dtype)
+        name: tensor.to(device).to(wide if computes_wide(name) else dtype)  # widened there: the host keeps one copy
         for name, tensor in read_tensors(wanted)
     }
     config = release.config

@@ -6,7 +6,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.errors import NotFetchedError, WeightsError
 from unigrpo_cli.models.release import COMPANIONS, INDEX
 
 EMBEDDED = "embedded"
@@ -46,7 +46,7 @@ def locate(model: str, fetch: bool = True) -> tuple[Path, str | None]:
             f"no directory {model}, and the hub has no such model (or not for you): {accepted}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise WeightsError(
+        raise (WeightsError if fetch else NotFetchedError)(
             f"no directory {model}, and it cannot be fetched ({first_line(error)}); fetch it where there is a "
             f"network with `hf download {model}`, and give its directory or the same cache"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,9 @@ def load_adapters(network: MoT, directory: Path) -> None:
     """
     if not (directory / "adapter_config.json").is_file():
         raise WeightsError(f"{directory} is no adapter: adapter_config.json is missing")
+    kind = _kind(directory / "adapter_config.json")
+    if kind != "LORA":
+        raise WeightsError(f"{directory} is an adapter of kind {kind}; this version takes LoRA adapters")
     network.requires_grad_(False)
     try:
         state = load_file(directory / "adapter_model.safetensors")
@@ -101,6 +105,13 @@ def load_adapters(network: MoT, directory: Path) -> None:
         raise WeightsError(f"{directory}: the adapter does not fit, e.g. {outcome.unexpected_keys[0]}")
     if missing:
         raise WeightsError(f"{directory}: {len(missing)} tensors of the adapter are missing, e.g. {min(missing)}")
+
+
+def _kind(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text()).get("peft_type"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} is damaged ({_first_line(error)}); fetch or save it again") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -47,6 +47,7 @@ COMPANIONS = (
     "merges.txt",
 )
 """Small files of a release, carried over as they are when its weights are saved again."""
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100 * 2**20
 
@@ -133,6 +134,12 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise WeightsError(
             f"{path}: truncated, it has {size:,} bytes of {end:,} that its header speaks of; fetch or save it again"
         )
+    spans = sorted((t.begin, t.end, name) for name, t in found.items())
+    for at, (begin, stop, name) in enumerate(spans):
+        if not start <= begin <= stop or (at and begin < spans[at - 1][1]):
+            raise WeightsError(
+                f"{path}: its header is damaged ({name} lies where another tensor or the header does)"
+            )
     for name, t in found.items():
         if t.dtype in BYTES and t.end - t.begin != math.prod(t.shape) * BYTES[t.dtype]:
             raise WeightsError(f"{path}: its header is damaged ({name} has a size that does not fit its shape)")
@@ -165,6 +172,11 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     try:
         autoencoder = _autoencoder_config(ae_tensors, own) if ae_tensors else None
         config = _config(llm, own, directory, tensors, autoencoder)
+    except IndexError as error:
+        raise WeightsError(
+            f"{directory}: unreadable configuration (a tensor has fewer axes than it must: vae2llm.weight, "
+            "decoder.conv_in.weight or a table of positions)"
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{directory}: unreadable configuration ({_what(error)})") from error
     kind = "BAGEL" if config.pixels_per_latent > 1 else "pixels"
@@ -187,6 +199,27 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
         problems.append(f"config.json: system_prompt = {prompt!r}: a string is needed")
         prompt = None
     return Release(directory, kind, config, autoencoder, tensors, ae_tensors, prompt, tuple(problems), tuple(notes))
+
+
+def tokenizer_problems(release: Release) -> list[str]:
+    """What is wrong inside `tokenizer.json`: unreadable, without a token that is needed, ids beyond the vocabulary."""
+    path = release.directory / "tokenizer.json"
+    if not path.is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    try:
+        known = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # tokenizers raises bare Exception
+        return [f"tokenizer.json is unreadable ({' '.join(str(error).split())})"]
+    lacking = [name for name in SPECIAL_TOKENS if name not in known]
+    beyond = max(known.values(), default=0)
+    problems = [f"tokenizer.json lacks {', '.join(lacking)}"] if lacking else []
+    if beyond >= release.config.vocab_size:
+        problems.append(
+            f"tokenizer.json has ids up to {beyond}, the network's vocabulary {release.config.vocab_size} words"
+        )
+    return problems
 
 
 def _refuse_other_kinds(directory: Path) -> None:
@@ -324,6 +357,8 @@ def _config(
     theta = llm["rope_theta"] if "rope_theta" in llm else llm["rope_parameters"]["rope_theta"]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     latent = own.get("vae_config", {})
+    if not isinstance(latent, dict):
+        raise ValueError(f"config.json: vae_config = {latent!r}: an object is needed")
     if autoencoder is not None:
         channels, factor = autoencoder.latent_channels, latent.get("downsample", autoencoder.pixels_per_latent)
         into = tensors["vae2llm.weight"].shape[-1] if "vae2llm.weight" in tensors else 4 * channels

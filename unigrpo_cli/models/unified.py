@@ -153,13 +153,13 @@ class UnifiedModel:
         logits = self.network.logits(hidden)
         if not len(self._padding_ids):
             return logits
-        return logits.index_fill(-1, self._padding_ids.to(logits.device), -torch.inf)
+        return logits.index_fill(-1, self._padding_ids, -torch.inf)
 
     @cached_property
     def _padding_ids(self) -> Tensor:
         known = set(self.tokenizer.get_vocab().values())
         width = self.network.language_model.lm_head.weight.shape[0]
-        return torch.tensor(sorted(set(range(width)) - known), dtype=torch.long)
+        return torch.tensor(sorted(set(range(width)) - known), dtype=torch.long, device=self.device)
 
     # ----- given pictures
 
