@@ -202,7 +202,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
 
 
 def tokenizer_problems(release: Release) -> list[str]:
-    """What is wrong inside `tokenizer.json`: unreadable, a token missing that is needed, ids beyond the vocabulary."""
+    """What is wrong inside `tokenizer.json`: unreadable, a token missing, ids beyond the vocabulary."""
     path = release.directory / "tokenizer.json"
     if not path.is_file():
         return []
