@@ -107,15 +107,16 @@ def load_encoder(
         known = f"one of {', '.join(tags[:6])}" if tags else "a weights file"
         raise RewardError(f"reward {reward!r}: model {name!r} needs @pretrained=..., {known}")
     try:
-        # OpenAI's weights were trained with QuickGELU; under a plain name open_clip only warns and then
-        # computes something else.
+        # Some weights (OpenAI's, MetaCLIP's, ...) were trained with QuickGELU, as open_clip's own table says; under a
+        # plain name it only warns and then computes something else.
+        facts = (open_clip.get_pretrained_cfg(name, pretrained) if plain and pretrained else None) or {}
         model, preprocess = open_clip.create_model_from_pretrained(
             schema,
             pretrained=pretrained if plain else None,
             precision=precision,
             device=context.device,
             image_resize_mode=resize,
-            **({"force_quick_gelu": True} if pretrained == "openai" else {}),
+            **({"force_quick_gelu": True} if facts.get("quick_gelu") else {}),
         )
         tokenizer = open_clip.get_tokenizer(schema)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:

@@ -202,7 +202,7 @@ class GenEvalReward:
 
 
 def _classes(metadata: Mapping[str, Any]) -> list[str]:
-    return [item["class"] for item in metadata["include"]]
+    return [item["class"] for item in (*metadata["include"], *metadata.get("exclude", ()))]
 
 
 def _unseen(metadata: Sequence[Mapping[str, Any]], labels: Sequence[str] | frozenset[str]) -> list[str]:

@@ -51,7 +51,7 @@ class Patience:
     connect_s: float = 10.0
     read_s: float = 60.0
     deadline_s: float = 90.0
-    attempts: int = 5
+    attempts: int = 12
     backoff_s: float = 0.5
     backoff_most_s: float = 20.0
     breaker: int = 8
@@ -133,7 +133,7 @@ class Endpoint:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
         rest: Callable[[float], Any] | None = None,
-        draw: Callable[[], float] = random.random,
+        draw: Callable[[], float] | None = None,
         transport: Any = None,
     ):
         import httpx2
@@ -151,7 +151,8 @@ class Endpoint:
             trust_env=not local,  # a proxy cannot reach our own loopback
         )
         self._closed = threading.Event()
-        self._clock, self._now, self._draw = clock, now, draw
+        # Jitter of its own: waiting must not move random numbers that others draw.
+        self._clock, self._now, self._draw = clock, now, draw or random.Random().random
         self._rest = rest or self._closed.wait
         self._lock = threading.Lock()
         self._in_a_row = 0

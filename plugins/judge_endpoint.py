@@ -180,8 +180,11 @@ def find_form(
             if error.status not in (400, 422):
                 raise
             failed.append(f"{form.name}: {error}")
-        except UnansweredError as error:
-            failed.append(f"{form.name}: {error}")
+        except UnansweredError as error:  # a judge that is busy now must not become another judge for the whole run
+            raise RewardError(
+                f"judge {endpoint.url} ({model}) does not answer: {error}; start again when it does, or give it "
+                "longer with @deadline_s= and @attempts="
+            ) from error
         else:
             if not reading.why:
                 return form, "; ".join(failed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.judge_modes import Matter, Reading, YesNoOdds, fenced, word_of
+from unigrpo_plugins.judge_modes import LEAST_MASS, Matter, Reading, YesNoOdds, fenced, no_opinion, word_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class LocalJudge:
             yes_B, no_B = (_summed(logp_BV, ids) for ids in self._words)
             value_B, mass_B = torch.sigmoid(yes_B - no_B), torch.logaddexp(yes_B, no_B).exp()
         return [
-            Reading(value, {"mass": mass}) if value == value else Reading(value, why="the model's logits are NaN")
+            _reading(value, mass)
             for value, mass in zip(value_B.tolist(), mass_B.tolist(), strict=True)
         ]
 
@@ -105,6 +105,14 @@ class LocalJudge:
             if len(token) > 1 and not token.isspace():
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
+
+
+def _reading(value: float, mass: float) -> Reading:
+    if value != value:
+        return Reading(value, why="the model's logits are NaN")
+    if mass < LEAST_MASS:
+        return no_opinion(f"yes and no have a probability of {mass:.2g} in all")
+    return Reading(value, {"mass": mass})
 
 
 def load(context: RewardContext, name: str, precision: str) -> SeeingModel:

@@ -99,6 +99,10 @@ class Form(Protocol):
     def read(self, answer: Answer) -> Reading: ...
 
 
+LEAST_MASS = 0.05
+"""Probability that yes and no must have together: below it their odds say nothing of what the judge would answer."""
+
+
 class YesNoOdds:
     """The probability of yes against no as the first token: dense, one token long, and nothing to parse."""
 
@@ -116,8 +120,11 @@ class YesNoOdds:
             math.fsum(math.exp(min(p, 0.0)) for token, p in answer.first if word_of(token) == word)
             for word in ("yes", "no")
         )
-        if yes + no <= 0:
-            return no_opinion(f"neither yes nor no among the first tokens; the likeliest is {answer.first[0][0]!r}")
+        if yes + no < LEAST_MASS:
+            return no_opinion(
+                f"yes and no have a probability of {yes + no:.2g} in all; the likeliest first token is "
+                f"{answer.first[0][0]!r}"
+            )
         return Reading(yes / (yes + no), {"mass": min(yes + no, 1.0)})
 
 

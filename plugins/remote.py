@@ -51,6 +51,11 @@ class RemoteReward:
                 f"reward remote: @url={options.url!r}; give the address that `unigrpo rewards serve` prints, e.g. "
                 "remote@url=http://127.0.0.1:8700"
             )
+        if "@" in options.url.partition("//")[2].partition("/")[0] or "?" in options.url or "#" in options.url:
+            raise RewardError(
+                "reward remote: @url must hold no user, password, query or fragment, for it is printed and logged; "
+                f"put the token in {TOKEN_ENV} or a @token_file"
+            )
         self.url = options.url.rstrip("/").removesuffix("/v1")
 
     def setup(self, context: RewardContext) -> None:
@@ -145,13 +150,18 @@ class RemoteReward:
         return row
 
     def _token(self) -> str | None:
-        if self.options.token_file is None:
-            return os.environ.get(TOKEN_ENV, "").strip() or None
-        try:
-            with open(self.options.token_file, encoding="utf-8") as file:
-                return file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RewardError(f"reward remote: @token_file={self.options.token_file}: {error}") from error
+        """The token, one word: errors must say where it is from and never what it is."""
+        where, token = TOKEN_ENV, os.environ.get(TOKEN_ENV, "").strip()
+        if self.options.token_file is not None:
+            where = f"@token_file={self.options.token_file}"
+            try:
+                with open(self.options.token_file, encoding="utf-8") as file:
+                    token = file.read().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RewardError(f"reward remote: {where}: {type(error).__name__}") from error
+        if token and (not token.isascii() or not token.isprintable() or " " in token):
+            raise RewardError(f"reward remote: the token of {where} is not one word of ASCII letters and signs")
+        return token or None
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The server's answer; what may pass is tried again until the deadline.
@@ -179,7 +189,9 @@ class RemoteReward:
                     return self._read(path, response)
                 trouble = f"HTTP {response.status_code}: {response.text[:200]}"
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
-                raise RewardError(f"reward remote: @url={self.url} or its token cannot be used: {error}") from error
+                raise RewardError(
+                    f"reward remote: @url={self.url} cannot be used ({type(error).__name__})"
+                ) from error
             except httpx2.TransportError as error:
                 trouble = f"{type(error).__name__}: {error}"
             pause = wait * (0.5 + self.jitter.random() / 2)

@@ -47,7 +47,7 @@ class VlmOptions(Options):
     connect_timeout_s: float = Field(10.0, gt=0, description="to reach the server")
     read_timeout_s: float = Field(60.0, gt=0, description="without a byte from it")
     deadline_s: float = Field(90.0, gt=0, description="for one question with all its tries")
-    attempts: int = Field(5, ge=1, description="tries for one question")
+    attempts: int = Field(12, ge=1, description="tries for one question")
     backoff_s: float = Field(0.5, ge=0, description="longest wait before the second try; doubles up to 20 s")
     breaker: int = Field(8, ge=1, description="questions in a row without an answer that stop the run")
     cache: Literal["auto", "on", "off"] = Field(

@@ -31,7 +31,7 @@ class Lane:
         self.name = name
         torch = sys.modules.get("torch")
         self._limit = None if torch is None else partial(torch.set_num_threads, torch.get_num_threads())
-        self._asked: queue.Queue[Pending] = queue.Queue()
+        self._asked: queue.Queue[Pending | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self.lost = False
 
@@ -40,11 +40,14 @@ class Lane:
             self._limit()
         while True:
             call = self._asked.get()
+            if call is None:
+                return
             try:
                 call.answer = (True, call.function())
             except BaseException as error:  # a reward may even call sys.exit
                 call.answer = (False, error)
             call.done.set()
+            del call  # or this thread would keep the reward alive until it is asked again
 
     def submit(self, function: Callable[[], Any]) -> Pending:
         """Hand over a call without waiting for it."""
@@ -54,6 +57,10 @@ class Lane:
         call = Pending(function)
         self._asked.put(call)
         return call
+
+    def close(self) -> None:
+        """No more calls: the thread ends when it has made those it was handed."""
+        self._asked.put(None)
 
     def wait(self, call: Pending, timeout_s: float | None) -> tuple[bool, Any]:
         """Whether it came back, and its result or its exception.

@@ -117,12 +117,19 @@ class RewardSet:
         """Tear down all but those left hanging; what goes wrong now is a warning."""
         opened_rewards, self.rewards = self.rewards, []
         for opened in opened_rewards:
-            try:
-                self.plugins.call("unigrpo_reward_teardown", name=opened.alias, reward=opened.reward)
-                if hasattr(opened.reward, "teardown") and not opened.lane.lost:
-                    self._call(opened, opened.reward.teardown, "teardown")
-            except RewardError as error:  # the work is done: said, not raised
-                warnings.warn(str(error), stacklevel=2)
+            for close in (self._say_farewell, self._tear_down):
+                try:
+                    close(opened)
+                except RewardError as error:  # the work is done: said, not raised
+                    warnings.warn(str(error), stacklevel=2)
+            opened.lane.close()
+
+    def _say_farewell(self, opened: OpenReward) -> None:
+        self.plugins.call("unigrpo_reward_teardown", name=opened.alias, reward=opened.reward)
+
+    def _tear_down(self, opened: OpenReward) -> None:
+        if hasattr(opened.reward, "teardown") and not opened.lane.lost:
+            self._call(opened, opened.reward.teardown, "teardown")
 
     @property
     def weights(self) -> dict[str, float]:
