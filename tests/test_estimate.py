@@ -447,6 +447,17 @@ def test_the_batch_arithmetic() -> None:
     assert batch_of(settings("objective.penalty=none", "sampling.think=false")).replays == 1
 
 
+def test_what_is_not_done_takes_nothing() -> None:
+    """No thinking, no words; no images in training, no replay of them; no autoencoder, no decoding."""
+    silent, blind = small("sampling.think=false"), small("train.experts=text")
+    assert not {p.name for p in memory(silent).phases} & {"rollout, words", "replays, words", "update, words"}
+    assert not {p.name for p in step_parts(silent)} & {"write words", "decode pixels"}
+    assert "reference replay" not in {p.name for p in step_parts(blind)}
+    assert not item(memory(blind), "recorded steps", "update, layers")
+    assert item(memory(small()), "recorded steps", "update, layers") > 0
+    assert speed.replay(blind, False) == speed.read(blind, blind.text, False) + speed.head(blind, blind.words)
+
+
 def test_it_imports_no_torch() -> None:
     code = "import unigrpo_cli.estimate, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import TooLargeError
-from unigrpo_cli.estimate import memory
+from unigrpo_cli.estimate import memory, step_parts
 from unigrpo_cli.models.sizes import (
     BAGEL,
     BAGEL_AUTOENCODER,
@@ -27,7 +27,7 @@ from unigrpo_cli.models.sizes import (
     autoencoder_shapes,
     network_shapes,
 )
-from unigrpo_cli.plan import Plan, changed, plan_of, refuse_too_large, relief
+from unigrpo_cli.plan import Plan, changed, plan_of, rates_of, refuse_too_large, relief
 from unigrpo_cli.runtime.display import Display
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -152,6 +152,7 @@ def test_what_a_refusal_names_helps_as_much_as_it_says(bagel: Path, unread: Path
         again = memory(changed(plan.work, change))
         less = plan.memory.need - again.gib(again.phase(plan.memory.peak.name))
         assert float(saved) == pytest.approx(less, abs=0.06)
+        assert text == text.lower(), "TOML's true"
         typed = load_config(preset="paper", overrides=text.split())
         for key in text.split():
             section, _, name = key.partition("=")[0].rpartition(".")
@@ -212,6 +213,8 @@ def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: 
     assert not set(result.stdout) & set("─│┃╭\x1b")
     (weights,) = [line for line in result.stdout.splitlines() if "frozen weights" in line]
     assert "14,607,260,128 x 2 B" in weights
+    recorded = [line for line in result.stdout.splitlines() if "recorded steps" in line]
+    assert all(line.endswith("the last) in fp32") for line in recorded), "no line is broken, whatever the width"
     display = Display()
     display.console = Console(force_terminal=True, width=60, record=True, file=io.StringIO())
     display.table("sizes", ("a", "number"), [("first [b]", "1.00"), ("second", "22.00")], {1})
@@ -233,6 +236,26 @@ def test_the_recipe_for_one_card_leaves_room_on_it(bagel: Path) -> None:
     assert plan.fits
     assert plan.memory.need < 60
     assert plan_of(plan.work.config, str(bagel), None, elsewhere=True).memory == plan.memory
+    page = (EXAMPLES / "bagel_one_gpu" / "README.md").read_text()
+    rates = rates_of(plan)
+    for change, phase, part, says in (
+        (
+            {"sampling.rows": 64},
+            "rollout, image",
+            "write words",
+            "a rollout takes {:.0f} GiB more and {:.0f} s less",
+        ),
+        (
+            {"train.activation_checkpointing": False},
+            "update, words",
+            "update",
+            "the update {:.0f} GiB more and {:.0f} s less",
+        ),
+    ):
+        other = changed(plan.work, change)
+        gib = [found.gib(found.phase(phase)) for found in (plan.memory, memory(other))]
+        took = [sum(p.work.seconds(rates) for p in step_parts(w) if p.name == part) for w in (plan.work, other)]
+        assert says.format(gib[1] - gib[0], took[0] - took[1]) in page
 
 
 def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:
