@@ -85,6 +85,10 @@ def shared_encoder(
     return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision, resize)), key
 
 
+def _is_openais(pretrained: str | None) -> bool:
+    return (pretrained or "").lower() == "openai"
+
+
 def load_encoder(
     context: RewardContext,
     reward: str,
@@ -107,8 +111,8 @@ def load_encoder(
         known = f"one of {', '.join(tags[:6])}" if tags else "a weights file"
         raise RewardError(f"reward {reward!r}: model {name!r} needs @pretrained=..., {known}")
     try:
-        # Some weights (OpenAI's, MetaCLIP's, ...) were trained with QuickGELU, as open_clip's own table says; under a
-        # plain name it only warns and then computes something else.
+        # Some weights (OpenAI's, MetaCLIP's, ...) were trained with QuickGELU, as open_clip's own table says; under
+        # a plain name it only warns and then computes something else.
         facts = (open_clip.get_pretrained_cfg(name, pretrained) if plain and pretrained else None) or {}
         model, preprocess = open_clip.create_model_from_pretrained(
             schema,
@@ -116,7 +120,7 @@ def load_encoder(
             precision=precision,
             device=context.device,
             image_resize_mode=resize,
-            **({"force_quick_gelu": True} if facts.get("quick_gelu") else {}),
+            **({"force_quick_gelu": True} if facts.get("quick_gelu") or _is_openais(pretrained) else {}),
         )
         tokenizer = open_clip.get_tokenizer(schema)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:

@@ -86,10 +86,7 @@ class LocalJudge:
             logp_BV = logits_BV.log_softmax(dim=-1)
             yes_B, no_B = (_summed(logp_BV, ids) for ids in self._words)
             value_B, mass_B = torch.sigmoid(yes_B - no_B), torch.logaddexp(yes_B, no_B).exp()
-        return [
-            _reading(value, mass)
-            for value, mass in zip(value_B.tolist(), mass_B.tolist(), strict=True)
-        ]
+        return [_reading(value, mass) for value, mass in zip(value_B.tolist(), mass_B.tolist(), strict=True)]
 
     def _text(self, matter: Matter) -> str:
         """The conversation up to the answer. Special tokens in what is judged would act here: taken apart."""

@@ -100,7 +100,7 @@ class Form(Protocol):
 
 
 LEAST_MASS = 0.05
-"""Probability that yes and no must have together: below it their odds say nothing of what the judge would answer."""
+"""Probability that yes and no must have together: below it their odds say nothing of the judge's answer."""
 
 
 class YesNoOdds:

@@ -242,6 +242,30 @@ def test_openais_weights_get_quick_gelu_under_any_name(tmp_path: Path, monkeypat
     assert (plain.images(images) - expected).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "tag", "forced"),
+    [
+        ("ViT-B-32", "metaclip_400m", True),
+        ("ViT-B-32", "laion400m_e32", True),
+        ("ViT-B-32", "OpenAI", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+    ],
+)
+def test_quick_gelu_is_forced_wherever_open_clips_table_says_so(
+    name: str, tag: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict = {}
+
+    def caught(*_args: object, **kwargs: object) -> None:
+        asked.update(kwargs)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", caught)
+    with pytest.raises(RewardError, match="far enough"):
+        shared_encoder(context(), "clip", name, tag)
+    assert asked.get("force_quick_gelu", False) is forced
+
+
 # ----- the shipped head
 
 

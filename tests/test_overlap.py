@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -172,3 +174,38 @@ def test_a_judge_behind_an_endpoint_is_asked_early_and_one_that_computes_here_is
     reward = VlmReward(VlmOptions(**options))
     opened = OpenReward(RewardChoice("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Lane("vlm"))
     assert begins_early(opened, "auto") is early
+
+
+def test_lanes_end_with_their_rewards() -> None:
+    """No thread and no reward outlives its set."""
+    before, alive = threading.active_count(), []
+    for _ in range(3):
+        with opened() as (rewards, judge):
+            rewards.score(samples(0))
+            alive.append(weakref.ref(judge))
+        del rewards, judge
+    for thread in threading.enumerate():
+        if thread.name.startswith("reward judge"):
+            thread.join(timeout=5)
+    gc.collect()
+    assert threading.active_count() <= before
+    assert [ref() for ref in alive] == [None] * 3
+
+
+def test_a_failing_farewell_does_not_keep_a_reward_open() -> None:
+    from unigrpo_cli.rewards.hooks import hookimpl
+
+    closed: list[str] = []
+
+    class Rude:
+        @hookimpl
+        def unigrpo_reward_teardown(self) -> None:
+            raise ValueError("no goodbye")
+
+    plugins = Plugins()
+    plugins.rewards.add("judge", type("Judge", (Judge,), {"teardown": lambda self: closed.append("judge")}))
+    plugins.manager.register(Rude())
+    with pytest.warns(UserWarning, match="no goodbye"):
+        with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+            rewards.score(samples(0))
+    assert closed == ["judge"]

@@ -556,3 +556,23 @@ def test_what_the_command_refuses(
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert (result.exit_code, len(errors)) == (code, 1), result.output
     assert says in errors[0]
+
+
+@pytest.mark.parametrize("token", ["two words", "a\nb", "schlüssel"])
+def test_a_token_that_cannot_be_sent_is_not_repeated(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unigrpo_plugins.remote import RemoteReward
+
+    monkeypatch.setenv("UNIGRPO_REWARD_TOKEN", token)
+    reward = RemoteReward(RemoteReward.Options(url="http://127.0.0.1:9"))
+    with pytest.raises(RewardError, match="UNIGRPO_REWARD_TOKEN is not one word") as caught:
+        reward.setup(RewardContext("cpu", 0, False, True))
+    assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host:1", "http://host:1/?key=secret", "http://host:1/#secret"])
+def test_an_address_with_a_secret_in_it_is_refused(url: str) -> None:
+    from unigrpo_plugins.remote import RemoteReward
+
+    with pytest.raises(RewardError, match="no user, password, query or fragment") as caught:
+        RemoteReward(RemoteReward.Options(url=url))
+    assert "secret" not in str(caught.value)

@@ -1030,3 +1030,13 @@ def test_what_a_model_run_here_cannot_do(directory: Path, tmp_path: Path) -> Non
         VlmReward(VlmOptions(model=str(directory), mode="rubric")).setup(CONTEXT)
     with pytest.raises(RewardError, match="cannot be loaded"):
         VlmReward(VlmOptions(model=str(tmp_path))).setup(CONTEXT)
+
+
+def test_odds_without_mass_are_no_opinion() -> None:
+    """A model about to think has yes among its first tokens by chance; its odds are not its answer."""
+    thinking = Answer("<think>", (("<think>", -1e-6), ("Yes", -16.0)))
+    reading = YesNoOdds().read(thinking)
+    assert reading.value != reading.value
+    assert "<think>" in reading.why
+    sure = YesNoOdds().read(Answer("Yes", (("Yes", math.log(0.06)), ("No", math.log(0.02)))))
+    assert sure.value == pytest.approx(0.75)
