@@ -85,10 +85,6 @@ def shared_encoder(
     return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision, resize)), key
 
 
-def _is_openais(pretrained: str | None) -> bool:
-    return (pretrained or "").lower() == "openai"
-
-
 def load_encoder(
     context: RewardContext,
     reward: str,
@@ -120,7 +116,7 @@ def load_encoder(
             precision=precision,
             device=context.device,
             image_resize_mode=resize,
-            **({"force_quick_gelu": True} if facts.get("quick_gelu") or _is_openais(pretrained) else {}),
+            **({"force_quick_gelu": True} if facts.get("quick_gelu") else {}),
         )
         tokenizer = open_clip.get_tokenizer(schema)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:

@@ -63,8 +63,10 @@ def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path
         "train", "--model", TINY, *reward, *settings, *FEW, "--steps=2", f"--set=train.tune={tune}", "--out", run
     )
     assert trained["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
-    limit = {"float32": 1e-5, "bfloat16": 0.5}[dtype]
-    assert 0 <= trained["rollout_drift_max_abs"]["text"] < limit
+    # Seen: words 0 in both; images 1.2e-7 in fp32 and 6.6e-5 in bf16.
+    drift = trained["rollout_drift_max_abs"]
+    assert 0 <= drift["text"] < {"float32": 1e-5, "bfloat16": 1e-3}[dtype]
+    assert 0 < drift["image"] < {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in metrics:
         assert row["text/grad_norm"] > 0

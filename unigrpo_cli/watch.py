@@ -15,7 +15,7 @@ from unigrpo_cli.episode import Group, TextActions, flatten
 from unigrpo_cli.replay import Batch
 from unigrpo_cli.rewards.scoring import Scored
 
-CLEAR = 3.0  # t statistics; over twenty steps one in three hundred of a series without a trend
+CLEAR = 3.0  # t statistics; noise without a trend rises so over one stretch of twenty steps in two hundred
 
 
 def rollout_metrics(groups: Sequence[Group], scored: dict[str, Scored], advantage_B: Tensor) -> dict[str, float]:

@@ -89,6 +89,7 @@ def rollout(
     if source is not None:
         groups = load_episodes(source)
         idle = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
+        idle["--weights-file"] = weights_file
         idle = {name: value for name, value in idle.items() if value is not None}
         if idle:
             raise UsageError(f"--from scores saved episodes and samples nothing: leave out {', '.join(idle)}")

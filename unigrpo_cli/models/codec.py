@@ -44,7 +44,7 @@ class Autoencoder:
         """`path`: weights by FLUX's names, which diffusers converts."""
         from diffusers import AutoencoderKL
 
-        self.path, self.config = path, config
+        self.config = config
         levels = len(config.widths)
         form = {
             "_class_name": "AutoencoderKL",

@@ -11,8 +11,6 @@ from unigrpo_cli.rewards.batch import RewardBatch, Sample
 from unigrpo_cli.rewards.lane import Pending
 from unigrpo_cli.rewards.scoring import OpenReward, RewardSet, Scored, waits_elsewhere
 
-OVERLAPS = ("auto", "all", "none")
-
 
 def begins_early(opened: OpenReward, overlap: str) -> bool:
     """Whether a reward may be handed parts of a rollout.
