@@ -262,12 +262,13 @@ def _spike(course: Course, kind: str) -> str | None:
 
 
 def _slower(course: Course, phase: str) -> str | None:
-    key = f"seconds/{phase}"
-    value, start = course.now(key), course.start(key)
-    step = sum(course.now(f"seconds/{p}", 0.0) for p in PHASES)
-    if not (value > course.config.watch.slower * start and value > SHARE * step):
+    now = {p: course.now(f"seconds/{p}") for p in PHASES}
+    start = {p: course.start(f"seconds/{p}") for p in PHASES}
+    others = [now[p] / start[p] for p in PHASES if p != phase and start[p] > 0]
+    usual = start[phase] * max(1.0, median(others or [1.0]))  # a machine that others use is slower in everything
+    if not (now[phase] > course.config.watch.slower * usual and now[phase] > SHARE * sum(now.values())):
         return None
-    return f"{phase} takes {value:.1f} s a step, at first {start:.1f} s"
+    return f"{phase} takes {now[phase]:.1f} s a step, at first {start[phase]:.1f} s"
 
 
 def _memory(course: Course, kind: str) -> str | None:
@@ -509,10 +510,10 @@ RULES = (
         _slower,
         _phases,
         COURSE,
-        f"seconds of a phase are above `watch.slower` times their median of the first {FIRST} steps, and a fifth "
-        "of a step",
-        "a judge that waits, texts that grow, or a machine that is shared",
-        "for reward: `unigrpo rewards test NAME --max-ms`, and reward.overlap; for rollout: text/length",
+        f"seconds of a phase have grown, since the first {FIRST} steps, `watch.slower` times more than "
+        "those of other phases, to a fifth of a step or more",
+        "reward: a judge that waits or is overrun; rollout: texts that grow; old and update: memory that is short",
+        "try each reward with `unigrpo rewards test` and its --max-ms, see reward.overlap, and look at text/length",
     ),
     Rule(
         "memory-growing",
