@@ -129,18 +129,26 @@ def _better(e: Evidence) -> Iterator[tuple[int, int]]:
 
     By the rewards of episodes scored one by one, where that could be asked. Rewards that abstain decide nothing.
     """
-    columns = []
+    columns, least = [], []
     for name, weight in e.rewards.weights.items():
         if weight:
             scores = e.judged.alone.get(name) or e.judged.scored[name].scores.tolist()
             columns.append([weight * s for s in scores])
+            least.append(abs(weight) * _resolution(scores, e.judged.again.get(name)))
     members = e.config.train.group_size
     for k in range(len(e.drawn.episodes)):
         for j in range(k - k % members, k - k % members + members):
             gaps = [own[k] - own[j] for own in columns]
-            scale = [RESCORED * max(1.0, abs(own[k])) for own in columns]
-            if all(g >= 0 for g in gaps) and any(g > s for g, s in zip(gaps, scale, strict=True)):
+            if all(g >= 0 for g in gaps) and any(g > s for g, s in zip(gaps, least, strict=True)):
                 yield k, j
+
+
+def _resolution(scores: list[float], again: list[float] | None) -> float:
+    """The least difference that counts: rounding, or four deviations of a reward's own noise."""
+    known = [abs(s) for s in scores if math.isfinite(s)]
+    squares = [(a - b) ** 2 for a, b in zip(scores, again or [], strict=False) if math.isfinite(a - b)]
+    noise = math.sqrt(sum(squares) / len(squares) / 2) if squares else 0.0
+    return max(RESCORED * max([1.0, *known]), 4 * noise)
 
 
 # ----- gradients and reference
@@ -211,13 +219,13 @@ def reference(e: Evidence) -> Outcome:
     m = e.moved
     if m.reference_moved > 0:
         return Outcome(FAULT, m.reference_moved, 0.0, "an update of the policy moved the reference")
-    if not m.distance > start:
+    if m.distance == start or (_fresh(e) and m.distance < start):
         return Outcome(FAULT, m.distance, start, "an update of the policy moved it no further from the reference")
     if not m.pull > 0:
         return Outcome(FAULT, m.pull, 0.0, "away from the reference, the penalty has no gradient")
-    if m.outward is not None and m.outward < 0:
+    if _fresh(e) and m.outward is not None and m.outward < 0:
         return Outcome(FAULT, m.outward, 0.0, "the penalty drives the policy away from the reference")
-    return Outcome(OK, m.reference_moved, 0.0, f"stood still while the policy moved {m.distance:.2g} away")
+    return Outcome(OK, m.reference_moved, 0.0, f"stood still while the policy went to {m.distance:.2g} from it")
 
 
 def _fresh(e: Evidence) -> bool:

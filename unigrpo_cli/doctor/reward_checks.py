@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from unigrpo_cli.doctor.evidence import FAULT, OK, WARN, Evidence, Outcome, judg
 from unigrpo_cli.doctor.probe import ABSTAINS, LATE, NOT_ASKED, PARTS, RAISES
 
 TOLERANCE = 1e-4  # a network's scores move this much with the batch they are in
+TIES = "ties"  # a verdict that other rewards decide
 NOISE = 0.25  # deviation of a reward's noise over its spread within groups
 
 
@@ -18,23 +20,25 @@ def reward_spread(e: Evidence) -> Outcome:
     found: list[Outcome] = []
     for name in _weighted(e):
         scores_PG = e.judged.scored[name].scores.reshape(len(e.drawn.groups), -1)
-        spread = float(np.nanmax(np.nanmax(scores_PG, axis=1) - np.nanmin(scores_PG, axis=1)))
+        known = [row[np.isfinite(row)] for row in scores_PG]
+        spread = max((float(np.ptp(row)) for row in known if len(row)), default=0.0)
         if spread > 0:
             found.append(Outcome(OK, spread, 0.0, f"{name} up to {spread:.3g} apart in a group"))
             continue
         contrasts = [x for x in e.judged.contrasts.get(name, []) if math.isfinite(x)]
         low = next(r.range[0] for r in e.rewards.rewards if r.alias == name)
-        value = float(np.nanmax(scores_PG)) if np.isfinite(scores_PG).any() else math.nan
-        if not np.isfinite(scores_PG).any():
+        value = max((float(row[0]) for row in known if len(row)), default=math.nan)
+        if math.isnan(value):
             found.append(Outcome(WARN, 0.0, 0.0, f"{name} judged nothing"))
         elif len({value, *contrasts}) > 1 or name not in e.judged.contrasts:
-            found.append(Outcome(WARN, 0.0, 0.0, f"{name} ties in every group here, but not everywhere"))
+            found.append(Outcome(TIES, 0.0, 0.0, f"{name} ties in every group here, but not everywhere"))
         elif value == low and not e.thorough:  # perhaps what it looks for is rare: that stops no run
             found.append(Outcome(WARN, 0.0, 0.0, f"{name} gave {value:g} for everything"))
         else:
             count = scores_PG.size + len(contrasts)
             found.append(Outcome(FAULT, 0.0, 0.0, f"{name} gave {value:g} for all {count} things it was shown"))
-    return _worst(found)
+    others = any(o.verdict == OK for o in found)  # then there is something to learn from
+    return _worst([replace(o, verdict=OK if others else WARN) if o.verdict == TIES else o for o in found])
 
 
 def reward_repeats(e: Evidence) -> Outcome:
@@ -47,16 +51,19 @@ def reward_repeats(e: Evidence) -> Outcome:
         first = e.judged.scored[name].scores
         gaps = np.abs(first - np.array(again))
         gaps = gaps[np.isfinite(gaps)]
-        scale = max(1.0, float(np.nanmax(np.abs(first)))) if np.isfinite(first).any() else 1.0
+        scale = max(1.0, float(np.abs(first[np.isfinite(first)]).max(initial=0.0)))
         if not len(gaps) or gaps.max() <= TOLERANCE * scale:
             found.append(Outcome(OK, float(gaps.max()) if len(gaps) else 0.0, NOISE, f"{name} repeats"))
             continue
         noise = float(np.sqrt((gaps**2).mean() / 2))  # a difference has twice the variance
-        spread = float(np.nanmean(np.nanstd(first.reshape(len(e.drawn.groups), -1), axis=1)))
+        groups = [row[np.isfinite(row)] for row in first.reshape(len(e.drawn.groups), -1)]
+        spread = float(np.mean([row.std() for row in groups if len(row)]))
         share = noise / spread if spread else math.inf
         seen = f"{name} has noise of {noise:.2g} beside a spread of {spread:.2g} in groups"
         found.append(judged(share, NOISE, seen, WARN))
-    return _worst(found) if found else skipped("rewards that wait for an endpoint are asked once at the start")
+    if not found and not e.thorough:
+        return skipped("rewards that wait for an endpoint are asked once at the start")
+    return _worst(found)
 
 
 def reward_errors(e: Evidence) -> Outcome:
@@ -92,5 +99,7 @@ def _worst(found: list[Outcome]) -> Outcome:
         for outcome in found:
             if outcome.verdict == verdict:
                 return outcome
+    if not found:
+        return skipped("no reward is trained on")
     values = [o.value for o in found if o.value is not None]
     return Outcome(OK, max(values, default=0.0), found[0].limit, ", ".join(o.seen for o in found))
