@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from unigrpo_cli.config import Config
+from unigrpo_cli.doctor import examine_at_start
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UnigrpoError, UsageError
 from unigrpo_cli.estimate import batch_of
@@ -132,6 +133,7 @@ def _run(
         run.describe(config)
         run.forget_after(state.step)
         try:
+            examine_at_start(state, prompts, rewards, config, run, display)
             return _Session(config, display, run, state, base, rewards, prompts, suite, began).go()
         except BaseException:  # an interrupt too
             run.remove_if_only_described()
