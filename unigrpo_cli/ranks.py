@@ -73,9 +73,9 @@ class Ranks:
         if prompts % step:
             near = sorted({max(1, round(prompts / step)) * step, -(-prompts // step) * step})
             raise UsageError(
-                f"train.prompts_per_step={prompts} cannot be shared out: {self.world} ranks x train.updates={updates} "
-                f"must divide it, for groups are never split; give {' or '.join(map(str, near))}, or start a number "
-                f"of ranks that divides {prompts // updates if prompts % updates == 0 else prompts}"
+                f"train.prompts_per_step={prompts} cannot be shared out: {self.world} ranks x "
+                f"train.updates={updates} must divide it, for groups are never split; give "
+                f"{' or '.join(map(str, near))}, or start a number of ranks that divides {prompts // updates}"
             )
 
     def share(self, items: Sequence[T], parts: int = 1) -> list[T]:
@@ -162,9 +162,9 @@ class Ranks:
             if found is not None:
                 kind = getattr(errors, found["kind"], RankError)
                 text = found["text"] if found["text"].startswith("rank ") else f"rank {rank}: {found['text']}"
-                error = kind(text)
-                error.everywhere = True
-                raise error from own
+                shared = kind(text)
+                shared.everywhere = True
+                raise shared from own
 
     # ----- numbers of a step
 
@@ -203,7 +203,7 @@ class Ranks:
         return torch.where(parts, squares.sqrt(), own).float()
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Scale gradients so that their norm over all weights and ranks is at most `limit`; gives the norm before."""
+        """Scale gradients to a norm of at most `limit`, over all weights and ranks; gives the norm before."""
         norms = self.gradient_norms(parameters)
         if not len(norms):
             return 0.0
@@ -219,12 +219,10 @@ class Ranks:
         return self._reduced(terms, sum)
 
     def averaged(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics of a step: means over ranks, which hold equally many episodes; maxima, seconds and memory by most."""
+        """Metrics of a step: means over ranks, which have equally many episodes; of maxima, seconds, GiB the most."""
         return self._reduced(metrics, lambda values: sum(values) / len(values))
 
-    def _reduced(
-        self, metrics: dict[str, float], reduce: Callable[[Sequence[float]], float]
-    ) -> dict[str, float]:
+    def _reduced(self, metrics: dict[str, float], reduce: Callable[[Sequence[float]], float]) -> dict[str, float]:
         if self.alone:
             return metrics
         rows = self.gather(metrics)
@@ -288,7 +286,7 @@ def launched() -> tuple[int, int, int]:
         here = int(os.environ.get("LOCAL_RANK") or 0)
     except ValueError as error:
         given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UsageError(f"{given}: whole numbers are needed; start with `accelerate launch` or torchrun") from error
+        raise UsageError(f"{given}: no whole numbers; start with `accelerate launch` or torchrun") from error
     if not 0 <= rank < world or here < 0:
         raise UsageError(f"RANK={rank} of WORLD_SIZE={world}: start with `accelerate launch` or torchrun")
     return rank, world, here

@@ -62,7 +62,9 @@ def shards(config: Config, ranks: Ranks) -> bool:
     if ranks.alone or chosen == "whole" or (chosen == "auto" and t.tune == "lora"):
         return False
     if t.tune == "lora":
-        raise UsageError("ranks.weights=shard is for train.tune=full; adapters train with whole weights on every rank")
+        raise UsageError(
+            "ranks.weights=shard is for train.tune=full; leave it out: adapters are whole on every rank"
+        )
     if t.reference_on == "host":
         raise UsageError(
             "train.reference_on=host is for whole weights; leave it out, for the reference is sharded too, or give "
@@ -90,7 +92,7 @@ def _refuse_what_cannot_learn(config: Config, network: MoT) -> None:
 
 
 def make_optimizer(policy: UnifiedModel, config: Config) -> torch.optim.AdamW:
-    """AdamW with one group per expert, each with its own learning rate; sharded and whole weights are never in one."""
+    """AdamW with groups per expert, each with its own learning rate; none has both sharded and whole weights."""
     t = config.train
     rates = {"text": t.lr_text, "image": t.lr_image}
     groups = []

@@ -67,10 +67,10 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(policy: UnifiedModel) -> Iterator[UnifiedModel]:
-    """The policy with whole weights, to sample with: no pass of it waits for other ranks, whatever each one writes.
+    """The policy with whole weights, to sample with: no pass waits for other ranks, whatever each one writes.
 
-    A copy in the dtypes that the layers compute in, so it says what the sharded one would; gone afterwards. A policy
-    that is not sharded is given as it is.
+    A copy in the dtypes that the layers compute in, so it says what the sharded one would; gone afterwards. A
+    policy that is not sharded is given as it is.
     """
     network = policy.network
     if not is_sharded(network):
@@ -80,7 +80,9 @@ def gathered(policy: UnifiedModel) -> Iterator[UnifiedModel]:
         copy = MoT(network.config, network.edge_ids)
     state = {}
     for name, value in network.state_dict().items():
-        matrix = name.startswith(LAYERS) and value.ndim == 2  # norms compute with fp32 weights, matrices with cast ones
-        state[name] = whole(value.detach().to(network.dtype) if matrix else value.detach())
+        value = value.detach()
+        if name.startswith(LAYERS) and value.ndim == 2:  # a matrix is cast where it is used, a norm's weight is not
+            value = value.to(network.dtype)
+        state[name] = whole(value)
     copy.load_state_dict(state, strict=True, assign=True)
     yield replace(policy, network=copy.eval().requires_grad_(False), frozen=None)

@@ -20,6 +20,7 @@ from torch import Tensor
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.checkpoint import save_model
 from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.ranks import ALONE, Ranks
 
 FORMAT = 1
 STATE, MOMENTS = "state.json", "optimizer.safetensors"
@@ -35,6 +36,7 @@ class TrainState:
         optimizer: AdamW over the trainable weights.
         step: training steps done.
         between: the weights have moved on from `step`; a checkpoint now would be of neither step.
+        ranks: the processes that train these weights together; each holds a state of its own, equal to the others'.
         facts: small JSON values that the final report needs (evaluation before training, first ratios).
     """
 
@@ -43,6 +45,7 @@ class TrainState:
     step: int = 0
     between: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 def _named_parameters(state: TrainState) -> list[tuple[str, Tensor]]:
