@@ -8,25 +8,30 @@ Writes what it found as OUT/<scene>.<rank>.json and tensors as .safetensors; wit
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from unigrpo_cli import RewardContext
+from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.models.sharding import whole
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.models.sharding import gathered, whole
+from unigrpo_cli.models.sizes import computes_wide
+from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.ranks import Ranks, joined
 from unigrpo_cli.rebuild.model import build_model
 from unigrpo_cli.rewards.grammar import parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.train import training_step
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 SETTINGS = [
@@ -79,6 +84,9 @@ def rewards(**more: Any) -> RewardSet:
 
 def state_of(config: Config, ranks: Ranks) -> TrainState:
     model = build_model(seed=3, width=32, layers=2)
+    if config.dtype == "bfloat16":
+        for name, parameter in model.network.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if computes_wide(name) else torch.bfloat16)
     policy = prepare_policy(model, config, ranks)
     return TrainState(policy, make_optimizer(policy, config), ranks=ranks)
 
@@ -91,7 +99,7 @@ def trained(ranks: Ranks, *settings: str) -> tuple[dict[str, torch.Tensor], dict
     steps = []
     with rewards(on_first=on_first, here=ranks.first or not on_first) as judges:
         for _ in range(3):
-            done = training_step(state, PROMPTS, judges, config)
+            done = train.training_step(state, PROMPTS, judges, config)
             state.step, state.between = state.step + 1, False
             steps.append(
                 {
@@ -120,7 +128,102 @@ def sharded(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return trained(ranks, "train.tune=full", 'train.also=["embeddings"]')
 
 
-SCENES = {f.__name__: f for f in (lora, replicated, sharded)}
+def judged_on_first(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    return trained(ranks, "train.tune=lora", "reward.on=first")
+
+
+BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfloat16")
+
+
+def checkpointed(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Layers kept in parts: activation checkpointing, one expert, bf16 computation."""
+    return trained(ranks, *BF16)
+
+
+def whole_control(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The same with whole weights."""
+    return trained(ranks, *BF16, "ranks.weights=whole")
+
+
+def refused(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A loss that is not a number on the last rank alone, in the second of three steps' second update."""
+    original, calls = train.unigrpo_loss, []
+
+    def sometimes(*given: Any, **more: Any) -> Any:
+        loss = original(*given, **more)
+        calls.append(None)
+        if ranks.rank == ranks.world - 1 and len(calls) == 4:
+            return replace(loss, total=loss.total * math.nan)
+        return loss
+
+    train.unigrpo_loss = sometimes
+    try:
+        return trained(ranks, "train.tune=full", "train.micro_batch=8")
+    finally:
+        train.unigrpo_loss = original
+
+
+def failing_judge(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A reward that fails on the last rank alone, in the second step."""
+    original = Bright.score
+
+    def score(self: Any, batch: Any) -> list[float]:
+        if batch.step == 1 and ranks.rank == ranks.world - 1:
+            raise OSError("judge is down")
+        return original(self, batch)
+
+    Bright.score = score
+    try:
+        trained(ranks, "train.tune=full")
+    except RewardError as error:
+        ranks.wait()  # all are here: nobody waits elsewhere
+        return {}, {"error": str(error), "everywhere": error.everywhere}
+    finally:
+        Bright.score = original
+    raise AssertionError("the judge's failure passed unseen")
+
+
+def uneven_texts(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Rank 1's prompts make it write to the end of a long budget, rank 0's stop it at the first word."""
+    original = UnifiedModel.logits
+
+    def logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        found = original(self, hidden)
+        if torch.is_grad_enabled() or not sampling:
+            return found
+        push = 100.0 if ranks.rank == 0 else -100.0
+        return found.index_add(-1, torch.tensor([self.stop_id]), torch.full((*found.shape[:-1], 1), push))
+
+    sampling: list[None] = []
+
+    @contextmanager
+    def watched(policy: Any) -> Any:
+        with gathered(policy) as sampler:
+            sampling.append(None)
+            yield sampler
+            sampling.clear()
+
+    UnifiedModel.logits, train.gathered = logits, watched
+    try:
+        return trained(ranks, "sampling.max_new_tokens=24")
+    finally:
+        UnifiedModel.logits, train.gathered = original, gathered
+
+
+SCENES = {
+    f.__name__: f
+    for f in (
+        lora,
+        replicated,
+        sharded,
+        checkpointed,
+        whole_control,
+        judged_on_first,
+        refused,
+        failing_judge,
+        uneven_texts,
+    )
+}
 
 
 def main(out: Path, scenes: list[str]) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Peers:
     """This rank's beat, and its eye on the others."""
 
     def __init__(self, store: Store, rank: int, world: int, silence: float | None = None):
+        store.set_timeout(timedelta(seconds=10))  # nothing is asked for that is not there
         self._store, self.rank, self.world = store, rank, world
         self.silence = silence or float(os.environ.get("UNIGRPO_SILENCE", SILENCE))
         self._lock = threading.Lock()  # the main thread reports through the same connection
@@ -57,7 +59,7 @@ class Peers:
             yield
         finally:
             self._over.set()
-            thread.join(2 * BEAT)
+            thread.join()  # a thread inside the store while Python ends would abort the process
 
     def report(self, text: str, code: int) -> None:
         """Tell the others that this rank fails; the first report counts."""

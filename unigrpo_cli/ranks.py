@@ -71,7 +71,7 @@ class Ranks:
         """
         step = self.world * updates
         if prompts % step:
-            near = sorted({max(1, round(prompts / step)) * step, -(-prompts // step) * step})
+            near = [n for n in (prompts // step * step, -(-prompts // step) * step) if n]
             raise UsageError(
                 f"train.prompts_per_step={prompts} cannot be shared out: {self.world} ranks x "
                 f"train.updates={updates} must divide it, for groups are never split; give "
@@ -157,10 +157,10 @@ class Ranks:
             yield
         except Exception as error:
             own = error
-        told = None if own is None else {"kind": type(own).__name__, "text": said(own)}
+        told = None if own is None else {"kind": _kind_of(own), "text": said(own)}
         for rank, found in enumerate(self.gather(told)):
             if found is not None:
-                kind = getattr(errors, found["kind"], RankError)
+                kind = getattr(errors, found["kind"])
                 text = found["text"] if found["text"].startswith("rank ") else f"rank {rank}: {found['text']}"
                 shared = kind(text)
                 shared.everywhere = True
@@ -255,6 +255,12 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         bucket.append(p)
     if bucket:
         yield bucket
+
+
+def _kind_of(error: Exception) -> str:
+    """The nearest class of `errors` that an error is of."""
+    known = (name for name in (c.__name__ for c in type(error).__mro__) if hasattr(errors, name))
+    return next(known, RankError.__name__)
 
 
 def local(tensor: Tensor) -> Tensor:
