@@ -223,15 +223,10 @@ def test_an_update_refused_on_one_rank_is_refused_on_both(played: Path) -> None:
 
 def test_texts_of_other_lengths_hold_nobody_up(played: Path) -> None:
     """With sharded weights one rank writes one word per text, the other 24."""
-    lengths = [
-        {
-            len((text or "").split())
-            for step in told(played, "uneven_texts", 2, rank)["steps"]
-            for text in step["texts"]
-        }
-        for rank in range(2)
-    ]
-    assert lengths == [{0}, {24}]
+    for rank in range(2):
+        metrics = [step["metrics"] for step in told(played, "uneven_texts", 2, rank)["steps"]]
+        assert [m["text/length"] for m in metrics] == [(1 + 24) / 2] * STEPS
+        assert [m["text/truncated"] for m in metrics] == [1 / 2] * STEPS
 
 
 def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
