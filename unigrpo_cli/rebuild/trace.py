@@ -1,14 +1,15 @@
-"""Write the golden training traces: `python -m unigrpo_cli.rebuild.trace --out FILE`, half a minute. A test compares.
+"""Write the golden training traces: `python -m unigrpo_cli.rebuild.trace --out FILE`, ten seconds. A test compares.
 
-Each run trains a few steps by two rewards that need nothing, and writes down every number of the algorithm. "full" and
-"adapters" are the embedded architecture, small and untrained, in fp64; "embedded" is the shipped model as it is run.
+Each run trains a few steps by two rewards that need nothing, and writes down every number of the algorithm. "full"
+and "adapters" are the embedded architecture, small and untrained, in fp64; "embedded" is the shipped model as it is
+run.
 
 What another processor or BLAS library does to it. fp64 sums in another order differ by 1e-15, which leaves all ten
-digits alone: AVX2 and AVX-512 write the same file, but for "embedded", whose fp32 sums differ (docs/log.md). Draws are
-discrete: a token changes where its uniform number falls between two roundings of a sum, once in 1e7 draws in fp32, and
-what was drawn is in the trace (`drawn/words`), so that such a step names itself. Pixels are rounded fp32 latents and
-do flip, so brightness is rewarded in whole grey levels. And torch draws normal numbers by other code where there is no
-AVX2, which differs in the last bit of fp32: there only `ELSEWHERE` is promised.
+digits alone: AVX2 and AVX-512 write the same file, but for "embedded", whose fp32 sums differ (docs/log.md). Draws
+are discrete: a token changes where its uniform number falls between two roundings of a sum, once in 1e7 draws in
+fp32, and what was drawn is in the trace (`drawn/words`), so that such a step names itself. Pixels are rounded fp32
+latents and do flip, so brightness is rewarded in whole grey levels. And torch draws normal numbers by other code
+where there is no AVX2, which differs in the last bits of fp32: there only `ELSEWHERE` is promised.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ Row = dict[str, float]
 """The numbers of one training step, by name."""
 
 ELSEWHERE = 5e-3
-"""Relative tolerance on processors without AVX2: ten times what torch's plain code differs by after 20 steps, 3e-4."""
+"""Relative tolerance on processors without AVX2: ten times what torch's plain code differs by in 20 steps, 3e-4."""
 
 LEFT_OUT = ("seconds/", "drift")
 """Of a step's metrics: what a clock says, and what is nothing but rounding."""
@@ -98,7 +99,7 @@ SMALL = (
     "train.steps=20",
 )
 RUNS = {
-    # Clips and the penalty are such that both bind in part: a trace in which nothing is clipped does not see the clip.
+    # Clips and the penalty are such that they bind in part: a trace where nothing is clipped does not see the clip.
     "full": Run(
         (
             *SMALL,
