@@ -103,7 +103,7 @@ def test_it_is_frozen_and_every_key_is_described() -> None:
 
 
 def test_a_window_of_all_steps_needs_two() -> None:
-    with pytest.raises(UsageError, match="give sampling.steps=2 or more"):
+    with pytest.raises(UsageError, match=r"give sampling\.steps=2 or more"):
         load_config(overrides=["sampling.window=all", "sampling.steps=1"])
 
 

@@ -239,7 +239,7 @@ class Config(Section):
             raise ValueError("sampling.window=all leaves out the last step; give sampling.steps=2 or more")
         if not 1e-3 <= s.noise_level <= 10:
             raise ValueError(
-                f"sampling.noise_level={s.noise_level:g}: give 0.001 to 10; less is lost to rounding, more overflows"
+                f"sampling.noise_level={s.noise_level:g}: give 0.001 to 10; less is rounded away, more overflows"
             )
         for name, steps, temperature in (
             ("sampling", s.steps, s.temperature),
