@@ -88,6 +88,19 @@ def test_advantages_do_not_know_the_rewards_units(
 
 
 @PROPERTY
+@given(_opinions())
+def test_advantages_have_deviation_1_where_their_name_says(case: tuple[Tensor, Tensor]) -> None:
+    """ "group": over the opinions of each group that differ; "batch": over all opinions; abstentions are none."""
+    reward, valid = case
+    group, batch = (group_advantage(reward, valid, std=std, eps=1e-30) for std in ("group", "batch"))
+    live = [k for k, (r, v) in enumerate(zip(reward, valid, strict=True)) if len(set(r[v].tolist())) > 1]
+    for k in live:
+        assert group[k][valid[k]].square().mean().item() == pytest.approx(1.0)
+    if live:
+        assert batch[valid].square().mean().item() == pytest.approx(1.0)
+
+
+@PROPERTY
 @given(_opinions(), SEEDS, st.sampled_from(STDS), st.sampled_from(COMBINATIONS))
 def test_the_order_of_members_and_of_groups_is_nothing(
     case: tuple[Tensor, Tensor], seed: int, std: str, how: str
@@ -214,6 +227,20 @@ def test_scores_are_the_densitys(case: tuple) -> None:
     torch.testing.assert_close(drawn.log_prob, expected.mean(dim=(-2, -1)), rtol=1e-9, atol=1e-12)
     scored = flow.step(kernel, x, v, **common, x_next=drawn.x_next)
     assert torch.equal(scored.log_prob, drawn.log_prob)
+
+
+@PROPERTY
+@given(_steps())
+def test_deviations_are_the_kernels_own(case: tuple) -> None:
+    """In plain numbers: marginals alone would let any deviation pass whose drift goes with it."""
+    kernel, x, v, _, common = case
+    t, t_next, second, a = (float(common[n]) for n in ("t", "t_next", "t_second", "noise_level"))
+    expected = {
+        "flow": a * math.sqrt(t / (1 - (second if t == 1 else t))) * math.sqrt(t - t_next),
+        "dance": a * math.sqrt(t - t_next),
+        "cps": t_next * math.sin(a * math.pi / 2),
+    }[kernel]
+    assert flow.transition(kernel, x, v, **common).std.item() == pytest.approx(expected, rel=1e-12)
 
 
 @PROPERTY

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -51,6 +52,7 @@ SMALL = [
     "train.lr_text=1e-3",
     "train.lr_image=1e-3",
 ]
+COUNTER = count()
 PROMPTS = [Prompt(t, t) for t in ("a red circle", "two stars", "a heart")]
 TOWER = ('train.also=["connector"]', 'train.also=["vision"]')
 
@@ -75,10 +77,10 @@ FIELDS = {
 NUMBERS = ["train.updates=1", "train.epochs=2", "train.micro_batch=2", "train.warmup=5", "advantage.clamp=0.5"]
 
 
-def _combinations(count: int) -> list[tuple[str, ...]]:
+def _combinations(wanted: int) -> list[tuple[str, ...]]:
     """Random settings of all fields at once, those that the configuration and the tuning accept."""
     draw, found = random.Random(3), []
-    while len(found) < count:
+    while len(found) < wanted:
         settings = [draw.choice(choices) for choices in FIELDS.values()]
         settings = [s for s in settings if not s.startswith("train.also") and s != "advantage.shuffle=true"]
         settings.append(f"train.epochs={draw.choice((1, 2))}")
@@ -118,6 +120,7 @@ def _run(*settings: str) -> tuple[tuple[Step, ...], tuple[dict[str, Tensor], ...
     model = build_model(seed=3, width=16, layers=1)
     with torch.no_grad():  # larger words and pictures than an untrained model's, so that members differ
         model.network.language_model.lm_head.weight.mul_(2)
+    torch.manual_seed(next(COUNTER))  # no two runs alike: nothing may draw from torch's own generator
     policy = prepare_policy(model, config)
     state = TrainState(policy, make_optimizer(policy, config))
     plugins = Plugins()
