@@ -231,6 +231,33 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stays_finite(self) -> Config:
+        """Refuse what fp32 cannot sample with, so that whatever is accepted gives finite numbers."""
+        s = self.sampling
+        if s.window == "all" and s.steps < 2:
+            raise ValueError("sampling.window=all leaves out the last step; give sampling.steps=2 or more")
+        if not 1e-3 <= s.noise_level <= 10:
+            raise ValueError(
+                f"sampling.noise_level={s.noise_level:g}: give 0.001 to 10; less is rounded away, more overflows"
+            )
+        for name, steps, temperature in (
+            ("sampling", s.steps, s.temperature),
+            ("eval", self.eval.steps, self.eval.temperature),
+        ):
+            if temperature and not 0.01 <= temperature <= 100:
+                raise ValueError(f"{name}.temperature={temperature:g}: give 0.01 to 100, or 0 for greedy")
+            # The grid's smallest interval is 1 / (1 + (steps - 1) max(shift, 1 / shift)); fp32 tells 6e-8 from 0.
+            if steps * max(s.shift, 1 / s.shift) > 1e6:
+                raise ValueError(
+                    f"sampling.shift={s.shift:g} with {name}.steps={steps} puts times less than 1e-6 apart; "
+                    "give a shift nearer to 1 or fewer steps"
+                )
+        for name in ("guidance_text", "guidance_image"):
+            if (scale := getattr(self.eval, name)) > 100:
+                raise ValueError(f"eval.{name}={scale:g}: give a scale up to 100")
+        return self
+
 
 def load_config(
     *,
