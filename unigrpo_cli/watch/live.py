@@ -35,7 +35,7 @@ class Watch:
             self.facts["bad_steps"] += 1
             return [f"this step was skipped: {skipped}"]
         self.facts["bad_steps"] = 0
-        row = {k: v for k, v in metrics.items() if "/step_" not in k and math.isfinite(v)}
+        row = {k: v for k, v in metrics.items() if _is_of_the_course(k) and math.isfinite(v)}
         if len(self.facts["first"]) < FIRST:
             self.facts["first"].append(row)
         self.facts["last"] = [*self.facts["last"], row][-LAST:]
@@ -88,3 +88,8 @@ class Watch:
             f"`unigrpo rollout --from {where}`, then go on from a checkpoint before step {step - count + 1} with "
             "lower train.lr_text and train.lr_image"
         )
+
+
+def _is_of_the_course(key: str) -> bool:
+    """Whether a rule may ask for it. Single denoising steps and parts of rewards would only fill checkpoints."""
+    return "/step_" not in key and (key.count("/") < 2 or key.endswith(("/abstained", "/spread")))
