@@ -326,6 +326,16 @@ def test_a_resumed_run_warns_as_an_uninterrupted_one(name: str) -> None:
         assert found == wanted
 
 
+def test_a_reward_that_is_gone_is_forgotten() -> None:
+    watch = _watch({})
+    for row in _after(0, 3, reward__a__spread=0.0):
+        watch.see(HEALTHY | row, None)
+    assert watch.row(None) == {"warnings": ["constant-reward a"]}
+    resumed = Watch(watch.facts, load_config(), {"b": 1.0}, {"b": 1})
+    resumed.see(HEALTHY, None)
+    assert resumed.row(None) == {"warnings": []}
+
+
 def test_numbers_that_are_none_trigger_nothing() -> None:
     assert _names([dict.fromkeys(HEALTHY, math.nan)] * 25) == []
     watch = _watch({})

@@ -44,9 +44,11 @@ class Watch:
     def _news(self, course: Course) -> list[str]:
         news = []
         sightings, lasting = self.facts["sightings"], self.facts["lasting"]
+        asked = set()
         for rule in RULES:
             for subject in rule.subjects(course):
                 key = f"{rule.name} {subject}".strip()
+                asked.add(key)
                 seen = rule.look(course, subject)
                 marks = [*sightings.get(key, []), int(seen is not None)][-max(QUIET, rule.lasting[1]) :]
                 sightings[key] = marks
@@ -58,6 +60,9 @@ class Watch:
                         remedy = rule.remedy.replace("NAME", subject)
                         news.append(f"{seen}: {rule.means}; {remedy}")
                     lasting[key] = seen
+        for gone in {*sightings, *lasting} - asked:  # of a reward that a resumed run does without
+            sightings.pop(gone, None)
+            lasting.pop(gone, None)
         return news
 
     @property
