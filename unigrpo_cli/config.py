@@ -184,6 +184,29 @@ class Rewards(Section):
     offload: bool = Field(False, description="move rewards' models to host memory between scorings")
 
 
+class Watch(Section):
+    """When a run warns, when it skips a step and when it stops; docs/troubleshooting.md has every rule."""
+
+    explosion: Size = Field(
+        1000.0, description="skip an update whose gradient norm is above this many times the recent median"
+    )
+    bad_steps: Positive = Field(3, description="skipped steps in a row after which the run stops")
+    clip_fraction: Size = Field(0.5, description="warn when a larger share of text or image actions is clipped")
+    drift_image: Size = Field(
+        1e-3, description="warn when rollout and replay differ by more (log-probability of a step, mean)"
+    )
+    kl_text: Size = Field(0.05, description="warn when a step's updates move text by more, nats per token")
+    kl_image: Size = Field(1e-4, description="and images by more, nats per element of a latent")
+    entropy: Size = Field(0.1, description="warn when entropy falls below this share of what it was at first")
+    truncated: Rate = Field(0.5, description="warn when a larger share of texts is cut off")
+    duplicates: Rate = Field(0.1, description="warn when a larger share of a group's images are equal")
+    zero_groups: Rate = Field(0.5, description="warn when a larger share of groups has rewards without spread")
+    abstained: Rate = Field(0.1, description="warn when a reward abstains on a larger, and grown, share")
+    slower: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
+        2.0, description="warn when a phase takes this many times its first seconds"
+    )
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -207,6 +230,7 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     reward: Rewards = Rewards()
+    watch: Watch = Watch()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

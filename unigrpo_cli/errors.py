@@ -25,7 +25,11 @@ class RewardError(UnigrpoError):
 
 
 class DivergedError(UnigrpoError):
-    """Training that left the numbers: a gradient that is not finite."""
+    """Training that left the numbers: several bad steps in a row, or weights that are not finite."""
+
+
+class RefusedUpdateError(DivergedError):
+    """An update that is not made, for loss, gradient or batch have left the numbers. Nothing has moved."""
 
 
 class TooLargeError(UnigrpoError):

@@ -35,6 +35,7 @@ from unigrpo_cli.plan import Plan, plan_of, refuse_too_large
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
+from unigrpo_cli.runtime.batches import save_bad_step
 from unigrpo_cli.runtime.display import Display
 from unigrpo_cli.runtime.run import Run, fresh_directory
 from unigrpo_cli.runtime.samples import SHOWN, save_progress, save_samples
@@ -59,9 +60,7 @@ from unigrpo_cli.session import (
 from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch import parting
-
-HISTORY = 20  # steps over which the trends of rewards are compared
+from unigrpo_cli.watch import Watch
 
 
 def start(config: Config, plugins: Plugins, display: Display, out: Path | None) -> dict[str, Any]:
@@ -215,7 +214,9 @@ class _Session:
         self.config, self.display, self.run, self.state, self.base = config, display, run, state, base
         self.rewards, self.prompts, self.suite, self.began = rewards, prompts, suite, began
         self.shown = _a_few_of_each_task(suite, SHOWN)
-        self.history: list[dict[str, float]] = []
+        asked = rewards.asked("train")
+        signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
+        self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
 
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step (or evaluation) at hand."""
@@ -232,9 +233,11 @@ class _Session:
 
                 def after_step(step: Step) -> bool:
                     self._remember(step.metrics)
-                    self._warn(step.metrics)
-                    self.run.log({"step": state.step} | step.metrics)
-                    view.update(state.step, step.metrics)
+                    for line in self.watch.see(step.metrics, step.skipped):
+                        display.warn(f"step {state.step}: {line}")
+                    self.run.log({"step": state.step} | step.metrics | self.watch.row(step.skipped))
+                    view.update(state.step, step.metrics, self.watch.lasting)
+                    self._study(step)
                     last = asked_to_stop() or state.step == config.train.steps
                     if last or self._due(config.train.samples_every):
                         self.samples()
@@ -334,33 +337,13 @@ class _Session:
             if drift is not None and known is not None:
                 facts["rollout_drift_max_abs"][kind] = max(drift, known)
 
-    def _warn_of_parting(self, metrics: dict[str, float]) -> None:
-        """Say once of each held-out reward (weight 0) that it falls while what is trained on rises."""
-        asked = self.rewards.asked("train")
-        sign = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
-        self.history.append({name: s * metrics[f"reward/{name}"] for name, s in sign.items()})
-        self.history = self.history[-HISTORY:]
-        if len(self.history) < HISTORY:
-            return
-        weights = self.rewards.weights
-        warned = self.state.facts.setdefault("warned_of_parting", [])
-        held_out = [name for name, weight in weights.items() if not weight and name not in warned]
-        for name in parting(self.history, [n for n, w in weights.items() if w], held_out):
-            warned.append(name)
-            self.display.warn(
-                f"held-out reward {name} has been falling for {HISTORY} steps while a trained one rises: it "
-                "may be learning a judge's weakness; look at samples/progress.png, train on both or stop early"
-            )
-
-    def _warn(self, metrics: dict[str, float]) -> None:
-        self._warn_of_parting(metrics)
-        limit = self.config.train.drift_limit
-        if metrics.get("text/drift_mean", 0.0) > limit and not self.state.facts.get("warned_of_drift"):
-            self.state.facts["warned_of_drift"] = True
-            self.display.warn(
-                f"rollout and replay log-probabilities differ by {metrics['text/drift_mean']:.3g} on average "
-                f"(limit {limit:g}): their numerics differ; the ratio is still exact, sampling is not"
-            )
+    def _study(self, step: Step) -> None:
+        """Keep the batch of a skipped step, and stop after too many of them."""
+        if step.skipped is not None:
+            folder = self.run.directory / "bad_steps"
+            found = (step.groups, step.scored, step.advantage_B, step.metrics)
+            path = save_bad_step(folder, self.state.step, step.skipped, *found)
+            self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
 
     def _summary(self, train_seconds: float, interrupted: bool) -> dict[str, Any]:
         facts = self.state.facts

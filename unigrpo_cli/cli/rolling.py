@@ -136,9 +136,10 @@ def _sampled(policy: UnifiedModel, prompts: Sequence[Prompt], settings: Config, 
 def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dict[str, Any]:
     """Write rewards.json and images/; gives the summary."""
     from unigrpo_cli.episode import flatten
+    from unigrpo_cli.runtime.batches import reward_rows
     from unigrpo_cli.runtime.pictures import save_png
 
-    rows = _rows(groups, scored)
+    rows = reward_rows(groups, scored)
     run.write_json("rewards.json", rows)
     for row, episode in zip(rows, flatten(groups), strict=True):
         save_png(episode.pixels.numpy(), run.directory / "images" / row["image"], row)
@@ -153,28 +154,3 @@ def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dic
 
 def _all_think(groups: Sequence[Group]) -> bool:
     return all(e.reasoning is not None for g in groups for e in g.episodes)
-
-
-def _rows(groups: Sequence[Group], scored: dict[str, Scored]) -> list[dict[str, Any]]:
-    """One JSON row per episode: what was asked, written and scored."""
-    rows: list[dict[str, Any]] = []
-    for g, group in enumerate(groups):
-        for episode in group.episodes:
-            k = len(rows)
-            rows.append(
-                {
-                    "prompt": group.prompt.text,
-                    "prompt_id": group.prompt.id,
-                    "member": episode.member,
-                    "seed": episode.seed,
-                    "reasoning": episode.reasoning,
-                    "image": f"{g:04d}_{episode.member:03d}.png",
-                    "rewards": {n: float(s.scores[k]) if s.valid[k] else None for n, s in scored.items()},
-                    "components": {
-                        n: {part: float(v[k]) for part, v in s.components.items() if v[k] == v[k]}
-                        for n, s in scored.items()
-                    },
-                    "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
-                }
-            )
-    return rows
