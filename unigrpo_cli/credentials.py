@@ -40,7 +40,9 @@ def from_environment(value: str) -> str:
     if name == value or not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ValueError(f"a secret is not written down here: export it in a variable and give {MARK}VARIABLE")
     if not os.environ.get(name):
-        raise ValueError(f"the environment variable {name} is not set; export it, here and where the run is resumed")
+        raise ValueError(
+            f"the environment variable {name} is not set; export it, here and where the run is resumed"
+        )
     return os.environ[name]
 
 

@@ -247,7 +247,7 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
         text = getattr(image, "text", {}).get("unigrpo", "{}")
         pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:
-        raise UsageError(f"no picture {path}: give a file") from error
+        raise UsageError(f"{path} is no picture that can be read: it is not there; give a file") from error
     except ValueError as error:
         raise UsageError(f"{path} is no picture that can be read: {error}") from error
     try:

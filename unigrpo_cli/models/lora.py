@@ -132,7 +132,7 @@ def _facts(path: Path) -> dict[str, Any]:
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     path = directory / WEIGHTS
     if not path.is_file():
-        other = f", and {OLD_WEIGHTS} is a pickle, which may run code" if (directory / OLD_WEIGHTS).is_file() else ""
+        other = f", and {OLD_WEIGHTS} is of a form that may run code" if (directory / OLD_WEIGHTS).is_file() else ""
         raise WeightsError(f"{directory}: {WEIGHTS} is missing{other}; save the adapter as {WEIGHTS}")
     try:
         return load_file(path)

@@ -151,7 +151,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _names_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the header. A name that comes twice would hide a tensor from this audit and show it to another."""
+    """An object of the header. A name that comes twice would show this audit one tensor and others another."""
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]

@@ -21,6 +21,7 @@ import yaml
 from unigrpo_cli.credentials import MARK, holds_credentials, names_secret
 from unigrpo_cli.errors import UsageError
 
+LONGEST_SCALAR = 400
 _ONE = re.compile(
     r"^(?:(?P<alias>[A-Za-z_][\w.-]*)=)?"
     r"(?P<name>[A-Za-z_][\w.-]*(?:/[A-Za-z_][\w.-]*)?)"
@@ -95,7 +96,9 @@ def _parse_one(text: str) -> RewardChoice:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"weight {weight!r} of reward {match['name']!r} is no finite number, e.g. {match['name']}:0.5")
+        raise UsageError(
+            f"weight {weight!r} of reward {match['name']!r} is no finite number, e.g. {match['name']}:0.5"
+        )
     return RewardChoice(match["alias"] or match["name"].rsplit("/")[-1], match["name"], number, options)
 
 
@@ -119,6 +122,8 @@ def refuse_secret(option: str, value: Any) -> None:
 
 def scalar(text: str) -> Any:
     """A YAML scalar: numbers, booleans, null, else the text itself."""
+    if len(text) > LONGEST_SCALAR:  # no number; and nested brackets take YAML ever longer
+        return text
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a number of thousands of digits

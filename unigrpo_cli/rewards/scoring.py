@@ -345,9 +345,9 @@ def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:
         key = ".".join(map(str, first["loc"]))
         secret = given != choice.options  # pydantic's own error shows values, so that one is left behind
         shown = "" if secret else f"={first['input']!r}"
+        said = first["msg"][:1].lower() + first["msg"][1:]
         raise RewardError(
-            f"reward {choice.alias!r}: option {key}{shown}: {first['msg'][:1].lower()}{first['msg'][1:]}; see `unigrpo rewards info "
-            f"{choice.name}`"
+            f"reward {choice.alias!r}: option {key}{shown}: {said}; see `unigrpo rewards info {choice.name}`"
         ) from (None if secret else error)
     try:
         return entry.address, factory(options)
