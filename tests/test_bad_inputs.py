@@ -36,6 +36,7 @@ from unigrpo_cli.models.hub import embedded_directory
 
 QUICK = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
 QUICK += ["--set", "eval.steps=2", "--set", "sampling.max_new_tokens=8"]
+QUICK += ["--set", "train.samples_every=0", "--set", "threads=1"]
 GENERATE = ["generate", "a red heart", "--out", "out"]
 TRAIN = ["train", "--reward", "geneval", "--out", "out", *QUICK]
 ROLLOUT = ["rollout", "--reward", "geneval", "--limit", 1, "--group-size", 2, "--out", "out"]
@@ -85,14 +86,15 @@ class Made:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Made:
     home = tmp_path_factory.mktemp("made")
     common = ["train", "--reward", "geneval", "--steps", 0, "--set", "train.samples_every=0", *QUICK, "--quiet"]
+    common += ["--model", small_model]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
         for name, more in (("full", []), ("lora", ["--set", "train.tune=lora", "--set", "train.lora_rank=4"])):
             assert _run(*common, "--out", home / name, *more).exit_code == 0
-        episodes = [*ROLLOUT[:-1], home / "episodes", "--quiet"]
+        episodes = [*ROLLOUT[:-1], home / "episodes", "--quiet", "--model", small_model]
         assert _run(*episodes).exit_code == 0
     return Made(home / "full", home / "lora", home / "episodes")
 
