@@ -15,14 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unigrpo_cli.errors import UsageError, suggest
+from unigrpo_cli.intake import read_text, refuse_depth, refuse_odd_text
 
 PRESETS = ("embedded", "paper")
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST_FILE = 2**20
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Key = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -152,7 +156,7 @@ class Eval(Section):
     guidance_image: Rate = Field(
         1.0, description="and against the one without pictures and reasoning; only with guidance_text above 1"
     )
-    guidance_interval: tuple[float, float] = Field(
+    guidance_interval: tuple[Finite, Finite] = Field(
         (0.4, 1.0), description="guidance acts where lower < t <= upper, t after the shift"
     )
     guidance_renorm: Literal["global", "channel", "text_channel"] = Field(
@@ -161,7 +165,7 @@ class Eval(Section):
     guidance_renorm_min: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="least factor of that; 1 is no renormalisation"
     )
-    seed: int = Field(42, description="of the noise, whatever the run's seed: runs are compared on the same")
+    seed: Key = Field(42, description="of the noise, whatever the run's seed: runs are compared on the same")
 
 
 class Rewards(Section):
@@ -217,12 +221,12 @@ class Config(Section):
     adapter: str | None = Field(None, description="a PEFT adapter directory put on the model")
     preset: Literal["embedded", "paper"] = Field("embedded", description="where defaults come from")
     prompts: str = Field("shapes", description="`shapes` or a .txt or .jsonl file of prompts to train on")
-    seed: int = Field(0, description="of everything random")
+    seed: Key = Field(0, description="of everything random")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of frozen weights and activations; what is trained is kept in float32"
     )
-    threads: Count = Field(0, description="CPU threads; 0 leaves it to torch")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 leaves it to torch")
     memory_gb: Rate = Field(0, description="memory that a run may fill, GiB; 0 asks the device")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
@@ -327,6 +331,11 @@ def load_config(
     _merge(values, given)
     values["preset"] = chosen
     _check_keys(values, Config, "")
+    for key, value in values.items():
+        try:
+            refuse_odd_text(value)
+        except ValueError as error:
+            raise UsageError(f"{key}: {error}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -335,17 +344,25 @@ def load_config(
 
 def _read_toml(path: Path) -> dict:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(path, LARGEST_FILE))
+        refuse_depth(found)
+        return found
     except FileNotFoundError as error:
-        raise UsageError(f"no configuration file {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"no configuration file {path}: give a TOML file with --config") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not readable TOML: nested too deep") from error
+    except OSError as error:
+        raise UsageError(
+            f"{path} is not readable TOML: {error.strerror}; give a TOML file with --config"
+        ) from error
+    except ValueError as error:  # TOMLDecodeError among them, and numbers of thousands of digits
         raise UsageError(f"{path} is not readable TOML: {error}") from error
 
 
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,13 +34,13 @@ def fresh_directory(out: Path | None, command: str) -> Path:
     Raises:
         UsageError: when it holds something already, or cannot be written.
     """
+    if out is not None:
+        _refuse_place(out)
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
     k = 2
     while out is None and path.exists():
         path, k = path.with_name(f"{path.name.split('.')[0]}.{k}"), k + 1
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file: choose another --out")
-    if path.exists() and any(path.iterdir()):
+    if os.path.isdir(path) and any(path.iterdir()):
         resumable = command == "train" and any(path.glob("checkpoints/step_*/state.json"))
         hint = ", or go on with that run by --resume auto" if resumable else ""
         raise UsageError(f"{path} is not empty: choose another --out{hint}")
@@ -46,6 +49,26 @@ def fresh_directory(out: Path | None, command: str) -> Path:
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
     return path
+
+
+def _refuse_place(path: Path) -> None:
+    """Refuse what cannot be a directory. os.path, for to it a name that no system takes is only not there."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UsageError(f"{path} is a file: choose another --out")
+
+
+@contextmanager
+def new_directory(out: Path | None, command: str) -> Iterator[Path]:
+    """As `fresh_directory`; taken back, with parents made for it, when what follows fails and nothing is in it."""
+    path = fresh_directory(out, command)
+    try:
+        yield path
+    except BaseException:
+        if not any(path.iterdir()):
+            path.rmdir()
+            if path.parent == Path("runs") and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        raise
 
 
 def environment() -> dict[str, Any]:
