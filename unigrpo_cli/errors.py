@@ -28,6 +28,10 @@ class DivergedError(UnigrpoError):
     """Training that left the numbers: a gradient that is not finite."""
 
 
+class DiskError(UnigrpoError):
+    """A disk that is full, or that cannot be written for another reason."""
+
+
 class TooLargeError(UnigrpoError):
     """A run that cannot fit the memory there is."""
 
