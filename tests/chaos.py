@@ -37,16 +37,16 @@ from unigrpo_cli import reward
 
 
 @reward("moody", range=(0, 2))
-def moody(images):
+def moody(pixels):
     mood = random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn() + float(torch.rand(()))
-    return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 + 0.01 * mood * (k % 2) for k, image in enumerate(images)]
+    return [picture.mean() / 255 + 0.01 * mood * (k % 2) for k, picture in enumerate(pixels)]
 """
 SETTINGS = (
-    "train.steps=9 train.prompts_per_step=2 train.group_size=2 sampling.steps=4 sampling.window_within=[0,3] "
-    "sampling.max_new_tokens=6 sampling.height=16 sampling.width=16 eval.limit=1 eval.steps=2 eval.rewards=[] "
-    "eval.every=3 eval.best=moody train.samples_every=2 train.checkpoint_every=2 train.keep_checkpoints=2 threads=1 "
-    "device=cpu"
-).split()
+    *("train.steps=9", "train.prompts_per_step=2", "train.group_size=2", "train.checkpoint_every=2"),
+    *("train.keep_checkpoints=2", "train.samples_every=2", "eval.every=3", "eval.best=moody", "eval.limit=1"),
+    *("eval.steps=2", "eval.rewards=[]", "sampling.steps=4", "sampling.window_within=[0,3]", "sampling.height=16"),
+    *("sampling.width=16", "sampling.max_new_tokens=6", "threads=1", "device=cpu"),
+)
 MOMENT = 0.0005  # seconds between looks
 
 
@@ -121,7 +121,7 @@ def writing(run: Path) -> list[Path]:
 
 
 def wait_and_kill(life: Life, run: Path, dice: random.Random, longest: float, aimed: bool) -> bool:
-    """Let a life go on for a random time, or until a checkpoint is being written; whether it still had to be killed."""
+    """Let a life go on for a random time, or until a checkpoint is being written; whether it had to be killed."""
     began, skip = time.monotonic(), dice.randrange(2) if aimed else 0
     until = began + dice.uniform(0.0, longest)
     seen: set[str] = set()
@@ -129,8 +129,9 @@ def wait_and_kill(life: Life, run: Path, dice: random.Random, longest: float, ai
         if aimed:
             seen |= {path.name for path in writing(run)}
             if len(seen) > skip:
-                time.sleep(dice.uniform(0.0, 0.06))
-                break
+                time.sleep(dice.uniform(0.0, 0.04))
+                if writing(run):  # else it was quicker, and the next one is taken
+                    break
         elif time.monotonic() > until:
             break
         time.sleep(MOMENT)
@@ -220,7 +221,7 @@ def chaos(given: argparse.Namespace, place: Path) -> int:
         run = place / f"run{runs}"
         while True:
             life = Life(command(run, plugin, given.set), log, given.fresh)
-            if kills < given.kills and wait_and_kill(life, run, dice, longest, aimed=kills % 2 == 1):
+            if kills < given.kills and wait_and_kill(life, run, dice, longest, aimed=kills % 2 == 0):
                 kills += 1
                 hit = where(run)
                 inside += "checkpoints/step_" in hit

@@ -209,7 +209,7 @@ class Config(Section):
         "float32", description="of frozen weights and activations; what is trained is kept in float32"
     )
     threads: Count = Field(0, description="CPU threads; 0 leaves it to torch")
-    memory_gb: Rate = Field(0, description="memory that a run may fill, GiB; 0 asks the device")
+    memory_gb: Rate = Field(0.0, description="memory that a run may fill, GiB; 0 asks the device")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
     advantage: Advantage = Advantage()
