@@ -132,7 +132,12 @@ class Train(Section):
     warmup: Count = Field(0, description="optimizer steps of linear warm-up")
     activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
     checkpoint_every: Count = Field(100, description="steps between checkpoints; 0 for the last one only")
-    keep_checkpoints: Positive = Field(3, description="how many checkpoints stay on disk")
+    keep_checkpoints: Positive = Field(3, description="how many of the last checkpoints stay on disk")
+    keep_every: Count = Field(
+        0,
+        description="checkpoints of steps that this divides stay for good; 0 for none (they are made by "
+        "checkpoint_every)",
+    )
     samples_every: Count = Field(25, description="steps between sheets of held-out samples; 0 for none")
     drift_limit: Size = Field(
         0.02, description="warn when rollout and replay log-probabilities differ by more (mean, text)"
@@ -150,6 +155,10 @@ class Eval(Section):
     temperature: Rate = Field(1.0, description="of the reasoning; 0 is greedy")
     steps: Positive = Field(49, description="network calls per image [paper: 50 points = 49 calls]")
     rewards: tuple[str, ...] = Field((), description="rewards reported beside the trained ones")
+    every: Count = Field(0, description="training steps between evaluations of the suite; 0 for none in between")
+    best: str = Field(
+        "", description="the reward by whose held-out mean the best checkpoint is kept, as checkpoints/best"
+    )
     guidance_text: Rate = Field(
         1.0, description="classifier-free guidance against the context without the prompt; up to 1 is none"
     )
@@ -227,7 +236,7 @@ class Config(Section):
         "float32", description="of frozen weights and activations; what is trained is kept in float32"
     )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 leaves it to torch")
-    memory_gb: Rate = Field(0, description="memory that a run may fill, GiB; 0 asks the device")
+    memory_gb: Rate = Field(0.0, description="memory that a run may fill, GiB; 0 asks the device")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
     advantage: Advantage = Advantage()
@@ -252,6 +261,10 @@ class Config(Section):
             raise ValueError(
                 f"train.updates={t.updates} must divide train.prompts_per_step={t.prompts_per_step}: "
                 "groups are never split over updates"
+            )
+        if self.eval.best and not self.eval.every:
+            raise ValueError(
+                f"eval.best={self.eval.best} needs evaluations to choose by: set eval.every, e.g. eval.every=20"
             )
         if s.kernel == "cps" and s.noise_level > 1:
             raise ValueError(

@@ -32,6 +32,10 @@ class RefusedUpdateError(DivergedError):
     """An update that is not made, for loss, gradient or batch have left the numbers. Nothing has moved."""
 
 
+class DiskError(UnigrpoError):
+    """A disk that is full, or that cannot be written for another reason."""
+
+
 class TooLargeError(UnigrpoError):
     """A run that cannot fit the memory there is."""
 

@@ -21,7 +21,7 @@ from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import Policy, RewardSet
-from unigrpo_cli.runtime.state import STATE, newest_checkpoint, read_state
+from unigrpo_cli.runtime.state import STATE, incomplete, newest_checkpoint, read_header
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,7 +95,7 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str) -> tuple[str, str | None]:
-    """Model and adapter behind a name: a model, a checkpoint, or a whole run (then its newest checkpoint).
+    """Model and adapter behind a name: a model, a checkpoint, or a run (then its newest complete checkpoint).
 
     Paths come back absolute, so that what is written down stays true elsewhere.
     """
@@ -105,7 +105,10 @@ def find_checkpoint(path: str) -> tuple[str, str | None]:
     if os.path.isdir(directory / "checkpoints"):
         directory = newest_checkpoint(directory)
     if os.path.isfile(directory / STATE):
-        content = read_state(directory)
+        lacking = incomplete(directory)
+        if lacking is not None:
+            raise WeightsError(f"{directory} is not complete: {lacking}; take another checkpoint of that run")
+        content = read_header(directory)
         if content["tune"] == "lora":
             return content["base"], str(directory)
     return str(directory) if os.path.isdir(directory) else path, None

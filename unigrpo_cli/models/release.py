@@ -10,6 +10,7 @@ of tables and widths are read from the tensors: the official code has them as co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -52,6 +53,8 @@ COMPANIONS = (
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100 * 2**20
+ENDS = 4096
+"""Bytes at each end of a tensor that its digest is taken over."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,34 @@ def _names_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise WeightsError(f"{path}: its header is damaged (it has {name} twice); fetch or save it again")
     return found
+
+
+def read_ends(path: Path, begin: int, end: int, count: int) -> bytes:
+    """The first and the last `count` bytes of a stretch of a file; all of a stretch that is shorter than both.
+
+    Raises:
+        WeightsError: when the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            if end - begin <= 2 * count:
+                return file.read(end - begin)
+            first = file.read(count)
+            file.seek(end - count)
+            return first + file.read(count)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def weights_digest(release: Release) -> str:
+    """sha256 over name, dtype, shape and both ends of every tensor: which weights these are, at little cost."""
+    digest = hashlib.sha256()
+    for kind, tensors in (("network", release.tensors), ("autoencoder", release.autoencoder_tensors)):
+        for name, t in sorted(tensors.items()):
+            digest.update(f"{kind} {name} {t.dtype} {list(t.shape)}\n".encode())
+            digest.update(read_ends(t.path, t.begin, t.end, ENDS))
+    return digest.hexdigest()
 
 
 def read_release(directory: Path, weights_file: str | None = None) -> Release:

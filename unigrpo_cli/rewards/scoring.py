@@ -7,13 +7,16 @@ chose so. NaN and None abstain. A call that does not come back in time stops. No
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +69,24 @@ class OpenReward:
     @property
     def alias(self) -> str:
         return self.choice.alias
+
+
+@dataclass(frozen=True)
+class RewardIdentity:
+    """What decides a reward's scores, as far as it can be named.
+
+    Args:
+        address: `origin/name (module:class)`.
+        version: of its distribution; of a loose file the beginning of its sha256.
+        options: as given.
+    """
+
+    alias: str
+    address: str
+    version: str
+    options: dict[str, Any]
+    weight: float
+    range: list[float]
 
 
 @dataclass(frozen=True)
@@ -144,6 +165,20 @@ class RewardSet:
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Declared range by alias, of the rewards asked in training."""
         return {r.alias: r.range for r in self.asked("train")}
+
+    def identities(self) -> tuple[RewardIdentity, ...]:
+        """Which rewards these are, to be told from others later; options and ranges as JSON has them."""
+        return tuple(
+            RewardIdentity(
+                alias=r.alias,
+                address=f"{r.address} ({type(r.reward).__module__}:{type(r.reward).__qualname__})",
+                version=_version_of(self.plugins.rewards.find(r.choice.name).version, r.reward),
+                options=json.loads(json.dumps(r.choice.options, default=str)),
+                weight=r.choice.weight,
+                range=list(r.range),
+            )
+            for r in self.rewards
+        )
 
     def asked(self, split: str) -> list[OpenReward]:
         """The rewards that are asked in "train" or "eval"."""
@@ -393,6 +428,14 @@ def _range_of(choice: RewardChoice, reward: Any) -> tuple[float, float]:
             f"reward {choice.alias!r} declares range = {declared!r}; two numbers are needed, (low, high)"
         )
     return low, high
+
+
+def _version_of(version: str, reward: Any) -> str:
+    """A distribution's version; without one, what tells this file from an edited one."""
+    file = getattr(sys.modules.get(type(reward).__module__), "__file__", None)
+    if version != "-" or file is None:
+        return version
+    return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
 
 
 def _batch_size_of(opened: OpenReward) -> int | None:
