@@ -114,13 +114,14 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_first_update_stays(
     state, config = _state(f"train.tune={tune}")
     _spoil_loss(monkeypatch, lambda n: n == 4, value)
     assert _step(state, config).skipped is None
-    after: list[Weights] = []
+    before, after = _held(state), []
     hook = state.optimizer.register_step_post_hook(lambda *_: after.append(_held(state)))
     done = _step(state, config)
     hook.remove()
     assert done.skipped.startswith("update 2 of 2: the loss is ")
     assert len(after) == 1, "the first update is made"
     assert _equal(_held(state), after[0])
+    assert not _equal(after[0], before)
     assert {int(own["step"]) for own in state.optimizer.state.values()} == {3}
     assert all(p.grad is None for p in state.policy.network.parameters())
     assert done.metrics["text/entropy"] > 0, "the first update's statistics are there"
@@ -170,6 +171,7 @@ def test_what_an_explosion_is_compared_with() -> None:
     assert len(facts["norms"]["text"]) == ENOUGH - 1, "zeros do not count"
     check_gradient({"text": 1e9}, facts, 1000)
     remember_norms({"text": 1e-7}, facts, taught=False)
+    check_gradient({"text": 1e9}, facts, 1000)
     remember_norms({"text": 1.0, "image": 1e-4}, facts, taught=True)
     check_gradient({"text": 999.0, "image": 0.0999}, facts, 1000)
     with pytest.raises(RefusedUpdateError, match="text expert exploded: its norm 1e\\+03 is above"):

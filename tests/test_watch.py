@@ -301,6 +301,9 @@ def test_said_again_only_after_five_quiet_steps() -> None:
     bad, quiet = _after(0, 3, text__truncated=0.9), [{}]
     assert _names([*bad, *quiet * 4, *bad]) == ["text-truncated"]
     assert _names([*bad, *quiet * 5, *bad]) == ["text-truncated"] * 2
+    once = _after(0, 1, text__first_max_abs_log_ratio=0.1)
+    assert _names([*once, *quiet * 4, *once]) == ["stale-old-policy"]
+    assert _names([*once, *quiet * 5, *once]) == ["stale-old-policy"] * 2
     watch = _watch({})
     for row in [*bad, *quiet * 4]:
         watch.see(HEALTHY | row, None)
@@ -321,6 +324,16 @@ def test_a_resumed_run_warns_as_an_uninterrupted_one(name: str) -> None:
         watch = _watch(json.loads(json.dumps(watch.facts, allow_nan=False)))
         found += [(watch.see(HEALTHY | row, None), watch.row(None)) for row in rows[cut:]]
         assert found == wanted
+
+
+def test_a_reward_that_is_gone_is_forgotten() -> None:
+    watch = _watch({})
+    for row in _after(0, 3, reward__a__spread=0.0):
+        watch.see(HEALTHY | row, None)
+    assert watch.row(None) == {"warnings": ["constant-reward a"]}
+    resumed = Watch(watch.facts, load_config(), {"b": 1.0}, {"b": 1})
+    resumed.see(HEALTHY, None)
+    assert resumed.row(None) == {"warnings": []}
 
 
 def test_numbers_that_are_none_trigger_nothing() -> None:
@@ -350,6 +363,7 @@ SETTINGS = [
     "train.prompts_per_step=2",
     "train.group_size=4",
     "train.updates=2",
+    "train.micro_batch=3",  # of 4 episodes: statistics have to add up
     "train.lora_rank=2",
     "watch.truncated=1",  # an untrained model seldom stops
 ]

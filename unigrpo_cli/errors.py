@@ -36,6 +36,10 @@ class RefusedUpdateError(DivergedError):
     """An update that is not made, for loss, gradient or batch have left the numbers. Nothing has moved."""
 
 
+class DiskError(UnigrpoError):
+    """A disk that is full, or that cannot be written for another reason."""
+
+
 class TooLargeError(UnigrpoError):
     """A run that cannot fit the memory there is."""
 
@@ -72,6 +76,21 @@ class EndedElsewhereError(UnigrpoError):
     def __init__(self, exit_code: int):
         super().__init__("")
         self.exit_code = exit_code
+
+
+LONGEST_LINE = 1_500
+
+
+def one_line(text: str) -> str:
+    """A text as one line of a terminal: control characters spelt out, and the middle left out of a very long one.
+
+    What was given comes first in an error and the remedy last, so both ends stay.
+    """
+    plain = " ".join(text.split())
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+    if len(plain) <= LONGEST_LINE:
+        return plain
+    return f"{plain[: LONGEST_LINE // 2]} ... {plain[-LONGEST_LINE // 2 :]}"
 
 
 def suggest(given: str, accepted: Iterable[str]) -> str:

@@ -60,7 +60,7 @@ def rollout(
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.runtime.run import Run, fresh_directory
+    from unigrpo_cli.runtime.run import Run, new_directory
     from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import training_prompts
 
@@ -102,9 +102,10 @@ def rollout(
     with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:
         thinks = settings.sampling.think if source is None else _all_think(groups)
         rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
-        run = Run(fresh_directory(out, "rollout"))
-        if source is None:
-            groups = _sampled(policy, chosen, settings, display)
+        with new_directory(out, "rollout") as directory:
+            run = Run(directory)
+            if source is None:
+                groups = _sampled(policy, chosen, settings, display)
         run.describe(settings)
         save_episodes(groups, run.directory)
         try:

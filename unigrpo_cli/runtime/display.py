@@ -21,6 +21,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from unigrpo_cli.credentials import redacted
+from unigrpo_cli.errors import one_line
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -74,7 +77,7 @@ class Display:
             self.say(("  " + "  ".join(cells)).rstrip())
 
     def warn(self, text: str) -> None:
-        self.errors.print("[yellow]warning:[/] ", Text(text), sep="", soft_wrap=True)
+        self.errors.print("[yellow]warning:[/] ", Text(one_line(redacted(text))), sep="", soft_wrap=True)
 
     def _warning(self, message: Any, category: type, *_: Any, **__: Any) -> None:
         if category is UserWarning:  # libraries' deprecations are not the user's business

@@ -38,14 +38,10 @@ class Course:
         """The present value."""
         return self.last[-1].get(key, missing)
 
-    def begun(self) -> bool:
-        """Whether the beginning is over, so that there is something to compare with."""
-        return len(self.first) == FIRST and len(self.last) > FIRST
-
     def start(self, key: str) -> float:
-        """The median of the first values; NaN while there are none, and of none of a comparison's sides true."""
+        """The median of the first values; NaN, with which nothing compares, until the beginning is over."""
         values = [row[key] for row in self.first if key in row]
-        return median(values) if values and self.begun() else math.nan
+        return median(values) if values and len(self.first) == FIRST else math.nan
 
     def series(self, key: str) -> list[float]:
         """The last values, NaN where there was none."""

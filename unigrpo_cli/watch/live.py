@@ -35,7 +35,7 @@ class Watch:
             self.facts["bad_steps"] += 1
             return [f"this step was skipped: {skipped}"]
         self.facts["bad_steps"] = 0
-        row = {k: v for k, v in metrics.items() if "/step_" not in k and math.isfinite(v)}
+        row = {k: v for k, v in metrics.items() if _is_of_the_course(k) and math.isfinite(v)}
         if len(self.facts["first"]) < FIRST:
             self.facts["first"].append(row)
         self.facts["last"] = [*self.facts["last"], row][-LAST:]
@@ -44,9 +44,11 @@ class Watch:
     def _news(self, course: Course) -> list[str]:
         news = []
         sightings, lasting = self.facts["sightings"], self.facts["lasting"]
+        asked = set()
         for rule in RULES:
             for subject in rule.subjects(course):
                 key = f"{rule.name} {subject}".strip()
+                asked.add(key)
                 seen = rule.look(course, subject)
                 marks = [*sightings.get(key, []), int(seen is not None)][-max(QUIET, rule.lasting[1]) :]
                 sightings[key] = marks
@@ -58,6 +60,9 @@ class Watch:
                         remedy = rule.remedy.replace("NAME", subject)
                         news.append(f"{seen}: {rule.means}; {remedy}")
                     lasting[key] = seen
+        for gone in {*sightings, *lasting} - asked:  # of a reward that a resumed run does without
+            sightings.pop(gone, None)
+            lasting.pop(gone, None)
         return news
 
     @property
@@ -88,3 +93,8 @@ class Watch:
             f"`unigrpo rollout --from {where}`, then go on from a checkpoint before step {step - count + 1} with "
             "lower train.lr_text and train.lr_image"
         )
+
+
+def _is_of_the_course(key: str) -> bool:
+    """Whether a rule may ask for it. Single denoising steps and parts of rewards would only fill checkpoints."""
+    return "/step_" not in key and (key.count("/") < 2 or key.endswith(("/abstained", "/spread")))

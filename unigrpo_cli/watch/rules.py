@@ -19,8 +19,8 @@ PHASES = ("rollout", "reward", "old", "update")
 FALLING = -4.0  # t of a trained reward: one stretch of noise in two thousand
 ONE_SIDE, SHIFT = 0.9, 0.5  # share of clipped actions on one side; mean log-ratio in deviations
 NEAR = 0.05  # of the clip range: a policy that moves less between updates hardly moves
-FAR = {"text": math.log(2), "image": 0.0}  # deviation of the log-ratio; images by their clip range
-IMAGE_FAR = 30.0  # image_clips
+TEXT_FAR = math.log(2)  # deviation of the log-ratio
+IMAGE_FAR = 30.0  # mean log-ratio, in image_clips
 FASTER = 5.0  # growth of the penalty in ten steps; growth with the square of time ends below it
 LONGER, SHORTER = 3.0, 0.3  # entropy and length, in what they were
 LOST = 1e-3  # of the ratio of the experts' gradient norms at first
@@ -121,7 +121,7 @@ def _clip_never(course: Course, kind: str) -> str | None:
 
 def _ratio_far(course: Course, kind: str) -> str | None:
     if kind == "text":
-        value, limit = course.now("text/log_ratio_std"), FAR["text"]
+        value, limit = course.now("text/log_ratio_std"), TEXT_FAR
     else:
         value, limit = course.now("image/abs_log_ratio"), IMAGE_FAR * course.config.objective.image_clip
     return f"{kind} ratios are far from 1: log-ratios of size {value:.3g}" if value > limit else None
