@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.ranks import ALONE, Ranks, launched
+from unigrpo_cli.peers import launched
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.replay import split_up
 
 TESTS = Path(__file__).parent

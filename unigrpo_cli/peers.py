@@ -2,7 +2,7 @@
 
 A rank that waits in a collective for one that was killed would wait for as long as the collective allows. So every
 rank beats from a thread of its own into the store that they met at, each watches the beat of the next one, and all
-watch for a word that one has failed.
+watch for a word that one has failed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from unigrpo_cli.errors import UsageError
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -27,7 +29,25 @@ SILENCE = 30.0
 """Seconds without a beat after which a rank is given up. A call into a library may hold Python for some of them."""
 GRACE = 5.0
 """Seconds that a rank has to end by itself after another one failed."""
-ENDED = "ended"
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, world size and rank on this machine, as `accelerate launch`, torchrun or a scheduler's script say.
+
+    Raises:
+        UsageError: when they contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        world = int(os.environ.get("WORLD_SIZE") or 1)
+        rank = int(os.environ.get("RANK") or 0)
+        here = int(os.environ.get("LOCAL_RANK") or 0)
+    except ValueError as error:
+        given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise UsageError(f"{given}: no whole numbers; start with `accelerate launch` or torchrun") from error
+    if not 0 <= rank < world or here < 0:
+        raise UsageError(f"RANK={rank} of WORLD_SIZE={world}: start with `accelerate launch` or torchrun")
+    return rank, world, here
 
 
 @dataclass(frozen=True)

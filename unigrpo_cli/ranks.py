@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from unigrpo_cli import errors
 from unigrpo_cli.errors import EndedElsewhereError, RankError, UnigrpoError, UsageError
-from unigrpo_cli.peers import Peers
+from unigrpo_cli.peers import Peers, launched
 
 T = TypeVar("T")
 
@@ -219,7 +219,7 @@ class Ranks:
         return self._reduced(terms, sum)
 
     def averaged(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics of a step: means over ranks, which have equally many episodes; of maxima, seconds, GiB the most."""
+        """Metrics of a step: means over ranks of equally many episodes; of maxima, seconds and GiB the most."""
         return self._reduced(metrics, lambda values: sum(values) / len(values))
 
     def _reduced(self, metrics: dict[str, float], reduce: Callable[[Sequence[float]], float]) -> dict[str, float]:
@@ -279,25 +279,6 @@ def said(error: BaseException) -> str:
 # ----- the way in and out
 
 
-def launched() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine, as `accelerate launch`, torchrun or a scheduler's script say.
-
-    Raises:
-        UsageError: when they contradict each other.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    try:
-        world = int(os.environ.get("WORLD_SIZE") or 1)
-        rank = int(os.environ.get("RANK") or 0)
-        here = int(os.environ.get("LOCAL_RANK") or 0)
-    except ValueError as error:
-        given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UsageError(f"{given}: no whole numbers; start with `accelerate launch` or torchrun") from error
-    if not 0 <= rank < world or here < 0:
-        raise UsageError(f"RANK={rank} of WORLD_SIZE={world}: start with `accelerate launch` or torchrun")
-    return rank, world, here
-
-
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Meet the other ranks and stay with them until left; `ALONE` when one process was launched.
@@ -307,6 +288,7 @@ def joined() -> Iterator[Ranks]:
 
     Raises:
         EndedElsewhereError: when another rank has said why this one ends, too.
+        RankError: in place of what went wrong on this rank alone, with its number.
         UsageError: when the others cannot be met.
     """
     rank, world, here = launched()
@@ -340,29 +322,29 @@ def joined() -> Iterator[Ranks]:
 
 
 def _leave(error: BaseException, rank: int, peers: Peers) -> None:
-    """End with an error that all ranks know, or tell them, or find out whose end it came from.
+    """End with an error that all ranks know, or tell them, or find out whose end this one comes from.
 
     Raises:
         EndedElsewhereError: when another rank has told the user.
-        RankError: in place of an error that is only the echo of another rank's end.
+        RankError: in place of an error of this rank alone, or the echo of another rank's end.
     """
-    code = error.exit_code if isinstance(error, UnigrpoError) else getattr(error, "exit_code", 1)
-    code = 130 if isinstance(error, KeyboardInterrupt) else code
+    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    text = f"rank {rank}: {said(error)}"
     if getattr(error, "everywhere", False):
-        dist.barrier()  # whoever still saves something is not to be ended by a launcher that sees one exit
-    elif _is_of_the_network(error):
-        gone = peers.wait_for_an_end()
-        if gone is not None:
-            error, code = RankError(gone.text), gone.code
-        else:
-            peers.report(f"rank {rank}: {said(error)}", code)
+        dist.barrier()  # a launcher that sees one exit ends the others, which may still be saving
+        text = ""
     else:
-        peers.report(f"rank {rank}: {said(error)}", code)
+        gone = peers.wait_for_an_end() if _is_of_the_network(error) else None
+        if gone is None:
+            peers.report(text, code)
+        else:
+            text, code = gone.text, gone.code
     if not peers.may_tell():
         raise EndedElsewhereError(code) from error
-    if isinstance(error, RankError):
-        error.exit_code = code
-        raise error
+    if text and not isinstance(error, KeyboardInterrupt):
+        shown = RankError(text)
+        shown.exit_code = code
+        raise shown from error
 
 
 def _is_of_the_network(error: BaseException) -> bool:

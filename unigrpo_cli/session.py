@@ -17,7 +17,8 @@ from unigrpo_cli.models.hub import EMBEDDED, locate
 from unigrpo_cli.models.release import read_release
 from unigrpo_cli.models.sizes import BAGEL_NETWORK
 from unigrpo_cli.models.unified import UNKNOWN, UnifiedModel
-from unigrpo_cli.ranks import ALONE, Ranks, launched
+from unigrpo_cli.peers import launched
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
 from unigrpo_cli.rewards.registry import Plugins

@@ -62,7 +62,30 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
     moved = full.to(like.device)
     if not isinstance(like, DTensor) or full.shape != like.shape:
         return moved
-    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)  # asks nobody
+
+
+def gathered_on_host(policy: UnifiedModel, keep: bool) -> UnifiedModel:
+    """The policy with whole weights in host memory, to be saved; of one that is not sharded, itself.
+
+    Args:
+        keep: False on ranks that only take part: their weights come to nothing.
+    """
+    network = policy.network
+    if not is_sharded(network):
+        return policy
+    with torch.device("meta"):
+        copy = MoT(network.config, network.edge_ids)
+    state = {}
+    for name, value in network.state_dict().items():
+        full = whole(value.detach())
+        if keep:
+            state[name] = full.cpu()
+    copy.load_state_dict(state, strict=keep, assign=True)
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return replace(policy, network=copy.eval(), frozen=None)
 
 
 @contextmanager
