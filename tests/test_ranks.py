@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from tests import two_ranks
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.peers import launched
 from unigrpo_cli.ranks import ALONE, Ranks
@@ -36,8 +37,9 @@ SCENES = (
     "refused",
     "uneven_texts",
     "failing_judge",
+    *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
 )
-CONTROLS = SCENES[:3]
+CONTROLS = (*SCENES[:3], *RESUMED)
 STEPS = 3
 TOLERANCE = 1e-5
 """Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
@@ -86,10 +88,12 @@ def finished(processes: Sequence[subprocess.Popen], seconds: float) -> list[tupl
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes and one found."""
     out = tmp_path_factory.mktemp("ranks")
-    program = str(TESTS / "two_ranks.py")
-    pair = launch(2, program, str(out), *SCENES)
-    alone = launch(1, program, str(out), *CONTROLS)
-    for code, _, errors in finished([*pair, *alone], 180):
+    pair = launch(2, str(TESTS / "two_ranks.py"), str(out), *SCENES)
+    try:
+        two_ranks.main(out, CONTROLS)  # which waits for what the others save, and they for this
+    finally:
+        ended = finished(pair, 180)
+    for code, _, errors in ended:
         assert code == 0, errors
     return out
 
@@ -179,7 +183,7 @@ def test_what_a_launcher_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> Non
 # ----- two are one
 
 
-@pytest.mark.parametrize("scene", CONTROLS)
+@pytest.mark.parametrize("scene", SCENES[:3])
 def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None:
     """The same episodes, advantages and, to the rounding of sums, the same weights; to the bit on both ranks."""
     one = told(played, scene, 1, 0)["steps"]
@@ -236,3 +240,18 @@ def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
         found = told(played, "failing_judge", 2, rank)
         assert found["everywhere"] and found["error"].startswith("rank 1: reward 'bright'")
         assert "judge is down" in found["error"]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, tune: str) -> None:
+    """Two ranks' checkpoint in one process and the other way round: files of the same names and tensors."""
+    for written, resumed in ((2, 1), (1, 2)):
+        assert told(played, f"restored_{tune}", resumed, 0)["step"] == 3
+        went_on = weights(played, f"restored_{tune}", resumed)
+        assert apart(went_on, weights(played, f"saved_{tune}", written)) < TOLERANCE
+    one, two = (played / f"{tune}.{world}" for world in (1, 2))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for name in ("optimizer.safetensors", "adapter_model.safetensors" if tune == "lora" else "ema.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert {n: (x.shape, x.dtype) for n, x in a.items()} == {n: (x.shape, x.dtype) for n, x in b.items()}
+    assert json.loads((one / "state.json").read_text())["step"] == 2

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
+from unigrpo_cli.models.checkpoint import restore_weights
+from unigrpo_cli.models.lora import load_adapters
 from unigrpo_cli.models.sharding import gathered, whole
 from unigrpo_cli.models.sizes import computes_wide
 from unigrpo_cli.models.unified import UnifiedModel
@@ -31,7 +34,16 @@ from unigrpo_cli.rebuild.model import build_model
 from unigrpo_cli.rewards.grammar import parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.runtime.generators import read_generators
+from unigrpo_cli.runtime.state import (
+    Origin,
+    Reference,
+    TrainState,
+    prompt_list,
+    read_state,
+    restore_state,
+    save_state,
+)
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 SETTINGS = [
@@ -55,6 +67,10 @@ SETTINGS = [
 ]
 PROMPTS = [Prompt(name, text) for name, text in (("a", "a red circle"), ("b", "two blue stars"), ("c", "a heart"))]
 PROMPTS.append(Prompt("d", "a green square above a red ring"))
+
+
+Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Weights by name, and what else there is to tell."""
 
 
 class Bright:
@@ -91,7 +107,17 @@ def state_of(config: Config, ranks: Ranks) -> TrainState:
     return TrainState(policy, make_optimizer(policy, config), ranks=ranks)
 
 
-def trained(ranks: Ranks, *settings: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def step(state: TrainState, judges: RewardSet, config: Config) -> train.Step:
+    done = train.training_step(state, PROMPTS, judges, config)
+    state.step, state.between = state.step + 1, False
+    return done
+
+
+def weights_of(state: TrainState) -> dict[str, torch.Tensor]:
+    return {n: whole(p).detach().clone() for n, p in state.policy.network.named_parameters()}
+
+
+def trained(ranks: Ranks, *settings: str) -> Found:
     """Three steps: the weights, and each step's metrics, advantages and texts."""
     config = load_config(overrides=[*SETTINGS, *settings])
     state = state_of(config, ranks)
@@ -99,8 +125,7 @@ def trained(ranks: Ranks, *settings: str) -> tuple[dict[str, torch.Tensor], dict
     steps = []
     with rewards(on_first=on_first, here=ranks.first or not on_first) as judges:
         for _ in range(3):
-            done = train.training_step(state, PROMPTS, judges, config)
-            state.step, state.between = state.step + 1, False
+            done = step(state, judges, config)
             steps.append(
                 {
                     "metrics": done.metrics,
@@ -112,40 +137,39 @@ def trained(ranks: Ranks, *settings: str) -> tuple[dict[str, torch.Tensor], dict
                 }
             )
         asked = judges.rewards[0].reward.asked
-    weights = {n: whole(p).detach().clone() for n, p in state.policy.network.named_parameters()}
-    return weights, {"steps": steps, "asked": asked, "setups": Bright.setups}
+    return weights_of(state), {"steps": steps, "asked": asked, "setups": Bright.setups}
 
 
-def lora(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def lora(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.tune=lora")
 
 
-def replicated(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def replicated(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.tune=full", "ranks.weights=whole", 'train.also=["embeddings"]')
 
 
-def sharded(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def sharded(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.tune=full", 'train.also=["embeddings"]')
 
 
-def judged_on_first(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def judged_on_first(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.tune=lora", "reward.on=first")
 
 
 BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfloat16")
 
 
-def checkpointed(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def checkpointed(ranks: Ranks, _out: Path) -> Found:
     """Layers kept in parts: activation checkpointing, one expert, bf16 computation."""
     return trained(ranks, *BF16)
 
 
-def whole_control(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def whole_control(ranks: Ranks, _out: Path) -> Found:
     """The same with whole weights."""
     return trained(ranks, *BF16, "ranks.weights=whole")
 
 
-def refused(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def refused(ranks: Ranks, _out: Path) -> Found:
     """A loss that is not a number on the last rank alone, in the second of three steps' second update."""
     original, calls = train.unigrpo_loss, []
 
@@ -163,7 +187,7 @@ def refused(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         train.unigrpo_loss = original
 
 
-def failing_judge(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def failing_judge(ranks: Ranks, _out: Path) -> Found:
     """A reward that fails on the last rank alone, in the second step."""
     original = Bright.score
 
@@ -183,7 +207,7 @@ def failing_judge(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     raise AssertionError("the judge's failure passed unseen")
 
 
-def uneven_texts(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def uneven_texts(ranks: Ranks, _out: Path) -> Found:
     """Rank 1's prompts make it write to the end of a long budget, rank 0's stop it at the first word."""
     original = UnifiedModel.logits
 
@@ -210,6 +234,40 @@ def uneven_texts(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         UnifiedModel.logits, train.gathered = original, gathered
 
 
+def _saved(ranks: Ranks, out: Path, tune: str) -> Found:
+    """Two steps, a checkpoint, and a third step: what going on from it has to come to."""
+    config = load_config(overrides=[*SETTINGS, f"train.tune={tune}"])
+    state = state_of(config, ranks)
+    state.origin = Origin(config, Reference("none", ""), prompt_list(PROMPTS), ())
+    state.generators = read_generators()
+    with rewards() as judges:
+        for _ in range(2):
+            step(state, judges, config)
+        save_state(state, out / f"{tune}.{ranks.world}")
+        step(state, judges, config)
+    return weights_of(state), {}
+
+
+def _restored(ranks: Ranks, out: Path, tune: str) -> Found:
+    """The third step from the checkpoint that the other number of ranks wrote."""
+    checkpoint = out / f"{tune}.{3 - ranks.world}"
+    until = time.monotonic() + 120
+    while not checkpoint.is_dir() and time.monotonic() < until:
+        time.sleep(0.2)
+    config = load_config(overrides=[*SETTINGS, f"train.tune={tune}"])
+    model = build_model(seed=3, width=32, layers=2)
+    if tune == "lora":
+        load_adapters(model.network, checkpoint)
+    policy = prepare_policy(model, config, ranks)
+    if tune == "full":
+        restore_weights(policy.network, checkpoint)
+    state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
+    restore_state(state, checkpoint, read_state(checkpoint))
+    with rewards() as judges:
+        step(state, judges, config)
+    return weights_of(state), {"step": state.step}
+
+
 SCENES = {
     f.__name__: f
     for f in (
@@ -226,16 +284,23 @@ SCENES = {
 }
 
 
+SCENES |= {
+    f"{verb}_{tune}": partial(scene, tune=tune)
+    for verb, scene in (("saved", _saved), ("restored", _restored))
+    for tune in ("full", "lora")
+}
+
+
 def main(out: Path, scenes: list[str]) -> None:
-    torch.set_num_threads(1)
     with joined() as ranks:
         for name in scenes:
             began = time.perf_counter()
-            tensors, found = SCENES[name](ranks)
+            tensors, found = SCENES[name](ranks, out)
             found["seconds"] = time.perf_counter() - began
             save_file(tensors, out / f"{name}.{ranks.world}.{ranks.rank}.safetensors")
             (out / f"{name}.{ranks.world}.{ranks.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2:])
