@@ -85,7 +85,7 @@ def gathered_on_host(policy: UnifiedModel, keep: bool) -> UnifiedModel:
     trained = {name for name, p in network.named_parameters() if p.requires_grad}
     for name, parameter in copy.named_parameters():
         parameter.requires_grad_(name in trained)
-    return replace(policy, network=copy.eval(), frozen=None)
+    return replace(policy, network=copy.train(False), frozen=None)
 
 
 @contextmanager
@@ -108,4 +108,4 @@ def gathered(policy: UnifiedModel) -> Iterator[UnifiedModel]:
             value = value.to(network.dtype)
         state[name] = whole(value)
     copy.load_state_dict(state, strict=True, assign=True)
-    yield replace(policy, network=copy.eval().requires_grad_(False), frozen=None)
+    yield replace(policy, network=copy.train(False).requires_grad_(False), frozen=None)
