@@ -74,7 +74,10 @@ def _rewards(*functions: Callable) -> RewardSet:
 
 
 def _examine(
-    *settings: str, functions: tuple[Callable, ...] = (mean,), thorough: bool = False, state: TrainState | None = None
+    *settings: str,
+    functions: tuple[Callable, ...] = (mean,),
+    thorough: bool = False,
+    state: TrainState | None = None,
 ) -> dict[str, Finding]:
     config = _config(*settings)
     with _rewards(*functions) as rewards:
@@ -609,7 +612,7 @@ def test_rewards_that_own_up_or_were_not_asked_are_left_alone() -> None:
 
 
 def test_the_witness_sees_what_is_fed_and_changes_nothing(tiny: UnifiedModel) -> None:
-    """Rollout and replay through it are equal to the bit, and every word of replay has a distribution of rollout's."""
+    """Rollout and replay through it are equal to the bit, and every word of replay is one of rollout's."""
     config = _config()
     sampling, window = train_sampling(config), flow.Window(0, 2)
     plain = flatten(rollout.rollout(tiny, PROMPTS, 3, sampling, window, 0))

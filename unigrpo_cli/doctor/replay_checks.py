@@ -46,7 +46,11 @@ def _ratio(e: Evidence, kind: str, trained: bool, otherwise: str) -> Outcome:
     if e.moved is None:
         return judged(first, 0.0, "before any update; " + e.trouble.get("update", "no update was tried"))
     later = e.moved.step.metrics.get(f"{kind}/first_max_abs_log_ratio", math.nan)
-    seen = "before an update, and after one" if later == 0 == first else f"at first {first:.3g}, a step later {later:.3g}"
+    seen = (
+        "before an update, and after one"
+        if later == 0 == first
+        else f"at first {first:.3g}, a step later {later:.3g}"
+    )
     return judged(max(first, later, key=lambda x: math.inf if math.isnan(x) else x), 0.0, seen)
 
 
@@ -125,7 +129,7 @@ def _equal_but_zero(e: Evidence, a: int, b: int) -> bool:
 
 
 def _better(e: Evidence) -> Iterator[tuple[int, int]]:
-    """Pairs within a group of which the first has no smaller and one larger of all weighted rewards.
+    """Pairs within a group of which the first has each weighted reward clearly larger, or the same.
 
     By the rewards of episodes scored one by one, where that could be asked. Rewards that abstain decide nothing.
     """
@@ -139,7 +143,8 @@ def _better(e: Evidence) -> Iterator[tuple[int, int]]:
     for k in range(len(e.drawn.episodes)):
         for j in range(k - k % members, k - k % members + members):
             gaps = [own[k] - own[j] for own in columns]
-            if all(g >= 0 for g in gaps) and any(g > s for g, s in zip(gaps, least, strict=True)):
+            larger = [g > s for g, s in zip(gaps, least, strict=True)]
+            if any(larger) and all(more or g == 0 for more, g in zip(larger, gaps, strict=True)):
                 yield k, j
 
 
@@ -188,7 +193,9 @@ def gradients(e: Evidence) -> Outcome:
         return skipped("the objective gives neither expert a gradient")
     seen = ", ".join(f"{expert} up to {value:.2g}" for expert, value in largest.items())
     idle = sum(not value for value in e.replayed.gradients.values())
-    return Outcome(OK, min(largest.values()), 0.0, f"{seen}; {idle} of {len(e.replayed.gradients)} tensors have none")
+    return Outcome(
+        OK, min(largest.values()), 0.0, f"{seen}; {idle} of {len(e.replayed.gradients)} tensors have none"
+    )
 
 
 def _empty_layers(values: dict[str, float]) -> str:
@@ -215,7 +222,9 @@ def reference(e: Evidence) -> Outcome:
     if not _fresh(e) and not start > 0:
         return Outcome(FAULT, start, limit, "training goes on from moved weights, and the reference has them too")
     if e.moved is None:
-        return Outcome(OK, start, limit, f"difference at the start; {e.trouble.get('update', 'no update was tried')}")
+        return Outcome(
+            OK, start, limit, f"difference at the start; {e.trouble.get('update', 'no update was tried')}"
+        )
     m = e.moved
     if m.reference_moved > 0:
         return Outcome(FAULT, m.reference_moved, 0.0, "an update of the policy moved the reference")

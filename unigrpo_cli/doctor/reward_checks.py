@@ -75,7 +75,9 @@ def reward_errors(e: Evidence) -> Outcome:
             if answer == LATE:
                 return Outcome(FAULT, None, None, f"{name} gave no answer in time about an unreadable {part}")
             if answer not in (RAISES, ABSTAINS, NOT_ASKED):
-                return Outcome(FAULT, float(answer), None, f"{name} gives {answer} for a {part} that cannot be read")
+                return Outcome(
+                    FAULT, float(answer), None, f"{name} gives {answer} for a {part} that cannot be read"
+                )
     names = ", ".join(e.judged.unreadable)
     return Outcome(OK, None, None, f"{names} raise or abstain")
 
