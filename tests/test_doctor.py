@@ -27,6 +27,7 @@ from unigrpo_cli.models import lora
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rebuild.model import build_model
 from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.runtime.state import TrainState
@@ -519,6 +520,32 @@ def test_micro_batches_with_the_advantages_of_others_are_found(monkeypatch: pyte
     assert _faults(_examine()) == {"advantages"}
 
 
+def test_a_plugin_that_turns_the_order_round_is_a_warning() -> None:
+    """Whoever combines rewards may mean it."""
+
+    class Turned:
+        @hookimpl
+        def unigrpo_combine_rewards(self, rewards):
+            return -rewards["mean"]
+
+    config = _config()
+    with _rewards(mean) as rewards:
+        rewards.plugins._register(Turned(), "turned", "tests", "-")
+        found = findings(gather(_state(config), PROMPTS, rewards, config, thorough=False))
+    assert [(f.name, f.verdict) for f in found if f.name == "advantages"] == [("advantages", "warn")]
+    assert not [f for f in found if f.verdict == FAULT]
+
+
+def test_an_update_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(train, "training_step", broken)
+    found = _examine()
+    assert found["text-ratio"].verdict == found["reference"].verdict == "warn"
+    assert "no such kernel" in found["reference"].seen
+
+
 def test_shuffled_advantages_are_a_warning() -> None:
     found = _examine("advantage.shuffle=true")
     assert found["advantages"].verdict == "warn"
@@ -561,7 +588,8 @@ def test_a_reward_that_judges_nothing_is_found() -> None:
     def nothing(images):
         return [None for _ in images]
 
-    assert "reward-abstains" in _faults(_examine(functions=(mean, nothing)))
+    assert "reward-abstains" in _faults(_examine(functions=(mean, nothing), thorough=True))
+    assert _examine(functions=(mean, nothing))["reward-abstains"].verdict == "warn"
 
 
 @pytest.mark.parametrize("column", ["images", "pixels", "tensors", "reasoning", "metadata"])

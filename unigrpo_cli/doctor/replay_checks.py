@@ -44,7 +44,8 @@ def _ratio(e: Evidence, kind: str, trained: bool, otherwise: str) -> Outcome:
         return skipped(otherwise if not trained else "replay failed")
     first = max((t.get(f"{kind}/max_abs_log_ratio", 0.0) for t in e.replayed.terms), default=math.nan)
     if e.moved is None:
-        return judged(first, 0.0, "before any update; " + e.trouble.get("update", "no update was tried"))
+        seen = f"before any update; {_no_update(e)}"
+        return Outcome(WARN, first, 0.0, seen) if "update" in e.trouble and first == 0 else judged(first, 0.0, seen)
     later = e.moved.step.metrics.get(f"{kind}/first_max_abs_log_ratio", math.nan)
     seen = (
         "before an update, and after one"
@@ -115,6 +116,8 @@ def advantages(e: Evidence) -> Outcome:
             where = where or f"{names[0]} is better than {names[1]} and has the smaller advantage"
     if not compared:
         return skipped("no two episodes of a group differ in reward")
+    if wrong and e.rewards.plugins.manager.hook.unigrpo_combine_rewards.get_hookimpls():
+        return Outcome(WARN, wrong, 0, f"{wrong} of {compared} pairs, as a plugin combines rewards: {where}")
     return judged(wrong, 0, f"{wrong} of {compared} pairs: {where}" if wrong else f"{compared} pairs in order")
 
 
@@ -222,9 +225,8 @@ def reference(e: Evidence) -> Outcome:
     if not _fresh(e) and not start > 0:
         return Outcome(FAULT, start, limit, "training goes on from moved weights, and the reference has them too")
     if e.moved is None:
-        return Outcome(
-            OK, start, limit, f"difference at the start; {e.trouble.get('update', 'no update was tried')}"
-        )
+        verdict = WARN if "update" in e.trouble else OK
+        return Outcome(verdict, start, limit, f"difference at the start; {_no_update(e)}")
     m = e.moved
     if m.reference_moved > 0:
         return Outcome(FAULT, m.reference_moved, 0.0, "an update of the policy moved the reference")
@@ -235,6 +237,11 @@ def reference(e: Evidence) -> Outcome:
     if _fresh(e) and m.outward is not None and m.outward < 0:
         return Outcome(FAULT, m.outward, 0.0, "the penalty drives the policy away from the reference")
     return Outcome(OK, m.reference_moved, 0.0, f"stood still while the policy went to {m.distance:.2g} from it")
+
+
+def _no_update(e: Evidence) -> str:
+    """Why there was no trial update: it failed, or was not made."""
+    return e.trouble.get("update") or e.trouble.get("no update") or "no update was tried"
 
 
 def _fresh(e: Evidence) -> bool:

@@ -29,8 +29,8 @@ def reward_spread(e: Evidence) -> Outcome:
         low = next(r.range[0] for r in e.rewards.rewards if r.alias == name)
         value = max((float(row[0]) for row in known if len(row)), default=math.nan)
         if math.isnan(value):
-            found.append(Outcome(WARN, 0.0, 0.0, f"{name} judged nothing"))
-        elif len({value, *contrasts}) > 1 or name not in e.judged.contrasts:
+            continue  # it judged nothing, which is the matter of reward-abstains
+        if len({value, *contrasts}) > 1 or name not in e.judged.contrasts:
             found.append(Outcome(TIES, 0.0, 0.0, f"{name} ties in every group here, but not everywhere"))
         elif value == low and not e.thorough:  # perhaps what it looks for is rare: that stops no run
             found.append(Outcome(WARN, 0.0, 0.0, f"{name} gave {value:g} for everything"))
@@ -86,7 +86,7 @@ def reward_abstains(e: Evidence) -> Outcome:
     limit, found = e.config.reward.max_abstain, []
     for name in _weighted(e):
         share = float((~e.judged.scored[name].valid).mean())
-        verdict = FAULT if share == 1 else WARN
+        verdict = FAULT if share == 1 and e.thorough else WARN  # in a run, reward.max_abstain decides
         found.append(judged(share, min(limit, 0.999), f"{name} abstained on {share:.0%}", verdict))
     return _worst(found)
 
@@ -102,6 +102,6 @@ def _worst(found: list[Outcome]) -> Outcome:
             if outcome.verdict == verdict:
                 return outcome
     if not found:
-        return skipped("no reward is trained on")
+        return skipped("no reward that is trained on judged anything")
     values = [o.value for o in found if o.value is not None]
     return Outcome(OK, max(values, default=0.0), found[0].limit, ", ".join(o.seen for o in found))

@@ -95,7 +95,7 @@ def trial_config(config: Config) -> Config:
     d, t = config.doctor, config.train
     members = min(d.members, t.group_size)
     updates = t.updates if d.prompts % t.updates == 0 else 1
-    size = max(1, min(t.micro_batch, d.prompts * members // updates // 2))
+    size = max(1, min(t.micro_batch, d.prompts * members // max(2, updates)))
     own = {
         "prompts_per_step": d.prompts,
         "group_size": members,
@@ -294,7 +294,7 @@ def _move(
     trained = [p for own in policy.trainable().values() for p in own]
     small = sum(p.numel() * p.element_size() for p in trained) <= UNDONE
     if not trained or not (small or thorough):
-        trouble["update"] = "the trained weights are too many to go back to" if trained else "nothing is trained"
+        trouble["no update"] = "the trained weights are too many to go back to" if trained else "nothing is trained"
         return None
     start = [p.detach().clone() for p in trained] if small else None
     rates = {"lr_text": TRIAL_RATE, "lr_image": TRIAL_RATE, "warmup": 0, "weight_decay": 0.0}

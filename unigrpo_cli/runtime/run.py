@@ -72,7 +72,7 @@ class Run:
 
     def remove_if_only_described(self) -> None:
         """Take back a directory in which nothing has happened yet, so that the same --out can be used again."""
-        own = {"config.toml", "environment.json"}
+        own = {"config.toml", "environment.json", "doctor.json"}
         if {path.name for path in self.directory.iterdir()} <= own:
             for name in own:
                 (self.directory / name).unlink(missing_ok=True)
