@@ -37,8 +37,11 @@ def reward_spread(e: Evidence) -> Outcome:
         else:
             count = scores_PG.size + len(contrasts)
             found.append(Outcome(FAULT, 0.0, 0.0, f"{name} gave {value:g} for all {count} things it was shown"))
-    others = any(o.verdict == OK for o in found)  # then there is something to learn from
-    return _worst([replace(o, verdict=OK if others else WARN) if o.verdict == TIES else o for o in found])
+    if any(o.verdict == OK for o in found):  # then there is something to learn from, and a guard may be constant
+        milder = {TIES: OK, FAULT: WARN}
+    else:
+        milder = {TIES: WARN}
+    return _worst([replace(o, verdict=milder.get(o.verdict, o.verdict)) for o in found])
 
 
 def reward_repeats(e: Evidence) -> Outcome:
