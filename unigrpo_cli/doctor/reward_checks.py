@@ -37,10 +37,9 @@ def reward_spread(e: Evidence) -> Outcome:
         else:
             count = scores_PG.size + len(contrasts)
             found.append(Outcome(FAULT, 0.0, 0.0, f"{name} gave {value:g} for all {count} things it was shown"))
-    if any(o.verdict == OK for o in found):  # then there is something to learn from, and a guard may be constant
-        milder = {TIES: OK, FAULT: WARN}
-    else:
-        milder = {TIES: WARN}
+    # Beside one that differs there is something to learn from, and a guard may be constant.
+    others = any(o.verdict == OK for o in found)
+    milder = {TIES: OK, FAULT: WARN} if others else {TIES: WARN}
     return _worst([replace(o, verdict=milder.get(o.verdict, o.verdict)) for o in found])
 
 
@@ -73,14 +72,19 @@ def reward_errors(e: Evidence) -> Outcome:
     """What a reward cannot read it raises about or abstains from; no failure becomes a number."""
     if not e.judged.unreadable:
         return skipped("rewards that wait for an endpoint are asked once at the start")
+    found: list[Outcome] = []
     for name, answers in e.judged.unreadable.items():
         for part, answer in zip(PARTS, answers, strict=True):
             if answer == LATE:
                 return Outcome(FAULT, None, None, f"{name} gave no answer in time about an unreadable {part}")
             if answer not in (RAISES, ABSTAINS, NOT_ASKED):
-                return Outcome(
-                    FAULT, float(answer), None, f"{name} gives {answer} for a {part} that cannot be read"
+                # Malformed words may well be worth 0, and a reward on their form catches what they make it raise.
+                verdict = WARN if part == "reasoning" else FAULT
+                found.append(
+                    Outcome(verdict, float(answer), None, f"{name} gives {answer} for a {part} that cannot be read")
                 )
+    if found:
+        return _worst(found)
     names = ", ".join(e.judged.unreadable)
     return Outcome(OK, None, None, f"{names} raise or abstain")
 
