@@ -220,6 +220,23 @@ class Watch(Section):
     )
 
 
+class Doctor(Section):
+    """The examination of a run (docs/troubleshooting.md)."""
+
+    at_start: Literal["stop", "warn", "off"] = Field(
+        "stop", description="what a fault does that the short examination at the start of a run finds"
+    )
+    prompts: Positive = Field(2, description="groups that the doctor draws")
+    members: Annotated[int, Field(ge=2)] = Field(4, description="episodes in each, at most train.group_size")
+    text_drift: Rate = Field(
+        0.0, description="largest drift of a word's log-probability; 0: 0.001, below float32 0.5 nats"
+    )
+    image_drift: Rate = Field(
+        0.0,
+        description="likewise of a denoising step's, mean over the latent; 0: 0.001, below float32 0.1",
+    )
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -244,6 +261,7 @@ class Config(Section):
     eval: Eval = Eval()
     reward: Rewards = Rewards()
     watch: Watch = Watch()
+    doctor: Doctor = Doctor()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -52,6 +52,12 @@ class WeightsError(UnigrpoError):
     exit_code = 5
 
 
+class FaultError(UnigrpoError):
+    """The doctor found something wrong."""
+
+    exit_code = 6
+
+
 class NotFetchedError(WeightsError):
     """A model of the hub that is not on this machine, where nothing was to be fetched."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from unigrpo_cli.config import Config
+from unigrpo_cli.doctor import examine_at_start
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, NotFetchedError, UnigrpoError, UsageError, WeightsError, suggest
 from unigrpo_cli.estimate import batch_of
@@ -154,6 +155,7 @@ def _run(
     try:
         run.describe(config)
         run.forget_after(state.step, evaluated="eval" not in state.facts.get(OWED, ()))
+        examine_at_start(state, prompts, rewards, config, run, display)
         return _Session(config, display, listener, run, state, rewards, prompts, suite, began).go()
     except DiskError as error:
         raise DiskError(f"{error}, then go on with `unigrpo train --resume {run.directory}`") from error

@@ -200,8 +200,8 @@ def stdout_for_json(wanted: bool) -> Iterator[None]:
         _json_stream.pop()
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """The one object on stdout."""
+def print_json(content: Any) -> None:
+    """The one object (or list) on stdout."""
     from unigrpo_cli.jsontext import to_json
 
     stream = _json_stream[-1]
