@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -224,6 +225,11 @@ def network_of(work: Workload) -> MoT:
     return network
 
 
+def no_onednn() -> Any:
+    """The estimate is of PyTorch's own products: a GPU has no others, and its FLOP counter knows no others."""
+    return patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False)
+
+
 def passes(work: Workload) -> dict[str, int]:
     """Peaks of the phases of a step, the network itself left out: what `memory` reckons, seen."""
     network, alive, seen = network_of(work), Alive(), {}
@@ -244,7 +250,7 @@ def passes(work: Workload) -> dict[str, int]:
         scored = token(logits, temperature=1.0, id=torch.ones(len(hidden), dtype=torch.long))
         return scored.log_prob.sum() + out.velocity_BKND.sum()
 
-    with alive:
+    with no_onednn(), alive:
         with torch.no_grad():
             rows = work.rows
             ids, lengths = (
@@ -302,7 +308,7 @@ def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
 
 def counted(action: Any) -> int:
     """By PyTorch's own counter, with attention as products of matrices."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), no_onednn(), FlopCounterMode(display=False) as counter:
         action()
     return counter.get_total_flops()
 
