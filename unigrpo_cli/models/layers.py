@@ -65,11 +65,14 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         flat = grad.flatten(0, -2)
-        return (
-            _onednn(grad, weight.t()) if of_x else None,
-            _onednn(flat.t(), x.flatten(0, -2).t()) if of_weight else None,
-            flat.sum(0) if of_bias else None,
-        )
+        gradient = None
+        if of_weight:
+            rows = x.flatten(0, -2)
+            if rows.shape[1] < flat.shape[1]:  # oneDNN lays out its first factor anew: let it be the smaller one
+                gradient = _onednn(rows.t(), flat.t()).t()
+            else:
+                gradient = _onednn(flat.t(), rows.t())
+        return _onednn(grad, weight.t()) if of_x else None, gradient, flat.sum(0) if of_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
