@@ -292,6 +292,40 @@ def test_activations_are_those_of_the_passes(tune: str, dtype: str, checkpointin
             assert found.phase(phase).bytes - left_out == pytest.approx(seen[phase], rel=0.06), phase
 
 
+def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
+    """Eight rows of which one after the other stops: half and then a quarter are kept beside the whole."""
+    config = settings("sampling.height=16", "sampling.width=16", "sampling.max_new_tokens=200", "sampling.rows=8")
+    model, alive = load_model(str(TINY)), Alive()
+    given = model.preamble(PROMPTS[0], think=False)
+    drawn = 0
+
+    class Stopping:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            nonlocal drawn
+            logits, drawn = model.logits(hidden), drawn + 1
+            logits[:, model.stop_id] = -torch.inf
+            if drawn in (180, 185, 190, 195):
+                logits[: len(logits) // 2] = -torch.inf
+                logits[: len(logits) // 2, model.stop_id] = 0
+            return logits
+
+    for parameter in model.network.parameters():
+        alive.add(parameter)
+    with torch.no_grad(), alive:
+        context = read_given(model, [given] * 8)
+        start = alive.now
+        write_text(Stopping(), context, train_sampling(config), range(8))  # type: ignore[arg-type]
+    work = Workload(model.network.config, None, config, given=context.used)
+    items = {i.name: i.bytes for i in memory(work).phase("rollout, words").items}
+    assert "smaller batches" in items
+    given_once = 8 * context.used * work.cached_token
+    seen = alive.over(start) + given_once
+    assert items["key-value cache"] + items["smaller batches"] <= seen < 1.2 * sum(items.values())  # and a pass
+
+
 def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
     model, alive = load_model(str(TINY)), Alive()
     config = settings("sampling.height=64", "sampling.width=32", "sampling.rows=1")
