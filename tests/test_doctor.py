@@ -17,7 +17,8 @@ from unigrpo_cli import RewardContext, replay, reward, rollout, train
 from unigrpo_cli.algo import flow, objective
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.doctor import CHECKS, FAULT, Finding, findings, gather
+from unigrpo_cli.doctor import CHECKS, FAULT, Finding, findings, gather, surroundings
+from unigrpo_cli.doctor.evidence import Evidence
 from unigrpo_cli.doctor.probe import ABSTAINS, NOT_ASKED, RAISES
 from unigrpo_cli.doctor.trial import rows_of
 from unigrpo_cli.doctor.witness import Witness
@@ -25,8 +26,10 @@ from unigrpo_cli.episode import ImageActions, Prompt, TextActions, flatten
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models import lora
 from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.plan import plan_of
 from unigrpo_cli.rebuild.model import build_model
 from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.runtime.state import TrainState
@@ -74,7 +77,10 @@ def _rewards(*functions: Callable) -> RewardSet:
 
 
 def _examine(
-    *settings: str, functions: tuple[Callable, ...] = (mean,), thorough: bool = False, state: TrainState | None = None
+    *settings: str,
+    functions: tuple[Callable, ...] = (mean,),
+    thorough: bool = False,
+    state: TrainState | None = None,
 ) -> dict[str, Finding]:
     config = _config(*settings)
     with _rewards(*functions) as rewards:
@@ -516,6 +522,32 @@ def test_micro_batches_with_the_advantages_of_others_are_found(monkeypatch: pyte
     assert _faults(_examine()) == {"advantages"}
 
 
+def test_a_plugin_that_turns_the_order_round_is_a_warning() -> None:
+    """Whoever combines rewards may mean it."""
+
+    class Turned:
+        @hookimpl
+        def unigrpo_combine_rewards(self, rewards):
+            return -rewards["mean"]
+
+    config = _config()
+    with _rewards(mean) as rewards:
+        rewards.plugins._register(Turned(), "turned", "tests", "-")
+        found = findings(gather(_state(config), PROMPTS, rewards, config, thorough=False))
+    assert [(f.name, f.verdict) for f in found if f.name == "advantages"] == [("advantages", "warn")]
+    assert not [f for f in found if f.verdict == FAULT]
+
+
+def test_an_update_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(train, "training_step", broken)
+    found = _examine()
+    assert found["text-ratio"].verdict == found["reference"].verdict == "warn"
+    assert "no such kernel" in found["reference"].seen
+
+
 def test_shuffled_advantages_are_a_warning() -> None:
     found = _examine("advantage.shuffle=true")
     assert found["advantages"].verdict == "warn"
@@ -530,6 +562,18 @@ def test_a_constant_reward_is_found() -> None:
     found = _examine(functions=(constant,))
     assert _faults(found) == {"reward-spread"}
     assert "gave 0.5 for all" in found["reward-spread"].seen
+
+
+def test_a_guard_beside_another_reward_is_a_warning() -> None:
+    """Always 1 unless something is wrong: nothing to learn from here, but the other reward is."""
+
+    @reward("guard", range=(0, 1))
+    def guard(images):
+        return [1.0 for _ in images]
+
+    found = _examine(functions=(mean, guard))
+    assert found["reward-spread"].verdict == "warn"
+    assert not _faults(found)
 
 
 def test_a_rare_success_stops_no_run_and_is_a_fault_when_asked() -> None:
@@ -558,7 +602,8 @@ def test_a_reward_that_judges_nothing_is_found() -> None:
     def nothing(images):
         return [None for _ in images]
 
-    assert "reward-abstains" in _faults(_examine(functions=(mean, nothing)))
+    assert "reward-abstains" in _faults(_examine(functions=(mean, nothing), thorough=True))
+    assert _examine(functions=(mean, nothing))["reward-abstains"].verdict == "warn"
 
 
 @pytest.mark.parametrize("column", ["images", "pixels", "tensors", "reasoning", "metadata"])
@@ -581,7 +626,7 @@ def test_a_failure_that_becomes_a_score_is_found(column: str) -> None:
     functions[column].__name__ = "swallows"
     swallows = reward("swallows")(functions[column])
     found = _examine(functions=(mean, swallows))
-    assert "reward-errors" in _faults(found)
+    assert found["reward-errors"].verdict == ("warn" if column == "reasoning" else FAULT)
     assert "cannot be read" in found["reward-errors"].seen
 
 
@@ -605,11 +650,51 @@ def test_rewards_that_own_up_or_were_not_asked_are_left_alone() -> None:
     assert evidence.judged.unreadable["honest"][0] in (ABSTAINS, RAISES)
 
 
+# ----- around the algorithm
+
+
+def _evidence(*settings: str, dtype: torch.dtype = torch.float32) -> Evidence:
+    config = _config(*settings)
+    model = build_model(seed=3, width=32, layers=2)
+    model.network.to(dtype)
+    policy = prepare_policy(model, config)
+    state = TrainState(policy, make_optimizer(policy, config))
+    with _rewards(mean) as rewards:
+        return gather(state, PROMPTS, rewards, config, thorough=False)
+
+
+def test_memory_is_what_the_dry_run_says() -> None:
+    evidence = _evidence()
+    assert surroundings.memory(evidence).verdict == "skipped"
+    need = plan_of(evidence.config, "embedded", None).memory.need
+    for share, verdict in ((0.5, "ok"), (0.95, "warn"), (1.1, FAULT)):
+        settings = evidence.config.model_copy(update={"memory_gb": need / share})
+        outcome = surroundings.memory(replace(evidence, plan=plan_of(settings, "embedded", None)))
+        assert (outcome.verdict, outcome.value) == (verdict, need)
+
+
+def test_another_version_than_was_asked_for_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = _evidence()
+    assert surroundings.versions(evidence).verdict == "ok"
+    own = surroundings.environment()
+    monkeypatch.setattr(surroundings, "environment", lambda: own | {"torch": "1.0"})
+    outcome = surroundings.versions(evidence)
+    assert outcome.verdict == "warn"
+    assert "torch 1.0, asked for" in outcome.seen
+
+
+def test_bf16_is_compared_with_fp32() -> None:
+    """Of one micro-batch: nothing where both are fp32, something and not much where it is bf16."""
+    assert surroundings._from_wide(_evidence("train.tune=lora")) == 0
+    assert 1e-4 < surroundings._from_wide(_evidence("train.tune=lora", dtype=torch.bfloat16)) < 0.5
+    assert surroundings.bf16(_evidence()).verdict == "skipped"
+
+
 # ----- the witness
 
 
 def test_the_witness_sees_what_is_fed_and_changes_nothing(tiny: UnifiedModel) -> None:
-    """Rollout and replay through it are equal to the bit, and every word of replay has a distribution of rollout's."""
+    """Rollout and replay through it are equal to the bit, and every word of replay is one of rollout's."""
     config = _config()
     sampling, window = train_sampling(config), flow.Window(0, 2)
     plain = flatten(rollout.rollout(tiny, PROMPTS, 3, sampling, window, 0))

@@ -36,6 +36,7 @@ SMALL = [
     *("--set", "sampling.steps=6"),
     *("--set", "eval.steps=4"),
     *("--set", "train.samples_every=2"),
+    *("--set", "doctor.at_start=off"),  # it has tests of its own, and the first below
 ]
 
 
@@ -51,7 +52,7 @@ def _train(out: Path, *more: str) -> dict:
 
 def test_report_and_files(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    summary = _train(out, "--steps", "3", "--set", "train.checkpoint_every=2")
+    summary = _train(out, "--steps", "3", "--set", "train.checkpoint_every=2", "--set", "doctor.at_start=stop")
     assert {"run", "steps", "seconds", "eval_before", "eval_after", "checkpoint"} <= set(summary)
     assert summary["steps"] == 3
     assert summary["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
@@ -70,7 +71,14 @@ def test_report_and_files(tmp_path: Path) -> None:
             known = f"reward/NAME/{key.rsplit('/', 1)[1]}"
         assert known in documented, key
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
-    for name in ("config.toml", "environment.json", "eval_before.json", "eval_after.json", "samples/progress.png"):
+    for name in (
+        "config.toml",
+        "environment.json",
+        "doctor.json",
+        "eval_before.json",
+        "eval_after.json",
+        "samples/progress.png",
+    ):
         assert (out / name).is_file(), name
     assert (out / "samples" / "step_000000.png").is_file()
     assert (out / "samples" / "step_000003.png").is_file()

@@ -243,7 +243,8 @@ class Doctor(Section):
         0.0, description="largest drift of a word's log-probability; 0: 0.001, below float32 0.5 nats"
     )
     image_drift: Rate = Field(
-        0.0, description="largest drift of a step's log-probability, mean over the latent; 0: 0.001, below float32 0.1"
+        0.0,
+        description="likewise of a denoising step's, mean over the latent; 0: 0.001, below float32 0.1",
     )
 
 

@@ -26,7 +26,8 @@ CHECKS = (
         rollout_checks.tokens,
         "the ids that are recorded or replayed are not those the network was fed, so other words are trained than "
         "were written",
-        "store the sampled ids and feed those; never encode decoded text again (rollout.write_text, replay.collate)",
+        "store the sampled ids and feed those; never encode decoded text again (rollout.write_text, "
+        "replay.collate)",
     ),
     Check(
         "stop-token",
@@ -37,7 +38,7 @@ CHECKS = (
     Check(
         "temperature",
         rollout_checks.temperature,
-        "words are drawn, recorded or scored at different temperatures, so the policy is not the one that is trained",
+        "words are drawn, recorded or scored at different temperatures: the policy is not the one that is trained",
         "one temperature for all three: sampling.temperature; no top-k or top-p in the sampler (algo.text.token)",
     ),
     Check(
@@ -50,7 +51,7 @@ CHECKS = (
         "duplicates",
         rollout_checks.duplicates,
         "members of a group that are the same teach nothing by comparison",
-        "raise sampling.temperature, or sampling.noise_level for pictures; look at the episodes with `unigrpo rollout`",
+        "raise sampling.temperature, or sampling.noise_level for pictures; look at episodes with `unigrpo rollout`",
     ),
     Check(
         "group-noise",
@@ -119,8 +120,8 @@ CHECKS = (
     Check(
         "advantages",
         replay_checks.advantages,
-        "episodes are weighed by the advantage of another, or worse ones by the larger: the policy learns something "
-        "else or the opposite",
+        "episodes are weighed by the advantage of another, or worse ones by the larger: the policy learns "
+        "something else or the opposite",
         "keep episodes, scores and advantages in one order, and index them by episode (train.advantages, "
         "train.replay_fixed); a reward to be lowered declares higher_is_better = False",
     ),

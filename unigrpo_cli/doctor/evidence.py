@@ -170,7 +170,7 @@ class Evidence:
         return torch.finfo(self.policy.network.dtype).bits < 32
 
     def painting(self, episode: Episode) -> list[Look]:
-        """The network's looks at an episode's last image while it was painted: those nearest to what is recorded."""
+        """The looks at an episode's last image while it was painted: those nearest to what is recorded."""
         image = episode.images[-1]
         start = image.window.start
 

@@ -71,8 +71,9 @@ class UnreadableArray(np.ndarray):
         return super().__getattribute__(name)
 
 
-_ARITHMETIC = {"mean", "sum", "max", "min", "std", "var", "astype", "copy", "reshape", "transpose", "flatten", "ravel"}
-_ARITHMETIC |= {"tobytes", "tolist", "view", "T", "flat", "item", "any", "all", "__array_interface__"}
+_ARITHMETIC = frozenset(("mean", "sum", "max", "min", "std", "var", "any", "all", "item", "flat", "T"))
+_ARITHMETIC |= {"astype", "copy", "view", "reshape", "transpose", "flatten", "ravel", "tobytes", "tolist"}
+_ARITHMETIC |= {"__array_interface__"}
 
 
 class UnreadableTensor(torch.Tensor):
@@ -99,14 +100,10 @@ def _refusing(kind: type, names: str) -> type:
 
 UnreadableText = _refusing(
     str,
-    "__len__ __iter__ __contains__ __getitem__ __eq__ __ne__ __add__ split strip lower upper count find index "
+    "__len__ __iter__ __contains__ __getitem__ __add__ split strip lower upper count find index "
     "startswith endswith replace removeprefix removesuffix splitlines encode partition rpartition rstrip lstrip",
 )
-UnreadableText.__hash__ = str.__hash__  # type: ignore[method-assign]
-UnreadableDict = _refusing(
-    dict, "__len__ __iter__ __contains__ __getitem__ __eq__ __ne__ get keys values items copy __or__"
-)
-UnreadableDict.__hash__ = None  # type: ignore[assignment]
+UnreadableDict = _refusing(dict, "__len__ __iter__ __contains__ __getitem__ get keys values items copy __or__")
 
 
 class UnreadablePictures(RewardBatch):
@@ -162,9 +159,9 @@ def unreadable(opened: OpenReward, sample: Sample, part: str, timeout_s: float |
         return RAISES
     scores = answer.scores if isinstance(answer, RewardOutput) else answer
     try:
-        first = list(scores)[0]
+        first = next(iter(scores))
         number = math.nan if first is None else float(first)
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, StopIteration):
         return RAISES  # no answer that the run would take: it would stop there
     if not math.isfinite(number):
         return ABSTAINS

@@ -44,9 +44,14 @@ def _ratio(e: Evidence, kind: str, trained: bool, otherwise: str) -> Outcome:
         return skipped(otherwise if not trained else "replay failed")
     first = max((t.get(f"{kind}/max_abs_log_ratio", 0.0) for t in e.replayed.terms), default=math.nan)
     if e.moved is None:
-        return judged(first, 0.0, "before any update; " + e.trouble.get("update", "no update was tried"))
+        seen = f"before any update; {_no_update(e)}"
+        return Outcome(WARN, first, 0.0, seen) if "update" in e.trouble and first == 0 else judged(first, 0.0, seen)
     later = e.moved.step.metrics.get(f"{kind}/first_max_abs_log_ratio", math.nan)
-    seen = "before an update, and after one" if later == 0 == first else f"at first {first:.3g}, a step later {later:.3g}"
+    seen = (
+        "before an update, and after one"
+        if later == 0 == first
+        else f"at first {first:.3g}, a step later {later:.3g}"
+    )
     return judged(max(first, later, key=lambda x: math.inf if math.isnan(x) else x), 0.0, seen)
 
 
@@ -86,7 +91,8 @@ def _drift(e: Evidence, found: list[tuple[float, str]], limit: float) -> Outcome
         return skipped("nothing was drawn")
     worst, where = max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
     mean = sum(gap for gap, _ in found) / len(found)
-    return judged(worst, limit, f"largest at {where}, mean {mean:.2g}")
+    rounding = e.coarse and mean <= limit / 10  # of thousands of words in bf16, a few are far off
+    return judged(worst, limit, f"largest at {where}, mean {mean:.2g}", WARN if rounding else FAULT)
 
 
 # ----- advantages
@@ -111,6 +117,8 @@ def advantages(e: Evidence) -> Outcome:
             where = where or f"{names[0]} is better than {names[1]} and has the smaller advantage"
     if not compared:
         return skipped("no two episodes of a group differ in reward")
+    if wrong and e.rewards.plugins.manager.hook.unigrpo_combine_rewards.get_hookimpls():
+        return Outcome(WARN, wrong, 0, f"{wrong} of {compared} pairs, as a plugin combines rewards: {where}")
     return judged(wrong, 0, f"{wrong} of {compared} pairs: {where}" if wrong else f"{compared} pairs in order")
 
 
@@ -125,7 +133,7 @@ def _equal_but_zero(e: Evidence, a: int, b: int) -> bool:
 
 
 def _better(e: Evidence) -> Iterator[tuple[int, int]]:
-    """Pairs within a group of which the first has no smaller and one larger of all weighted rewards.
+    """Pairs within a group of which the first has each weighted reward clearly larger, or the same.
 
     By the rewards of episodes scored one by one, where that could be asked. Rewards that abstain decide nothing.
     """
@@ -139,7 +147,8 @@ def _better(e: Evidence) -> Iterator[tuple[int, int]]:
     for k in range(len(e.drawn.episodes)):
         for j in range(k - k % members, k - k % members + members):
             gaps = [own[k] - own[j] for own in columns]
-            if all(g >= 0 for g in gaps) and any(g > s for g, s in zip(gaps, least, strict=True)):
+            larger = [g > s for g, s in zip(gaps, least, strict=True)]
+            if any(larger) and all(more or g == 0 for more, g in zip(larger, gaps, strict=True)):
                 yield k, j
 
 
@@ -188,7 +197,9 @@ def gradients(e: Evidence) -> Outcome:
         return skipped("the objective gives neither expert a gradient")
     seen = ", ".join(f"{expert} up to {value:.2g}" for expert, value in largest.items())
     idle = sum(not value for value in e.replayed.gradients.values())
-    return Outcome(OK, min(largest.values()), 0.0, f"{seen}; {idle} of {len(e.replayed.gradients)} tensors have none")
+    return Outcome(
+        OK, min(largest.values()), 0.0, f"{seen}; {idle} of {len(e.replayed.gradients)} tensors have none"
+    )
 
 
 def _empty_layers(values: dict[str, float]) -> str:
@@ -215,9 +226,10 @@ def reference(e: Evidence) -> Outcome:
     if not _fresh(e) and not start > 0:
         return Outcome(FAULT, start, limit, "training goes on from moved weights, and the reference has them too")
     if e.moved is None:
-        return Outcome(OK, start, limit, f"difference at the start; {e.trouble.get('update', 'no update was tried')}")
+        verdict = WARN if "update" in e.trouble else OK
+        return Outcome(verdict, start, limit, f"difference at the start; {_no_update(e)}")
     m = e.moved
-    if m.reference_moved > 0:
+    if m.reference_moved > (0.0 if e.policy.device.type == "cpu" else SAME[False]):
         return Outcome(FAULT, m.reference_moved, 0.0, "an update of the policy moved the reference")
     if m.distance == start or (_fresh(e) and m.distance < start):
         return Outcome(FAULT, m.distance, start, "an update of the policy moved it no further from the reference")
@@ -226,6 +238,11 @@ def reference(e: Evidence) -> Outcome:
     if _fresh(e) and m.outward is not None and m.outward < 0:
         return Outcome(FAULT, m.outward, 0.0, "the penalty drives the policy away from the reference")
     return Outcome(OK, m.reference_moved, 0.0, f"stood still while the policy went to {m.distance:.2g} from it")
+
+
+def _no_update(e: Evidence) -> str:
+    """Why there was no trial update: it failed, or was not made."""
+    return e.trouble.get("update") or e.trouble.get("no update") or "no update was tried"
 
 
 def _fresh(e: Evidence) -> bool:

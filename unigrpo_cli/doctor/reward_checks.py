@@ -29,16 +29,18 @@ def reward_spread(e: Evidence) -> Outcome:
         low = next(r.range[0] for r in e.rewards.rewards if r.alias == name)
         value = max((float(row[0]) for row in known if len(row)), default=math.nan)
         if math.isnan(value):
-            found.append(Outcome(WARN, 0.0, 0.0, f"{name} judged nothing"))
-        elif len({value, *contrasts}) > 1 or name not in e.judged.contrasts:
+            continue  # it judged nothing, which is the matter of reward-abstains
+        if len({value, *contrasts}) > 1 or name not in e.judged.contrasts:
             found.append(Outcome(TIES, 0.0, 0.0, f"{name} ties in every group here, but not everywhere"))
         elif value == low and not e.thorough:  # perhaps what it looks for is rare: that stops no run
             found.append(Outcome(WARN, 0.0, 0.0, f"{name} gave {value:g} for everything"))
         else:
             count = scores_PG.size + len(contrasts)
             found.append(Outcome(FAULT, 0.0, 0.0, f"{name} gave {value:g} for all {count} things it was shown"))
-    others = any(o.verdict == OK for o in found)  # then there is something to learn from
-    return _worst([replace(o, verdict=OK if others else WARN) if o.verdict == TIES else o for o in found])
+    # Beside one that differs there is something to learn from, and a guard may be constant.
+    others = any(o.verdict == OK for o in found)
+    milder = {TIES: OK, FAULT: WARN} if others else {TIES: WARN}
+    return _worst([replace(o, verdict=milder.get(o.verdict, o.verdict)) for o in found])
 
 
 def reward_repeats(e: Evidence) -> Outcome:
@@ -70,12 +72,19 @@ def reward_errors(e: Evidence) -> Outcome:
     """What a reward cannot read it raises about or abstains from; no failure becomes a number."""
     if not e.judged.unreadable:
         return skipped("rewards that wait for an endpoint are asked once at the start")
+    found: list[Outcome] = []
     for name, answers in e.judged.unreadable.items():
         for part, answer in zip(PARTS, answers, strict=True):
             if answer == LATE:
                 return Outcome(FAULT, None, None, f"{name} gave no answer in time about an unreadable {part}")
             if answer not in (RAISES, ABSTAINS, NOT_ASKED):
-                return Outcome(FAULT, float(answer), None, f"{name} gives {answer} for a {part} that cannot be read")
+                # Malformed words may well be worth 0, and a reward on their form catches what they make it raise.
+                verdict = WARN if part == "reasoning" else FAULT
+                found.append(
+                    Outcome(verdict, float(answer), None, f"{name} gives {answer} for a {part} that cannot be read")
+                )
+    if found:
+        return _worst(found)
     names = ", ".join(e.judged.unreadable)
     return Outcome(OK, None, None, f"{names} raise or abstain")
 
@@ -84,7 +93,7 @@ def reward_abstains(e: Evidence) -> Outcome:
     limit, found = e.config.reward.max_abstain, []
     for name in _weighted(e):
         share = float((~e.judged.scored[name].valid).mean())
-        verdict = FAULT if share == 1 else WARN
+        verdict = FAULT if share == 1 and e.thorough else WARN  # in a run, reward.max_abstain decides
         found.append(judged(share, min(limit, 0.999), f"{name} abstained on {share:.0%}", verdict))
     return _worst(found)
 
@@ -100,6 +109,6 @@ def _worst(found: list[Outcome]) -> Outcome:
             if outcome.verdict == verdict:
                 return outcome
     if not found:
-        return skipped("no reward is trained on")
+        return skipped("no reward that is trained on judged anything")
     values = [o.value for o in found if o.value is not None]
     return Outcome(OK, max(values, default=0.0), found[0].limit, ", ".join(o.seen for o in found))

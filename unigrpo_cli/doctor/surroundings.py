@@ -62,5 +62,3 @@ def _from_wide(e: Evidence) -> float:
     scores = train.replay(wide, m.batch, image=False)
     mask = m.batch.actions.mask_BL
     return float((scores.log_prob_BL - m.old.log_prob_BL)[mask].abs().max())
-
-

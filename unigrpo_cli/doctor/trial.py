@@ -21,7 +21,7 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.doctor.evidence import Drawn, Evidence, Judged, Moved, Replayed
 from unigrpo_cli.doctor.probe import PARTS, unreadable
 from unigrpo_cli.doctor.witness import Account, Witness
-from unigrpo_cli.episode import Episode, Group, Prompt
+from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
 from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of
 from unigrpo_cli.plan import Plan
@@ -44,7 +44,7 @@ class Gradients(torch.optim.Optimizer):
         super().__init__([{"params": parameters, "lr": 0.0, "full_lr": 0.0}], {})
         self.found: list[list[Tensor | None]] = []
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Keep them."""
         params = self.param_groups[0]["params"]
         self.found.append([None if p.grad is None else p.grad.detach().clone() for p in params])
@@ -95,7 +95,7 @@ def trial_config(config: Config) -> Config:
     d, t = config.doctor, config.train
     members = min(d.members, t.group_size)
     updates = t.updates if d.prompts % t.updates == 0 else 1
-    size = max(1, min(t.micro_batch, d.prompts * members // updates // 2))
+    size = max(1, min(t.micro_batch, d.prompts * members // max(2, updates)))
     own = {
         "prompts_per_step": d.prompts,
         "group_size": members,
@@ -159,7 +159,9 @@ def _of_contrasts(ask: Any, samples: Sequence[Sample]) -> list[float]:
     black, white = np.zeros_like(first.pixels), np.full_like(first.pixels, 255)
     shown = [replace(first, pixels=pixels) for pixels in (black, white, noise, last.pixels[::-1].copy())]
     asked = [replace(s, prompt=last.prompt, metadata=last.metadata) for s in samples[:2]]
-    said = [replace(first, reasoning=text) for text in (last.reasoning, "", "other words")] if first.reasoning else []
+    said = (
+        [replace(first, reasoning=text) for text in (last.reasoning, "", "other words")] if first.reasoning else []
+    )
     scores = []
     for sample in (*shown, *asked, *said):
         try:
@@ -267,7 +269,7 @@ def rows_of(m: MicroBatch, episodes: Sequence[Episode]) -> list[int]:
             if own is not None and images:
                 same = images[0].before.shape == own.shape
                 gap = float((images[0].before.double() - own.double()).abs().mean()) if same else float("inf")
-            words = [i for s in episodes[k].segments if hasattr(s, "finished") for i in s.ids.tolist()]
+            words = [i for s in episodes[k].segments if isinstance(s, TextActions) for i in s.ids.tolist()]
             return gap, words != said
 
         rows.append(min(range(len(episodes)), key=apart))
@@ -292,7 +294,7 @@ def _move(
     trained = [p for own in policy.trainable().values() for p in own]
     small = sum(p.numel() * p.element_size() for p in trained) <= UNDONE
     if not trained or not (small or thorough):
-        trouble["update"] = "the trained weights are too many to go back to" if trained else "nothing is trained"
+        trouble["no update"] = "the trained weights are too many to go back to" if trained else "nothing is trained"
         return None
     start = [p.detach().clone() for p in trained] if small else None
     rates = {"lr_text": TRIAL_RATE, "lr_image": TRIAL_RATE, "warmup": 0, "weight_decay": 0.0}
@@ -310,9 +312,7 @@ def _move(
             pulls = zip(still.found[0], trained, start, strict=True)
             outward = sum(float((g * (p.detach() - q)).sum()) for g, p, q in pulls if g is not None)
         pull = max((x for x in still.largest().values() if x is not None), default=0.0)
-        done = train.training_step(
-            replace(_trial(witness, Gradients(policy)), step=step), prompts, rewards, config
-        )
+        done = train.training_step(replace(_trial(witness, Gradients(policy)), step=step), prompts, rewards, config)
         return Moved(reference_moved, distance, pull, outward, done)
     except torch.OutOfMemoryError:
         raise
@@ -354,5 +354,3 @@ def difference(a: Any, b: Any, words: bool) -> float:
 def accounts_of(replayed: Replayed) -> list[tuple[Account, MicroBatch, list[int]]]:
     """Each micro-batch with what the network saw of it and its episodes."""
     return list(zip(replayed.accounts, replayed.batches, replayed.rows, strict=False))
-
-

@@ -145,9 +145,9 @@ class Witness:
             told = tuple(t + tuple(row[:n]) for t, row, n in zip(told, self._read.ids, lengths, strict=True))
             account.ends = told
         if seen_BNC is not None:
-            told = tuple(t + (_digest(row),) for t, row in zip(told, seen_BNC, strict=True))
+            told = tuple((*t, _digest(row)) for t, row in zip(told, seen_BNC, strict=True))
         if image is not None and keep_image:
-            told = tuple(t + (_digest(row),) for t, row in zip(told, image.x_BKND, strict=True))
+            told = tuple((*t, _digest(row)) for t, row in zip(told, image.x_BKND, strict=True))
         elif image is not None:
             assert out.velocity_BKND is not None
             x, t, v = (y.detach().cpu() for y in (image.x_BKND, image.t_BK, out.velocity_BKND))

@@ -121,7 +121,7 @@ class Run:
 
     def remove_if_only_described(self) -> None:
         """Take back a directory in which nothing has happened yet, so that the same --out can be used again."""
-        own = {"config.toml", "environment.json", LOCK}
+        own = {"config.toml", "environment.json", "doctor.json", LOCK}
         if {path.name for path in self.directory.iterdir()} <= own:
             for name in own:
                 (self.directory / name).unlink(missing_ok=True)
