@@ -278,6 +278,11 @@ def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:
         ({"train.experts": "image", "sampling.height": 512, "sampling.width": 512}, "{:.1f} of them at 512 px"),
     ):
         assert says.format(memory(changed(plan.work, change)).need) in page
+    on_device = changed(plan.work, {"train.reference_on": "device"})
+    needs = [
+        memory(replace(on_device, config=of_each_rank(on_device.config, world), world=world)).need for world in (8, 16)
+    ]
+    assert "Each of 8 ranks then needs {:.1f} GiB, of 16 ranks {:.1f}".format(*needs) in page
 
 
 @pytest.mark.parametrize("name", RECIPES)
