@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.advantage import COMBINATIONS, STDS, combined_advantage, group_advantage
+from unigrpo_cli.algo.advantage import COMBINATIONS, EPS, STDS, combined_advantage, group_advantage
 from unigrpo_cli.algo.guidance import RENORMS, Guidance, guided
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, unigrpo_loss
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
@@ -140,6 +140,35 @@ def test_combinations_centre_clamp_and_leave_constant_groups_alone(
     assert free.sum(dim=1).abs().max() <= 1e-9 * (1 + reward.abs().max())
     held = combined_advantage(rewards, {"a": 0.7, "b": 1.3}, known, how=how, std=std, clamp=clamp)
     assert torch.equal(held, free.clamp(-clamp, clamp))
+
+
+WEIGHT = st.floats(-2, 2).filter(lambda w: abs(w) > 0.1)
+
+
+@PROPERTY
+@given(_opinions(), SEEDS, WEIGHT, WEIGHT, st.sampled_from(STDS))
+def test_combinations_are_what_they_say(
+    case: tuple[Tensor, Tensor], seed: int, a: float, b: float, std: str
+) -> None:
+    """ "sum" adds rewards, "gdpo" advantages, and divides by what they then are: weights of either sign, by hand.
+
+    What a reward gave where it has no opinion is nothing to any of them.
+    """
+    reward, valid = case
+    other = _normal(seed, *reward.shape)
+    rewards, opinions = {"a": reward, "b": other}, {"a": valid, "b": torch.ones_like(valid)}
+    weights = {"a": a, "b": b}
+    everyone = group_advantage(a * reward + b * other, valid, std=std)
+    added = combined_advantage(rewards, weights, opinions, how="sum", std=std)
+    torch.testing.assert_close(added, everyone, rtol=1e-9, atol=1e-9)
+    own = "batch" if std == "none" else std
+    terms = a * group_advantage(reward, valid, std=own) + b * group_advantage(other, std=own)
+    gdpo = combined_advantage(rewards, weights, opinions, how="gdpo", std=std)
+    torch.testing.assert_close(gdpo, terms / (terms.square().mean().sqrt() + EPS), rtol=1e-9, atol=1e-9)
+    for how in COMBINATIONS:
+        spoilt = {"a": reward.masked_fill(~valid, 1e6), "b": other}
+        found, wanted = (combined_advantage(r, weights, opinions, how=how, std=std) for r in (spoilt, rewards))
+        assert torch.equal(found, wanted)
 
 
 @PROPERTY
@@ -460,7 +489,7 @@ def test_k3_is_never_negative_and_flat_at_the_reference(seed: int, spread: float
 @st.composite
 def _logits(draw: st.DrawFn) -> Tensor:
     """fp32 logits [V] of any spread, some impossible, never all."""
-    width, spread = draw(st.integers(1, 60)), draw(st.floats(0.0, 3e4))
+    width, spread = draw(st.integers(1, 60)), draw(st.sampled_from((0.0, 0.5, 3.0, 30.0, 3e4)))
     logits = _normal(draw(SEEDS), width, dtype=torch.float32) * spread
     gone = _normal(draw(SEEDS), width) > draw(st.sampled_from((0.0, 9.0)))
     gone[draw(st.integers(0, width - 1))] = False
@@ -521,6 +550,19 @@ def test_guidance_of_equal_contexts_is_none(
         found = guided(v, poorer, poorest, how)
         assert (found.norm(dim=2) <= raw.norm(dim=2) * (1 + 1e-9)).all()
         assert (found.norm(dim=2) >= least * raw.norm(dim=2) * (1 - 1e-9)).all()
+
+
+@PROPERTY
+@given(SEEDS, st.floats(0, 20), st.floats(0, 3))
+def test_guidance_goes_from_the_poorer_to_the_richer(seed: int, text: float, image: float) -> None:
+    """By hand where nothing is renormalised; up to an image scale of 1 the third context is not even looked at."""
+    v, poorer, poorest = _normal(seed, 3, 2, 3, 4)
+    expected = poorer + text * (v - poorer)
+    if image > 1:
+        expected = poorest + image * (expected - poorest)
+    how = Guidance(text=text, image=image, renorm_least=1.0)
+    found = guided(v, poorer, poorest if image > 1 else None, how)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 # ----- the objective
