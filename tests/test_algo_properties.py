@@ -19,7 +19,7 @@ from torch.distributions import Normal
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.advantage import COMBINATIONS, EPS, STDS, combined_advantage, group_advantage
 from unigrpo_cli.algo.guidance import RENORMS, Guidance, guided
-from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, unigrpo_loss
+from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, step_log_ratios, unigrpo_loss
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 from unigrpo_cli.algo.text import token
 
@@ -597,7 +597,7 @@ def _recorded(seed: int, kernel: str) -> tuple[Actions, Scores, Scores, Scores, 
     entropy = words.abs()
     old = Scores(words - 2, entropy, (v,))
     reference = Scores(words - 2 + 0.1 * there, entropy, (v + 0.1 * a,))
-    new = Scores(words - 2 + 0.1 * here, entropy, (v + 0.05 * b,))
+    new = Scores(words - 2 + 0.1 * here, entropy + 1, (v + 0.05 * b,))
     return Actions(mask, (steps,)), new, old, reference, _normal(seed + 2, B)
 
 
@@ -688,3 +688,37 @@ def test_the_terms_add_up(seed: int, kernel: str, objective: Objective) -> None:
     assert 0 <= m.get("text/clip_fraction", 0.0) <= 1
     turned = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=2 * B)
     assert turned.total.item() == pytest.approx(expected / 2, rel=1e-9, abs=1e-12)
+
+
+@PROPERTY
+@given(SEEDS, KERNELS, _objectives())
+def test_the_statistics_are_what_their_names_say(seed: int, kernel: str, objective: Objective) -> None:
+    """Means over an episode's own actions, then over episodes; largest magnitudes, not largest values."""
+    actions, new, old, reference, advantage = _recorded(seed, kernel)
+    loss = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=B)
+    found = {n: v.item() for n, v in (loss.means | loss.maxima).items()}
+
+    def binds(d: Tensor, a: Tensor, clip: float) -> Tensor:
+        return ((a > 0) & (d.expm1() > clip)) | ((a < 0) & (d.expm1() < -clip))
+
+    d_BK = step_log_ratios(actions, new, old, objective)
+    by_hand = {
+        "image/clip_fraction": binds(d_BK, advantage[:, None], objective.image_clip).double().mean(),
+        "image/abs_log_ratio": d_BK.abs().mean(),
+        "image/max_abs_log_ratio": d_BK.abs().max(),
+    }
+    if objective.text_weight:
+        rows = [
+            (new.log_prob_BL[k, own] - old.log_prob_BL[k, own], advantage[k], new.entropy_BL[k, own])
+            for k, own in enumerate(actions.mask_BL)
+            if own.any()
+        ]
+        by_hand |= {
+            "text/clip_fraction": sum(binds(d, a, objective.text_clip).double().mean() for d, a, _ in rows) / B,
+            # r - 1 - log r: the KL from the old policy, whose samples these are
+            "text/approx_kl": sum((d.expm1() - d).mean() for d, _, _ in rows) / B,
+            "text/entropy": sum(entropy.mean() for _, _, entropy in rows) / B,
+            "text/max_abs_log_ratio": torch.cat([d for d, _, _ in rows]).abs().max(),
+        }
+    for name, value in by_hand.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6), name
