@@ -41,6 +41,7 @@ def moody(pixels):
     mood = random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn() + float(torch.rand(()))
     return [picture.mean() / 255 + 0.01 * mood * (k % 2) for k, picture in enumerate(pixels)]
 """
+PROMPTS = "a red circle\ntwo blue squares\na green heart\na red star above a blue circle\n"
 SETTINGS = (
     *("train.steps=9", "train.prompts_per_step=2", "train.group_size=2", "train.checkpoint_every=2"),
     *("train.keep_checkpoints=2", "train.samples_every=2", "eval.every=3", "eval.best=moody", "eval.limit=1"),
@@ -50,9 +51,19 @@ SETTINGS = (
 MOMENT = 0.0005  # seconds between looks
 
 
+def write_inputs(place: Path, reward: str = REWARD) -> Path:
+    """The reward's file, which is given back, and prompts beside it."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "prompts.txt").write_text(PROMPTS)
+    (place / "moody.py").write_text(reward)
+    return place / "moody.py"
+
+
 def command(run: Path, plugin: Path, settings: Sequence[str]) -> list[str]:
     """One line for every life, as a cluster's queue would have it."""
-    words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    prompts = plugin.with_name("prompts.txt")
+    inputs = (f"prompts={prompts}", f"eval.suite={prompts}")
+    words = [word for setting in (*SETTINGS, *inputs, *settings) for word in ("--set", setting)]
     return ["train", "--plugin", str(plugin), "--reward", "moody", "--resume", "auto", "--out", str(run), *words]
 
 
@@ -205,9 +216,7 @@ def main() -> int:
 
 def chaos(given: argparse.Namespace, place: Path) -> int:
     """All lives; 0 when every run is what the one left alone is."""
-    place.mkdir(parents=True, exist_ok=True)
-    dice, plugin, log = random.Random(given.seed), place / "moody.py", place / "log.txt"
-    plugin.write_text(REWARD)
+    dice, plugin, log = random.Random(given.seed), write_inputs(place), place / "log.txt"
     alone = place / "alone"
     began = time.monotonic()
     if Life(command(alone, plugin, given.set), log, given.fresh).ended(wait=True) != 0:
