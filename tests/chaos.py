@@ -172,13 +172,34 @@ def _rows(path: Path) -> list[dict]:
     for line in path.read_text().splitlines():
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+    return [_not_timed(row) for row in rows]
+
+
+def _not_timed(row: dict) -> dict:
+    """A row of metrics without what the machine decides: seconds, memory, and warnings about them."""
+    return {k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/", "warnings"))}
+
+
+def _content(path: Path) -> bytes | str:
+    """What must be the same of a file: every byte, but those that say how long something took."""
+    if path.name in ("summary.json", "metrics.jsonl", ".lock"):
+        return ""
+    if path.name == "state.json":
+        state = json.loads(path.read_text())
+        watch = state["facts"].get("watch", {})
+        for name in ("first", "last"):
+            watch[name] = [_not_timed(row) for row in watch.get(name, [])]
+        for name in ("sightings", "lasting"):
+            watch.pop(name, None)
+        return json.dumps(state)
+    if path.name == "SHA256SUMS":
+        return "".join(line for line in path.read_text().splitlines(True) if "state.json" not in line)
+    return path.read_bytes()
 
 
 def differences(run: Path, other: Path) -> list[str]:
     """Everything in two runs' directories that is not the same to the bit, but seconds and their own names."""
     found = []
-    timed = {"summary.json", "metrics.jsonl", ".lock"}
     names = {str(p.relative_to(r)) for r in (run, other) for p in r.rglob("*") if p.is_file() or p.is_symlink()}
     for name in sorted(names):
         a, b = run / name, other / name
@@ -188,7 +209,7 @@ def differences(run: Path, other: Path) -> list[str]:
             found.append(f"{name} is in one alone")
             continue
         else:
-            same = a.name in timed or a.read_bytes() == b.read_bytes()
+            same = _content(a) == _content(b)
         if not same:
             found.append(name)
     if _rows(run / "metrics.jsonl") != _rows(other / "metrics.jsonl"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,11 +61,14 @@ def test_report_and_files(tmp_path: Path) -> None:
     assert json.loads((out / "summary.json").read_text())["steps"] == 3
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    documented = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
-    for key in rows[0]:
-        family = key.split("/")[0] if key.startswith(("reward/", "seconds/")) else key
-        tail = key.split("/")[-1]
-        assert f"`{family}" in documented or f"`{tail}`" in documented or f"/{tail}`" in documented, key
+    documented = set(re.findall(r"`([^`]+)`", (Path(__file__).parents[1] / "docs" / "files.md").read_text()))
+    for key in {key for row in rows for key in row}:
+        known = re.sub(r"/step_\d+$", "/step_0", key)
+        if key.startswith("reward/") and not key.endswith(("/abstained", "/spread")):
+            known = "reward/NAME/PART" if key.count("/") == 2 else "reward/NAME"
+        elif key.startswith("reward/"):
+            known = f"reward/NAME/{key.rsplit('/', 1)[1]}"
+        assert known in documented, key
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["last", "step_000002", "step_000003"]
     for name in ("config.toml", "environment.json", "eval_before.json", "eval_after.json", "samples/progress.png"):
         assert (out / name).is_file(), name
@@ -81,7 +85,8 @@ def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def _metrics(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+    of_the_machine = ("seconds/", "memory/", "warnings")  # a phase may be slower by chance
+    return [{k: v for k, v in row.items() if not k.startswith(of_the_machine)} for row in rows]
 
 
 def embedded_weights() -> Path:
@@ -192,20 +197,22 @@ def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, sett
     assert resumed.exit_code == 0, resumed.output
 
 
-def test_divergence_stops_with_the_last_good_step(tmp_path: Path) -> None:
+def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Path) -> None:
+    """The first update is finite and huge; what follows is refused, whether in the same step or in the next."""
     rates = ["--set", "train.lr_text=1e18", "--set", "train.lr_image=1e18"]
-    rates += ["--set", "train.updates=1", "--set", "train.checkpoint_every=1"]
-    result = _run(*SMALL, "--out", tmp_path / "run", "--steps", "9", *rates)
-    assert result.exit_code == 1
-    assert "the gradient is not finite" in result.stderr
-    assert "--resume" in result.stderr
-    checkpoints = list((tmp_path / "run" / "checkpoints").glob("step_*"))
-    assert checkpoints
-    halfway = _run(*SMALL, "--out", tmp_path / "b", "--steps", "9", *rates[:4], "--set", "train.updates=2")
-    assert halfway.exit_code == 1
-    assert not (tmp_path / "b" / "checkpoints").exists(), "the first of two updates is made: that is no step"
-    for checkpoint in checkpoints:
+    for updates, stop in ((1, 4), (2, 3)):
+        run = tmp_path / str(updates)
+        result = _run(*SMALL, "--out", run, "--steps", "9", *rates, "--set", f"train.updates={updates}")
+        assert result.exit_code == 1
+        said = " ".join(result.stderr.split())
+        assert "3 steps in a row were skipped" in said
+        assert f"go on from a checkpoint before step {stop - 2} with lower train.lr_text" in said
+        assert "--resume" in said
+        assert ["skipped" in row for row in _metrics(run)] == [False] * (stop - 3) + [True] * 3
+        (checkpoint,) = (run / "checkpoints").glob("step_*")
+        assert checkpoint.name == f"step_{stop:06d}"
         assert all(v.isfinite().all() for v in load_file(checkpoint / "ema.safetensors").values())
+        assert len(list((run / "bad_steps").iterdir())) == 3
 
 
 def test_adapters_off_is_the_start() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ from unigrpo_cli.rewards.grammar import RewardChoice
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
+from unigrpo_cli.runtime.batches import save_bad_step
 from unigrpo_cli.runtime.changes import Change, Effect
 from unigrpo_cli.runtime.display import Display
 from unigrpo_cli.runtime.durable import locked, point
@@ -67,11 +69,10 @@ from unigrpo_cli.session import (
 from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch import parting
+from unigrpo_cli.watch import Watch
 
 OWED = "owed"
 """The fact that names what a step that is done still lacks, an evaluation or samples, in order."""
-HISTORY = 20  # steps over which the trends of rewards are compared
 
 
 def start(
@@ -261,8 +262,11 @@ class _Session:
         self.base = state.origin.reference.base
         self.rewards, self.prompts, self.suite, self.began = rewards, prompts, suite, began
         self.shown = _a_few_of_each_task(suite, SHOWN)
-        self.history: list[dict[str, float]] = []
+        asked = rewards.asked("train")
+        signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
+        self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
         self.logged = state.step  # the last step whose metrics are on disk
+        self.settled: dict[str, Any] = {}  # facts as they were when it was done
 
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step at hand."""
@@ -270,10 +274,9 @@ class _Session:
         display.say(_headline(config, self.base, self.run.directory, state.step))
         if state.step > config.train.steps:
             display.warn(f"the checkpoint is of step {state.step}, beyond train.steps={config.train.steps}")
-        if state.generators is None:
-            state.generators = read_generators()
-        else:
+        if state.generators is not None:
             put_generators(state.generators)
+        self._settle()
         with self._listening():
             self._begin()
             trained = time.perf_counter()
@@ -319,7 +322,7 @@ class _Session:
             with self.interrupts.droppable():
                 facts["eval_before"] = self.evaluate("before").means()
                 self.samples()
-            self.state.generators = read_generators()
+            self._settle()
         if facts.get(OWED):
             self._pay()
             if not facts[OWED]:
@@ -336,11 +339,14 @@ class _Session:
                 def after_step(step: Step) -> bool:
                     with self.interrupts.shield():
                         self._remember(step.metrics)
-                        run.log({"step": state.step} | step.metrics)
+                        warnings = self.watch.see(step.metrics, step.skipped)
+                        run.log({"step": state.step} | step.metrics | self.watch.row(step.skipped))
                         self.logged = state.step
-                        self._warn(step.metrics)
-                        view.update(state.step, step.metrics)
+                        for line in warnings:
+                            self.display.warn(f"step {state.step}: {line}")
+                        view.update(state.step, step.metrics, self.watch.lasting)
                         self._owe()
+                        self._study(step)
                     self._pay()
                     best = state.facts.get("best") or {}
                     last = bool(self.interrupts) or state.step == config.train.steps
@@ -352,8 +358,8 @@ class _Session:
         except DiskError:  # another checkpoint would not find room either
             raise
         except (Exception, KeyboardInterrupt):
-            whole = not state.between and self.logged == state.step
-            if whole and not run.checkpoint(state.step).exists():
+            if not state.between and self.logged == state.step and not run.checkpoint(state.step).exists():
+                state.facts = self.settled
                 self.checkpoint()
             if checkpoints(run.directory):
                 self.display.warn(
@@ -370,7 +376,7 @@ class _Session:
         if self._due(self.config.train.samples_every) or self.state.step == self.config.train.steps:
             owed.append("samples")
         self.state.facts[OWED] = owed
-        self.state.generators = read_generators()
+        self._settle()
 
     def _pay(self) -> None:
         """Do it, until an interrupt comes."""
@@ -385,7 +391,12 @@ class _Session:
             except DroppedError:
                 return
             facts[OWED] = facts[OWED][1:]
-            self.state.generators = read_generators()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Note where things stand, for a checkpoint that is made because something after it failed."""
+        self.state.generators = read_generators()
+        self.settled = copy.deepcopy(self.state.facts)
 
     def _evaluate_within(self) -> None:
         """A held-out evaluation between steps: a line of metrics, and whether it is the best so far."""
@@ -484,33 +495,13 @@ class _Session:
             if drift is not None and known is not None:
                 facts["rollout_drift_max_abs"][kind] = max(drift, known)
 
-    def _warn_of_parting(self, metrics: dict[str, float]) -> None:
-        """Say once of each held-out reward (weight 0) that it falls while what is trained on rises."""
-        asked = self.rewards.asked("train")
-        sign = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
-        self.history.append({name: s * metrics[f"reward/{name}"] for name, s in sign.items()})
-        self.history = self.history[-HISTORY:]
-        if len(self.history) < HISTORY:
-            return
-        weights = self.rewards.weights
-        warned = self.state.facts.setdefault("warned_of_parting", [])
-        held_out = [name for name, weight in weights.items() if not weight and name not in warned]
-        for name in parting(self.history, [n for n, w in weights.items() if w], held_out):
-            warned.append(name)
-            self.display.warn(
-                f"held-out reward {name} has been falling for {HISTORY} steps while a trained one rises: it "
-                "may be learning a judge's weakness; look at samples/progress.png, train on both or stop early"
-            )
-
-    def _warn(self, metrics: dict[str, float]) -> None:
-        self._warn_of_parting(metrics)
-        limit = self.config.train.drift_limit
-        if metrics.get("text/drift_mean", 0.0) > limit and not self.state.facts.get("warned_of_drift"):
-            self.state.facts["warned_of_drift"] = True
-            self.display.warn(
-                f"rollout and replay log-probabilities differ by {metrics['text/drift_mean']:.3g} on average "
-                f"(limit {limit:g}): their numerics differ; the ratio is still exact, sampling is not"
-            )
+    def _study(self, step: Step) -> None:
+        """Keep the batch of a skipped step, and stop after too many of them."""
+        if step.skipped is not None:
+            folder = self.run.directory / "bad_steps"
+            found = (step.groups, step.scored, step.advantage_B, step.metrics)
+            path = save_bad_step(folder, self.state.step, step.skipped, *found)
+            self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
 
     def _summary(self, train_seconds: float, interrupted: bool) -> dict[str, Any]:
         facts = self.state.facts

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from unigrpo_cli.credentials import from_environment, names_secret
 from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
@@ -371,20 +372,41 @@ def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:
         if key not in accepted.model_fields:
             fields = accepted.model_fields
             raise RewardError(f"reward {choice.alias!r} has no option {key!r}: {suggest(key, fields)}")
+    given = _with_secrets(choice, accepted)
     try:
-        options = accepted.model_validate(choice.options)
+        options = accepted.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
+        secret = given != choice.options  # pydantic's own error shows values, so that one is left behind
+        shown = "" if secret else f"={first['input']!r}"
+        said = first["msg"][:1].lower() + first["msg"][1:]
         raise RewardError(
-            f"reward {choice.alias!r}: option {key}={first['input']!r}: {first['msg'].lower()}"
-        ) from error
+            f"reward {choice.alias!r}: option {key}{shown}: {said}; see `unigrpo rewards info {choice.name}`"
+        ) from (None if secret else error)
     try:
         return entry.address, factory(options)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {choice.alias!r} ({entry.address}) cannot be made: {error!r}") from error
+
+
+def _with_secrets(choice: RewardChoice, accepted: type[BaseModel]) -> dict[str, Any]:
+    """The options as the reward gets them: `env:NAME` replaced where an option is a secret, by name or by type.
+
+    Raises:
+        RewardError: when one is written out, or its variable is not set.
+    """
+    options = dict(choice.options)
+    for key, value in options.items():
+        secret = names_secret(key) or "SecretStr" in str(accepted.model_fields[key].annotation)
+        if secret and value is not None:
+            try:
+                options[key] = from_environment(str(value))
+            except ValueError as error:
+                raise RewardError(f"reward {choice.alias!r}: option {key}: {error}") from None
+    return options
 
 
 def _for_one_reward(sample: Sample) -> Sample:
@@ -436,8 +458,10 @@ def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
         raise RewardError(f"{what} the text {words[0]!r}; it must give a list of {count} numbers")
     try:
         array = np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{what} something that is no number: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(
+            f"{what} something that is no number: {error}; it must give a list of {count} numbers"
+        ) from error
     if array.shape != (count,):
         shape = len(values) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise RewardError(f"{what} {shape} scores for {count} samples; it must give one number per sample")

@@ -35,7 +35,7 @@ _LEARNT = (
     "objective.image_clip objective.text_kl objective.trust_region objective.penalty objective.penalty_weight "
     "objective.coupling advantage.std advantage.clamp advantage.combine advantage.shuffle train.prompts_per_step "
     "train.group_size train.updates train.epochs train.lr_text train.lr_image train.betas train.weight_decay "
-    "train.grad_clip train.warmup reward.use reward.options reward.on_error"
+    "train.grad_clip train.warmup reward.use reward.options reward.on_error watch.explosion"
 )
 _REFUSED = "model weights_file adapter train.tune train.experts train.also train.lora_rank train.lora_alpha"
 EFFECTS = {
@@ -49,7 +49,7 @@ EFFECTS = {
     for key in keys.split()
 }
 SECTIONS = {"doctor": Effect.NONE, "watch": Effect.NONE}
-"""Sections that only look at a run, whatever their keys."""
+"""Sections that only look at a run, but for keys that are classed by themselves."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def effect_of(key: str) -> Effect:
     Raises:
         KeyError: for a key that nobody has classed.
     """
-    return SECTIONS.get(key.partition(".")[0]) or EFFECTS[key]
+    return EFFECTS.get(key) or SECTIONS[key.partition(".")[0]]
 
 
 def changes(old: dict[str, Any], new: Config) -> list[Change]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,13 @@ def fresh_directory(out: Path | None, command: str) -> Path:
     Raises:
         UsageError: when it holds something already, or cannot be written.
     """
+    if out is not None:
+        _refuse_place(out)
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"
     k = 2
     while out is None and path.exists():
         path, k = path.with_name(f"{path.name.split('.')[0]}.{k}"), k + 1
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file: choose another --out")
-    if path.exists() and not nothing_in(path):
+    if os.path.isdir(path) and not nothing_in(path):
         begun = command == "train" and is_begun(path)
         hint = ", or go on with that run by --resume auto" if begun else ""
         raise UsageError(f"{path} is not empty: choose another --out{hint}")
@@ -48,6 +51,26 @@ def fresh_directory(out: Path | None, command: str) -> Path:
     except OSError as error:
         raise UsageError(f"cannot write to {path}: {error.strerror}; choose another --out") from error
     return path
+
+
+def _refuse_place(path: Path) -> None:
+    """Refuse what cannot be a directory. os.path, for to it a name that no system takes is only not there."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UsageError(f"{path} is a file: choose another --out")
+
+
+@contextmanager
+def new_directory(out: Path | None, command: str) -> Iterator[Path]:
+    """As `fresh_directory`; taken back, with parents made for it, when what follows fails and nothing is in it."""
+    path = fresh_directory(out, command)
+    try:
+        yield path
+    except BaseException:
+        if not any(path.iterdir()):
+            path.rmdir()
+            if path.parent == Path("runs") and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        raise
 
 
 def nothing_in(directory: Path) -> bool:
@@ -110,7 +133,7 @@ class Run:
                 sync(self.metrics)
 
     def forget_after(self, step: int, evaluated: bool = True) -> None:
-        """Drop what a resumed run will make again: metrics lines and sheets of later steps, a line cut short.
+        """Drop what a resumed run will make again: lines, sheets and bad steps of later steps, a line cut short.
 
         Args:
             evaluated: keep the line of this step's own evaluation.
@@ -121,7 +144,8 @@ class Run:
             if not evaluated:
                 kept = [line for line in kept if not (_step_of(line) == step and _is_evaluation(line))]
             write_text(self.metrics, "".join(line + "\n" for line in kept))
-        for path in (self.directory / "samples").glob("step_*"):
+        made = [*self.directory.glob("samples/step_*"), *self.directory.glob("bad_steps/step_*")]
+        for path in made:
             if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -130,7 +154,7 @@ class Run:
 
     def sweep(self) -> list[Path]:
         """Remove what a killed process left half written; says what it was."""
-        folders = (self.directory, self.directory / "samples", self.directory / "checkpoints")
+        folders = (self.directory, *(self.directory / name for name in ("samples", "bad_steps", "checkpoints")))
         return [path for folder in folders for path in sweep(folder)]
 
     def checkpoint(self, step: int) -> Path:
