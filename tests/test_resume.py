@@ -153,7 +153,7 @@ def test_states_of_generators_come_back() -> None:
 
 def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
     """Whatever JSON can hold, numbers that are not finite and all."""
-    facts = {"watch": {"rows": [[math.nan, -0.0, 5e-324], [1 / 3, math.inf, -math.inf]], "words": "\u2028"}}
+    facts = {"kept": {"rows": [[math.nan, -0.0, 5e-324], [1 / 3, math.inf, -math.inf]], "words": "\u2028"}}
     state = copy / "checkpoints" / "step_000004" / "state.json"
     content = json.loads(state.read_text())
     content["facts"] |= facts
@@ -161,7 +161,7 @@ def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
     _seal(state.parent)
     _done(_run(*command(copy, plugin, ("train.steps=5",))))
     kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["facts"]
-    assert json.dumps(kept["watch"]) == json.dumps(facts["watch"])
+    assert json.dumps(kept["kept"]) == json.dumps(facts["kept"])
 
 
 def _seal(checkpoint: Path) -> None:
