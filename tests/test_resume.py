@@ -352,7 +352,7 @@ def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone
     refused = _done(_run(*command(tmp_path / "other", plugin, FOUR)), 2)
     assert "holds other things than a run" in refused.stderr
     refused = _done(_run("train", "--resume", tmp_path / "other"), 2)
-    assert "no such checkpoint or run" in refused.stderr
+    assert "holds no checkpoint and no config.toml" in refused.stderr
 
 
 def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) -> None:

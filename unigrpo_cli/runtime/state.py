@@ -214,8 +214,8 @@ def incomplete(directory: Path) -> str | None:
     """What a checkpoint lacks by names and sizes: the file and how, or None. Reads no weight."""
     try:
         content = read_header(directory)
-    except WeightsError:
-        return f"{STATE} is missing or damaged"
+    except WeightsError as error:
+        return str(error).removeprefix(str(directory)).lstrip("/ ")
     if content["format"] < FORMAT:  # had neither sums nor sizes
         return None
     files = content.get("files")
