@@ -669,8 +669,8 @@ CHECKPOINTS = [
     checkpoint(
         "weights-cut-resumed",
         lambda c: os.truncate(c / "ema.safetensors", 50_000),
-        "ema.safetensors",
-        "fetch or save it again",
+        "ema.safetensors has 50,000 bytes",
+        "no earlier one is whole",
         command=ON,
     ),
     checkpoint(

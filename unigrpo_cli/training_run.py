@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -267,6 +268,7 @@ class _Session:
         signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
         self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
         self.logged = state.step  # the last step whose metrics are on disk
+        self.settled: dict[str, Any] = {}  # facts as they were when it was done
 
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step at hand."""
@@ -274,10 +276,9 @@ class _Session:
         display.say(_headline(config, self.base, self.run.directory, state.step))
         if state.step > config.train.steps:
             display.warn(f"the checkpoint is of step {state.step}, beyond train.steps={config.train.steps}")
-        if state.generators is None:
-            state.generators = read_generators()
-        else:
+        if state.generators is not None:
             put_generators(state.generators)
+        self._settle()
         with self._listening():
             self._begin()
             trained = time.perf_counter()
@@ -323,7 +324,7 @@ class _Session:
             with self.interrupts.droppable():
                 facts["eval_before"] = self.evaluate("before").means()
                 self.samples()
-            self.state.generators = read_generators()
+            self._settle()
         if facts.get(OWED):
             self._pay()
             if not facts[OWED]:
@@ -347,7 +348,7 @@ class _Session:
                             self.display.warn(f"step {state.step}: {line}")
                         view.update(state.step, step.metrics, self.watch.lasting)
                         self._owe()
-                    self._study(step)
+                        self._study(step)
                     self._pay()
                     best = state.facts.get("best") or {}
                     last = bool(self.interrupts) or state.step == config.train.steps
@@ -359,8 +360,8 @@ class _Session:
         except DiskError:  # another checkpoint would not find room either
             raise
         except (Exception, KeyboardInterrupt):
-            whole = not state.between and self.logged == state.step
-            if whole and not run.checkpoint(state.step).exists():
+            if not state.between and self.logged == state.step and not run.checkpoint(state.step).exists():
+                state.facts = self.settled
                 self.checkpoint()
             if checkpoints(run.directory):
                 self.display.warn(
@@ -377,7 +378,7 @@ class _Session:
         if self._due(self.config.train.samples_every) or self.state.step == self.config.train.steps:
             owed.append("samples")
         self.state.facts[OWED] = owed
-        self.state.generators = read_generators()
+        self._settle()
 
     def _pay(self) -> None:
         """Do it, until an interrupt comes."""
@@ -392,7 +393,12 @@ class _Session:
             except DroppedError:
                 return
             facts[OWED] = facts[OWED][1:]
-            self.state.generators = read_generators()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Note where things stand, for a checkpoint that is made because something after it failed."""
+        self.state.generators = read_generators()
+        self.settled = copy.deepcopy(self.state.facts)
 
     def _evaluate_within(self) -> None:
         """A held-out evaluation between steps: a line of metrics, and whether it is the best so far."""
