@@ -1469,7 +1469,7 @@ def test_debug_adds_a_traceback_and_keeps_line_and_code(debug: bool, tmp_path: P
 # ----- files that a program mangled
 
 FUZZ = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,
