@@ -41,6 +41,7 @@ def moody(pixels):
     mood = random.random() + random.gauss(0, 1) + np.random.rand() + np.random.randn() + float(torch.rand(()))
     return [picture.mean() / 255 + 0.01 * mood * (k % 2) for k, picture in enumerate(pixels)]
 """
+PROMPTS = "a red circle\ntwo blue squares\na green heart\na red star above a blue circle\n"
 SETTINGS = (
     *("train.steps=9", "train.prompts_per_step=2", "train.group_size=2", "train.checkpoint_every=2"),
     *("train.keep_checkpoints=2", "train.samples_every=2", "eval.every=3", "eval.best=moody", "eval.limit=1"),
@@ -50,9 +51,19 @@ SETTINGS = (
 MOMENT = 0.0005  # seconds between looks
 
 
+def write_inputs(place: Path, reward: str = REWARD) -> Path:
+    """The reward's file, which is given back, and prompts beside it."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "prompts.txt").write_text(PROMPTS)
+    (place / "moody.py").write_text(reward)
+    return place / "moody.py"
+
+
 def command(run: Path, plugin: Path, settings: Sequence[str]) -> list[str]:
     """One line for every life, as a cluster's queue would have it."""
-    words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    prompts = plugin.with_name("prompts.txt")
+    inputs = (f"prompts={prompts}", f"eval.suite={prompts}")
+    words = [word for setting in (*SETTINGS, *inputs, *settings) for word in ("--set", setting)]
     return ["train", "--plugin", str(plugin), "--reward", "moody", "--resume", "auto", "--out", str(run), *words]
 
 
@@ -161,13 +172,34 @@ def _rows(path: Path) -> list[dict]:
     for line in path.read_text().splitlines():
         with suppress(ValueError):
             rows.append(json.loads(line))
-    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+    return [_not_timed(row) for row in rows]
+
+
+def _not_timed(row: dict) -> dict:
+    """A row of metrics without what the machine decides: seconds, memory, and warnings about them."""
+    return {k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/", "warnings"))}
+
+
+def _content(path: Path) -> bytes | str:
+    """What must be the same of a file: every byte, but those that say how long something took."""
+    if path.name in ("summary.json", "metrics.jsonl", ".lock"):
+        return ""
+    if path.name == "state.json":
+        state = json.loads(path.read_text())
+        watch = state["facts"].get("watch", {})
+        for name in ("first", "last"):
+            watch[name] = [_not_timed(row) for row in watch.get(name, [])]
+        for name in ("sightings", "lasting"):
+            watch.pop(name, None)
+        return json.dumps(state)
+    if path.name == "SHA256SUMS":
+        return "".join(line for line in path.read_text().splitlines(True) if "state.json" not in line)
+    return path.read_bytes()
 
 
 def differences(run: Path, other: Path) -> list[str]:
     """Everything in two runs' directories that is not the same to the bit, but seconds and their own names."""
     found = []
-    timed = {"summary.json", "metrics.jsonl", ".lock"}
     names = {str(p.relative_to(r)) for r in (run, other) for p in r.rglob("*") if p.is_file() or p.is_symlink()}
     for name in sorted(names):
         a, b = run / name, other / name
@@ -177,7 +209,7 @@ def differences(run: Path, other: Path) -> list[str]:
             found.append(f"{name} is in one alone")
             continue
         else:
-            same = a.name in timed or a.read_bytes() == b.read_bytes()
+            same = _content(a) == _content(b)
         if not same:
             found.append(name)
     if _rows(run / "metrics.jsonl") != _rows(other / "metrics.jsonl"):
@@ -205,9 +237,7 @@ def main() -> int:
 
 def chaos(given: argparse.Namespace, place: Path) -> int:
     """All lives; 0 when every run is what the one left alone is."""
-    place.mkdir(parents=True, exist_ok=True)
-    dice, plugin, log = random.Random(given.seed), place / "moody.py", place / "log.txt"
-    plugin.write_text(REWARD)
+    dice, plugin, log = random.Random(given.seed), write_inputs(place), place / "log.txt"
     alone = place / "alone"
     began = time.monotonic()
     if Life(command(alone, plugin, given.set), log, given.fresh).ended(wait=True) != 0:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.advantage import COMBINATIONS, STDS, combined_advantage, group_advantage
+from unigrpo_cli.algo.advantage import COMBINATIONS, EPS, STDS, combined_advantage, group_advantage
 from unigrpo_cli.algo.guidance import RENORMS, Guidance, guided
-from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, unigrpo_loss
+from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, step_log_ratios, unigrpo_loss
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 from unigrpo_cli.algo.text import token
 
@@ -140,6 +140,35 @@ def test_combinations_centre_clamp_and_leave_constant_groups_alone(
     assert free.sum(dim=1).abs().max() <= 1e-9 * (1 + reward.abs().max())
     held = combined_advantage(rewards, {"a": 0.7, "b": 1.3}, known, how=how, std=std, clamp=clamp)
     assert torch.equal(held, free.clamp(-clamp, clamp))
+
+
+WEIGHT = st.floats(-2, 2).filter(lambda w: abs(w) > 0.1)
+
+
+@PROPERTY
+@given(_opinions(), SEEDS, WEIGHT, WEIGHT, st.sampled_from(STDS))
+def test_combinations_are_what_they_say(
+    case: tuple[Tensor, Tensor], seed: int, a: float, b: float, std: str
+) -> None:
+    """ "sum" adds rewards, "gdpo" advantages, and divides by what they then are: weights of either sign, by hand.
+
+    What a reward gave where it has no opinion is nothing to any of them.
+    """
+    reward, valid = case
+    other = _normal(seed, *reward.shape)
+    rewards, opinions = {"a": reward, "b": other}, {"a": valid, "b": torch.ones_like(valid)}
+    weights = {"a": a, "b": b}
+    everyone = group_advantage(a * reward + b * other, valid, std=std)
+    added = combined_advantage(rewards, weights, opinions, how="sum", std=std)
+    torch.testing.assert_close(added, everyone, rtol=1e-9, atol=1e-9)
+    own = "batch" if std == "none" else std
+    terms = a * group_advantage(reward, valid, std=own) + b * group_advantage(other, std=own)
+    gdpo = combined_advantage(rewards, weights, opinions, how="gdpo", std=std)
+    torch.testing.assert_close(gdpo, terms / (terms.square().mean().sqrt() + EPS), rtol=1e-9, atol=1e-9)
+    for how in COMBINATIONS:
+        spoilt = {"a": reward.masked_fill(~valid, 1e6), "b": other}
+        found, wanted = (combined_advantage(r, weights, opinions, how=how, std=std) for r in (spoilt, rewards))
+        assert torch.equal(found, wanted)
 
 
 @PROPERTY
@@ -460,7 +489,7 @@ def test_k3_is_never_negative_and_flat_at_the_reference(seed: int, spread: float
 @st.composite
 def _logits(draw: st.DrawFn) -> Tensor:
     """fp32 logits [V] of any spread, some impossible, never all."""
-    width, spread = draw(st.integers(1, 60)), draw(st.floats(0.0, 3e4))
+    width, spread = draw(st.integers(1, 60)), draw(st.sampled_from((0.0, 0.5, 3.0, 30.0, 3e4)))
     logits = _normal(draw(SEEDS), width, dtype=torch.float32) * spread
     gone = _normal(draw(SEEDS), width) > draw(st.sampled_from((0.0, 9.0)))
     gone[draw(st.integers(0, width - 1))] = False
@@ -523,6 +552,19 @@ def test_guidance_of_equal_contexts_is_none(
         assert (found.norm(dim=2) >= least * raw.norm(dim=2) * (1 - 1e-9)).all()
 
 
+@PROPERTY
+@given(SEEDS, st.floats(0, 20), st.floats(0, 3))
+def test_guidance_goes_from_the_poorer_to_the_richer(seed: int, text: float, image: float) -> None:
+    """By hand where nothing is renormalised; up to an image scale of 1 the third context is not even looked at."""
+    v, poorer, poorest = _normal(seed, 3, 2, 3, 4)
+    expected = poorer + text * (v - poorer)
+    if image > 1:
+        expected = poorest + image * (expected - poorest)
+    how = Guidance(text=text, image=image, renorm_least=1.0)
+    found = guided(v, poorer, poorest if image > 1 else None, how)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 # ----- the objective
 
 B, L, K, N, D = 5, 4, 3, 2, 3
@@ -555,7 +597,7 @@ def _recorded(seed: int, kernel: str) -> tuple[Actions, Scores, Scores, Scores, 
     entropy = words.abs()
     old = Scores(words - 2, entropy, (v,))
     reference = Scores(words - 2 + 0.1 * there, entropy, (v + 0.1 * a,))
-    new = Scores(words - 2 + 0.1 * here, entropy, (v + 0.05 * b,))
+    new = Scores(words - 2 + 0.1 * here, entropy + 1, (v + 0.05 * b,))
     return Actions(mask, (steps,)), new, old, reference, _normal(seed + 2, B)
 
 
@@ -646,3 +688,37 @@ def test_the_terms_add_up(seed: int, kernel: str, objective: Objective) -> None:
     assert 0 <= m.get("text/clip_fraction", 0.0) <= 1
     turned = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=2 * B)
     assert turned.total.item() == pytest.approx(expected / 2, rel=1e-9, abs=1e-12)
+
+
+@PROPERTY
+@given(SEEDS, KERNELS, _objectives())
+def test_the_statistics_are_what_their_names_say(seed: int, kernel: str, objective: Objective) -> None:
+    """Means over an episode's own actions, then over episodes; largest magnitudes, not largest values."""
+    actions, new, old, reference, advantage = _recorded(seed, kernel)
+    loss = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=B)
+    found = {n: v.item() for n, v in (loss.means | loss.maxima).items()}
+
+    def binds(d: Tensor, a: Tensor, clip: float) -> Tensor:
+        return ((a > 0) & (d.expm1() > clip)) | ((a < 0) & (d.expm1() < -clip))
+
+    d_BK = step_log_ratios(actions, new, old, objective)
+    by_hand = {
+        "image/clip_fraction": binds(d_BK, advantage[:, None], objective.image_clip).double().mean(),
+        "image/abs_log_ratio": d_BK.abs().mean(),
+        "image/max_abs_log_ratio": d_BK.abs().max(),
+    }
+    if objective.text_weight:
+        rows = [
+            (new.log_prob_BL[k, own] - old.log_prob_BL[k, own], advantage[k], new.entropy_BL[k, own])
+            for k, own in enumerate(actions.mask_BL)
+            if own.any()
+        ]
+        by_hand |= {
+            "text/clip_fraction": sum(binds(d, a, objective.text_clip).double().mean() for d, a, _ in rows) / B,
+            # r - 1 - log r: the KL from the old policy, whose samples these are
+            "text/approx_kl": sum((d.expm1() - d).mean() for d, _, _ in rows) / B,
+            "text/entropy": sum(entropy.mean() for _, _, entropy in rows) / B,
+            "text/max_abs_log_ratio": torch.cat([d for d, _, _ in rows]).abs().max(),
+        }
+    for name, value in by_hand.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6), name

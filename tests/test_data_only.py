@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from unigrpo_cli.cli import app
 from unigrpo_cli.credentials import from_environment, names_secret, redacted
 from unigrpo_cli.models.hub import embedded_directory
+from unigrpo_cli.runtime.durable import SUMS, digest_of
 from unigrpo_plugins.judge_server import JudgeServer
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +181,16 @@ def test_the_bombs_are_live(marker: Path) -> None:
     assert marker.is_dir()
 
 
+def _seal(checkpoint: Path) -> None:
+    """Sizes and sums as of what lies there now: whoever plants files can mend those, too."""
+    state = checkpoint / "state.json"
+    content = json.loads(state.read_text())
+    content["files"] = {name: (checkpoint / name).stat().st_size for name in content["files"]}
+    state.write_text(json.dumps(content))
+    names = [line.split("  ")[1] for line in (checkpoint / SUMS).read_text().splitlines()]
+    (checkpoint / SUMS).write_text("".join(f"{digest_of(checkpoint / name)}  {name}\n" for name in names))
+
+
 def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
     tmp_path: Path, marker: Path, small_model: Path
 ) -> None:
@@ -190,6 +201,7 @@ def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
     model = Path(shutil.copytree(small_model, tmp_path / "m"))
     for folder in (model, run, checkpoint):
         _plant(folder, marker)
+    _seal(checkpoint)
     episodes = tmp_path / "e"
     sampled = ["rollout", "--reward", "jpeg", "--limit", 1, "--group-size", 2, *QUICK, "--out", episodes]
     assert _run(*sampled, "--model", model).exit_code == 0

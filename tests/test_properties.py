@@ -38,7 +38,7 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.seeds import derive, normal, uniform
 from unigrpo_cli.train import objective_of, prompts_for, window_of
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 # ----- the configuration
@@ -145,7 +145,7 @@ def _samplings(draw: st.DrawFn) -> Config:
         raise
 
 
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=100)
 @given(_samplings())
 def test_accepted_settings_give_finite_numbers(config: Config) -> None:
     """Walk the whole schedule in fp32, as rollout does, and score every stochastic step as replay does."""

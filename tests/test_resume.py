@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from tests.chaos import REWARD, command, differences
+from tests.chaos import REWARD, command, differences, write_inputs
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.episode import Prompt
@@ -63,10 +63,10 @@ def _run(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plugin") / "moody.py"
     head, body = REWARD.split("def moody(pixels):\n")
-    path.write_text(f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}")
-    return path
+    return write_inputs(
+        tmp_path_factory.mktemp("plugin"), f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,7 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
     _done(_run(*command(parts, plugin, (*settings.split(), "train.steps=2", "eval.every=2"))))
     again = _done(_run(*command(parts, plugin, (*settings.split(), *FOUR))))
     assert "changed: train.steps: 2 -> 4 (changes no result)" in again.output
-    told = {f"checkpoints/step_000002/{name}" for name in ("state.json", "SHA256SUMS")}  # train.steps was 2 then
-    assert set(differences(whole, parts)) == told
+    assert differences(whole, parts) == ["checkpoints/step_000002/state.json"], "train.steps was 2 then"
     files = {p.name for p in (whole / "checkpoints" / "last").iterdir()}
     weights = "adapter_model.safetensors" if "train.tune=lora" in settings else "ema.safetensors"
     assert {weights, "optimizer.safetensors", "generators.safetensors", "state.json", "SHA256SUMS"} <= files
@@ -116,7 +115,16 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
 
 def test_chaos(tmp_path: Path) -> None:
     """Three SIGKILLs, one at least inside a checkpoint's writing, and the same to the bit."""
-    code = [sys.executable, str(Path(__file__).parent / "chaos.py"), "--kills", "3", "--seed", "5"]
+    code = [
+        sys.executable,
+        str(Path(__file__).parent / "chaos.py"),
+        "--kills",
+        "3",
+        "--seed",
+        "5",
+        "--set",
+        "train.steps=6",
+    ]
     root = str(Path(__file__).parents[1])
     found = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -145,7 +153,7 @@ def test_states_of_generators_come_back() -> None:
 
 def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
     """Whatever JSON can hold, numbers that are not finite and all."""
-    facts = {"watch": {"rows": [[math.nan, -0.0, 5e-324], [1 / 3, math.inf, -math.inf]], "words": "\u2028"}}
+    facts = {"kept": {"rows": [[math.nan, -0.0, 5e-324], [1 / 3, math.inf, -math.inf]], "words": "\u2028"}}
     state = copy / "checkpoints" / "step_000004" / "state.json"
     content = json.loads(state.read_text())
     content["facts"] |= facts
@@ -153,7 +161,7 @@ def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
     _seal(state.parent)
     _done(_run(*command(copy, plugin, ("train.steps=5",))))
     kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["facts"]
-    assert json.dumps(kept["watch"]) == json.dumps(facts["watch"])
+    assert json.dumps(kept["kept"]) == json.dumps(facts["kept"])
 
 
 def _seal(checkpoint: Path) -> None:
@@ -344,7 +352,7 @@ def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone
     refused = _done(_run(*command(tmp_path / "other", plugin, FOUR)), 2)
     assert "holds other things than a run" in refused.stderr
     refused = _done(_run("train", "--resume", tmp_path / "other"), 2)
-    assert "no such checkpoint or run" in refused.stderr
+    assert "holds no checkpoint and no config.toml" in refused.stderr
 
 
 def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) -> None:
@@ -389,13 +397,13 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
-    """Evaluations of .5, .9, .2, .3 after steps 1 to 4; a reward where less is better turns it round."""
-    plugin = tmp_path / "told.py"
-    plugin.write_text(
+    """Evaluations of .5, .9, .2 and .3 after steps 1 to 4."""
+    plugin = write_inputs(
+        tmp_path,
         "from unigrpo_cli import reward\n\nTOLD = iter([0, 0, 0.5, 0.9, 0.2, 0.3, 0, 0, 0])\n\n"
         '@reward("told", range=(0, 1))\ndef told(images, split):\n'
         '    value = next(TOLD) if split == "eval" else 0.5\n'
-        "    return [value + 0.01 * (k % 2) for k in range(len(images))]\n"
+        "    return [value + 0.01 * (k % 2) for k in range(len(images))]\n",
     )
     more = ["train.steps=4", "train.samples_every=0", "train.checkpoint_every=0", "train.keep_checkpoints=1"]
     sets = [w for s in (*more, "eval.every=1", "eval.best=told") for w in ("--set", s)]

@@ -84,7 +84,7 @@ def decoded(content: bytes, first: bool = True) -> str:
     try:
         return content.removeprefix(codecs.BOM_UTF8 if first else b"").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(f"not readable text: byte {error.start} is not UTF-8; save it as UTF-8") from error
 
 
 def read_image(path: str | Path) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -324,6 +325,7 @@ class _Session:
         signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
         self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
         self.logged = state.step  # the last step whose metrics are on disk
+        self.settled: dict[str, Any] = {}  # facts as they were when it was done
 
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step at hand."""
@@ -331,10 +333,9 @@ class _Session:
         display.say(_headline(config, self.base, self.run.directory, state))
         if state.step > config.train.steps:
             display.warn(f"the checkpoint is of step {state.step}, beyond train.steps={config.train.steps}")
-        if state.generators is None:
-            state.generators = read_generators()
-        else:
+        if state.generators is not None:
             put_generators(state.generators)
+        self._settle()
         with self._listening():
             self._begin()
             trained = time.perf_counter()
@@ -381,7 +382,7 @@ class _Session:
             with self.interrupts.droppable():
                 facts["eval_before"] = self.evaluate("before").means()
                 self.samples()
-            self.state.generators = read_generators()
+            self._settle()
         if facts.get(OWED):
             self._pay()
             if not facts[OWED]:
@@ -390,7 +391,7 @@ class _Session:
     def _train(self) -> None:
         """Training steps. Whatever stops one before its weights move, a reward say, loses no step before it."""
         config, state, run = self.config, self.state, self.run
-        self.interrupts.settle()
+        self.interrupts.agree()
         if self.interrupts:
             return
         try:
@@ -406,9 +407,9 @@ class _Session:
                             self.display.warn(f"step {state.step}: {line}")
                         view.update(state.step, step.metrics, self.watch.lasting)
                         self._owe()
-                    with self.ranks.together():
-                        self._study(step)
-                    self.interrupts.settle()
+                        with self.ranks.together():
+                            self._study(step)
+                    self.interrupts.agree()
                     self._pay()
                     best = state.facts.get("best") or {}
                     last = bool(self.interrupts) or state.step == config.train.steps
@@ -423,6 +424,7 @@ class _Session:
             whole = not state.between and self.logged == state.step
             here = self.ranks.alone or getattr(error, "everywhere", False)  # else the others are somewhere else
             if whole and here and not run.checkpoint(state.step).exists():
+                state.facts = self.settled
                 self.checkpoint()
             if checkpoints(run.directory):
                 self.display.warn(
@@ -439,7 +441,7 @@ class _Session:
         if self._due(self.config.train.samples_every) or self.state.step == self.config.train.steps:
             owed.append("samples")
         self.state.facts[OWED] = owed
-        self.state.generators = read_generators()
+        self._settle()
 
     def _pay(self) -> None:
         """Do it, until an interrupt comes."""
@@ -454,7 +456,12 @@ class _Session:
             except DroppedError:
                 return
             facts[OWED] = facts[OWED][1:]
-            self.state.generators = read_generators()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Note where things stand, for a checkpoint that is made because something after it failed."""
+        self.state.generators = read_generators()
+        self.settled = copy.deepcopy(self.state.facts)
 
     def _evaluate_within(self) -> None:
         """A held-out evaluation between steps: a line of metrics, and whether it is the best so far."""

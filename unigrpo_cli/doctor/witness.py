@@ -75,6 +75,12 @@ class ToldContext(Context):
         chosen = cast(ToldContext, super().select(index_B))
         return replace(chosen, told=tuple(self.told[row] for row in index_B.tolist()))
 
+    def put(self, index_B: Tensor, rows: Context) -> ToldContext:
+        put, told = cast(ToldContext, super().put(index_B, rows)), list(self.told)
+        for row, own in zip(index_B.tolist(), cast(ToldContext, rows).told, strict=True):
+            told[row] = own
+        return replace(put, told=tuple(told))
+
 
 @dataclass(frozen=True)
 class _Read:

@@ -12,6 +12,7 @@ from torch import Tensor
 from unigrpo_cli.episode import Group, save_episodes
 from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.scoring import Scored
+from unigrpo_cli.runtime.durable import new_directory
 
 KEPT = 3  # bad steps on disk: those of one stop
 
@@ -52,11 +53,11 @@ def save_bad_step(
 ) -> Path:
     """The whole batch of a skipped step, for study: `unigrpo rollout --from` opens it. Keeps the newest KEPT."""
     path = folder / f"step_{step:06d}"
-    shutil.rmtree(path, ignore_errors=True)  # of a run that does the step again
-    save_episodes(groups, path)
     why = {"step": step, "reason": reason, "advantages": advantage_B, "metrics": metrics}
-    for name, content in (("rewards.json", reward_rows(groups, scored)), ("bad_step.json", why)):
-        (path / name).write_text(to_json(content, indent=1) + "\n")
+    with new_directory(path, sums=False) as partial:
+        save_episodes(groups, partial)
+        for name, content in (("rewards.json", reward_rows(groups, scored)), ("bad_step.json", why)):
+            (partial / name).write_text(to_json(content, indent=1) + "\n")
     for old in sorted(folder.glob("step_*"))[:-KEPT]:
         shutil.rmtree(old)
     return path

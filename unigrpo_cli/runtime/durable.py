@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from unigrpo_cli.errors import DiskError, UsageError, WeightsError
 
 PARTIAL = ".partial"
@@ -32,8 +34,9 @@ def on_disk(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written ({error.strerror or error}); free space or mend that") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DiskError(f"{path} cannot be written ({reason}); free space or mend that") from error
 
 
 @contextmanager

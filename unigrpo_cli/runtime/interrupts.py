@@ -29,7 +29,7 @@ class Interrupts:
     being written: then that is finished first.
 
     With several ranks a signal may come to one of them, at any moment, and all have to stop at the same step. So it
-    counts from when they next `settle`, and drops nothing; the next one ends the run where it is.
+    counts from when they next `agree`, and drops nothing; the next one ends the run where it is.
 
     Args:
         ranks: the processes that stop together; None for one alone.
@@ -41,7 +41,7 @@ class Interrupts:
         self.count = 0
         self.training = False
         self.ranks: Ranks | None = None
-        self.settled = False
+        self.agreed = False
         self.tell: Callable[[str], None] = lambda line: None
         self.moving: Callable[[], bool] = lambda: False
         self._droppable = False
@@ -49,11 +49,11 @@ class Interrupts:
 
     def __bool__(self) -> bool:
         """Whether one has come, and with several ranks all know."""
-        return self.count > 0 if self.ranks is None else self.settled
+        return self.count > 0 if self.ranks is None else self.agreed
 
-    def settle(self) -> None:
+    def agree(self) -> None:
         """Agree whether one has come to any rank; all of them call this at the same places."""
-        self.settled = self.count > 0 if self.ranks is None else self.ranks.any(self.count > 0)
+        self.agreed = self.count > 0 if self.ranks is None else self.ranks.any(self.count > 0)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
@@ -88,7 +88,7 @@ class Interrupts:
         """
         self._droppable = True
         try:
-            self.settle()
+            self.agree()
             if self:
                 raise DroppedError
             yield

@@ -44,8 +44,18 @@ def run_to_resume(resume: str, out: Path | None) -> tuple[Path, Path | None]:
             raise UsageError(f"--resume {resume}: no such checkpoint; give the run, {run}, for its newest")
     else:
         run, checkpoint = path, None
-        if not is_begun(run):
+        if not run.is_dir():
             raise UsageError(f"--resume {resume}: no such checkpoint or run")
+        if not is_begun(run) and not checkpoints(run):
+            raise UsageError(
+                f"--resume {resume}: {run} holds no checkpoint and no config.toml of a run; give a directory that "
+                "`unigrpo train` wrote"
+            )
+    if not (run / "config.toml").is_file():
+        raise UsageError(
+            f"--resume {resume}: no configuration file {run / 'config.toml'}; put it back (its settings stand in "
+            f"{STATE} of a checkpoint)"
+        )
     if out is not None and out.resolve() != run.resolve():
         raise UsageError(f"--resume goes on in {run}; leave out --out {out}")
     return run, checkpoint

@@ -147,7 +147,7 @@ class Run:
                 sync(self.metrics)
 
     def forget_after(self, step: int, evaluated: bool = True) -> None:
-        """Drop what a resumed run will make again: metrics lines and sheets of later steps, a line cut short.
+        """Drop what a resumed run will make again: lines, sheets and bad steps of later steps, a line cut short.
 
         Args:
             evaluated: keep the line of this step's own evaluation.
@@ -158,7 +158,8 @@ class Run:
             if not evaluated:
                 kept = [line for line in kept if not (_step_of(line) == step and _is_evaluation(line))]
             write_text(self.metrics, "".join(line + "\n" for line in kept))
-        for path in (self.directory / "samples").glob("step_*"):
+        made = [*self.directory.glob("samples/step_*"), *self.directory.glob("bad_steps/step_*")]
+        for path in made:
             if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -167,7 +168,7 @@ class Run:
 
     def sweep(self) -> list[Path]:
         """Remove what a killed process left half written; says what it was."""
-        folders = (self.directory, self.directory / "samples", self.directory / "checkpoints")
+        folders = (self.directory, *(self.directory / name for name in ("samples", "bad_steps", "checkpoints")))
         return [path for folder in folders for path in sweep(folder)]
 
     def checkpoint(self, step: int) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import DiskError, UsageError, WeightsError
+from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.checkpoint import save_model
 from unigrpo_cli.models.release import ENDS, read_ends
 from unigrpo_cli.models.sharding import gathered_on_host, own_part, whole
@@ -180,11 +180,9 @@ def _write_state(state: TrainState, directory: Path) -> None:
 
 @contextmanager
 def _full_disks_by_name(directory: Path) -> Iterator[None]:
-    """safetensors has an error of its own for a full disk, and so has whoever copies a model's files."""
+    """Whoever copies a model's files has an error of its own, which on a full disk is that of the disk."""
     try:
         yield
-    except SafetensorError as error:
-        raise DiskError(f"{directory} cannot be written ({error}); free space there") from error
     except WeightsError as error:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in full:
@@ -246,8 +244,8 @@ def incomplete(directory: Path) -> str | None:
     """What a checkpoint lacks by names and sizes: the file and how, or None. Reads no weight."""
     try:
         content = read_header(directory)
-    except WeightsError:
-        return f"{STATE} is missing or damaged"
+    except WeightsError as error:
+        return str(error).removeprefix(str(directory)).lstrip("/ ")
     if content["format"] < FORMAT:  # had neither sums nor sizes
         return None
     files = content.get("files")

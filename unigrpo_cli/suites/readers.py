@@ -35,7 +35,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path} is not readable text ({error.strerror}); give the suite's own file") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not readable text ({error})") from error
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _table(path: Path, separator: str = ",") -> list[tuple[int, dict[str, str]]]:
