@@ -92,7 +92,7 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
         cpu, present = config.device == "cpu", None
         device = "a CPU" if cpu else "an accelerator"
     else:
-        found = device_of(config)
+        found = device_of(config, planned=elsewhere)
         cpu, present, device = found.type == "cpu", _memory_of(found), str(found)
     world = launched()[1]
     own = of_each_rank(config, world)

@@ -44,13 +44,11 @@ class Ranks:
     Args:
         rank, world: which of how many.
         local: which on this machine; it has the device of that number.
-        peers: the watch over the others; None when there are none.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
-    peers: Peers | None = None
 
     @property
     def first(self) -> bool:
@@ -311,17 +309,18 @@ def joined() -> Iterator[Ranks]:
             f"rank {rank} cannot meet the other {world - 1} at {address} ({said(error)}); start all of them with "
             "`accelerate launch` or torchrun, with the same address and a free port"
         ) from error
+    ranks = Ranks(rank, world, here)
     with peers.watched():
         try:
-            yield Ranks(rank, world, here, peers)
-            dist.barrier()
+            yield ranks
+            ranks.wait()
         except BaseException as error:
-            _leave(error, rank, peers)
+            _leave(error, ranks, peers)
             raise
     dist.destroy_process_group()
 
 
-def _leave(error: BaseException, rank: int, peers: Peers) -> None:
+def _leave(error: BaseException, ranks: Ranks, peers: Peers) -> None:
     """End with an error that all ranks know, or tell them, or find out whose end this one comes from.
 
     Raises:
@@ -329,9 +328,9 @@ def _leave(error: BaseException, rank: int, peers: Peers) -> None:
         RankError: in place of an error of this rank alone, or the echo of another rank's end.
     """
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    text = f"rank {rank}: {said(error)}"
+    text = f"rank {ranks.rank}: {said(error)}"
     if getattr(error, "everywhere", False):
-        dist.barrier()  # a launcher that sees one exit ends the others, which may still be saving
+        ranks.wait()  # a launcher that sees one exit ends the others, which may still be saving
         text = ""
     else:
         gone = peers.wait_for_an_end() if _is_of_the_network(error) else None

@@ -28,8 +28,11 @@ from unigrpo_cli.runtime.state import STATE, incomplete, newest_checkpoint, read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def device_of(config: Config) -> torch.device:
+def device_of(config: Config, *, planned: bool = False) -> torch.device:
     """The device of a configuration.
+
+    Args:
+        planned: only to be asked what it has; then it need not be clear which one a process would take.
 
     Raises:
         UsageError: when it is not there, or several processes were launched for a command of one.
@@ -37,7 +40,7 @@ def device_of(config: Config) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     _, world, here = launched()
-    if world > 1:
+    if world > 1 and not planned:
         return _device_of_rank(config, here)
     if config.device == "auto":
         from accelerate import PartialState
