@@ -93,8 +93,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two_ranks.main(out, CONTROLS)  # which waits for what the others save, and they for this
     finally:
         ended = finished(pair, 180)
-    for code, _, errors in ended:
-        assert code == 0, errors
+    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
     return out
 
 

@@ -29,6 +29,8 @@ SILENCE = 30.0
 """Seconds without a beat after which a rank is given up. A call into a library may hold Python for some of them."""
 GRACE = 5.0
 """Seconds that a rank has to end by itself after another one failed."""
+FAREWELL = 10.0
+"""Seconds that the first rank waits for the others to leave before it."""
 
 
 def launched() -> tuple[int, int, int]:
@@ -83,12 +85,12 @@ class Peers:
 
     def report(self, text: str, code: int) -> None:
         """Tell the others that this rank fails; the first report counts."""
-        if self._count("reports") == 1:
+        if self._add("reports", 1) == 1:
             self._set("report", json.dumps({"text": text, "code": code}))
 
     def may_tell(self) -> bool:
         """Whether nobody has told the user yet: then it is for this rank to do so."""
-        count = self._count("told")
+        count = self._add("told", 1)
         return count == 1 or (count == 0 and self._speaks_without_store())
 
     def wait_for_an_end(self) -> End | None:
@@ -97,6 +99,15 @@ class Peers:
         while self._found is None and time.monotonic() < until:
             time.sleep(BEAT / 4)
         return self._found
+
+    def part(self) -> None:
+        """Leave after all is said: the first rank as the last, for the store may be in its process."""
+        if self.rank:
+            self._add("left", 1)
+            return
+        until = time.monotonic() + FAREWELL
+        while self._contact and self._add("left", 0) < self.world - 1 and time.monotonic() < until:
+            time.sleep(BEAT / 20)
 
     # ----- the thread
 
@@ -155,11 +166,11 @@ class Peers:
             self._contact = False
             return None
 
-    def _count(self, key: str) -> int:
-        """How often any rank has counted this key; 0 when the store is gone."""
+    def _add(self, key: str, number: int) -> int:
+        """Add to what all ranks have added under this key, and give the sum; 0 when the store is gone."""
         try:
             with self._lock:
-                return int(self._store.add(key, 1)) if self._contact else 0
+                return int(self._store.add(key, number)) if self._contact else 0
         except RuntimeError:
             self._contact = False
             return 0

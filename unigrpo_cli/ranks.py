@@ -314,6 +314,7 @@ def joined() -> Iterator[Ranks]:
         try:
             yield ranks
             ranks.wait()
+            peers.part()
         except BaseException as error:
             _leave(error, ranks, peers)
             raise
@@ -338,7 +339,10 @@ def _leave(error: BaseException, ranks: Ranks, peers: Peers) -> None:
             peers.report(text, code)
         else:
             text, code = gone.text, gone.code
-    if not peers.may_tell():
+    tells = peers.may_tell()
+    if not text:
+        peers.part()
+    if not tells:
         raise EndedElsewhereError(code) from error
     if text and not isinstance(error, KeyboardInterrupt):
         shown = RankError(text)
