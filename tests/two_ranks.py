@@ -243,7 +243,8 @@ def _saved(ranks: Ranks, out: Path, tune: str) -> Found:
     with rewards() as judges:
         for _ in range(2):
             step(state, judges, config)
-        save_state(state, out / f"{tune}.{ranks.world}")
+        place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
+        save_state(state, place / f"{tune}.{ranks.world}")
         step(state, judges, config)
     return weights_of(state), {}
 
