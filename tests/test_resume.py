@@ -225,7 +225,7 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
 
     def moving(optimizer: torch.optim.AdamW) -> None:
         calls.append(step(optimizer))
-        if len(calls) == 3:  # two updates a step: the first of step 2
+        if len(calls) == 4:  # one on trial by the doctor, then two updates a step: the first of step 2
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
@@ -235,8 +235,7 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", moving)
     monkeypatch.setattr("unigrpo_cli.runtime.state.save_file", saving)
-    quietly = ("doctor.at_start=off", *FOUR)  # which makes updates of its own
-    stopped = _done(_run(*command(tmp_path / "run", plugin, quietly)), 130)
+    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
     assert "weights are moving" in stopped.stderr
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
     monkeypatch.undo()
