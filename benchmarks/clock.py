@@ -73,6 +73,25 @@ class Clock:
             times.append(self.once(run))
         return times
 
+    def side_by_side(
+        self, runs: dict[str, Callable[[], object]], share_s: float, most: int = 5, *, warm: bool = False
+    ) -> dict[str, list[float]]:
+        """Seconds of every call, the variants in turn: what disturbs the machine then disturbs all alike.
+
+        As many rounds as fit into `share_s`, at least one, after one call of each unless they are `warm`.
+        """
+        self.need(0)
+        if not warm:
+            self.need(sum(self.once(run) for run in runs.values()))
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        began = self.now()
+        while True:
+            for name, run in runs.items():
+                times[name].append(self.once(run))
+            spent, rounds = self.now() - began, len(times[next(iter(runs))])
+            if rounds == most or spent / rounds > min(share_s - spent, self.left_s):
+                return times
+
     def forget_peak(self) -> None:
         """Begin to look for the largest memory anew."""
         if self.device.type == "cuda":
@@ -118,6 +137,11 @@ class Clock:
             yield
         finally:
             setattr(owner, name, own)
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over rounds of the seconds of one variant over another's."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
 def _resident_gib(entry: str) -> float:

@@ -1,0 +1,213 @@
+"""A default training step of the embedded model: its phases, its operators, and a reward that waits."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from benchmarks.cases import Comparison
+from benchmarks.report import Goal, Row
+from unigrpo_cli.config import Config, load_config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.models.mot import MoT
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rewards.batch import RewardBatch
+from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.session import load_policy, open_rewards, reward_choices
+from unigrpo_cli.suites import training_prompts
+from unigrpo_cli.train import prompts_for, training_step
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+STEP, WAITING = "embedded: training step", "embedded: a reward that waits"
+OPERATORS = "Operators of a training step of the embedded model, those above 2 % of its time"
+PHASES = ("rollout", "reward", "old", "update")
+LEAST_SHARE = 0.02
+NETWORK, HEAD, BACKWARD, OPTIMIZER, REWARD, REST = "network", "head", "backward", "optimizer", "reward", "rest"
+MOVES = (
+    "copy",
+    "cat",
+    "index",
+    "slice",
+    "fill",
+    "zero",
+    "clone",
+    "gather",
+    "scatter",
+    "repeat",
+    "empty",
+    "select",
+    "stack",
+)
+"""Parts of the names of operators that only move numbers: no arithmetic wherever they are."""
+
+
+def rows(_cases: object) -> list[Row]:
+    phases = [Row(STEP, name, "s") for name in (*PHASES, "whole step")]
+    waiting = [
+        Row(WAITING, "waiting in all", "s"),
+        Row(WAITING, "rollout", "s"),
+        Row(WAITING, "waiting after it", "s"),
+        Row(WAITING, "hidden", "%", Goal(70, at_most=False)),
+    ]
+    return [*phases, Row(STEP, "model arithmetic", "%"), *waiting]
+
+
+def settings(bench: Comparison, **more: Any) -> Config:
+    """The embedded model's own settings. Threads are the command's."""
+    named = bench.cases.embedded | {"threads": torch.get_num_threads()} | more
+    return load_config(named={name.replace("__", "."): value for name, value in named.items()})
+
+
+def prepared(config: Config) -> TrainState:
+    policy = prepare_policy(load_policy(config.model, None, config), config)
+    return TrainState(policy, make_optimizer(policy, config))
+
+
+def a_step(state: TrainState, prompts: Sequence[Prompt], rewards: RewardSet, config: Config) -> dict[str, float]:
+    """Seconds of the phases of one training step. Its number stays, so the next one draws the same noise."""
+    metrics = training_step(state, prompts_for(prompts, config, state.step), rewards, config).metrics
+    return {name: metrics[f"seconds/{name}"] for name in PHASES}
+
+
+def measure_step(bench: Comparison) -> None:
+    """Phases, medians of up to five steps after one to warm up; then the operators of one more."""
+    config = settings(bench)
+    state, prompts = prepared(config), training_prompts(config.prompts)
+    plugins = Plugins()
+    plugins.load(None, None)
+    with open_rewards(reward_choices(config), plugins, config, embedded=True) as rewards:
+        found: list[dict[str, float]] = []
+
+        def run() -> None:
+            found.append(a_step(state, prompts, rewards, config))
+
+        seconds = bench.clock.repeated(run, bench.share_s)
+        whole = statistics.median(seconds)
+        for name in PHASES:
+            middle = statistics.median(phases[name] for phases in found[1:])
+            bench.report.add(STEP, name, middle, f"{middle / whole:.0%} of the step")
+        episodes = config.train.prompts_per_step * config.train.group_size
+        bench.report.add(STEP, "whole step", whole, f"{episodes} episodes, {len(seconds)} steps")
+        profile(bench, run)
+
+
+# ----- operators
+
+
+@contextmanager
+def marked(owner: Any, name: str, mark: str) -> Iterator[None]:
+    """Calls of `owner.name` as a range of that name in a profile."""
+    own: Callable[..., Any] = getattr(owner, name)
+
+    def call(*given: Any, **named: Any) -> Any:
+        with record_function(mark):
+            return own(*given, **named)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def profile(bench: Comparison, run: Callable[[], object]) -> None:
+    """Where a call's time goes: operators by who called them, and what no operator accounts for."""
+    with ExitStack() as stack:
+        for owner, name, mark in ((MoT, "forward", NETWORK), (UnifiedModel, "logits", HEAD)):
+            stack.enter_context(marked(owner, name, mark))
+        seen = stack.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CPU]))
+        began = time.perf_counter()
+        run()
+        whole_us = 1e6 * (time.perf_counter() - began)
+    spent: dict[tuple[str, str], list[float]] = {}
+    here = threading_home(seen.events())
+    for event in seen.events():
+        if not event.is_user_annotation and event.self_cpu_time_total > 0:
+            place = place_of(event) if event.thread == here else REWARD
+            own = spent.setdefault((event.name, place), [0.0, 0])
+            own[0] += event.self_cpu_time_total
+            own[1] += 1
+    between = whole_us - sum(us for (_, place), (us, _) in spent.items() if place != REWARD)
+    arithmetic = sum(us for (name, place), (us, _) in spent.items() if is_arithmetic(name, place))
+    bench.report.add(STEP, "model arithmetic", 100 * arithmetic / whole_us, "of a step that is profiled, so slower")
+    lines = [(us, name, place, str(int(n)), is_arithmetic(name, place)) for (name, place), (us, n) in spent.items()]
+    lines.append((between, "Python, between operators", "everywhere", "", False))
+    for us, name, place, calls, counts in sorted(lines, reverse=True):
+        if us / whole_us > LEAST_SHARE:
+            line = {"operator": f"`{name}`", "called by": place, "share, %": 100 * us / whole_us, "calls": calls}
+            bench.report.add_line(OPERATORS, line | {"model arithmetic": "yes" if counts else "no"})
+
+
+def threading_home(events: Sequence[Any]) -> int:
+    """The thread that the network is called in; rewards are called in threads of their own."""
+    return next(event.thread for event in events if event.name == NETWORK)
+
+
+def place_of(event: Any) -> str:
+    """Which part of the step an operator belongs to: the nearest range around it that says so."""
+    above = event
+    while above is not None:
+        if above.name in (NETWORK, HEAD):
+            return above.name
+        if above.name.startswith("autograd::engine"):
+            return BACKWARD
+        if above.name.startswith("Optimizer."):
+            return OPTIMIZER
+        above = above.cpu_parent
+    return REST
+
+
+def is_arithmetic(name: str, place: str) -> bool:
+    """Products, attention, norms, rotations and activations of the network, forward and backward."""
+    return place in (NETWORK, HEAD, BACKWARD) and not any(move in name for move in MOVES)
+
+
+# ----- a reward that waits
+
+
+class Waiting:
+    """Stands for a judge elsewhere: an answer comes after as long as it takes per sample."""
+
+    range = (0.0, 1.0)
+    concurrency = 1
+    seconds_each = 0.0
+
+    def __init__(self, _options: object):
+        pass
+
+    def score(self, batch: RewardBatch) -> list[float]:
+        time.sleep(self.seconds_each * len(batch))
+        return [float(p.mean()) / 255 for p in batch.pixels]
+
+
+def measure_waiting(bench: Comparison) -> None:
+    """How much of the waiting is left when sampling has ended. The judge needs as long for all as sampling does."""
+    rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
+    config = settings(bench, sampling__rows=bench.cases.waiting_rows, **rates)
+    state, prompts = prepared(config), training_prompts(config.prompts)
+    plugins = Plugins()
+    plugins.rewards.add("waiting", Waiting)
+    episodes = config.train.prompts_per_step * config.train.group_size
+    with open_rewards([RewardChoice("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
+        judge = rewards.rewards[0].reward
+        a_step(state, prompts, rewards, config)
+        rollout_s = a_step(state, prompts, rewards, config)["rollout"]
+        judge.seconds_each = rollout_s / episodes
+        found: list[dict[str, float]] = []
+        bench.clock.repeated(lambda: found.append(a_step(state, prompts, rewards, config)), bench.share_s)
+    left_s, sampled_s = (statistics.median(f[name] for f in found) for name in ("reward", "rollout"))
+    batches = -(-episodes // bench.cases.waiting_rows)
+    bench.report.add(WAITING, "waiting in all", rollout_s, f"{episodes} samples, as long as sampling them alone")
+    bench.report.add(WAITING, "rollout", sampled_s, f"in {batches} batches of {bench.cases.waiting_rows}")
+    bench.report.add(WAITING, "waiting after it", left_s)
+    note = f"at most {1 - 1 / batches:.0%}: the last batch is judged when sampling has ended"
+    bench.report.add(WAITING, "hidden", 100 * (1 - left_s / rollout_s), note)
