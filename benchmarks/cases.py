@@ -80,10 +80,10 @@ CASES = {
         prompts=2,
         waiting_rows=16,
         curves={
-            "group size": (4, 8, 16, 32),
-            "thinking, tokens": (64, 128, 256, 512),
-            "image, tokens": (64, 144, 256, 576),
-            "K": (1, 3, 5, 8),
+            "group size": (4, 8, 32),
+            "thinking, tokens": (32, 128, 512),
+            "image, tokens": (64, 144, 576),
+            "K": (1, 3, 8),
         },
         budget_s=1500,
     ),
@@ -122,7 +122,7 @@ CASES = {
         replayed_pixels=64,
         prompts=2,
         waiting_rows=2,
-        curves={"group size": (2, 3)},
+        curves={"K": (2,)},
         budget_s=120,
     ),
 }

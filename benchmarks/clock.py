@@ -29,20 +29,23 @@ class Clock:
     """Seconds of finished work on one device, within a budget, and the largest memory it took.
 
     On a device of its own memory is what torch has allocated there; on a CPU it is the resident set.
+
+    With `processor` they are the processor's, all threads of this process together: with one thread, those of
+    an idle machine, however busy this one is.
     """
 
-    def __init__(self, device: torch.device, budget_s: float):
-        self.device, self.ends = device, time.perf_counter() + budget_s
+    def __init__(self, device: torch.device, budget_s: float, *, processor: bool = False):
+        self.device, self.ends, self.processor = device, time.perf_counter() + budget_s, processor
 
     @property
     def left_s(self) -> float:
         return self.ends - time.perf_counter()
 
     def now(self) -> float:
-        """Seconds on the host's clock, once the device has done all that it was given."""
+        """Seconds on the clock, once the device has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.process_time() if self.processor else time.perf_counter()
 
     def need(self, seconds: float) -> None:
         """Refuse what would take longer than what is left.

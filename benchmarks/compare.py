@@ -1,7 +1,7 @@
 """What a CPU's time goes into, beside the plainest way to do the same: `python benchmarks/compare.py`.
 
 docs/performance.md says what each row means. Variants are measured in turn in one run, and the medians of their
-ratios count: what disturbs the machine disturbs all alike.
+ratios count. With one thread seconds are the processor's, so that other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.cases import CASES, Cases, Comparison
 from benchmarks.clock import Clock
 from benchmarks.report import Report, Row, put_into, surroundings
 
-SHARES = 20
+SHARES = 40
 """A repeated measurement may take this part of the budget: there are about so many."""
 
 
@@ -53,10 +53,19 @@ def measurements(bench: Comparison) -> Iterator[tuple[list[str], Callable[[], No
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Our speed on this machine's CPU beside that of plainer ways.")
     parser.add_argument("--size", choices=list(CASES), default="full")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; default: as torch has it")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; with one, seconds are those of the processor"
+    )
     parser.add_argument("--json", type=Path, help="write the report there, after every row")
     parser.add_argument("--markdown", type=Path, help="put the tables into that document, e.g. docs/performance.md")
-    parser.add_argument("--only", default="", help="only parts whose name has this in it; others stay empty")
+    parser.add_argument("--only", default="", help="only parts whose name has this in it")
+    parser.add_argument(
+        "--go-on-from",
+        type=Path,
+        action="append",
+        default=[],
+        help="an earlier --json, whose parts are kept as they are",
+    )
     parser.add_argument("--budget-s", type=float, help="seconds for everything; default: 25 minutes")
     return parser.parse_args(given)
 
@@ -64,13 +73,18 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> Report:
     arguments = parse(given)
     cases = CASES[arguments.size]
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    alone = arguments.threads == 1
     budget_s = arguments.budget_s if arguments.budget_s is not None else cases.budget_s
-    report = Report({"size": arguments.size, **surroundings()}, rows_of(cases), arguments.json)
-    bench = Comparison(cases, Clock(torch.device("cpu"), budget_s), report, budget_s / SHARES)
+    seconds = "of the processor" if alone else "of the wall"
+    setting = {"size": arguments.size, "seconds": seconds, **surroundings()}
+    report = Report(setting, rows_of(cases), arguments.json)
+    clock = Clock(torch.device("cpu"), budget_s, processor=alone)
+    bench = Comparison(cases, clock, report, budget_s / SHARES)
+    for path in arguments.go_on_from:
+        report.go_on_from(path)
     for parts, measure in measurements(bench):
-        if any(arguments.only in part for part in parts):
+        if any(arguments.only in part for part in parts) and not all(map(report.holds, parts)):
             with report.attempt(parts):
                 measure()
             gc.collect()

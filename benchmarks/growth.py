@@ -1,6 +1,6 @@
 """Seconds and memory against group size, thinking, image and K: each point in a process of its own.
 
-`python benchmarks/growth.py '{"group size": 16}'` measures one point of the small network and prints it as JSON.
+`compare.py` starts this file once for every point; it prints what it measured as JSON.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,32 +33,35 @@ def title(curve: str) -> str:
     return f"Growth with {curve}"
 
 
-def with_value(size: Size, curve: str, value: int) -> Size:
-    """The small network asked for more or less of one thing."""
-    if curve == "group size":
-        return replace(size, groups=(value,))
-    if curve == "thinking, tokens":
-        return replace(size, thinking=value)
-    if curve == "image, tokens":
-        return replace(size, pixels=math.isqrt(value) * size.network.pixels_per_token)
-    assert curve == "K"
-    return replace(size, copies=value, calls=max(size.calls, value + 2))
+def with_value(size: Size, curve: str, value: int) -> dict[str, Any]:
+    """What the small network is asked for, with more or less of one thing."""
+    changed = {
+        "group size": {"groups": (value,)},
+        "thinking, tokens": {"thinking": value},
+        "image, tokens": {"pixels": math.isqrt(value) * size.network.pixels_per_token},
+        "K": {"copies": value},
+    }[curve]
+    task = {"groups": size.groups, "thinking": size.thinking, "pixels": size.pixels, "copies": size.copies}
+    return task | changed
 
 
 def measure_growth(bench: Comparison, curve: str) -> None:
     """A table of one curve. Everything but its variable is as in the small case."""
+    name = next(name for name, cases in CASES.items() if cases == bench.cases)
     for value in bench.cases.curves[curve]:
         bench.clock.need(0)
-        point = json.dumps({"size": size_name(bench), "curve": curve, "value": value})
-        given = ["--threads", str(torch.get_num_threads()), point]
-        done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{title(curve)}, {value}: {done.stderr}")
-        bench.report.add_line(title(curve), {curve: value} | json.loads(done.stdout.splitlines()[-1]))
+        asked = json.dumps({"size": name} | with_value(bench.cases.small, curve, value))
+        bench.report.add_line(title(curve), {curve: value} | elsewhere(asked, torch.get_num_threads()))
 
 
-def size_name(bench: Comparison) -> str:
-    return next(name for name, cases in CASES.items() if cases == bench.cases)
+@cache
+def elsewhere(asked: str, threads: int) -> dict[str, float]:
+    """A point measured in a process of its own; where curves cross, once."""
+    given = [sys.executable, __file__, "--threads", str(threads), asked]
+    done = subprocess.run(given, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{asked}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def point(size: Size) -> dict[str, float]:
@@ -63,10 +69,10 @@ def point(size: Size) -> dict[str, float]:
     device = torch.device("cpu")
     group = size.groups[0]
     policy = prepare_policy(random_policy(size, device, torch.float32), parts.configuration(size, "float32", 1))
-    clock = Clock(device, math.inf)
+    clock = Clock(device, math.inf, processor=torch.get_num_threads() == 1)
     bench = parts.Benchmark(size, policy, "float32", clock, Report({}, [], None), 0.0)
     config, at_rest = bench.config(), clock.held_gib()
-    short = {"sampling": config.sampling.model_copy(update={"max_new_tokens": 3, "steps": size.copies + 2})}
+    short = {"sampling": config.sampling.model_copy(update={"max_new_tokens": 3, "steps": max(5, size.copies)})}
     parts.watched_rollout(bench, group, config.model_copy(update=short))
     clock.forget_peak()
     rolled = parts.watched_rollout(bench, group, config)
@@ -85,11 +91,12 @@ def point(size: Size) -> dict[str, float]:
     }
 
 
-def main(given: list[str]) -> None:
+def main(given: Sequence[str]) -> None:
     _, threads, asked = given
     torch.set_num_threads(int(threads))
-    wanted = json.loads(asked)
-    print(json.dumps(point(with_value(CASES[wanted["size"]].small, wanted["curve"], wanted["value"]))))
+    task = json.loads(asked)
+    size = CASES[task.pop("size")].small
+    print(json.dumps(point(replace(size, **task))))
 
 
 if __name__ == "__main__":

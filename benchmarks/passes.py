@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 
@@ -11,7 +12,16 @@ from torch import Tensor
 from benchmarks import plain
 from benchmarks.cases import Cases, Comparison
 from benchmarks.clock import ratio
-from benchmarks.flops import EDGES, Pass, attention_flops, expert_weights, head_flops, latent_flops
+from benchmarks.flops import (
+    EDGES,
+    FUSED_BACKWARD,
+    Pass,
+    attention_flops,
+    expert_weights,
+    head_flops,
+    latent_flops,
+    products,
+)
 from benchmarks.report import RELATIVE, Goal, Row
 from benchmarks.shapes import Size, random_policy
 from unigrpo_cli.algo import flow
@@ -126,11 +136,18 @@ def measure_replay(bench: Comparison, copies: int, context: int) -> None:
 
 
 def operations(shape: MoTConfig, context: int, copies: int, image: int, scored: int) -> int:
-    """Forward and backward of one episode with all weights of the layers trained: 3 times the forward's products,
-    3.5 times its attention (the scores are made once more).
+    """Forward and backward of one episode whose layers learn.
+
+    A matrix makes two gradients, its own and its input's, but what the last layer makes of boundary tokens, and of
+    words where none are scored, has none. Attention costs 2.5 times as much backward as forward. Head and
+    projections are frozen and only pass a gradient on.
     """
     p = Pass(1, text=context, copies=copies, image=image, scored=scored)
-    assert p.tokens == context + copies * (image + EDGES)
-    products = 2 * p.tokens * expert_weights(shape) * shape.num_hidden_layers
-    attention = attention_flops(shape, p) * shape.num_hidden_layers
-    return 3 * (products + head_flops(shape, p) + latent_flops(shape, p)) + 7 * attention // 2
+    q, k, v = (math.prod(products(shape)[name]) for name in "qkv")
+    after_attention = expert_weights(shape) - q - k - v
+    idle = 0 if scored else context
+    unlearned = (copies * EDGES + idle) * after_attention + idle * q
+    matrices = 3 * p.tokens * expert_weights(shape) * shape.num_hidden_layers - 2 * unlearned
+    attention = (1 + FUSED_BACKWARD) * attention_flops(shape, p) * shape.num_hidden_layers
+    attention -= FUSED_BACKWARD * attention_flops(shape, Pass(1, text=idle))
+    return int(2 * matrices + attention + 2 * head_flops(shape, p) + 1.5 * latent_flops(shape, p))

@@ -127,6 +127,20 @@ class Report:
         """A number measured earlier, or None."""
         return self.rows[part, name].value
 
+    def go_on_from(self, path: Path) -> None:
+        """Take over what an earlier report holds."""
+        earlier = json.loads(path.read_text())
+        for row in earlier["rows"]:
+            key = row["part"], row["name"]
+            if key in self.rows:
+                self._put(replace(self.rows[key], value=row["value"], note=row["note"]))
+        self.tables |= earlier["tables"]
+
+    def holds(self, part: str) -> bool:
+        """Whether a part is there, all its rows or its table."""
+        own = [row.value for row in self.rows.values() if row.part == part]
+        return part in self.tables or (bool(own) and None not in own)
+
     def _put(self, row: Row) -> None:
         self.rows[row.part, row.name] = row
         print(row.markdown(), flush=True)

@@ -197,7 +197,7 @@ def measure_denoising(bench: Comparison) -> None:
     def theirs() -> None:
         latents["theirs"], _ = plain.pipeline(policy, context, sampling, seeds)
 
-    times = bench.clock.side_by_side({"ours": ours, "theirs": theirs}, bench.share_s)
+    times = bench.clock.side_by_side({"ours": ours, "theirs": theirs}, bench.share_s, warm=True)
     note = f"{members} images, {sampling.steps} calls, {len(times['ours'])} rounds"
     bench.report.add(DENOISING, "diffusers' loop", statistics.median(times["theirs"]), note)
     bench.report.add(DENOISING, "ours", statistics.median(times["ours"]))

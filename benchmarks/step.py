@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+import unigrpo_cli.train as algorithm
 from benchmarks.cases import Comparison
 from benchmarks.report import Goal, Row
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.episode import Prompt
 from unigrpo_cli.models.mot import MoT
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.overlap import Scoring
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.session import load_policy, open_rewards, reward_choices
 from unigrpo_cli.suites import training_prompts
@@ -29,7 +29,14 @@ from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 STEP, WAITING = "embedded: training step", "embedded: a reward that waits"
 OPERATORS = "Operators of a training step of the embedded model, those above 2 % of its time"
-PHASES = ("rollout", "reward", "old", "update")
+WHOLE = "whole step"
+CALLS = {
+    "rollout": (algorithm, "rollout"),
+    "reward": (Scoring, "finish"),
+    "old": (algorithm, "replay_fixed"),
+    "update": (algorithm, "optimizer_step"),
+}
+"""The phases of `training_step`, each by the one call that it is."""
 LEAST_SHARE = 0.02
 NETWORK, HEAD, BACKWARD, OPTIMIZER, REWARD, REST = "network", "head", "backward", "optimizer", "reward", "rest"
 MOVES = (
@@ -51,7 +58,7 @@ MOVES = (
 
 
 def rows(_cases: object) -> list[Row]:
-    phases = [Row(STEP, name, "s") for name in (*PHASES, "whole step")]
+    phases = [Row(STEP, name, "s") for name in (*CALLS, WHOLE)]
     waiting = [
         Row(WAITING, "waiting in all", "s"),
         Row(WAITING, "rollout", "s"),
@@ -72,31 +79,32 @@ def prepared(config: Config) -> TrainState:
     return TrainState(policy, make_optimizer(policy, config))
 
 
-def a_step(state: TrainState, prompts: Sequence[Prompt], rewards: RewardSet, config: Config) -> dict[str, float]:
-    """Seconds of the phases of one training step. Its number stays, so the next one draws the same noise."""
-    metrics = training_step(state, prompts_for(prompts, config, state.step), rewards, config).metrics
-    return {name: metrics[f"seconds/{name}"] for name in PHASES}
-
-
 def measure_step(bench: Comparison) -> None:
     """Phases, medians of up to five steps after one to warm up; then the operators of one more."""
     config = settings(bench)
     state, prompts = prepared(config), training_prompts(config.prompts)
     plugins = Plugins()
     plugins.load(None, None)
+    found: list[dict[str, float]] = []
     with open_rewards(reward_choices(config), plugins, config, embedded=True) as rewards:
-        found: list[dict[str, float]] = []
 
         def run() -> None:
-            found.append(a_step(state, prompts, rewards, config))
+            training_step(state, prompts_for(prompts, config, state.step), rewards, config)
 
-        seconds = bench.clock.repeated(run, bench.share_s)
-        whole = statistics.median(seconds)
-        for name in PHASES:
-            middle = statistics.median(phases[name] for phases in found[1:])
-            bench.report.add(STEP, name, middle, f"{middle / whole:.0%} of the step")
+        def watched() -> None:
+            seconds: dict[str, float] = {}
+            with ExitStack() as stack:
+                for owner, name in CALLS.values():
+                    stack.enter_context(bench.clock.watching(owner, name, seconds))
+                whole_s = bench.clock.once(run)
+            found.append({phase: seconds[name] for phase, (_, name) in CALLS.items()} | {WHOLE: whole_s})
+
+        bench.clock.repeated(watched, bench.share_s)
+        middle = {name: statistics.median(step[name] for step in found[1:]) for name in (*CALLS, WHOLE)}
+        for name in CALLS:
+            bench.report.add(STEP, name, middle[name], f"{middle[name] / middle[WHOLE]:.0%} of the step")
         episodes = config.train.prompts_per_step * config.train.group_size
-        bench.report.add(STEP, "whole step", whole, f"{episodes} episodes, {len(seconds)} steps")
+        bench.report.add(STEP, WHOLE, middle[WHOLE], f"{episodes} episodes, {len(found) - 1} steps")
         profile(bench, run)
 
 
@@ -129,7 +137,7 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
         run()
         whole_us = 1e6 * (time.perf_counter() - began)
     spent: dict[tuple[str, str], list[float]] = {}
-    here = threading_home(seen.events())
+    here = thread_of(NETWORK, seen.events())
     for event in seen.events():
         if not event.is_user_annotation and event.self_cpu_time_total > 0:
             place = place_of(event) if event.thread == here else REWARD
@@ -147,9 +155,9 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
             bench.report.add_line(OPERATORS, line | {"model arithmetic": "yes" if counts else "no"})
 
 
-def threading_home(events: Sequence[Any]) -> int:
-    """The thread that the network is called in; rewards are called in threads of their own."""
-    return next(event.thread for event in events if event.name == NETWORK)
+def thread_of(mark: str, events: Sequence[Any]) -> int:
+    """The thread that a range was in; rewards are called in threads of their own."""
+    return next(event.thread for event in events if event.name == mark)
 
 
 def place_of(event: Any) -> str:
@@ -190,7 +198,7 @@ class Waiting:
 
 
 def measure_waiting(bench: Comparison) -> None:
-    """How much of the waiting is left when sampling has ended. The judge needs as long for all as sampling does."""
+    """How much of the waiting is left when sampling has ended, by the wall. The judge needs as long as sampling does."""
     rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
     config = settings(bench, sampling__rows=bench.cases.waiting_rows, **rates)
     state, prompts = prepared(config), training_prompts(config.prompts)
@@ -199,12 +207,17 @@ def measure_waiting(bench: Comparison) -> None:
     episodes = config.train.prompts_per_step * config.train.group_size
     with open_rewards([RewardChoice("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
         judge = rewards.rewards[0].reward
-        a_step(state, prompts, rewards, config)
-        rollout_s = a_step(state, prompts, rewards, config)["rollout"]
+
+        def phases() -> dict[str, float]:
+            asked = prompts_for(prompts, config, state.step)
+            return training_step(state, asked, rewards, config).metrics
+
+        phases()
+        rollout_s = phases()["seconds/rollout"]
         judge.seconds_each = rollout_s / episodes
         found: list[dict[str, float]] = []
-        bench.clock.repeated(lambda: found.append(a_step(state, prompts, rewards, config)), bench.share_s)
-    left_s, sampled_s = (statistics.median(f[name] for f in found) for name in ("reward", "rollout"))
+        bench.clock.repeated(lambda: found.append(phases()), bench.share_s)
+    left_s, sampled_s = (statistics.median(f[f"seconds/{name}"] for f in found) for name in ("reward", "rollout"))
     batches = -(-episodes // bench.cases.waiting_rows)
     bench.report.add(WAITING, "waiting in all", rollout_s, f"{episodes} samples, as long as sampling them alone")
     bench.report.add(WAITING, "rollout", sampled_s, f"in {batches} batches of {bench.cases.waiting_rows}")

@@ -32,9 +32,7 @@ from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 WORDS, AGAINST = "text-only GRPO", "text-only GRPO against TRL"
 INSTALL = (
-    "TRL is not installed here; put it beside the package: `python -m venv DIR`, write the path of this "
-    "Python's site-packages into DIR/lib/pythonX.Y/site-packages/beside.pth, `DIR/bin/python -m pip install trl`, "
-    "and start this program with DIR/bin/python"
+    "TRL is not installed: `python -m pip install trl`, or beside this environment as docs/performance.md says"
 )
 
 
