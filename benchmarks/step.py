@@ -198,7 +198,7 @@ class Waiting:
 
 
 def measure_waiting(bench: Comparison) -> None:
-    """How much of the waiting is left when sampling has ended, by the wall. The judge needs as long as sampling does."""
+    """How much waiting is left when sampling has ended, by the wall. The judge needs as long as sampling does."""
     rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
     config = settings(bench, sampling__rows=bench.cases.waiting_rows, **rates)
     state, prompts = prepared(config), training_prompts(config.prompts)
