@@ -25,7 +25,8 @@ class Cases:
         prompts: of a text-only step, each with the first of the small one's groups.
         waiting_rows: episodes per batch while a reward waits.
         curves: what the costs of the small network are followed over.
-        budget_s: seconds for everything, unless the command says otherwise.
+        budget_s, share_s: seconds for everything, unless the command says otherwise, and for the rounds of one
+            measurement; there is always one.
     """
 
     embedded: dict[str, Any]
@@ -40,6 +41,7 @@ class Cases:
     waiting_rows: int
     curves: dict[str, tuple[int, ...]]
     budget_s: float
+    share_s: float
 
 
 def _size(shape: MoTConfig, autoencoder: AutoencoderConfig, **task: Any) -> Size:
@@ -86,9 +88,11 @@ CASES = {
             "K": (1, 3, 8),
         },
         budget_s=1500,
+        share_s=40,
     ),
     "tiny": Cases(
         embedded={
+            "reward.use": ["fidelity"],  # of the two defaults one takes seconds to load
             "sampling.max_new_tokens": 8,
             "sampling.steps": 6,
             "train.prompts_per_step": 2,
@@ -123,19 +127,19 @@ CASES = {
         prompts=2,
         waiting_rows=2,
         curves={"K": (2,)},
-        budget_s=120,
+        budget_s=1500,
+        share_s=0,
     ),
 }
 
 
 @dataclass
 class Comparison:
-    """What measurements share. `share_s` is what one of them may take for its rounds."""
+    """What measurements share."""
 
     cases: Cases
     clock: Clock
     report: Report
-    share_s: float
 
     def agree(self, part: str, name: str, difference: float, limit: float) -> None:
         """Report how far two ways to the same thing are apart.

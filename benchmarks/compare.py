@@ -22,9 +22,6 @@ from benchmarks.cases import CASES, Cases, Comparison
 from benchmarks.clock import Clock
 from benchmarks.report import Report, Row, put_into, surroundings
 
-SHARES = 40
-"""A repeated measurement may take this part of the budget: there are about so many."""
-
 
 def rows_of(cases: Cases) -> list[Row]:
     """Every row of the report, in order. Curves and operators are tables of their own."""
@@ -80,7 +77,7 @@ def main(given: Sequence[str] | None = None) -> Report:
     setting = {"size": arguments.size, "seconds": seconds, **surroundings()}
     report = Report(setting, rows_of(cases), arguments.json)
     clock = Clock(torch.device("cpu"), budget_s, processor=alone)
-    bench = Comparison(cases, clock, report, budget_s / SHARES)
+    bench = Comparison(cases, clock, report)
     for path in arguments.go_on_from:
         report.go_on_from(path)
     for parts, measure in measurements(bench):

@@ -119,7 +119,7 @@ def measure_replay(bench: Comparison, copies: int, context: int) -> None:
             back(plain.one_step(batch, k), pull_BKND[:, k : k + 1], text=k == 0)
         keep(SEPARATE)
 
-    times = bench.clock.side_by_side({SEPARATE: separate, PACKED: packed}, bench.share_s)
+    times = bench.clock.side_by_side({SEPARATE: separate, PACKED: packed}, bench.cases.share_s)
     bench.report.add(part, SEPARATE, statistics.median(times[SEPARATE]), f"{len(times[PACKED])} rounds")
     bench.report.add(part, PACKED, statistics.median(times[PACKED]))
     measured = ratio(times, PACKED, SEPARATE)

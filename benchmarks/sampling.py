@@ -124,7 +124,7 @@ def measure_sampling(bench: Comparison, model: str) -> None:
         ):
             for name in names:
                 stack.enter_context(clock.watching(owner, name, seconds))
-        times = clock.side_by_side({"ours": ours, "plain": one_by_one}, bench.share_s, warm=True)
+        times = clock.side_by_side({"ours": ours, "plain": one_by_one}, bench.cases.share_s, warm=True)
 
     texts = [s for e in drawn["plain"] for s in e.segments if isinstance(s, TextActions)]
     length = statistics.mean(len(text.ids) for text in texts)
@@ -170,7 +170,7 @@ def measure_groups(bench: Comparison, model: str) -> None:
 
     run(groups[0], brief(sampling))
     runs = {str(group): (lambda group=group: run(group)) for group in groups}
-    times = bench.clock.side_by_side(runs, bench.share_s, warm=True)
+    times = bench.clock.side_by_side(runs, bench.cases.share_s, warm=True)
     for group in groups:
         bench.report.add(part, f"group of {group}", statistics.median(times[str(group)]) / group)
     small, large = str(groups[0]), str(groups[-1])
@@ -197,7 +197,7 @@ def measure_denoising(bench: Comparison) -> None:
     def theirs() -> None:
         latents["theirs"], _ = plain.pipeline(policy, context, sampling, seeds)
 
-    times = bench.clock.side_by_side({"ours": ours, "theirs": theirs}, bench.share_s, warm=True)
+    times = bench.clock.side_by_side({"ours": ours, "theirs": theirs}, bench.cases.share_s, warm=True)
     note = f"{members} images, {sampling.steps} calls, {len(times['ours'])} rounds"
     bench.report.add(DENOISING, "diffusers' loop", statistics.median(times["theirs"]), note)
     bench.report.add(DENOISING, "ours", statistics.median(times["ours"]))

@@ -99,7 +99,7 @@ def measure_step(bench: Comparison) -> None:
                 whole_s = bench.clock.once(run)
             found.append({phase: seconds[name] for phase, (_, name) in CALLS.items()} | {WHOLE: whole_s})
 
-        bench.clock.repeated(watched, bench.share_s)
+        bench.clock.repeated(watched, bench.cases.share_s)
         middle = {name: statistics.median(step[name] for step in found[1:]) for name in (*CALLS, WHOLE)}
         for name in CALLS:
             bench.report.add(STEP, name, middle[name], f"{middle[name] / middle[WHOLE]:.0%} of the step")
@@ -216,7 +216,7 @@ def measure_waiting(bench: Comparison) -> None:
         rollout_s = phases()["seconds/rollout"]
         judge.seconds_each = rollout_s / episodes
         found: list[dict[str, float]] = []
-        bench.clock.repeated(lambda: found.append(phases()), bench.share_s)
+        bench.clock.repeated(lambda: found.append(phases()), bench.cases.share_s)
     left_s, sampled_s = (statistics.median(f[f"seconds/{name}"] for f in found) for name in ("reward", "rollout"))
     batches = -(-episodes // bench.cases.waiting_rows)
     bench.report.add(WAITING, "waiting in all", rollout_s, f"{episodes} samples, as long as sampling them alone")

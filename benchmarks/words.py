@@ -152,7 +152,7 @@ def measure_words(bench: Comparison) -> None:
     own = OwnSteps(bench)
     if importlib.util.find_spec("trl") is None:
         found: list[Spent] = []
-        bench.clock.repeated(lambda: found.append(own.step()), bench.share_s)
+        bench.clock.repeated(lambda: found.append(own.step()), bench.cases.share_s)
         report_own(bench, found[1:])
         raise NotMeasuredError(INSTALL)
     theirs = TrlSteps(bench, own)

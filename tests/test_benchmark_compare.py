@@ -85,7 +85,7 @@ def test_goals_are_the_ones_that_were_set() -> None:
 
 @pytest.fixture
 def bench() -> Comparison:
-    return Comparison(TINY, Clock(CPU, 60), report.Report({}, compare.rows_of(TINY), None), 0.0)
+    return Comparison(TINY, Clock(CPU, 60), report.Report({}, compare.rows_of(TINY), None))
 
 
 def test_a_baseline_that_paints_otherwise_is_refused(bench: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
