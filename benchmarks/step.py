@@ -6,7 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
@@ -183,44 +185,81 @@ def is_arithmetic(name: str, place: str) -> bool:
 
 
 class Waiting:
-    """Stands for a judge elsewhere: an answer comes after as long as it takes per sample."""
+    """Stands for a judge elsewhere, which takes a while for each sample. Notes when it was busy."""
 
     range = (0.0, 1.0)
     concurrency = 1
     seconds_each = 0.0
 
     def __init__(self, _options: object):
-        pass
+        self.calls: list[tuple[float, float]] = []
 
     def score(self, batch: RewardBatch) -> list[float]:
+        began = time.perf_counter()
         time.sleep(self.seconds_each * len(batch))
+        self.calls.append((began, time.perf_counter()))
         return [float(p.mean()) / 255 for p in batch.pixels]
 
 
 def measure_waiting(bench: Comparison) -> None:
-    """How much waiting is left when sampling has ended, by the wall. The judge needs as long as sampling does."""
+    """How much of a judge's time lies before the end of sampling, by the wall; it takes as long as sampling."""
     rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
     config = settings(bench, sampling__rows=bench.cases.waiting_rows, **rates)
     state, prompts = prepared(config), training_prompts(config.prompts)
     plugins = Plugins()
     plugins.rewards.add("waiting", Waiting)
     episodes = config.train.prompts_per_step * config.train.group_size
+    sampled_s: list[float] = []
+    shares: list[float] = []
+    left_s: list[float] = []
     with open_rewards([RewardChoice("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
         judge = rewards.rewards[0].reward
 
-        def phases() -> dict[str, float]:
-            asked = prompts_for(prompts, config, state.step)
-            return training_step(state, asked, rewards, config).metrics
+        def run() -> None:
+            judge.calls.clear()
+            sampled = sampling_of(
+                lambda: training_step(state, prompts_for(prompts, config, state.step), rewards, config)
+            )
+            busy_s = sum(end - began for began, end in judge.calls)
+            later_s = sum(end - max(began, min(end, sampled.end)) for began, end in judge.calls)
+            sampled_s.append(sampled.end - sampled.began)
+            left_s.append(later_s)
+            shares.append(1 - later_s / busy_s)
 
-        phases()
-        rollout_s = phases()["seconds/rollout"]
-        judge.seconds_each = rollout_s / episodes
-        found: list[dict[str, float]] = []
-        bench.clock.repeated(lambda: found.append(phases()), bench.cases.share_s)
-    left_s, sampled_s = (statistics.median(f[f"seconds/{name}"] for f in found) for name in ("reward", "rollout"))
+        run()
+        run()
+        alone_s = sampled_s[-1]
+        judge.seconds_each = alone_s / episodes
+        for known in (sampled_s, left_s, shares):
+            known.clear()
+        bench.clock.repeated(run, bench.cases.share_s)
     batches = -(-episodes // bench.cases.waiting_rows)
-    bench.report.add(WAITING, "waiting in all", rollout_s, f"{episodes} samples, as long as sampling them alone")
-    bench.report.add(WAITING, "rollout", sampled_s, f"in {batches} batches of {bench.cases.waiting_rows}")
-    bench.report.add(WAITING, "waiting after it", left_s)
+    bench.report.add(WAITING, "waiting in all", alone_s, f"{episodes} samples, as long as sampling them alone")
+    note = f"in {batches} batches of {bench.cases.waiting_rows}, {len(shares)} steps"
+    bench.report.add(WAITING, "rollout", statistics.median(sampled_s), note)
+    bench.report.add(WAITING, "waiting after it", statistics.median(left_s))
     note = f"at most {1 - 1 / batches:.0%}: the last batch is judged when sampling has ended"
-    bench.report.add(WAITING, "hidden", 100 * (1 - left_s / rollout_s), note)
+    bench.report.add(WAITING, "hidden", 100 * statistics.median(shares), note)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """When the rollout of a step began and ended, seconds of the wall."""
+
+    began: float
+    end: float
+
+
+def sampling_of(step: Callable[[], object]) -> Sampled:
+    """A training step, and when it sampled: from its beginning until it asks for what is still to be scored."""
+    ends: list[float] = []
+    own = Scoring.finish
+
+    def finish(scoring: Scoring, ids: Sequence[str]) -> Any:
+        ends.append(time.perf_counter())
+        return own(scoring, ids)
+
+    began = time.perf_counter()
+    with patch.object(Scoring, "finish", finish):
+        step()
+    return Sampled(began, ends[0])
