@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -269,6 +270,7 @@ class Endpoint:
         text = message["content"] if message.get("content") is not None else ""
         if not isinstance(text, str):
             raise TypeError("content that is no text")
+        text = self._without_key(text)  # reasons are written down
         first: dict[str, float] = {}
         if listed:
             for entry in [*listed[0].get("top_logprobs", []), listed[0]]:
@@ -357,6 +359,8 @@ def _checked_url(url: str) -> tuple[str, bool]:
         raise RewardError("reward 'vlm': @url cannot be read; write it as http://host:port/v1") from None
     if parts.scheme not in ("http", "https") or not parts.host:
         raise RewardError("reward 'vlm': @url must begin with http:// or https://, e.g. http://localhost:8000/v1")
+    if not re.fullmatch(r"[\w.:-]+", parts.host) or not 0 < (parts.port or 80) < 2**16:
+        raise RewardError("reward 'vlm': @url has no host or port that can be; write it as http://host:port/v1")
     if parts.userinfo or parts.query or parts.fragment:
         raise RewardError(
             "reward 'vlm': @url must hold no user, password, query or fragment, for it is printed and logged; put "

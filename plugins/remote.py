@@ -8,23 +8,22 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.errors import RewardError
 
-if TYPE_CHECKING:
-    import httpx2
-
 PROTOCOL = 1
 TOKEN_ENV = "UNIGRPO_REWARD_TOKEN"
 AGAIN = (502, 503, 504)  # a proxy whose server is away, or a server that is stopping or full
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
 CONNECT_S = 5.0
+LARGEST_ANSWER = 64 * 2**20  # bytes; a score with its remarks is a few hundred
 
 
 class RemoteOptions(Options):
@@ -67,9 +66,18 @@ class RemoteReward:
         """
         import httpx2
 
-        local = httpx2.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+        try:
+            place = httpx2.URL(self.url)
+        except httpx2.InvalidURL as error:
+            raise RewardError(f"reward remote: @url={self.url} cannot be read ({error})") from error
+        if not re.fullmatch(r"[\w.:-]+", place.host) or not 0 < (place.port or 80) < 2**16:
+            raise RewardError(
+                f"reward remote: @url={self.url} has no host or port that can be; write it as http://host:port"
+            )
+        local = place.host in ("127.0.0.1", "::1", "localhost")
+        self.token = self._token()
         self.client = httpx2.Client(
-            headers={"Authorization": f"Bearer {token}"} if (token := self._token()) else {},
+            headers={"Authorization": f"Bearer {self.token}"} if self.token else {},
             trust_env=not local,  # a proxy for the web cannot reach this machine's loopback
         )
         self.jitter = random.Random()  # of its own: waiting must not move the run's random numbers
@@ -182,12 +190,19 @@ class RemoteReward:
             left = max(0.05, until - time.monotonic())
             limit = httpx2.Timeout(left, connect=min(CONNECT_S, left))
             try:
-                response = self.client.request(
+                with self.client.stream(
                     method, self.url + path, content=content, headers=headers, timeout=limit
-                )
-                if response.status_code not in AGAIN:
-                    return self._read(path, response)
-                trouble = f"HTTP {response.status_code}: {response.text[:200]}"
+                ) as response:
+                    status, data = response.status_code, bytearray()
+                    for chunk in response.iter_bytes():
+                        data += chunk
+                        if len(data) > LARGEST_ANSWER:
+                            raise self._malformed(f"{path}: more than {LARGEST_ANSWER:,} bytes")
+                        if time.monotonic() > until:  # each chunk may come in time and their sum never end
+                            raise httpx2.ReadTimeout("an answer without end")
+                if status not in AGAIN:
+                    return self._read(path, status, data)
+                trouble = f"HTTP {status}: {self._without_token(data[:200].decode(errors='replace'))}"
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
                 raise RewardError(
                     f"reward remote: @url={self.url} cannot be used ({type(error).__name__})"
@@ -203,19 +218,20 @@ class RemoteReward:
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT_S)
 
-    def _read(self, path: str, response: httpx2.Response) -> dict[str, Any]:
+    def _read(self, path: str, status: int, data: bytes | bytearray) -> dict[str, Any]:
+        text = self._without_token(data.decode(errors="replace"))
         try:
-            answer = response.json()
-        except ValueError:  # UnicodeDecodeError and JSONDecodeError among them
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict) or "protocol" not in answer:
-            raise self._malformed(f"{path}: HTTP {response.status_code}, {response.text[:80]!r}")
+            raise self._malformed(f"{path}: HTTP {status}, {text[:80]!r}")
         if answer["protocol"] != PROTOCOL:
             raise RewardError(
                 f"reward remote: {self.url} speaks protocol {answer['protocol']!r} and this unigrpo {PROTOCOL}; "
                 "run the same version of unigrpo on both sides"
             )
-        if response.status_code == 200:
+        if status == 200:
             return answer
         said, kind = f"{self.url}: {answer.get('error')}", answer.get("kind")
         if kind == "failed":
@@ -224,8 +240,11 @@ class RemoteReward:
             401: f"; set {TOKEN_ENV} or @token_file= to the token that the server was given",
             404: "; is @url= the address that `unigrpo rewards serve` printed?",
             413: "; serve it with a larger --max-mb",
-        }.get(response.status_code, "" if kind == "needs" else "; try `unigrpo rewards test` beside the server")
+        }.get(status, "" if kind == "needs" else "; try `unigrpo rewards test` beside the server")
         raise RewardError(f"reward remote: {said}{remedy}")
+
+    def _without_token(self, text: str) -> str:
+        return text.replace(self.token, "[token]") if self.token else text
 
     def _malformed(self, what: str) -> RewardError:
         return RewardError(

@@ -60,6 +60,12 @@ class VlmOptions(Options):
     )
     local_batch_size: int = Field(8, ge=1, description="pictures in one forward of a model run here")
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """YAML, which options are written in, reads on and off as truth values."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @field_validator("axes")
     @classmethod
     def _axes(cls, text: str) -> str:
@@ -71,7 +77,11 @@ class VlmOptions(Options):
     @field_validator("body")
     @classmethod
     def _body(cls, text: str) -> str:
-        if text and not isinstance(json.loads(text), dict):
+        try:
+            given = json.loads(text or "{}")
+        except RecursionError:
+            given = None
+        if not isinstance(given, dict):
             raise ValueError("write a JSON object")
         return text
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unigrpo_cli.models.checkpoint import save_model
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rebuild.model import build_model
 
@@ -36,6 +37,14 @@ def _only_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.delenv("UNIGRPO_PLUGINS", raising=False)
     monkeypatch.delenv("UNIGRPO_PLUGINS_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of that architecture, untrained and small, for commands whose numbers do not matter."""
+    directory = tmp_path_factory.mktemp("small") / "model"
+    save_model(build_model(seed=0, width=32, layers=2), directory)
+    return directory
 
 
 @pytest.fixture

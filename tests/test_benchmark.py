@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -124,7 +125,11 @@ def bench() -> parts.Benchmark:
 
 
 def _counted(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch's counter does not know oneDNN's products.
+    with (
+        patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False),
+        FlopCounterMode(display=False) as counter,
+    ):
         run()
     return counter.get_total_flops()
 

@@ -60,6 +60,14 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         ("train.updates=3", "must divide train.prompts_per_step"),
         ("sampling.shift=inf", "finite"),
         ("train.betas=[2, 3]", "less than 1"),
+        ("sampling.shift=1e9", "less than 1e-6 apart; give a shift nearer to 1 or fewer steps"),
+        ("sampling.shift=1e-7", "less than 1e-6 apart"),
+        ("eval.steps=1000000", r"eval.steps=1000000 puts times"),
+        ("sampling.noise_level=1e-5", "give 0.001 to 10"),
+        ("sampling.noise_level=30", "give 0.001 to 10"),
+        ("sampling.temperature=1e-3", "sampling.temperature=0.001: give 0.01 to 100, or 0 for greedy"),
+        ("eval.temperature=1000", "eval.temperature=1000: give 0.01 to 100"),
+        ("eval.guidance_text=1e30", "a scale up to 100"),
         ("reward.use=geneval", r'e.g. \["geneval"\]'),
         ("preset=paper", "--preset paper"),
     ],
@@ -92,6 +100,11 @@ def test_it_is_frozen_and_every_key_is_described() -> None:
     keys = config_keys()
     assert {"train.steps", "train.checkpoint_every", "sampling.window"} <= set(keys)
     assert all(len(what) > 8 for what, _ in keys.values())
+
+
+def test_a_window_of_all_steps_needs_two() -> None:
+    with pytest.raises(UsageError, match=r"give sampling\.steps=2 or more"):
+        load_config(overrides=["sampling.window=all", "sampling.steps=1"])
 
 
 def test_cps_noise_turns_back_at_1() -> None:

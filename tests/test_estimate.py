@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -224,6 +225,11 @@ def network_of(work: Workload) -> MoT:
     return network
 
 
+def no_onednn() -> Any:
+    """The estimate is of PyTorch's own products: a GPU has no others, and its FLOP counter knows no others."""
+    return patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False)
+
+
 def passes(work: Workload) -> dict[str, int]:
     """Peaks of the phases of a step, the network itself left out: what `memory` reckons, seen."""
     network, alive, seen = network_of(work), Alive(), {}
@@ -244,7 +250,7 @@ def passes(work: Workload) -> dict[str, int]:
         scored = token(logits, temperature=1.0, id=torch.ones(len(hidden), dtype=torch.long))
         return scored.log_prob.sum() + out.velocity_BKND.sum()
 
-    with alive:
+    with no_onednn(), alive:
         with torch.no_grad():
             rows = work.rows
             ids, lengths = (
@@ -286,6 +292,40 @@ def test_activations_are_those_of_the_passes(tune: str, dtype: str, checkpointin
             assert found.phase(phase).bytes - left_out == pytest.approx(seen[phase], rel=0.06), phase
 
 
+def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
+    """Eight rows of which one after the other stops: half and then a quarter are kept beside the whole."""
+    config = settings("sampling.height=16", "sampling.width=16", "sampling.max_new_tokens=200", "sampling.rows=8")
+    model, alive = load_model(str(TINY)), Alive()
+    given = model.preamble(PROMPTS[0], think=False)
+    drawn = 0
+
+    class Stopping:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            nonlocal drawn
+            logits, drawn = model.logits(hidden), drawn + 1
+            logits[:, model.stop_id] = -torch.inf
+            if drawn in (180, 185, 190, 195):
+                logits[: len(logits) // 2] = -torch.inf
+                logits[: len(logits) // 2, model.stop_id] = 0
+            return logits
+
+    for parameter in model.network.parameters():
+        alive.add(parameter)
+    with torch.no_grad(), alive:
+        context = read_given(model, [given] * 8)
+        start = alive.now
+        write_text(Stopping(), context, train_sampling(config), range(8))  # type: ignore[arg-type]
+    work = Workload(model.network.config, None, config, given=context.used)
+    items = {i.name: i.bytes for i in memory(work).phase("rollout, words").items}
+    assert "smaller batches" in items
+    given_once = 8 * context.used * work.cached_token
+    seen = alive.over(start) + given_once
+    assert items["key-value cache"] + items["smaller batches"] <= seen < 1.2 * sum(items.values())  # and a pass
+
+
 def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
     model, alive = load_model(str(TINY)), Alive()
     config = settings("sampling.height=64", "sampling.width=32", "sampling.rows=1")
@@ -302,7 +342,7 @@ def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
 
 def counted(action: Any) -> int:
     """By PyTorch's own counter, with attention as products of matrices."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), no_onednn(), FlopCounterMode(display=False) as counter:
         action()
     return counter.get_total_flops()
 

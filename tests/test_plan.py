@@ -192,13 +192,14 @@ def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
-    """Rank of the adapters that are there, not of the configuration; and nothing is added to the run."""
+    """Adapters as they are there; nothing is added to the run, and what cannot change is refused here, too."""
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
     lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"
     assert _run("train", "--out", run, "--steps", "0", *lora, *small).exit_code == 0
     before = sorted(run.rglob("*"))
-    result = _run("train", "--resume", run, "--dry-run", "--json", "--set", "train.lora_rank=8")
+    assert _run("train", "--resume", run, "--dry-run", "--set", "train.lora_rank=8").exit_code == 2
+    result = _run("train", "--resume", run, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     adapters = {i["item"]: i["formula"] for i in json.loads(result.stdout)["memory"]["always"]}["adapters"]
     assert "rank 3 " in adapters

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.objective import Objective, unigrpo_loss
+from unigrpo_cli.algo.objective import Objective, step_densities, unigrpo_loss
 from unigrpo_cli.episode import (
     Episode,
     GivenImage,
@@ -93,6 +93,31 @@ def test_the_first_gradient_is_reinforces(tiny: UnifiedModel) -> None:
     for name, parameter in tiny.network.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("trust_region", ["ratio", "ratio-norm"])
+def test_the_first_image_gradient_is_reinforces(tiny: UnifiedModel, trust_region: str) -> None:
+    """Through the network, of sum(A log p), mean over the steps; RatioNorm weighs each step by its deviation.
+
+    To 1e-5, for deviations come from fp32 times.
+    """
+    batch = collate(_episodes(tiny))
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], dtype=torch.float64)
+    image_only = replace(OBJECTIVE, text_weight=0.0, penalty="none", trust_region=trust_region)
+    with torch.no_grad():
+        old = replay(tiny, batch)
+    unigrpo_loss(batch.actions, replay(tiny, batch), old, None, advantage, image_only, episodes=6).total.backward()
+    ours = {n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None}
+    assert max(g.abs().max() for g in ours.values()) > 1e-4
+    tiny.network.zero_grad()
+    steps = batch.actions.images[0]
+    p = step_densities(steps, replay(tiny, batch).velocities[0])
+    weight = p.std[..., 0, 0] if trust_region == "ratio-norm" else torch.ones(())
+    reinforce = -(weight * flow.log_prob(steps.kernel, steps.x_next_BKND, p) * advantage[:, None]).mean()
+    reinforce.backward()
+    for name, parameter in tiny.network.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_micro_batches_change_no_gradient(tiny: UnifiedModel) -> None:

@@ -54,6 +54,38 @@ def test_batch_size_changes_no_sample(tiny: UnifiedModel) -> None:
             torch.testing.assert_close(image_a.latent, image_b.latent, atol=1e-5, rtol=0)
 
 
+def test_rows_that_have_stopped_are_carried_twice_at_most(tiny: UnifiedModel) -> None:
+    """Texts of many lengths: the batch halves as they end, and each painter still sees its own words."""
+    stop = tiny.stop_id
+    with torch.no_grad():  # a stop about every eighth token; the tiny model's own is every fiftieth
+        tiny.network.language_model.lm_head.weight.mul_(0.05)
+    carried: list[int] = []
+
+    class Counted:
+        def __getattr__(self, name: str):
+            return getattr(tiny, name)
+
+        def logits(self, hidden):
+            carried.append(len(hidden))
+            logits = tiny.logits(hidden)
+            logits[..., stop] += 2.0
+            return logits
+
+    sampling = replace(SAMPLING, max_new_tokens=40)
+    together = flatten(rollout(Counted(), PROMPTS[:1], 16, sampling, WINDOW, 1))  # type: ignore[arg-type]
+    lengths = sorted(len(_parts(e)[0].ids) for e in together)
+    assert len(set(lengths)) > 6
+    assert lengths[-1] > 2 * lengths[7]
+    writing = [sum(n > k for n in lengths) for k in range(lengths[-1])]
+    assert len(carried) == len(writing)
+    assert all(n <= batch < 2 * n or n == 1 == batch for n, batch in zip(writing, carried, strict=True))
+    alone = flatten(rollout(Counted(), PROMPTS[:1], 16, replace(sampling, rows=1), WINDOW, 1))  # type: ignore[arg-type]
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(_parts(a)[0].ids, _parts(b)[0].ids)
+        torch.testing.assert_close(_parts(a)[0].log_prob, _parts(b)[0].log_prob)
+        torch.testing.assert_close(_parts(a)[1].latent, _parts(b)[1].latent)
+
+
 def test_in_fp32_batches_differ_by_rounding_alone() -> None:
     """What is drawn is the same; matrix products of another size round another way, at most one grey level."""
     model = load_model("embedded")

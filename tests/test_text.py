@@ -38,6 +38,21 @@ def test_impossible_tokens_are_never_drawn(u: float) -> None:
     assert torch.isfinite(drawn.entropy).all()
 
 
+def test_words_of_a_large_vocabulary_are_drawn_exactly() -> None:
+    """150,000 equal words: the k-th part of [0, 1) is the k-th word's."""
+    words = torch.tensor([0, 1, 70_000, 149_998, 149_999])
+    drawn = token(torch.zeros(5, 150_000), temperature=1.0, uniform=(words.double() + 0.5) / 150_000)
+    assert torch.equal(drawn.id, words)
+
+
+def test_rare_words_after_a_common_one_can_be_drawn() -> None:
+    """Two words of 2e-9 each after one of nearly 1: sums in fp32 end at 1 before them."""
+    logits = torch.tensor([0.0, -20.0, -20.0])
+    rare = torch.softmax(logits.double(), dim=0)[1].item()
+    uniform = torch.tensor([0.5, 1 - 1.5 * rare, 1 - 0.5 * rare], dtype=torch.float64)
+    assert token(logits.expand(3, -1), temperature=1.0, uniform=uniform).id.tolist() == [0, 1, 2]
+
+
 def test_entropy() -> None:
     flat = token(torch.zeros(1, 8), temperature=1.0, id=torch.tensor([0]))
     assert flat.entropy.item() == pytest.approx(torch.log(torch.tensor(8.0)).item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ SMALL = [
     *("--set", "sampling.steps=6"),
     *("--set", "eval.steps=4"),
     *("--set", "train.samples_every=2"),
+    *("--set", "doctor.at_start=off"),  # it has tests of its own, and the first below
 ]
 
 
@@ -50,7 +52,7 @@ def _train(out: Path, *more: str) -> dict:
 
 def test_report_and_files(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    summary = _train(out, "--steps", "3", "--set", "train.checkpoint_every=2")
+    summary = _train(out, "--steps", "3", "--set", "train.checkpoint_every=2", "--set", "doctor.at_start=stop")
     assert {"run", "steps", "seconds", "eval_before", "eval_after", "checkpoint"} <= set(summary)
     assert summary["steps"] == 3
     assert summary["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
@@ -60,13 +62,23 @@ def test_report_and_files(tmp_path: Path) -> None:
     assert json.loads((out / "summary.json").read_text())["steps"] == 3
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    documented = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
-    for key in rows[0]:
-        family = key.split("/")[0] if key.startswith(("reward/", "seconds/")) else key
-        tail = key.split("/")[-1]
-        assert f"`{family}" in documented or f"`{tail}`" in documented or f"/{tail}`" in documented, key
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
-    for name in ("config.toml", "environment.json", "eval_before.json", "eval_after.json", "samples/progress.png"):
+    documented = set(re.findall(r"`([^`]+)`", (Path(__file__).parents[1] / "docs" / "files.md").read_text()))
+    for key in {key for row in rows for key in row}:
+        known = re.sub(r"/step_\d+$", "/step_0", key)
+        if key.startswith("reward/") and not key.endswith(("/abstained", "/spread")):
+            known = "reward/NAME/PART" if key.count("/") == 2 else "reward/NAME"
+        elif key.startswith("reward/"):
+            known = f"reward/NAME/{key.rsplit('/', 1)[1]}"
+        assert known in documented, key
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["last", "step_000002", "step_000003"]
+    for name in (
+        "config.toml",
+        "environment.json",
+        "doctor.json",
+        "eval_before.json",
+        "eval_after.json",
+        "samples/progress.png",
+    ):
         assert (out / name).is_file(), name
     assert (out / "samples" / "step_000000.png").is_file()
     assert (out / "samples" / "step_000003.png").is_file()
@@ -81,39 +93,14 @@ def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def _metrics(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
-
-
-def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    """4 steps, or 2 and then 2 more: weights, metrics and pictures."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _train(whole, "--steps", "4")
-    _train(parts, "--steps", "2")
-    resumed = _run("train", "--resume", parts, "--steps", "4", "--json")
-    assert resumed.exit_code == 0, resumed.output
-    assert json.loads(resumed.stdout)["steps"] == 4
-    a, b = _weights(whole, 4), _weights(parts, 4)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert _metrics(whole) == _metrics(parts)
-    one, two = ((r / "samples" / "step_000004" / "0.png").read_bytes() for r in (whole, parts))
-    assert one == two
-    start = load_file(embedded_weights())
-    assert any(not torch.equal(a[name], start[name]) for name in a), "nothing was trained"
+    of_the_machine = ("seconds/", "memory/", "warnings")  # a phase may be slower by chance
+    return [{k: v for k, v in row.items() if not k.startswith(of_the_machine)} for row in rows]
 
 
 def embedded_weights() -> Path:
     from unigrpo_cli.models.hub import embedded_directory
 
     return embedded_directory() / "ema.safetensors"
-
-
-def test_resume_forgets_what_it_does_again(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    _train(run, "--steps", "3", "--set", "train.checkpoint_every=1")
-    first = _metrics(run)
-    result = _run("train", "--resume", run / "checkpoints" / "step_000001", "--json")
-    assert result.exit_code == 0, result.output
-    assert _metrics(run) == first
 
 
 def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path) -> None:
@@ -135,57 +122,7 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path) -> None
     assert len(_metrics(run)) == 4
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    _train(run, "--steps", "1")
-    checkpoint = run / "checkpoints" / "step_000001"
-    moments = checkpoint / "optimizer.safetensors"
-    moments.write_bytes(moments.read_bytes()[:500])
-    result = _run("train", "--resume", "auto", "--out", run, "--steps", "2")
-    assert result.exit_code == 5
-    assert "damaged" in result.stderr
-    (checkpoint / "state.json").write_text("{}")
-    result = _run("train", "--resume", checkpoint, "--steps", "2")
-    assert result.exit_code == 5
-    assert "checkpoint format" in result.stderr
-
-
-def test_resuming_with_another_kind_of_tuning_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    _train(run, "--steps", "1")
-    result = _run("train", "--resume", run, "--set", "train.tune=lora")
-    assert result.exit_code == 2
-    assert "train.tune=full" in result.stderr
-    result = _run("train", "--resume", run, "--set", "train.experts=text", "--steps", "2")
-    assert result.exit_code == 5
-    assert "other weights" in result.stderr
-
-
-def test_an_interrupt_at_once_loses_no_step(tmp_path: Path) -> None:
-    """Twice Ctrl-C, during the rollout of step 3: two steps are done, and saved."""
-    plugin = tmp_path / "impatient.py"
-    plugin.write_text(
-        "import signal, threading, time\nfrom unigrpo_cli import reward\n\n"
-        '@reward("impatient")\ndef impatient(prompts, step, split):\n'
-        '    if split == "train" and step == 2:\n'
-        "        for _ in range(2):\n"
-        "            time.sleep(0.5)\n"
-        "            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)\n"
-        "        time.sleep(0.5)\n"
-        "    return [float(k % 2) for k in range(len(prompts))]\n"
-    )
-    code = "from unigrpo_cli.cli import main; main()"
-    more = ["--reward", "impatient", "--plugin", str(plugin), "--steps", "50", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *SMALL[:1], *SMALL[3:], *more], capture_output=True, text=True
-    )
-    assert done.returncode == 130, done.stderr
-    assert "interrupt again to stop at once" in done.stderr
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_can_go_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-c", "from unigrpo_cli.cli import main; main()", *SMALL, "--out", str(run)]
     process = subprocess.Popen(
@@ -194,7 +131,7 @@ def test_an_interrupted_run_can_go_on(tmp_path: Path, number: signal.Signals) ->
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     summary = json.loads(output)
@@ -224,13 +161,8 @@ def test_adapters_train_save_and_load(tmp_path: Path) -> None:
         return Path(json.loads(result.stdout)["images"][0]["path"]).read_bytes()[-2000:]
 
     assert painted("--model", run) == painted("--adapter", checkpoint)
-    whole = tmp_path / "whole"
-    _train(whole, "--steps", "3", *lora)
-    resumed = _run("train", "--resume", run, "--steps", "3", "--json")
-    assert resumed.exit_code == 0, resumed.output
-    a, b = (load_file(r / "checkpoints" / "step_000003" / "adapter_model.safetensors") for r in (whole, run))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert any(value.abs().max() > 0 for name, value in a.items() if "lora_B" in name)
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
 
 
 def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
@@ -273,39 +205,22 @@ def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, sett
     assert resumed.exit_code == 0, resumed.output
 
 
-def test_resuming_keeps_its_model_directory_and_settings_honest(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    _train(run, "--steps", "1")
-    other = _run("train", "--resume", run, "--model", "elsewhere")
-    assert (other.exit_code, "model it began with" in other.stderr) == (2, True)
-    other = _run("train", "--resume", run, "--out", tmp_path / "b")
-    assert (other.exit_code, "leave out --out" in other.stderr) == (2, True)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "rew')  # a crash in the middle of a line
-    (run / "samples" / "step_000000" / "0.png").write_bytes(b"cut")
-    half = shutil.copytree(run / "checkpoints" / "step_000001", run / "checkpoints" / "step_000009.partial")
-    (half / "ema.safetensors").write_bytes(b"cut")
-    resumed = _run("train", "--resume", run, "--steps", "2", "--set", "eval.seed=7", "--json")
-    assert resumed.exit_code == 0, resumed.output
-    assert json.loads(resumed.stdout)["difference"] == {}
-    assert "no difference is reported" in resumed.stderr
-    assert [row["step"] for row in _metrics(run)] == [1, 2]
-
-
-def test_divergence_stops_with_the_last_good_step(tmp_path: Path) -> None:
+def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Path) -> None:
+    """The first update is finite and huge; what follows is refused, whether in the same step or in the next."""
     rates = ["--set", "train.lr_text=1e18", "--set", "train.lr_image=1e18"]
-    rates += ["--set", "train.updates=1", "--set", "train.checkpoint_every=1"]
-    result = _run(*SMALL, "--out", tmp_path / "run", "--steps", "9", *rates)
-    assert result.exit_code == 1
-    assert "the gradient is not finite" in result.stderr
-    assert "--resume" in result.stderr
-    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
-    assert checkpoints
-    halfway = _run(*SMALL, "--out", tmp_path / "b", "--steps", "9", *rates[:4], "--set", "train.updates=2")
-    assert halfway.exit_code == 1
-    assert not (tmp_path / "b" / "checkpoints").exists(), "the first of two updates is made: that is no step"
-    for checkpoint in checkpoints:
+    for updates, stop in ((1, 4), (2, 3)):
+        run = tmp_path / str(updates)
+        result = _run(*SMALL, "--out", run, "--steps", "9", *rates, "--set", f"train.updates={updates}")
+        assert result.exit_code == 1
+        said = " ".join(result.stderr.split())
+        assert "3 steps in a row were skipped" in said
+        assert f"go on from a checkpoint before step {stop - 2} with lower train.lr_text" in said
+        assert "--resume" in said
+        assert ["skipped" in row for row in _metrics(run)] == [False] * (stop - 3) + [True] * 3
+        (checkpoint,) = (run / "checkpoints").glob("step_*")
+        assert checkpoint.name == f"step_{stop:06d}"
         assert all(v.isfinite().all() for v in load_file(checkpoint / "ema.safetensors").values())
+        assert len(list((run / "bad_steps").iterdir())) == 3
 
 
 def test_adapters_off_is_the_start() -> None:

@@ -772,7 +772,7 @@ def test_a_prompt_with_nothing_to_check(judge: Callable[..., VlmReward], row: di
     [
         ("vlm@axes=a:0", "weight above 0"),
         ("vlm@axes=reason", "cannot name an axis"),
-        ("vlm@body=[1]", "write a json object"),
+        ("vlm@body=[1]", "write a JSON object"),
         ("vlm@mode=yesno", "option mode='yesno'"),
         ("vlm@concurrency=0", "greater than or equal to 1"),
     ],

@@ -15,14 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unigrpo_cli.errors import UsageError, suggest
+from unigrpo_cli.intake import read_text, refuse_depth, refuse_odd_text
 
 PRESETS = ("embedded", "paper")
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST_FILE = 2**20
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Key = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -128,7 +132,12 @@ class Train(Section):
     warmup: Count = Field(0, description="optimizer steps of linear warm-up")
     activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
     checkpoint_every: Count = Field(100, description="steps between checkpoints; 0 for the last one only")
-    keep_checkpoints: Positive = Field(3, description="how many checkpoints stay on disk")
+    keep_checkpoints: Positive = Field(3, description="how many of the last checkpoints stay on disk")
+    keep_every: Count = Field(
+        0,
+        description="checkpoints of steps that this divides stay for good; 0 for none (they are made by "
+        "checkpoint_every)",
+    )
     samples_every: Count = Field(25, description="steps between sheets of held-out samples; 0 for none")
     drift_limit: Size = Field(
         0.02, description="warn when rollout and replay log-probabilities differ by more (mean, text)"
@@ -146,13 +155,17 @@ class Eval(Section):
     temperature: Rate = Field(1.0, description="of the reasoning; 0 is greedy")
     steps: Positive = Field(49, description="network calls per image [paper: 50 points = 49 calls]")
     rewards: tuple[str, ...] = Field((), description="rewards reported beside the trained ones")
+    every: Count = Field(0, description="training steps between evaluations of the suite; 0 for none in between")
+    best: str = Field(
+        "", description="the reward by whose held-out mean the best checkpoint is kept, as checkpoints/best"
+    )
     guidance_text: Rate = Field(
         1.0, description="classifier-free guidance against the context without the prompt; up to 1 is none"
     )
     guidance_image: Rate = Field(
         1.0, description="and against the one without pictures and reasoning; only with guidance_text above 1"
     )
-    guidance_interval: tuple[float, float] = Field(
+    guidance_interval: tuple[Finite, Finite] = Field(
         (0.4, 1.0), description="guidance acts where lower < t <= upper, t after the shift"
     )
     guidance_renorm: Literal["global", "channel", "text_channel"] = Field(
@@ -161,7 +174,7 @@ class Eval(Section):
     guidance_renorm_min: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="least factor of that; 1 is no renormalisation"
     )
-    seed: int = Field(42, description="of the noise, whatever the run's seed: runs are compared on the same")
+    seed: Key = Field(42, description="of the noise, whatever the run's seed: runs are compared on the same")
 
 
 class Rewards(Section):
@@ -184,6 +197,46 @@ class Rewards(Section):
     offload: bool = Field(False, description="move rewards' models to host memory between scorings")
 
 
+class Watch(Section):
+    """When a run warns, when it skips a step and when it stops; docs/troubleshooting.md has every rule."""
+
+    explosion: Size = Field(
+        1000.0, description="skip an update whose gradient norm is above this many times the recent median"
+    )
+    bad_steps: Positive = Field(3, description="skipped steps in a row after which the run stops")
+    clip_fraction: Size = Field(0.5, description="warn when a larger share of text or image actions is clipped")
+    drift_image: Size = Field(
+        1e-3, description="warn when rollout and replay differ by more (log-probability of a step, mean)"
+    )
+    kl_text: Size = Field(0.05, description="warn when a step's updates move text by more, nats per token")
+    kl_image: Size = Field(1e-4, description="and images by more, nats per element of a latent")
+    entropy: Size = Field(0.1, description="warn when entropy falls below this share of what it was at first")
+    truncated: Rate = Field(0.5, description="warn when a larger share of texts is cut off")
+    duplicates: Rate = Field(0.1, description="warn when a larger share of a group's images are equal")
+    zero_groups: Rate = Field(0.5, description="warn when a larger share of groups has rewards without spread")
+    abstained: Rate = Field(0.1, description="warn when a reward abstains on a larger, and grown, share")
+    slower: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
+        2.0, description="warn when a phase takes this many times its first seconds"
+    )
+
+
+class Doctor(Section):
+    """The examination of a run (docs/troubleshooting.md)."""
+
+    at_start: Literal["stop", "warn", "off"] = Field(
+        "stop", description="what a fault does that the short examination at the start of a run finds"
+    )
+    prompts: Positive = Field(2, description="groups that the doctor draws")
+    members: Annotated[int, Field(ge=2)] = Field(4, description="episodes in each, at most train.group_size")
+    text_drift: Rate = Field(
+        0.0, description="largest drift of a word's log-probability; 0: 0.001, below float32 0.5 nats"
+    )
+    image_drift: Rate = Field(
+        0.0,
+        description="likewise of a denoising step's, mean over the latent; 0: 0.001, below float32 0.1",
+    )
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -194,19 +247,21 @@ class Config(Section):
     adapter: str | None = Field(None, description="a PEFT adapter directory put on the model")
     preset: Literal["embedded", "paper"] = Field("embedded", description="where defaults come from")
     prompts: str = Field("shapes", description="`shapes` or a .txt or .jsonl file of prompts to train on")
-    seed: int = Field(0, description="of everything random")
+    seed: Key = Field(0, description="of everything random")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of frozen weights and activations; what is trained is kept in float32"
     )
-    threads: Count = Field(0, description="CPU threads; 0 leaves it to torch")
-    memory_gb: Rate = Field(0, description="memory that a run may fill, GiB; 0 asks the device")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 leaves it to torch")
+    memory_gb: Rate = Field(0.0, description="memory that a run may fill, GiB; 0 asks the device")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
     advantage: Advantage = Advantage()
     train: Train = Train()
     eval: Eval = Eval()
     reward: Rewards = Rewards()
+    watch: Watch = Watch()
+    doctor: Doctor = Doctor()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -225,10 +280,41 @@ class Config(Section):
                 f"train.updates={t.updates} must divide train.prompts_per_step={t.prompts_per_step}: "
                 "groups are never split over updates"
             )
+        if self.eval.best and not self.eval.every:
+            raise ValueError(
+                f"eval.best={self.eval.best} needs evaluations to choose by: set eval.every, e.g. eval.every=20"
+            )
         if s.kernel == "cps" and s.noise_level > 1:
             raise ValueError(
                 f"kernel cps takes sampling.noise_level up to 1, not {s.noise_level:g}: sin(a pi / 2) turns there"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stays_finite(self) -> Config:
+        """Refuse what fp32 cannot sample with, so that whatever is accepted gives finite numbers."""
+        s = self.sampling
+        if s.window == "all" and s.steps < 2:
+            raise ValueError("sampling.window=all leaves out the last step; give sampling.steps=2 or more")
+        if not 1e-3 <= s.noise_level <= 10:
+            raise ValueError(
+                f"sampling.noise_level={s.noise_level:g}: give 0.001 to 10; less is rounded away, more overflows"
+            )
+        for name, steps, temperature in (
+            ("sampling", s.steps, s.temperature),
+            ("eval", self.eval.steps, self.eval.temperature),
+        ):
+            if temperature and not 0.01 <= temperature <= 100:
+                raise ValueError(f"{name}.temperature={temperature:g}: give 0.01 to 100, or 0 for greedy")
+            # The grid's smallest interval is 1 / (1 + (steps - 1) max(shift, 1 / shift)); fp32 tells 6e-8 from 0.
+            if steps * max(s.shift, 1 / s.shift) > 1e6:
+                raise ValueError(
+                    f"sampling.shift={s.shift:g} with {name}.steps={steps} puts times less than 1e-6 apart; "
+                    "give a shift nearer to 1 or fewer steps"
+                )
+        for name in ("guidance_text", "guidance_image"):
+            if (scale := getattr(self.eval, name)) > 100:
+                raise ValueError(f"eval.{name}={scale:g}: give a scale up to 100")
         return self
 
 
@@ -276,6 +362,11 @@ def load_config(
     _merge(values, given)
     values["preset"] = chosen
     _check_keys(values, Config, "")
+    for key, value in values.items():
+        try:
+            refuse_odd_text(value)
+        except ValueError as error:
+            raise UsageError(f"{key}: {error}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -284,17 +375,25 @@ def load_config(
 
 def _read_toml(path: Path) -> dict:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(path, LARGEST_FILE))
+        refuse_depth(found)
+        return found
     except FileNotFoundError as error:
-        raise UsageError(f"no configuration file {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"no configuration file {path}: give a TOML file with --config") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not readable TOML: nested too deep") from error
+    except OSError as error:
+        raise UsageError(
+            f"{path} is not readable TOML: {error.strerror}; give a TOML file with --config"
+        ) from error
+    except ValueError as error:  # TOMLDecodeError among them, and numbers of thousands of digits
         raise UsageError(f"{path} is not readable TOML: {error}") from error
 
 
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

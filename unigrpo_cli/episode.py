@@ -13,6 +13,8 @@ numbers each.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.algo.flow import KERNELS, Window
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.intake import read_text, refuse_odd_text
 
 FORMAT = 1
+LARGEST_MEMBER = 10**6
+TENSORS = ("ids", "log_prob", "latent", "pixels", "view", "times", "before", "after")
+SAVE_AGAIN = "save them again with `unigrpo rollout --out DIR`"
 
 
 @dataclass(frozen=True)
@@ -199,27 +205,33 @@ def load_episodes(directory: Path) -> list[Group]:
         UsageError: when the directory holds no episodes, or damaged ones.
     """
     try:
-        data = json.loads((directory / "episodes.json").read_text())
+        data = json.loads(read_text(directory / "episodes.json"))
+        refuse_odd_text(data)
         if data.get("format") != FORMAT:
             raise UsageError(f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}")
         tensors = load_file(directory / "episodes.safetensors")
         groups = list(_groups(data["groups"], tensors))
-    except FileNotFoundError as error:
-        missing = [n for n in ("episodes.json", "episodes.safetensors") if not (directory / n).is_file()]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = [n for n in ("episodes.json", "episodes.safetensors") if not os.path.isfile(directory / n)]
         raise UsageError(
             f"{directory} holds no episodes ({' and '.join(missing)} missing); "
             "give a directory written by `unigrpo rollout --out DIR`"
         ) from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UsageError(f"{directory}: damaged episodes ({type(error).__name__}: {error})") from error
+    except RecursionError as error:
+        raise UsageError(f"{directory}: damaged episodes (nested too deep); {SAVE_AGAIN}") from error
+    except KeyError as error:
+        raise UsageError(f"{directory}: damaged episodes ({error} is missing or unknown); {SAVE_AGAIN}") from error
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"{directory}: damaged episodes ({error}); {SAVE_AGAIN}") from error
     if not groups or not all(group.episodes for group in groups):
-        raise UsageError(f"{directory}: damaged episodes (a group, or all of them, is empty)")
+        raise UsageError(f"{directory}: damaged episodes (a group, or all of them, is empty); {SAVE_AGAIN}")
     return groups
 
 
 def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
     for g, row in enumerate(rows):
         prompt = Prompt(row["id"], row["text"], row["metadata"], row.get("image"))
+        _kinds(prompt, id=str, text=str, metadata=dict, image=str | None)
         episodes = []
         for m, member in enumerate(row["episodes"]):
             segments = []
@@ -227,7 +239,13 @@ def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
                 prefix = f"{g}.{m}.{s}."
                 own = {name: tensors[prefix + name] for name in plain["tensors"]}
                 segments.append(_unpack(plain, own))
-            episodes.append(Episode(prompt, member["member"], member["seed"], tuple(segments)))
+            episode = Episode(prompt, member["member"], member["seed"], tuple(segments))
+            _kinds(episode, member=int, seed=int)
+            if not 0 <= episode.member < LARGEST_MEMBER:  # it is part of names of files
+                raise ValueError(f"member = {episode.member}")
+            if not episode.images:
+                raise ValueError(f"episode {m} of group {g} has no image")
+            episodes.append(episode)
         yield Group(prompt, tuple(episodes))
 
 
@@ -251,18 +269,63 @@ def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
     for name in ("grid", "opening", "closing"):
         if name in values:
             values[name] = tuple(values[name])
+    grid = values.get("grid", (1, 1))
+    if len(grid) != 2 or not all(type(n) is int and 0 < n < 2**15 for n in grid):
+        raise ValueError(f"grid = {list(grid)}")
     segment = _KINDS[plain["kind"]](**values)
+    for name, value in vars(segment).items():
+        _tensor_of(name, value)
     if isinstance(segment, TextActions):
+        _kinds(segment, finished=bool, temperature=float | int, text=str)
         _same("log_prob", segment.log_prob.shape, segment.ids.shape)
+        if bool((segment.log_prob > 1e-3).any()):  # of words, so no density; a little above 0 is rounding
+            raise ValueError("log_prob of text is above 0")
     if isinstance(segment, ImageActions) or (isinstance(segment, GivenImage) and len(segment.latent)):
         _same("latent", segment.latent.shape[:1], (segment.grid[0] * segment.grid[1],))
     if isinstance(segment, ImageActions):
+        _sampled(segment)
         steps, latent = (segment.window.size,), segment.latent.shape
         _same("before", segment.before.shape, steps + latent)
         _same("after", segment.after.shape, steps + latent)
         _same("log_prob", segment.log_prob.shape, steps)
         _same("pixels", (segment.pixels.ndim, segment.pixels.shape[-1]), (3, 3))
+        if not segment.pixels.numel():
+            raise ValueError("pixels is empty")
     return segment
+
+
+def _sampled(image: ImageActions) -> None:
+    """Refuse a schedule or transition that no rollout writes."""
+    _kinds(image, kernel=str, noise_level=float | int)
+    _kinds(image.window, start=int, size=int)
+    steps = len(image.times) - 1
+    if image.times.ndim != 1 or steps < 1 or not (image.times.diff() < 0).all():
+        raise ValueError("times must fall, from noise to data")
+    if image.window.start < 0 or not 0 <= image.window.size <= steps - image.window.start:
+        raise ValueError(f"window {image.window.start} + {image.window.size} is outside the {steps} steps")
+    if image.kernel not in KERNELS:
+        raise ValueError(f"kernel = {image.kernel!r}")
+    if not 0 <= image.noise_level < math.inf:
+        raise ValueError(f"noise_level = {image.noise_level}")
+
+
+def _tensor_of(name: str, value: Any) -> None:
+    """Refuse a tensor of another dtype than its name has, and numbers that no sampling gives."""
+    wanted = {"ids": torch.int64, "pixels": torch.uint8, "view": torch.uint8}.get(name)
+    if name in TENSORS and not (name == "view" and value is None):
+        if not isinstance(value, Tensor) or (value.dtype != wanted if wanted else not value.is_floating_point()):
+            raise ValueError(f"{name} must be a tensor of {wanted or 'floating-point numbers'}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite everywhere")
+        if name == "ids" and bool((value < 0).any()):
+            raise ValueError("ids are below 0")
+
+
+def _kinds(owner: Any, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        value = getattr(owner, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} = {value!r}")
 
 
 def _same(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

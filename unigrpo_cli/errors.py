@@ -25,7 +25,15 @@ class RewardError(UnigrpoError):
 
 
 class DivergedError(UnigrpoError):
-    """Training that left the numbers: a gradient that is not finite."""
+    """Training that left the numbers: several bad steps in a row, or weights that are not finite."""
+
+
+class RefusedUpdateError(DivergedError):
+    """An update that is not made, for loss, gradient or batch have left the numbers. Nothing has moved."""
+
+
+class DiskError(UnigrpoError):
+    """A disk that is full, or that cannot be written for another reason."""
 
 
 class TooLargeError(UnigrpoError):
@@ -44,8 +52,29 @@ class WeightsError(UnigrpoError):
     exit_code = 5
 
 
+class FaultError(UnigrpoError):
+    """The doctor found something wrong."""
+
+    exit_code = 6
+
+
 class NotFetchedError(WeightsError):
     """A model of the hub that is not on this machine, where nothing was to be fetched."""
+
+
+LONGEST_LINE = 1_500
+
+
+def one_line(text: str) -> str:
+    """A text as one line of a terminal: control characters spelt out, and the middle left out of a very long one.
+
+    What was given comes first in an error and the remedy last, so both ends stay.
+    """
+    plain = " ".join(text.split())
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+    if len(plain) <= LONGEST_LINE:
+        return plain
+    return f"{plain[: LONGEST_LINE // 2]} ... {plain[-LONGEST_LINE // 2 :]}"
 
 
 def suggest(given: str, accepted: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ Shape letters: B rows (episodes), L text actions, K stochastic steps, N image to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -201,45 +201,54 @@ def write_text(
     """Sample one text per row with a key-value cache, until all rows have stopped or the budget is spent.
 
     Every sampled token is fed, the stop token too; a truncated row is fed a forced stop token, which is no
-    action. So the context always ends as in the model's own format.
+    action. So the context always ends as in the model's own format. Whenever half of the batch has stopped, the
+    rest goes on without it.
     """
     rows, budget = context.rows, sampling.max_new_tokens
     uniform_BL = torch.stack([uniform(derive(s, "text"), budget) for s in seeds]).to(policy.device)
     open_id, stop_id = policy.open_id, policy.stop_id
-    alive = torch.ones(rows, dtype=torch.bool, device=policy.device)
-    length = torch.zeros(rows, dtype=torch.long, device=policy.device)
-    fed = torch.full((rows, 1), open_id, device=policy.device)
-    out = policy.forward(context.reserve(budget + 2), fed)
-    ids, log_probs = [], []
-    going = [1] * rows
+    ids_BL = torch.full((rows, budget), stop_id, device=policy.device)
+    log_prob_BL = torch.zeros(rows, budget, device=policy.device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=policy.device)
+    length = torch.full((rows,), budget, device=policy.device)
+    whole = context.reserve(budget + 2)
+    at = torch.arange(rows, device=policy.device)  # which rows are in the batch
+    going = [1] * rows  # which of those write on
+    out = policy.forward(whole, torch.full((rows, 1), open_id, device=policy.device))
     for k in range(budget):
         assert out.hidden_BLC is not None
         drawn = token(
-            policy.logits(out.hidden_BLC[:, -1]), temperature=sampling.temperature, uniform=uniform_BL[:, k]
+            policy.logits(out.hidden_BLC[:, -1]), temperature=sampling.temperature, uniform=uniform_BL[at, k]
         )
-        ids.append(drawn.id)
-        log_probs.append(drawn.log_prob)
-        length += alive
+        ids_BL[at, k], log_prob_BL[at, k] = drawn.id, drawn.log_prob.float()
         out = policy.forward(out.context, drawn.id[:, None], going)
-        alive = alive & (drawn.id != stop_id)
-        going = alive.int().tolist()  # the one wait for the device per token
+        stops = (drawn.id == stop_id) & ~finished[at]
+        length[at[stops]], finished[at[stops]] = k + 1, True
+        going = (~finished[at]).int().tolist()  # the one wait for the device per token
         if not any(going):
             break
+        if 2 * sum(going) <= len(going) and k + 1 < budget:
+            whole, writing = whole.put(at, out.context), torch.tensor(going, device=policy.device).nonzero()[:, 0]
+            at, going = at[writing], [1] * len(writing)
+            assert out.hidden_BLC is not None
+            out = replace(out, context=out.context.select(writing), hidden_BLC=out.hidden_BLC[writing])
     context = out.context
     if any(going):
-        context = policy.forward(context, torch.full_like(fed, stop_id), going).context
-    ids_BL, log_prob_BL = torch.stack(ids, dim=1).cpu(), torch.stack(log_probs, dim=1).float().cpu()
+        context = policy.forward(context, torch.full((len(going), 1), stop_id, device=policy.device), going).context
+    if len(at) < rows:
+        context = whole.put(at, context)
+    ids_BL, log_prob_BL = ids_BL.cpu(), log_prob_BL.cpu()
     texts = []
-    for row, (n, truncated) in enumerate(zip(length.tolist(), alive.tolist(), strict=True)):
+    for row, (n, stopped) in enumerate(zip(length.tolist(), finished.tolist(), strict=True)):
         own = ids_BL[row, :n].clone()
         texts.append(
             TextActions(
                 ids=own,
                 log_prob=log_prob_BL[row, :n].clone(),
-                finished=not truncated,
+                finished=stopped,
                 temperature=sampling.temperature,
                 opening=(open_id,),
-                closing=(stop_id,) if truncated else (),
+                closing=() if stopped else (stop_id,),
                 text=policy.decode_text(own),
             )
         )

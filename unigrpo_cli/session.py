@@ -21,7 +21,7 @@ from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import Policy, RewardSet
-from unigrpo_cli.runtime.state import STATE, newest_checkpoint, read_state
+from unigrpo_cli.runtime.state import STATE, incomplete, newest_checkpoint, read_header
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,7 +60,8 @@ def model_of(config: Config, fetch: bool = True) -> str:
     directory, _ = locate(config.model, fetch)
     path = directory / config.weights_file
     if not path.is_file():
-        raise WeightsError(f"no weights file {config.weights_file} in {directory}")
+        others = ", ".join(sorted(p.name for p in directory.glob("*.safetensors"))) or "none"
+        raise WeightsError(f"no weights file {config.weights_file} in {directory}; it has {others}")
     return str(path)
 
 
@@ -74,7 +75,7 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
     model, adapter = str(given.get("model", EMBEDDED)), given.get("adapter")
     for path in [Path(p) for p in (adapter, model) if isinstance(p, str)]:
         for directory in (path, *path.absolute().parents[1:2]):
-            if (directory / "checkpoints").is_dir() and (directory / "config.toml").is_file():
+            if os.path.isdir(directory / "checkpoints") and os.path.isfile(directory / "config.toml"):
                 own = load_config(file=directory / "config.toml")
                 return {"preset": own.preset, "dtype": own.dtype, "sampling": own.sampling.model_dump()}
     if model == EMBEDDED:
@@ -94,20 +95,23 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_checkpoint(path: str) -> tuple[str, str | None]:
-    """Model and adapter behind a name: a model, a checkpoint, or a whole run (then its newest checkpoint).
+    """Model and adapter behind a name: a model, a checkpoint, or a run (then its newest complete checkpoint).
 
     Paths come back absolute, so that what is written down stays true elsewhere.
     """
     directory = Path(os.path.abspath(path))  # links stay: the hub's cache links names to files that have none
-    if path == EMBEDDED or directory.is_file():
+    if path == EMBEDDED or os.path.isfile(directory):  # os.path: a name that no system takes is only not there
         return (path if path == EMBEDDED else str(directory)), None
-    if (directory / "checkpoints").is_dir():
+    if os.path.isdir(directory / "checkpoints"):
         directory = newest_checkpoint(directory)
-    if (directory / STATE).is_file():
-        content = read_state(directory)
+    if os.path.isfile(directory / STATE):
+        lacking = incomplete(directory)
+        if lacking is not None:
+            raise WeightsError(f"{directory} is not complete: {lacking}; take another checkpoint of that run")
+        content = read_header(directory)
         if content["tune"] == "lora":
             return content["base"], str(directory)
-    return str(directory) if directory.is_dir() else path, None
+    return str(directory) if os.path.isdir(directory) else path, None
 
 
 def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel:
@@ -125,8 +129,8 @@ def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel
 
             if has_adapters(policy.network):
                 raise WeightsError(f"{model} has an adapter of its own; --adapter {adapter} cannot be added")
-            if not Path(name).is_dir():
-                raise WeightsError(f"no adapter directory {name}")
+            if not os.path.isdir(name):
+                raise WeightsError(f"no adapter directory {name}: give one that holds adapter_config.json")
             load_adapters(policy.network, Path(name))
     check_size(policy, config)
     return policy

@@ -8,8 +8,6 @@ Shape letters: P prompts, G members of a group, B = P * G episodes.
 
 from __future__ import annotations
 
-import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from unigrpo_cli.algo.advantage import combined_advantage
 from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
-from unigrpo_cli.errors import DivergedError, RewardError
+from unigrpo_cli.errors import RefusedUpdateError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
 from unigrpo_cli.models import Policy
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay
@@ -33,17 +31,19 @@ from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.seeds import derive, uniform
 from unigrpo_cli.tuning import warmup
-from unigrpo_cli.watch import drift, rollout_metrics
+from unigrpo_cli.watch import metrics as standing
+from unigrpo_cli.watch import refusal
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step leaves to look at."""
+    """What one training step leaves to look at; `skipped` says why some or all of its updates were not made."""
 
     metrics: dict[str, float]
     groups: list[Group]
     scored: dict[str, Scored]
     advantage_B: Tensor
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,21 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
 
     with _timed(seconds, "old"):
         shares = replay_fixed(policy, flatten(groups), advantage_B, config, objective)
-        metrics = rollout_metrics(groups, scored, advantage_B)
-        metrics |= drift([(m.batch, m.old) for share in shares for m in share])
+        replayed = [m for share in shares for m in share]
+        metrics = standing.rollout_metrics(groups, scored, advantage_B)
+        metrics |= standing.drift([(m.batch, m.old) for m in replayed])
+    updates: list[dict[str, float]] = []
+    skipped = None
     with _timed(seconds, "update"):
-        updates = [
-            optimizer_step(state, share, objective, config) for _ in range(config.train.epochs) for share in shares
-        ]
-    metrics |= _over_updates(updates) | {f"seconds/{name}": value for name, value in seconds.items()}
-    return Step(metrics, groups, scored, advantage_B)
+        try:
+            refusal.check_batch(groups, [(m.batch, m.old, m.reference) for m in replayed])
+            for share in shares * config.train.epochs:
+                updates.append(optimizer_step(state, share, objective, config))
+        except RefusedUpdateError as refused:  # updates made before it stay: docs/decisions/0014
+            skipped = f"update {len(updates) + 1} of {len(shares) * config.train.epochs}: {refused}"
+    metrics |= standing.over_updates(updates) | standing.memory()
+    metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+    return Step(metrics, groups, scored, advantage_B, skipped)
 
 
 def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Prompt]:
@@ -224,57 +231,39 @@ def replay_fixed(
 def optimizer_step(
     state: TrainState, share: Sequence[MicroBatch], objective: Objective, config: Config
 ) -> dict[str, float]:
-    """Replay, objective and backward for each micro-batch, then one step. Returns terms and statistics."""
+    """Replay, objective and backward for each micro-batch, then one step. Returns terms and statistics.
+
+    Raises:
+        RefusedUpdateError: when loss or gradient is not finite, or the gradient explodes. Then nothing has moved.
+    """
     episodes = sum(len(m.advantage_B) for m in share)
     paints = objective.image_weight > 0
-    terms: dict[str, float] = {}
-    for m in share:
-        new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
-        loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=episodes)
-        loss.total.backward()
-        for name, value in (loss.means | {"loss": loss.total.detach()}).items():
-            terms[name] = terms.get(name, 0.0) + value.item()
-        for name, value in loss.maxima.items():
-            terms[name] = _larger(terms.get(name, 0.0), value.item())
     trained = state.policy.trainable()
-    for expert, parameters in trained.items():
-        norms = [p.grad.norm() for p in parameters if p.grad is not None]
-        if norms:
-            terms[f"{expert}/grad_norm"] = torch.stack(norms).norm().item()
     every = [p for parameters in trained.values() for p in parameters]
-    norm = torch.nn.utils.clip_grad_norm_(every, config.train.grad_clip)
-    if not torch.isfinite(norm):
-        raise DivergedError(
-            f"step {state.step + 1}: the gradient is not finite, so no update was made; lower train.lr_text and "
-            "train.lr_image, or look for a reward or image that is"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
-    state.between = True
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return terms
-
-
-def _larger(a: float, b: float) -> float:
-    """The maximum, or NaN where there is one, which `max` may lose."""
-    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
-
-
-def _over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Statistics of a step from those of its updates: means, maxima of maxima, and the first maxima.
-
-    Before the first update policy and old policy are one, so `first_max_abs_log_ratio` must be 0.
-    """
-    found: dict[str, float] = {}
-    for name in updates[0]:
-        values = [u[name] for u in updates]
-        if "max_abs" in name:
-            found[name] = functools.reduce(_larger, values)
-            found[name.replace("max_abs", "first_max_abs")] = values[0]
-        else:
-            found[name] = sum(values) / len(values)
-    return found
+    facts = state.facts.setdefault("watch", {})
+    terms: dict[str, float] = {}
+    try:
+        for m in share:
+            new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
+            loss = unigrpo_loss(
+                m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=episodes
+            )
+            refusal.check_loss(loss.total)
+            loss.total.backward()
+            standing.add_terms(terms, loss)
+        norms = standing.gradient_norms(trained)
+        refusal.check_gradient(norms, facts, config.watch.explosion)
+        refusal.remember_norms(norms, facts, taught=any(m.advantage_B.any() for m in share))
+        norm = torch.nn.utils.clip_grad_norm_(every, config.train.grad_clip).item()
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
+        state.between = True
+        state.optimizer.step()
+    finally:
+        state.optimizer.zero_grad()
+    refusal.check_weights(every, state.step)
+    terms |= {f"{expert}/grad_norm": value for expert, value in norms.items()}
+    return terms | {"grad_clipped": float(norm > config.train.grad_clip)}
 
 
 @contextmanager

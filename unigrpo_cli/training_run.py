@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 from rich.table import Table
 
 from unigrpo_cli.config import Config
+from unigrpo_cli.doctor import examine_at_start
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import NotFetchedError, UnigrpoError, UsageError
+from unigrpo_cli.errors import DiskError, NotFetchedError, UnigrpoError, UsageError, WeightsError, suggest
 from unigrpo_cli.estimate import batch_of
 from unigrpo_cli.evaluate import (
     NO_NOISE,
@@ -29,24 +29,35 @@ from unigrpo_cli.evaluate import (
     samples_of,
 )
 from unigrpo_cli.models.checkpoint import restore_weights
-from unigrpo_cli.models.hub import EMBEDDED
+from unigrpo_cli.models.hub import locate
+from unigrpo_cli.models.release import read_release, weights_digest
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.plan import Plan, plan_of, refuse_too_large
+from unigrpo_cli.rewards.grammar import RewardChoice
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
+from unigrpo_cli.runtime.batches import save_bad_step
+from unigrpo_cli.runtime.changes import Change, Effect
 from unigrpo_cli.runtime.display import Display
+from unigrpo_cli.runtime.durable import locked, point
+from unigrpo_cli.runtime.generators import put_generators, read_generators, seed_generators
+from unigrpo_cli.runtime.interrupts import DroppedError, Interrupts
+from unigrpo_cli.runtime.resume import choose_checkpoint, not_comparable, refuse_changes, set_later_aside
 from unigrpo_cli.runtime.run import Run, fresh_directory
 from unigrpo_cli.runtime.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.runtime.state import (
-    STATE,
+    Origin,
+    Reference,
     TrainState,
-    newest_checkpoint,
+    checkpoints,
+    prompt_list,
     prune_checkpoints,
     read_state,
     restore_state,
     save_state,
 )
+from unigrpo_cli.seeds import derive
 from unigrpo_cli.session import (
     find_checkpoint,
     is_embedded,
@@ -59,84 +70,117 @@ from unigrpo_cli.session import (
 from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch import parting
+from unigrpo_cli.watch import Watch
 
-HISTORY = 20  # steps over which the trends of rewards are compared
+OWED = "owed"
+"""The fact that names what a step that is done still lacks, an evaluation or samples, in order."""
 
 
-def start(config: Config, plugins: Plugins, display: Display, out: Path | None) -> dict[str, Any]:
+def start(
+    config: Config, plugins: Plugins, display: Display, out: Path | None, listener: Interrupts
+) -> dict[str, Any]:
     """A new run. Everything that can be refused is refused before its directory is made."""
-    return _run(config, plugins, display, None, out)
+    with ExitStack() as held:
+        return _run(config, plugins, display, listener, held, out, None, None, None)
 
 
-def go_on(config: Config, plugins: Plugins, display: Display, checkpoint: Path) -> dict[str, Any]:
-    """Go on from a checkpoint, in its run's directory."""
-    return _run(config, plugins, display, checkpoint, None)
+def go_on(
+    config: Config, plugins: Plugins, display: Display, directory: Path, wanted: Path | None, listener: Interrupts
+) -> dict[str, Any]:
+    """Go on with a run in its directory: from `wanted`, or its newest whole checkpoint, or else from the start.
+
+    Raises:
+        UsageError: when another process writes it, or settings are asked for that cannot change.
+        WeightsError: when there is no whole checkpoint, or the model is not the one it began with.
+    """
+    with ExitStack() as held:
+        held.enter_context(locked(directory))
+        run = Run(directory)
+        for left in run.sweep():
+            display.warn(f"{left} was left half written by a process that was killed; it is removed")
+        checkpoint = choose_checkpoint(directory, wanted, display.warn)
+        return _run(config, plugins, display, listener, held, None, run, checkpoint, wanted)
 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
     """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing."""
+    if checkpoint is not None:
+        refuse_changes(read_state(checkpoint), checkpoint, config)
     return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True)
 
 
-def refuse_another_model(config: Config, began: Config) -> None:
-    """A run goes on with the model it began with; another path counts only where that is not there any more.
-
-    Raises:
-        UsageError: naming the model.
-    """
-    gone = began.model != EMBEDDED and Path(began.model).is_absolute() and not Path(began.model).exists()
-    same_place = os.path.abspath(config.model) == os.path.abspath(began.model)
-    same_files = (config.weights_file, config.adapter) == (began.weights_file, began.adapter)
-    if not (same_place or gone) or not same_files:
-        raise UsageError(f"--resume goes on with the model it began with, {began.model}; leave out the other")
-
-
-def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
-    """The checkpoint behind `--resume`: a checkpoint, a run, or `auto`.
-
-    Raises:
-        UsageError: when there is none.
-    """
-    if resume != "auto":
-        path = Path(resume)
-        if (path / STATE).is_file() or path.parent.name == "checkpoints":
-            return path
-        if not path.is_dir():
-            raise UsageError(f"--resume {resume}: no such checkpoint or run")
-        return newest_checkpoint(path)
-    if out is not None:
-        return newest_checkpoint(out)
-    runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UsageError("--resume auto: no run below ./runs; give --out DIR or --resume PATH")
-    return newest_checkpoint(runs[-1].parent)
-
-
 def _run(
-    config: Config, plugins: Plugins, display: Display, checkpoint: Path | None, out: Path | None
+    config: Config,
+    plugins: Plugins,
+    display: Display,
+    listener: Interrupts,
+    held: ExitStack,
+    out: Path | None,
+    run: Run | None,
+    checkpoint: Path | None,
+    wanted: Path | None,
 ) -> dict[str, Any]:
+    """All of a run.
+
+    Args:
+        run: the directory to go on in; None makes one at `out`.
+        checkpoint: where to go on from; None begins.
+    """
     began = time.perf_counter()
     plugins.call("unigrpo_configure", config=config)
     choices = reward_choices(config)
+    _refuse_unknown_best(config, choices)
     suites = SuiteRegistry()
     plugins.call("unigrpo_register_suites", registry=suites)
     prompts = training_prompts(config.prompts)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
-    state, base = _prepare(config, checkpoint, display.warn)
+    content = None if checkpoint is None else read_state(checkpoint)
+    if content is not None and checkpoint is not None:
+        _say_changes(refuse_changes(content, checkpoint, config), display)
+    state, reference = _prepare(config, checkpoint, content, display.warn)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
-    with open_rewards(choices, plugins, config, embedded=is_embedded(state.policy)) as rewards:
-        thinks = config.sampling.think
-        rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
-        rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
-        run = Run(checkpoint.parent.parent if checkpoint else fresh_directory(out, "train"))
+    seed_generators(derive(config.seed, "generators"))
+    rewards = held.enter_context(open_rewards(choices, plugins, config, embedded=is_embedded(state.policy)))
+    thinks = config.sampling.think
+    rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
+    rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
+    state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
+    for line in [] if content is None else not_comparable(content, state.origin):
+        display.warn(line)
+    fresh = run is None
+    if run is None:
+        run = Run(fresh_directory(out, "train"))
+        held.enter_context(locked(run.directory))
+    else:
+        set_later_aside(run.directory, checkpoint, "damaged" if wanted is None else "later", display.warn)
+    try:
         run.describe(config)
-        run.forget_after(state.step)
-        try:
-            return _Session(config, display, run, state, base, rewards, prompts, suite, began).go()
-        except BaseException:  # an interrupt too
+        run.forget_after(state.step, evaluated="eval" not in state.facts.get(OWED, ()))
+        examine_at_start(state, prompts, rewards, config, run, display)
+        return _Session(config, display, listener, run, state, rewards, prompts, suite, began).go()
+    except DiskError as error:
+        raise DiskError(f"{error}, then go on with `unigrpo train --resume {run.directory}`") from error
+    finally:
+        if fresh:
             run.remove_if_only_described()
-            raise
+
+
+def _refuse_unknown_best(config: Config, choices: Sequence[RewardChoice]) -> None:
+    """`eval.best` must name a reward that evaluations ask."""
+    names = [choice.alias for choice in choices]
+    if config.eval.best and config.eval.best not in names:
+        raise UsageError(
+            f"eval.best={config.eval.best} is no reward of this run: {suggest(config.eval.best, names)}"
+        )
+
+
+def _say_changes(found: Sequence[Change], display: Display) -> None:
+    """One line for each setting that is not what it was; those that decide results are warnings."""
+    for change in found:
+        if change.effect is Effect.NONE:
+            display.say(f"changed: {change}")
+        else:
+            display.warn(f"changed: {change}")
 
 
 def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tuple[str, str | None]:
@@ -152,19 +196,16 @@ def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tupl
             raise UsageError("train.tune=full cannot start from an adapter; use --set train.tune=lora")
         return base, adapter
     content = read_state(checkpoint)
-    if content["tune"] != config.train.tune:
-        raise UsageError(
-            f"{checkpoint} was trained with train.tune={content['tune']}, the configuration says "
-            f"{config.train.tune}; resume with the former"
-        )
     base = content["base"]
     if Path(base).is_absolute() and not Path(base).exists():  # it was moved: take it where it is now said to be
         base = find_checkpoint(model_of(config, fetch))[0]
     return base, str(checkpoint) if content["tune"] == "lora" else None
 
 
-def _prepare(config: Config, checkpoint: Path | None, warn: Callable[[str], None]) -> tuple[TrainState, str]:
-    """Policy, optimizer and the name of the base, fresh or as a checkpoint left them.
+def _prepare(
+    config: Config, checkpoint: Path | None, content: dict[str, Any] | None, warn: Callable[[str], None]
+) -> tuple[TrainState, Reference]:
+    """Policy, optimizer and what the base is, fresh or as a checkpoint left them.
 
     The reference is always the base: never the weights that a run is resumed from, and with adapters the network
     without them, also when training starts from an adapter.
@@ -174,17 +215,23 @@ def _prepare(config: Config, checkpoint: Path | None, warn: Callable[[str], None
     refuse_too_large(planned)
     if planned.present is not None and planned.available > planned.present:
         warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.present:.1f} GiB")
-    if checkpoint is None:
+    reference = Reference(base, weights_digest(read_release(*locate(base))))
+    if content is None or checkpoint is None:
         policy = load_policy(model_of(config), config.adapter, config)
         _warn_of_rank(policy, config, warn)
         policy = prepare_policy(policy, config)
-        return TrainState(policy, make_optimizer(policy, config)), base
+        return TrainState(policy, make_optimizer(policy, config)), reference
+    if reference.digest != content["reference"]:
+        raise WeightsError(
+            f"{base} does not hold the weights that this run began with, which stay its reference; put those of "
+            f"{content['base']} back, or begin a new run from the checkpoint with --model {checkpoint}"
+        )
     policy = prepare_policy(load_policy(base, adapter, config), config)
     if adapter is None:
         restore_weights(policy.network, checkpoint)
     state = TrainState(policy, make_optimizer(policy, config))
-    restore_state(state, checkpoint, read_state(checkpoint))
-    return state, base
+    restore_state(state, checkpoint, content)
+    return state, reference
 
 
 def _warn_of_rank(policy: UnifiedModel, config: Config, warn: Callable[[str], None]) -> None:
@@ -204,74 +251,176 @@ class _Session:
         self,
         config: Config,
         display: Display,
+        listener: Interrupts,
         run: Run,
         state: TrainState,
-        base: str,
         rewards: RewardSet,
         prompts: Sequence[Prompt],
         suite: Sequence[Prompt],
         began: float,
     ):
-        self.config, self.display, self.run, self.state, self.base = config, display, run, state, base
+        assert state.origin is not None
+        self.config, self.display, self.interrupts, self.run, self.state = config, display, listener, run, state
+        self.base = state.origin.reference.base
         self.rewards, self.prompts, self.suite, self.began = rewards, prompts, suite, began
         self.shown = _a_few_of_each_task(suite, SHOWN)
-        self.history: list[dict[str, float]] = []
+        asked = rewards.asked("train")
+        signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
+        self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
+        self.logged = state.step  # the last step whose metrics are on disk
+        self.settled: dict[str, Any] = {}  # facts as they were when it was done
 
     def go(self) -> dict[str, Any]:
-        """Evaluate, train, evaluate again. A first interrupt ends it after the step (or evaluation) at hand."""
+        """Evaluate, train, evaluate again. A first interrupt ends it after the step at hand."""
         config, state, display = self.config, self.state, self.display
         display.say(_headline(config, self.base, self.run.directory, state.step))
         if state.step > config.train.steps:
             display.warn(f"the checkpoint is of step {state.step}, beyond train.steps={config.train.steps}")
-        with _interrupts(display) as asked_to_stop:
-            if "eval_before" not in state.facts:
-                state.facts["eval_before"] = self.evaluate("before").means()
-                self.samples()
+        if state.generators is not None:
+            put_generators(state.generators)
+        self._settle()
+        with self._listening():
+            self._begin()
             trained = time.perf_counter()
-            with display.training(config.train.steps, state.step, list(self.rewards.weights)) as view:
-
-                def after_step(step: Step) -> bool:
-                    self._remember(step.metrics)
-                    self._warn(step.metrics)
-                    self.run.log({"step": state.step} | step.metrics)
-                    view.update(state.step, step.metrics)
-                    last = asked_to_stop() or state.step == config.train.steps
-                    if last or self._due(config.train.samples_every):
-                        self.samples()
-                    if last or self._due(config.train.checkpoint_every):
-                        self.checkpoint()
-                    return asked_to_stop()
-
-                if not asked_to_stop():
-                    self.train(after_step)
+            self._train()
             seconds = time.perf_counter() - trained
             if not self.run.checkpoint(state.step).exists():
                 self.checkpoint()
-            summary = self._summary(seconds, interrupted=asked_to_stop() and state.step < config.train.steps)
-            if summary["interrupted"]:
-                display.say(
-                    f"interrupted after step {state.step}; go on with `unigrpo train --resume {self.run.directory}`"
-                )
-            else:
-                summary |= self._compared(self.evaluate("after"))
-                self._report(summary)
+            after = self._evaluated_after()
+        summary = self._summary(seconds, interrupted=after is None)
+        if after is None:
+            display.say(
+                f"interrupted after step {state.step}; go on with `unigrpo train --resume {self.run.directory}`"
+            )
+        else:
+            summary |= self._compared(after)
+            self._report(summary)
         summary["seconds"] = time.perf_counter() - self.began
         self.run.write_json("summary.json", summary)
         return summary
 
-    def train(self, after_step: Callable[[Step], bool]) -> None:
-        """Training steps. Whatever stops one before its weights move, a reward say, loses no step before it."""
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """From here on an interrupt asks, and drops only what can be done again or has not begun to count.
+
+        Raises:
+            KeyboardInterrupt: when one came while everything was loaded.
+        """
+        listener = self.interrupts
+        listener.tell = self.display.warn
+        listener.moving = lambda: self.state.between or self.state.step != self.logged
+        if listener:
+            raise KeyboardInterrupt
+        listener.training = True
         try:
-            train(self.state, self.prompts, self.rewards, self.config, after_step)
-        except (Exception, KeyboardInterrupt):
-            if not self.state.between and not self.run.checkpoint(self.state.step).exists():
+            yield
+        finally:
+            listener.training = False
+
+    def _begin(self) -> None:
+        """What comes before the first step, or what a step before an interrupt still owes."""
+        facts = self.state.facts
+        if "eval_before" not in facts:
+            with self.interrupts.droppable():
+                facts["eval_before"] = self.evaluate("before").means()
+                self.samples()
+            self._settle()
+        if facts.get(OWED):
+            self._pay()
+            if not facts[OWED]:
                 self.checkpoint()
-            if any(self.run.directory.glob("checkpoints/step_*")):
+
+    def _train(self) -> None:
+        """Training steps. Whatever stops one before its weights move, a reward say, loses no step before it."""
+        config, state, run = self.config, self.state, self.run
+        if self.interrupts:
+            return
+        try:
+            with self.display.training(config.train.steps, state.step, list(self.rewards.weights)) as view:
+
+                def after_step(step: Step) -> bool:
+                    with self.interrupts.shield():
+                        self._remember(step.metrics)
+                        warnings = self.watch.see(step.metrics, step.skipped)
+                        run.log({"step": state.step} | step.metrics | self.watch.row(step.skipped))
+                        self.logged = state.step
+                        for line in warnings:
+                            self.display.warn(f"step {state.step}: {line}")
+                        view.update(state.step, step.metrics, self.watch.lasting)
+                        self._owe()
+                        self._study(step)
+                    self._pay()
+                    best = state.facts.get("best") or {}
+                    last = bool(self.interrupts) or state.step == config.train.steps
+                    if last or self._due(config.train.checkpoint_every) or best.get("step") == state.step:
+                        self.checkpoint()
+                    return bool(self.interrupts)
+
+                train(state, self.prompts, self.rewards, config, after_step)
+        except DiskError:  # another checkpoint would not find room either
+            raise
+        except (Exception, KeyboardInterrupt):
+            if not state.between and self.logged == state.step and not run.checkpoint(state.step).exists():
+                state.facts = self.settled
+                self.checkpoint()
+            if checkpoints(run.directory):
                 self.display.warn(
-                    f"stopped after step {self.state.step}; when the cause is mended, go on with "
-                    f"`unigrpo train --resume {self.run.directory}`"
+                    f"stopped after step {state.step}; when the cause is mended, go on with "
+                    f"`unigrpo train --resume {run.directory}`"
                 )
             raise
+
+    def _owe(self) -> None:
+        """Note what is to be done now that a step is done, so that a run that stops before can do it later."""
+        owed = []
+        if self._due(self.config.eval.every):
+            owed.append("eval")
+        if self._due(self.config.train.samples_every) or self.state.step == self.config.train.steps:
+            owed.append("samples")
+        self.state.facts[OWED] = owed
+        self._settle()
+
+    def _pay(self) -> None:
+        """Do it, until an interrupt comes."""
+        facts = self.state.facts
+        while facts[OWED]:
+            try:
+                with self.interrupts.droppable():
+                    if facts[OWED][0] == "eval":
+                        self._evaluate_within()
+                    else:
+                        self.samples()
+            except DroppedError:
+                return
+            facts[OWED] = facts[OWED][1:]
+            self._settle()
+
+    def _settle(self) -> None:
+        """Note where things stand, for a checkpoint that is made because something after it failed."""
+        self.state.generators = read_generators()
+        self.settled = copy.deepcopy(self.state.facts)
+
+    def _evaluate_within(self) -> None:
+        """A held-out evaluation between steps: a line of metrics, and whether it is the best so far."""
+        step, facts, name = self.state.step, self.state.facts, self.config.eval.best
+        means = self._evaluation(f"evaluating step {step}").means()
+        with self.interrupts.shield():
+            self.run.log({"step": step} | {f"eval/{key}": value for key, value in means.items()})
+            sign = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in self.rewards.rewards}
+            best = facts.get("best") or {}
+            if best.get("reward") != name:
+                best = {}
+            value = means.get(name)
+            if value is not None and (not best or sign[name] * value > sign[name] * best["value"]):
+                facts["best"] = {"reward": name, "value": value, "step": step}
+
+    def _evaluated_after(self) -> Evaluation | None:
+        """The last evaluation; None when an interrupt has come before it was done."""
+        try:
+            with self.interrupts.droppable():
+                return self.evaluate("after")
+        except DroppedError:
+            return None
 
     def _compared(self, after: Evaluation) -> dict[str, Any]:
         """The last evaluation beside the first, if that is still there and was made the same way."""
@@ -289,10 +438,15 @@ class _Session:
 
     def evaluate(self, when: str) -> Evaluation:
         """The suite, written to eval_<when>.json."""
+        result = self._evaluation(f"evaluating {when} training")
+        with self.interrupts.shield():
+            self.run.write_json(f"eval_{when}.json", result.report(values=True))
+        return result
+
+    def _evaluation(self, what: str) -> Evaluation:
         config = self.config
-        total = len(self.suite) * config.eval.samples
-        with self.display.progress(total, f"evaluating {when} training") as advance:
-            result = evaluate(
+        with self.display.progress(len(self.suite) * config.eval.samples, what) as advance:
+            return evaluate(
                 self.state.policy,
                 self.suite,
                 self.rewards,
@@ -301,8 +455,6 @@ class _Session:
                 seed=config.eval.seed,
                 on_rows=advance,
             )
-        self.run.write_json(f"eval_{when}.json", result.report(values=True))
-        return result
 
     def samples(self) -> None:
         """The same held-out prompts on the same noise, as pictures."""
@@ -312,13 +464,24 @@ class _Session:
         groups = rollout(self.state.policy, self.shown, 1, eval_sampling(config), NO_NOISE, config.eval.seed)
         scored = self.rewards.score(samples_of(groups), step=step, split="eval")
         folder = self.run.directory / "samples"
-        save_samples(groups, scored, folder, step)
-        save_progress(folder)
+        with self.interrupts.shield():
+            save_samples(groups, scored, folder, step)
+            save_progress(folder)
 
     def checkpoint(self) -> None:
-        path = self.run.checkpoint(self.state.step)
-        save_state(self.state, path, base=self.base, tune=self.config.train.tune)
-        prune_checkpoints(self.run.directory, self.config.train.keep_checkpoints)
+        """Save the state, point to it, and remove those that need not stay."""
+        t, best = self.config.train, (self.state.facts.get("best") or {}).get("step")
+        folder = self.run.directory / "checkpoints"
+        with self.interrupts.shield():
+            self.run.keep_metrics()
+            path = self.run.checkpoint(self.state.step)
+            save_state(self.state, path)
+            point(folder / "last", path.name)
+            if best is None or not self.run.checkpoint(best).exists():
+                (folder / "best").unlink(missing_ok=True)
+            else:
+                point(folder / "best", self.run.checkpoint(best).name)
+            prune_checkpoints(self.run.directory, t.keep_checkpoints, t.keep_every, best)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
@@ -334,33 +497,13 @@ class _Session:
             if drift is not None and known is not None:
                 facts["rollout_drift_max_abs"][kind] = max(drift, known)
 
-    def _warn_of_parting(self, metrics: dict[str, float]) -> None:
-        """Say once of each held-out reward (weight 0) that it falls while what is trained on rises."""
-        asked = self.rewards.asked("train")
-        sign = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
-        self.history.append({name: s * metrics[f"reward/{name}"] for name, s in sign.items()})
-        self.history = self.history[-HISTORY:]
-        if len(self.history) < HISTORY:
-            return
-        weights = self.rewards.weights
-        warned = self.state.facts.setdefault("warned_of_parting", [])
-        held_out = [name for name, weight in weights.items() if not weight and name not in warned]
-        for name in parting(self.history, [n for n, w in weights.items() if w], held_out):
-            warned.append(name)
-            self.display.warn(
-                f"held-out reward {name} has been falling for {HISTORY} steps while a trained one rises: it "
-                "may be learning a judge's weakness; look at samples/progress.png, train on both or stop early"
-            )
-
-    def _warn(self, metrics: dict[str, float]) -> None:
-        self._warn_of_parting(metrics)
-        limit = self.config.train.drift_limit
-        if metrics.get("text/drift_mean", 0.0) > limit and not self.state.facts.get("warned_of_drift"):
-            self.state.facts["warned_of_drift"] = True
-            self.display.warn(
-                f"rollout and replay log-probabilities differ by {metrics['text/drift_mean']:.3g} on average "
-                f"(limit {limit:g}): their numerics differ; the ratio is still exact, sampling is not"
-            )
+    def _study(self, step: Step) -> None:
+        """Keep the batch of a skipped step, and stop after too many of them."""
+        if step.skipped is not None:
+            folder = self.run.directory / "bad_steps"
+            found = (step.groups, step.scored, step.advantage_B, step.metrics)
+            path = save_bad_step(folder, self.state.step, step.skipped, *found)
+            self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
 
     def _summary(self, train_seconds: float, interrupted: bool) -> dict[str, Any]:
         facts = self.state.facts
@@ -425,22 +568,3 @@ def _headline(config: Config, base: str, directory: Path, step: int) -> str:
         f"writing {directory}" + (f", going on from step {step}" if step else ""),
     ]
     return "\n".join(lines)
-
-
-@contextmanager
-def _interrupts(display: Display) -> Iterator[Any]:
-    """Ctrl-C or SIGTERM asks to stop after the present step; a second one stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        display.warn("stopping after this step and saving a checkpoint; interrupt again to stop at once")
-
-    old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -109,7 +109,7 @@ def text_term(
     return per_episode_mean(surrogate.gain, mask_BL).sum() / episodes, {
         "text/clip_fraction": per_episode_mean(surrogate.clipped.float(), mask_BL).sum() / episodes,
         "text/approx_kl": per_episode_mean(k3(-log_ratio, torch.zeros(())), mask_BL).sum() / episodes,
-    }
+    } | _ratio_statistics("text", log_ratio, surrogate.clipped, mask_BL, episodes)
 
 
 def image_term(
@@ -120,7 +120,25 @@ def image_term(
     return surrogate.gain.mean(dim=1).sum() / episodes, {
         "image/clip_fraction": surrogate.clipped.float().mean(dim=1).sum() / episodes,
         "image/abs_log_ratio": log_ratio_BK.detach().abs().mean(dim=1).sum() / episodes,
+    } | _ratio_statistics("image", log_ratio_BK, surrogate.clipped, torch.ones_like(surrogate.clipped), episodes)
+
+
+@torch.no_grad()
+def _ratio_statistics(
+    kind: str, log_ratio: Tensor, clipped: Tensor, mask: Tensor, episodes: int
+) -> dict[str, Tensor]:
+    """First two moments of the log-ratio, and on which side the clip binds; float64, for image log-ratios are 1e-6.
+
+    Shares of a mean over `episodes` of means over an episode's actions. The square, not the deviation: squares add.
+    """
+    exact = log_ratio.double()
+    values = {
+        "log_ratio_mean": exact,
+        "log_ratio_square": exact.square(),
+        "clip_fraction_above": (clipped & (log_ratio > 0)).double(),
+        "clip_fraction_below": (clipped & (log_ratio < 0)).double(),
     }
+    return {f"{kind}/{name}": per_episode_mean(value, mask).sum() / episodes for name, value in values.items()}
 
 
 def per_episode_mean(value_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -166,6 +184,21 @@ def step_penalties(actions: Actions, new: Scores, reference: Scores, objective: 
     return torch.cat(penalties, dim=1)
 
 
+@torch.no_grad()
+def step_kls(actions: Actions, new: Scores, old: Scores) -> Tensor:
+    """KL between the old and the new policy's transition at every image step, mean over its elements: [B, K]."""
+    pairs = zip(actions.images, new.velocities, old.velocities, strict=True)
+    return torch.cat(
+        [flow.latent_kl(step_densities(steps, v), step_densities(steps, v_old)) for steps, v, v_old in pairs], dim=1
+    )
+
+
+def _by_step(name: str, value_BK: Tensor, episodes: int) -> dict[str, Tensor]:
+    """A mean over episodes for each stochastic step, `name/step_0` being the first of the window."""
+    sums = value_BK.detach().sum(dim=0) / episodes
+    return {f"{name}/step_{k}": value for k, value in enumerate(sums)}
+
+
 def unigrpo_loss(
     actions: Actions,
     new: Scores,
@@ -207,10 +240,14 @@ def unigrpo_loss(
         total = total - objective.image_weight * gain
         means |= stats | {"image/loss": -gain}
         maxima["image/max_abs_log_ratio"] = log_ratio_BK.abs().max()
+        kl_BK = step_kls(actions, new, old)
+        means |= {"image/kl_old": kl_BK.mean(dim=1).sum() / episodes} | _by_step("image/kl_old", kl_BK, episodes)
         if objective.penalty != "none":
             assert reference is not None
-            penalty = step_penalties(actions, new, reference, objective).mean(dim=1).sum() / episodes
+            penalty_BK = step_penalties(actions, new, reference, objective)
+            penalty = penalty_BK.mean(dim=1).sum() / episodes
             total = total + objective.image_weight * objective.penalty_weight * penalty
-            means[f"image/{objective.penalty}"] = penalty
+            name = f"image/{objective.penalty}"
+            means |= {name: penalty} | _by_step(name, penalty_BK, episodes)
     detached = {name: value.detach() for name, value in means.items()}
     return Loss(total, detached, {name: value.detach() for name, value in maxima.items()})

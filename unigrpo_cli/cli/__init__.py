@@ -8,7 +8,7 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import evaluating, generating, inspecting, rewarding, rolling, training
+from unigrpo_cli.cli import doctoring, evaluating, generating, inspecting, rewarding, rolling, training
 from unigrpo_cli.errors import UsageError
 
 app = typer.Typer(
@@ -18,12 +18,14 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 reward or plugin, 4 gate not met, 5 weights, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 reward or plugin, 4 gate not met, 5 weights, "
+    "6 fault found by the doctor, 130 interrupted.",
 )
 app.command("train")(training.train)
 app.command("rollout")(rolling.rollout)
 app.command("eval")(evaluating.evaluate)
 app.command("generate")(generating.generate)
+app.command("doctor")(doctoring.doctor)
 app.command("inspect")(inspecting.inspect)
 app.add_typer(rewarding.app, name="rewards")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import entry_points
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from unigrpo_cli.errors import UnigrpoError
+from unigrpo_cli.credentials import redacted
+from unigrpo_cli.errors import UnigrpoError, one_line
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -62,6 +65,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but erro
 Prompts = Annotated[str | None, typer.Option("--prompts", help="`shapes` or a .txt or .jsonl file of prompts.")]
 
 
+_NO_ROOM = "make room there, or choose another --out"
+_NOT_OURS = "choose a place that you may read and write"
+PLACE_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM) | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), _NOT_OURS
+)
+"""What to do about a file that the system refuses, by its reason."""
+
+
 def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn our errors into a line on stderr and an exit code; a traceback only with --debug."""
 
@@ -71,24 +82,33 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
             return guarded(*args, **kwargs)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if os.environ.get("UNIGRPO_DEBUG"):
-            return command(*args, **kwargs)
         try:
             return command(*args, **kwargs)
-        except UnigrpoError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
-            typer.echo(f"error: {type(error).__name__}: {reason} (`unigrpo --debug ...` shows where)", err=True)
-            raise typer.Exit(1) from None
+            if os.environ.get("UNIGRPO_DEBUG"):
+                typer.echo(redacted(traceback.format_exc()).encode(errors="backslashreplace"), err=True)
+            typer.echo(f"error: {one_line(redacted(_said(error)))}", err=True)
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     return wrapped
+
+
+def _said(error: Exception) -> str:
+    """What an error says to a person, with a remedy."""
+    if isinstance(error, UnigrpoError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {PLACE_REMEDIES.get(error.errno or 0, 'choose another place')}"
+    if "No space left on device" in str(error) or "File too large" in str(error):  # safetensors' own errors
+        return f"{error}; {PLACE_REMEDIES[errno.ENOSPC]}"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); smaller sampling.rows, train.micro_batch or images need less"
+    return f"{type(error).__name__}: {error} (`unigrpo --debug ...` shows where)"
 
 
 def resolve_config(
@@ -180,8 +200,8 @@ def stdout_for_json(wanted: bool) -> Iterator[None]:
         _json_stream.pop()
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """The one object on stdout."""
+def print_json(content: Any) -> None:
+    """The one object (or list) on stdout."""
     from unigrpo_cli.jsontext import to_json
 
     stream = _json_stream[-1]

@@ -56,10 +56,11 @@ def generate(
 
     from unigrpo_cli.errors import UsageError
     from unigrpo_cli.evaluate import NO_NOISE, eval_sampling
+    from unigrpo_cli.intake import refuse_odd_text
     from unigrpo_cli.models.pictures import read_picture
     from unigrpo_cli.rollout import rollout
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.runtime.run import fresh_directory
+    from unigrpo_cli.runtime.run import new_directory
     from unigrpo_cli.session import load_policy, model_of, warn_of_unknown_words
     from unigrpo_cli.suites import as_prompts, read_prompts, typed_prompt
 
@@ -79,6 +80,10 @@ def generate(
     )
     if any(not text.strip() for text in texts or []):
         raise UsageError("an empty prompt says nothing; write what to paint")
+    try:
+        refuse_odd_text(texts or [])
+    except ValueError as error:
+        raise UsageError(f"PROMPT: {error}") from error
     wanted = as_prompts([typed_prompt(text) for text in texts or []])
     wanted += read_prompts(prompts) if prompts is not None else []
     if not wanted:
@@ -90,17 +95,17 @@ def generate(
     if any(prompt.image for prompt in wanted):
         policy.need_vision()
     warn_of_unknown_words(policy, wanted, display.warn)
-    directory = fresh_directory(out, "generate")
-    if answer:
-        answers = _answer(policy, wanted, settings, directory, display)
+    with new_directory(out, "generate") as directory:
+        if answer:
+            answers = _answer(policy, wanted, settings, directory, display)
+            if json:
+                common.print_json({"run": str(directory), "answers": answers})
+            return
+        with display.progress(len(wanted) * samples, "painting") as advance:
+            groups = rollout(policy, wanted, samples, eval_sampling(settings), NO_NOISE, settings.seed, advance)
+        images = _record(groups, settings, directory, display)
         if json:
-            common.print_json({"run": str(directory), "answers": answers})
-        return
-    with display.progress(len(wanted) * samples, "painting") as advance:
-        groups = rollout(policy, wanted, samples, eval_sampling(settings), NO_NOISE, settings.seed, advance)
-    images = _record(groups, settings, directory, display)
-    if json:
-        common.print_json({"run": str(directory), "images": images})
+            common.print_json({"run": str(directory), "images": images})
 
 
 def _record(groups: Sequence[Group], settings: Config, directory: Path, display: Display) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +93,8 @@ def calibrate(
     from unigrpo_cli.suites import TASKLESS
 
     Display(json=json)  # whose warnings are one line
+    if not math.isfinite(threshold):
+        raise UsageError(f"--threshold {threshold}: a finite number is needed, e.g. 0.5")
     samples = _of_folder(images, prompts)
     choices = []
     for alias, text in (("A", first), ("B", second)):
@@ -202,7 +205,7 @@ def _of_folder(folder: Path | None, file: Path | None) -> list[Sample]:
             raise UsageError("say what to score: --images DIR, or --prompts file.jsonl")
         return rows
     if not folder.is_dir():
-        raise UsageError(f"--images {folder} is no folder")
+        raise UsageError(f"--images {folder} is no folder; give one with pictures")
     kinds = (".png", ".jpg", ".jpeg", ".webp")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds)
     if not paths:
@@ -234,19 +237,21 @@ def _sample(
 
 def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """A picture's pixels, and the story that unigrpo left in it, if any."""
-    import json
-
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    from unigrpo_cli.intake import parse_json, read_image
 
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get("unigrpo", "{}")
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        image = read_image(path)
+        text = getattr(image, "text", {}).get("unigrpo", "{}")
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is no picture that can be read: it is not there; give a file") from error
+    except ValueError as error:
         raise UsageError(f"{path} is no picture that can be read: {error}") from error
     try:
-        story = json.loads(text)
+        story = parse_json(text)
     except ValueError:
         story = {}
     return pixels, story if isinstance(story, dict) else {}

@@ -82,7 +82,10 @@ def read_token(path: Path | None) -> str | None:
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--token-file {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UsageError(
+            f"--token-file {path}: {reason}; it must hold one word of ASCII, e.g. of `openssl rand -hex 32`"
+        ) from error
     if not token or not token.isascii() or len(token.split()) != 1:
         raise UsageError(f"--token-file {path} must hold one word of ASCII, e.g. of `openssl rand -hex 32`")
     return token

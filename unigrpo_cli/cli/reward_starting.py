@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import os
 import re
 import shlex
 from importlib.resources import files
@@ -44,7 +45,7 @@ def new(
     if kind not in FILES:
         raise UsageError(f"--kind {kind}: {suggest(kind, FILES)}")
     _check_name(name)
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f"--out {out} is a file; give a folder")
     words = {
         "name": name,
@@ -54,11 +55,14 @@ def new(
     }
     made = {out / Template(path).substitute(words): template for path, template in FILES[kind].items()}
     for path in made:
-        if path.exists():
+        if os.path.lexists(path):
             raise UsageError(f"{path} exists already; choose another name or --out")
     for path, template in made.items():
         text = (files("unigrpo_cli") / "templates" / template).read_text()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {path.parent}: {error.strerror}; choose another --out") from error
         path.write_text(Template(text).substitute(words))
     first = next(iter(made))
     if kind == "package":
@@ -79,6 +83,8 @@ def _check_name(name: str) -> None:
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UsageError(f"{name!r} cannot name a reward: use lower-case letters, digits and _")
+    if len(name) > 64:
+        raise UsageError(f"{name!r} cannot name a reward: choose a shorter name, up to 64 letters")
     plugins = Plugins()
     plugins.load_installed()
     if any(entry.name == name for entry in plugins.rewards.entries):

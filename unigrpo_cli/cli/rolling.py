@@ -60,7 +60,7 @@ def rollout(
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.runtime.run import Run, fresh_directory
+    from unigrpo_cli.runtime.run import Run, new_directory
     from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import training_prompts
 
@@ -102,9 +102,10 @@ def rollout(
     with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:
         thinks = settings.sampling.think if source is None else _all_think(groups)
         rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
-        run = Run(fresh_directory(out, "rollout"))
-        if source is None:
-            groups = _sampled(policy, chosen, settings, display)
+        with new_directory(out, "rollout") as directory:
+            run = Run(directory)
+            if source is None:
+                groups = _sampled(policy, chosen, settings, display)
         run.describe(settings)
         save_episodes(groups, run.directory)
         try:
@@ -136,9 +137,10 @@ def _sampled(policy: UnifiedModel, prompts: Sequence[Prompt], settings: Config, 
 def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dict[str, Any]:
     """Write rewards.json and images/; gives the summary."""
     from unigrpo_cli.episode import flatten
+    from unigrpo_cli.runtime.batches import reward_rows
     from unigrpo_cli.runtime.pictures import save_png
 
-    rows = _rows(groups, scored)
+    rows = reward_rows(groups, scored)
     run.write_json("rewards.json", rows)
     for row, episode in zip(rows, flatten(groups), strict=True):
         save_png(episode.pixels.numpy(), run.directory / "images" / row["image"], row)
@@ -153,28 +155,3 @@ def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dic
 
 def _all_think(groups: Sequence[Group]) -> bool:
     return all(e.reasoning is not None for g in groups for e in g.episodes)
-
-
-def _rows(groups: Sequence[Group], scored: dict[str, Scored]) -> list[dict[str, Any]]:
-    """One JSON row per episode: what was asked, written and scored."""
-    rows: list[dict[str, Any]] = []
-    for g, group in enumerate(groups):
-        for episode in group.episodes:
-            k = len(rows)
-            rows.append(
-                {
-                    "prompt": group.prompt.text,
-                    "prompt_id": group.prompt.id,
-                    "member": episode.member,
-                    "seed": episode.seed,
-                    "reasoning": episode.reasoning,
-                    "image": f"{g:04d}_{episode.member:03d}.png",
-                    "rewards": {n: float(s.scores[k]) if s.valid[k] else None for n, s in scored.items()},
-                    "components": {
-                        n: {part: float(v[k]) for part, v in s.components.items() if v[k] == v[k]}
-                        for n, s in scored.items()
-                    },
-                    "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
-                }
-            )
-    return rows

@@ -9,7 +9,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
-from unigrpo_cli.errors import UsageError
+from unigrpo_cli.runtime.interrupts import interrupts
 
 if TYPE_CHECKING:
     from unigrpo_cli.plan import Plan
@@ -28,7 +28,9 @@ def train(
     out: common.Out = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="`auto` (newest checkpoint of --out, or of the newest run) or a path."),
+        typer.Option(
+            "--resume", help="A run, a checkpoint, or `auto`: --out (begun if need be) or the newest run."
+        ),
     ] = None,
     seed: common.Seed = None,
     preset: common.Preset = None,
@@ -46,8 +48,9 @@ def train(
     """Train a unified model with UniGRPO.
 
     Writes --out: config.toml, metrics.jsonl, samples/, checkpoints/, eval_before.json, eval_after.json and
-    summary.json. Interrupting finishes the step, saves a checkpoint and exits with 130. What cannot fit the memory
-    (memory_gb, or the device's) is refused before anything is loaded.
+    summary.json. Interrupting finishes the step, saves a checkpoint and exits with 130; interrupting again drops
+    the step. `--resume auto --out DIR` begins the run or goes on with it, whichever it needs. What cannot fit the
+    memory (memory_gb, or the device's) is refused before anything is loaded.
     """
     from unigrpo_cli.runtime.display import Display
 
@@ -72,26 +75,27 @@ def train(
             reward_opt=reward_opt,
         )
 
-    from unigrpo_cli import training_run
+    with interrupts() as listener:
+        from unigrpo_cli import training_run
+        from unigrpo_cli.runtime.resume import checkpoint_to_plan, run_to_resume
 
-    checkpoint = None
-    if resume is None:
-        settings = resolved(config)
-    else:
-        checkpoint = training_run.checkpoint_to_resume(resume, out)
-        run = checkpoint.parent.parent
-        if out is not None and out.resolve() != run.resolve():
-            raise UsageError(f"--resume goes on in {run}; leave out --out {out}")
-        began = common.resolve_config(config=run / "config.toml")
-        settings = resolved(config or run / "config.toml")
-        training_run.refuse_another_model(settings, began)
-    if dry_run:
-        _dry_run(training_run.plan(settings, checkpoint), display, json)
-        return
-    if checkpoint is None:
-        summary = training_run.start(settings, plugins, display, out)
-    else:
-        summary = training_run.go_on(settings, plugins, display, checkpoint)
+        run = wanted = None
+        settings = None
+        if resume is not None:
+            run, wanted = run_to_resume(resume, out)
+            if (run / "config.toml").is_file():
+                settings = resolved(config or run / "config.toml")
+            else:
+                run = None  # requeued before it had begun
+        if settings is None:
+            settings = resolved(config)
+        if dry_run:
+            _dry_run(training_run.plan(settings, run and checkpoint_to_plan(run, wanted)), display, json)
+            return
+        if run is None:
+            summary = training_run.start(settings, plugins, display, out, listener)
+        else:
+            summary = training_run.go_on(settings, plugins, display, run, wanted, listener)
     if json:
         common.print_json(summary)
     if summary["interrupted"]:

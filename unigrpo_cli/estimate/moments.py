@@ -83,15 +83,28 @@ def _cache(work: Workload, tokens: int, what: str) -> Item:
 
 
 def _writing(work: Workload) -> Phase:
-    """Drawing a word: the cache, the prompt's cache that it grew from, and probabilities in fp32 and fp64."""
+    """Drawing a word: the cache, the prompt's cache that it grew from, and probabilities in fp32 and fp64.
+
+    Or, where a cache is larger than those, making the batch smaller.
+    """
     if not work.words:
         return Phase("rollout, words", ())
-    numbers = work.rows * work.model.vocab_size
+    logits = Item(
+        "logits",
+        28 * work.rows * work.model.vocab_size,
+        f"{work.rows} rows x V x 28 B (three in fp32, two in fp64)",
+    )
+    fewer = work.rows // 2 + work.rows // 4
+    halves = Item(
+        "smaller batches",
+        fewer * work.text * work.cached_token,
+        f"{fewer} rows x {work.text} tokens x {work.cached_token:,} B, when half and then a quarter write on",
+    )
     return Phase(
         "rollout, words",
         some(
             _cache(work, work.text + work.given, "text, and once more what is given"),
-            Item("logits", 28 * numbers, f"{work.rows} rows x V x 28 B (three in fp32, two in fp64)"),
+            max(logits, halves, key=lambda item: item.bytes),  # batches get smaller between words
             _cast(work),
         ),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -54,6 +55,19 @@ class Context:
             valid_BS=valid,
             position_B=self.position_B[index_B],
         )
+
+    def put(self, index_B: Tensor, rows: Context) -> Context:
+        """Rows that were selected from here, as they have become since; the others have nothing in the new slots.
+
+        Written in place: there must be room, see `reserve`.
+        """
+        new = slice(self.used, rows.used)
+        for mine, theirs in zip(self.keys + self.values, rows.keys + rows.values, strict=True):
+            mine[index_B, :, new] = theirs[:, :, new]
+        valid_BS = F.pad(self.validity(), (0, rows.used - self.used))
+        position_B = self.position_B.clone()
+        valid_BS[index_B], position_B[index_B] = rows.validity(), rows.position_B
+        return replace(self, used=rows.used, valid_BS=valid_BS, position_B=position_B)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self.keys[index], self.values[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -29,12 +30,12 @@ def locate(model: str, fetch: bool = True) -> tuple[Path, str | None]:
         WeightsError: when there is none.
     """
     directory = embedded_directory() if model == EMBEDDED else Path(model)
-    if directory.is_file() and directory.suffix == ".safetensors":
+    if os.path.isfile(directory) and directory.suffix == ".safetensors":  # os.path: any name is only not there
         return directory.parent, directory.name
-    if directory.is_dir():
+    if os.path.isdir(directory):
         return directory, None
     accepted = "give `embedded`, a model directory, or a hub id such as ByteDance-Seed/BAGEL-7B-MoT"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", model):
         raise WeightsError(f"no model at {model}: {accepted}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

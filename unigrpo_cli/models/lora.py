@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -14,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.intake import parse_json, read_text
 from unigrpo_cli.models.layers import Linear, widen
 from unigrpo_cli.models.mot import MoT
 
+WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 """What peft puts before the names of a wrapped model's tensors in an adapter file."""
 
@@ -74,7 +77,7 @@ def save_adapters(network: MoT, directory: Path, base: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(directory))
     state = {PREFIX + name: value.contiguous() for name, value in _own_state(network).items()}
-    save_file(state, directory / "adapter_model.safetensors")
+    save_file(state, directory / WEIGHTS)
 
 
 def _own_state(network: MoT) -> dict[str, torch.Tensor]:
@@ -89,17 +92,23 @@ def load_adapters(network: MoT, directory: Path) -> None:
         WeightsError: when files are missing or damaged, or do not fit the network.
     """
     if not (directory / "adapter_config.json").is_file():
-        raise WeightsError(f"{directory} is no adapter: adapter_config.json is missing")
-    kind = _kind(directory / "adapter_config.json")
+        raise WeightsError(
+            f"{directory} is no adapter: adapter_config.json is missing; give the directory that has it"
+        )
+    facts = _facts(directory / "adapter_config.json")
+    kind = facts.get("peft_type")
     if kind != "LORA":
         raise WeightsError(f"{directory} is an adapter of kind {kind}; this version takes LoRA adapters")
+    state = _read_weights(directory)
+    _refuse_rank(directory, facts, state)
     network.requires_grad_(False)
     try:
-        state = load_file(directory / "adapter_model.safetensors")
-        _inject(network, LoraConfig.from_pretrained(str(directory)))
+        config = LoraConfig.from_pretrained(str(directory))
+        config.init_lora_weights = True  # other ways change the base's weights, or read more files
+        _inject(network, config)
         outcome = set_peft_model_state_dict(network, state)
         missing = _own_state(network).keys() - {name.removeprefix(PREFIX) for name in state}
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, re.error) as error:
         raise WeightsError(f"{directory}: the adapter cannot be used here: {_first_line(error)}") from error
     if outcome.unexpected_keys:
         raise WeightsError(f"{directory}: the adapter does not fit, e.g. {outcome.unexpected_keys[0]}")
@@ -107,11 +116,42 @@ def load_adapters(network: MoT, directory: Path) -> None:
         raise WeightsError(f"{directory}: {len(missing)} tensors of the adapter are missing, e.g. {min(missing)}")
 
 
-def _kind(path: Path) -> str:
+def _facts(path: Path) -> dict[str, Any]:
+    """An adapter's configuration, without what would name a module to be imported."""
     try:
-        return str(json.loads(path.read_text()).get("peft_type"))
-    except (OSError, ValueError, AttributeError) as error:
+        facts = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} is damaged ({_first_line(error)}); fetch or save it again") from error
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path} is damaged (it holds no object); fetch or save it again")
+    if facts.get("megatron_config") is not None:
+        raise WeightsError(f"{path} names a module of megatron, and data files run no code here; leave it out")
+    return facts
+
+
+def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    path = directory / WEIGHTS
+    if not path.is_file():
+        other = f", and {OLD_WEIGHTS} is of a form that may run code" if (directory / OLD_WEIGHTS).is_file() else ""
+        raise WeightsError(f"{directory}: {WEIGHTS} is missing{other}; save the adapter as {WEIGHTS}")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} is damaged ({_first_line(error)}); fetch or save it again") from error
+
+
+def _refuse_rank(directory: Path, facts: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """The rank that is to be allocated must be one that the file has."""
+    ranks = {len(value) for name, value in state.items() if name.endswith("lora_A.weight") and value.ndim}
+    patterns = facts.get("rank_pattern") or {}
+    said = [facts.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    for rank in said:
+        if ranks and (type(rank) is not int or rank not in ranks):
+            held = " and ".join(map(str, sorted(ranks)))
+            raise WeightsError(
+                f"{directory}: adapter_config.json says rank {rank!r}, {WEIGHTS} holds rank {held}; they are of "
+                "different adapters, fetch or save both again"
+            )
 
 
 def _first_line(error: Exception) -> str:

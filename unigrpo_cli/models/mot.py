@@ -162,14 +162,22 @@ class MoTLayer(nn.Module):
             copies = latent_RNC.shape[0] // past_k.shape[0]
             attended = self.self_attn.attend(
                 torch.cat([q, q_edge], dim=2),
-                torch.cat([past_k.repeat_interleave(copies, 0), own_k], dim=2),
-                torch.cat([past_v.repeat_interleave(copies, 0), own_v], dim=2),
+                _after(past_k, own_k, copies),
+                _after(past_v, own_v, copies),
                 causal=False,
                 mask=masks.image,
             )
             latent_RNC = self._residual(latent_RNC, attended[:, :latents], "_moe_gen")
             edge_REC = self._residual(edge_REC, attended[:, latents:], "")
         return text_BLC, latent_RNC, edge_REC, keys, values, own_k, own_v
+
+
+def _after(past: Tensor, own: Tensor, copies: int) -> Tensor:
+    """Keys or values [R, H, S + N, E] that an image's copies see: their row's past [B, H, S, E], then their own."""
+    if copies == 1:
+        return torch.cat([past, own], dim=2)
+    shared = past[:, None].expand(-1, copies, -1, -1, -1)
+    return torch.cat([shared, own.unflatten(0, (-1, copies))], dim=3).flatten(0, 1)
 
 
 @dataclass(frozen=True)

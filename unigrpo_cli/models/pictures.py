@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.intake import read_image
 
 MOST_PIXELS = 14 * 14 * 9 * 1024
 """BAGEL's limit on one picture."""
@@ -58,13 +59,12 @@ def read_picture(path: str | Path) -> Tensor:
         UsageError: when it is missing or no picture.
     """
     try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return torch.from_numpy(np.array(image.convert("RGB")))
+        image = read_image(path)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB")))
     except FileNotFoundError as error:
-        raise UsageError(f"no picture {path}") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} is not readable as a picture ({' '.join(str(error).split())})") from error
+        raise UsageError(f"no picture {path}: give a file") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not readable as a picture: {error}") from error

@@ -10,17 +10,20 @@ of tables and widths are read from the tensors: the official code has them as co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.intake import read_text, refuse_odd_text
 from unigrpo_cli.models.sizes import (
     LATENT_POSITIONS,
     TABLES,
@@ -50,6 +53,8 @@ COMPANIONS = (
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100 * 2**20
+ENDS = 4096
+"""Bytes at each end of a tensor that its digest is taken over."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if 8 + length > size or length > LARGEST_HEADER:
                 raise WeightsError(f"{path}: damaged or truncated (no whole header); fetch or save it again")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=partial(_names_once, path))
         header.pop("__metadata__", None)
         start = 8 + length
         found = {
@@ -127,7 +132,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         }
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path}: its header is damaged; fetch or save it again") from error
     end = max((t.end for t in found.values()), default=start)
     if end > size:
@@ -141,9 +146,48 @@ def read_header(path: Path) -> dict[str, Stored]:
                 f"{path}: its header is damaged ({name} lies where another tensor or the header does)"
             )
     for name, t in found.items():
+        if not all(type(n) is int and n >= 0 for n in t.shape):
+            raise WeightsError(f"{path}: its header is damaged ({name} has shape {list(t.shape)}); fetch it again")
         if t.dtype in BYTES and t.end - t.begin != math.prod(t.shape) * BYTES[t.dtype]:
             raise WeightsError(f"{path}: its header is damaged ({name} has a size that does not fit its shape)")
     return found
+
+
+def _names_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header. A name that comes twice would show this audit one tensor and others another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise WeightsError(f"{path}: its header is damaged (it has {name} twice); fetch or save it again")
+    return found
+
+
+def read_ends(path: Path, begin: int, end: int, count: int) -> bytes:
+    """The first and the last `count` bytes of a stretch of a file; all of a stretch that is shorter than both.
+
+    Raises:
+        WeightsError: when the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            if end - begin <= 2 * count:
+                return file.read(end - begin)
+            first = file.read(count)
+            file.seek(end - count)
+            return first + file.read(count)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def weights_digest(release: Release) -> str:
+    """sha256 over name, dtype, shape and both ends of every tensor: which weights these are, at little cost."""
+    digest = hashlib.sha256()
+    for kind, tensors in (("network", release.tensors), ("autoencoder", release.autoencoder_tensors)):
+        for name, t in sorted(tensors.items()):
+            digest.update(f"{kind} {name} {t.dtype} {list(t.shape)}\n".encode())
+            digest.update(read_ends(t.path, t.begin, t.end, ENDS))
+    return digest.hexdigest()
 
 
 def read_release(directory: Path, weights_file: str | None = None) -> Release:
@@ -179,6 +223,12 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{directory}: unreadable configuration ({_what(error)})") from error
+    for layers in (config.num_hidden_layers, config.vision.num_hidden_layers if config.vision else 0):
+        if layers > max(1_000, len(tensors)):  # a count of billions must not be counted up to
+            raise WeightsError(
+                f"{directory}: unreadable configuration (num_hidden_layers = {layers:,}, and the files hold "
+                f"{len(tensors):,} tensors); fetch it again"
+            )
     kind = "BAGEL" if config.pixels_per_latent > 1 else "pixels"
     problems += _compare(
         " + ".join(f.name for f in files), network_shapes(config), tensors, optional=TABLES, config=config
@@ -198,6 +248,10 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     if prompt is not None and not isinstance(prompt, str):
         problems.append(f"config.json: system_prompt = {prompt!r}: a string is needed")
         prompt = None
+    try:
+        refuse_odd_text(prompt)
+    except ValueError as error:
+        problems.append(f"config.json: system_prompt: {error}")
     return Release(directory, kind, config, autoencoder, tensors, ae_tensors, prompt, tuple(problems), tuple(notes))
 
 
@@ -265,11 +319,11 @@ def _what(error: Exception) -> str:
 
 def _need_json(path: Path) -> dict[str, Any]:
     try:
-        return _as_object(path, path.read_text(encoding="utf-8"))
+        return _as_object(path, read_text(path))
     except FileNotFoundError as error:
         raise WeightsError(f"{path.parent} is not a complete model: {path.name} is missing") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); fetch it again") from error
 
 
 def _as_object(path: Path, text: str) -> dict[str, Any]:
@@ -291,10 +345,10 @@ def _optional_config(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         return _as_object(path, text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); fetch it again") from error
     except WeightsError:
         mended = re.sub(r",(\s*\})\s*\Z", r"\1", text)
         if mended == text.rstrip() or mended == text:
@@ -319,7 +373,7 @@ def _weight_files(directory: Path, weights_file: str | None) -> list[Path]:
             raise WeightsError(f"{index}: weight_map is missing or no table of file names; fetch it again")
         names = sorted({v for v in table.values() if v != AUTOENCODER}) or [WEIGHTS]
         for name in names:
-            if Path(name).name != name:
+            if Path(name).name != name or name == ".." or "\0" in name:
                 raise WeightsError(f"{index} points outside its directory, to {name}")
             if not (directory / name).is_file():
                 raise WeightsError(
@@ -412,8 +466,11 @@ def _autoencoder_config(tensors: dict[str, Stored], own: dict[str, Any]) -> Auto
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    found = [int(m.group(1)) for m in (re.match(pattern, name) for name in names) if m]
-    return max(found, default=-1) + 1
+    names = list(names)
+    count = max((int(m.group(1)) for m in (re.match(pattern, name) for name in names) if m), default=-1) + 1
+    if count > len(names):
+        raise ValueError(f"{AUTOENCODER} numbers {count:,} parts and has {len(names):,} tensors")
+    return count
 
 
 def _compare(

@@ -48,6 +48,15 @@ def _whole(owner: object, names: tuple[str, ...]) -> None:
         value = getattr(owner, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} = {value!r}: a whole number above 0 is needed")
+        if value >= 2**31:
+            raise ValueError(f"{name} = {value!r}: no model is that large")
+
+
+def _above_zero(owner: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} = {value!r}: a finite number above 0 is needed")
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,7 @@ class MoTConfig:
 
     def __post_init__(self) -> None:
         _whole(self, tuple(name for name, kind in type(self).__annotations__.items() if kind == "int"))
+        _above_zero(self, ("rms_norm_eps", "rope_theta"))
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction = {self.prediction!r}: accepted are {', '.join(PREDICTIONS)}")
         heads = self.num_attention_heads

@@ -21,6 +21,7 @@ from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.rewards.hooks import Hooks
 from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.watch.rules import RULES
 
 ROOT = Path(__file__).parents[2]
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -74,6 +75,16 @@ def rewards() -> str:
     return "\n".join(blocks)
 
 
+def watch() -> str:
+    """Every rule of the watch with its condition, its usual cause and its remedy."""
+    lines = ["| rule | said when | usual cause | remedy |", "|---|---|---|---|"]
+    for rule in RULES:
+        n, m = rule.lasting
+        often = "" if m == 1 else f", in {n} of {m} steps"
+        lines.append(f"| `{rule.name}` | {rule.when}{often} | {rule.means} | {rule.remedy} |")
+    return "\n".join(lines) + "\n"
+
+
 def commands() -> str:
     """The options of every command."""
     from unigrpo_cli.cli import app
@@ -124,6 +135,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "hooks": hooks,
     "rewards": rewards,
     "commands": commands,
+    "watch": watch,
     "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
     "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.rewards.batch import COLUMNS, RewardBatch
 
+NAME = r"[A-Za-z_][\w.-]*"
+"""How rewards may be named, for `--reward` must tell a name from the rest."""
 MARK = "__unigrpo_reward__"
 
 
@@ -43,6 +46,9 @@ def reward(
         summary: one line for listings; default the docstring's first line.
         batch_size: largest batch per call; None for the whole rollout.
     """
+
+    if not re.fullmatch(NAME, name):
+        raise RewardError(f"reward {name!r} cannot be asked for by that name: use letters, digits and _ . -")
 
     def decorate(function: Callable) -> Callable:
         setattr(function, MARK, _as_class(function, name, range, summary, batch_size))
@@ -85,7 +91,7 @@ def _as_class(
         if p.default is inspect.Parameter.empty:
             raise RewardError(
                 f"reward {name!r}: parameter {p.name!r} is neither a column nor an option with a default; "
-                f"{suggest(p.name, COLUMNS)}"
+                f"{suggest(p.name, COLUMNS)} (columns: {', '.join(COLUMNS)})"
             )
         annotated = p.annotation is not inspect.Parameter.empty and not isinstance(p.annotation, str)
         kind = p.annotation if annotated else type(p.default) if p.default is not None else Any

@@ -18,8 +18,10 @@ from typing import Any
 
 import yaml
 
+from unigrpo_cli.credentials import MARK, holds_credentials, names_secret
 from unigrpo_cli.errors import UsageError
 
+LONGEST_SCALAR = 400
 _ONE = re.compile(
     r"^(?:(?P<alias>[A-Za-z_][\w.-]*)=)?"
     r"(?P<name>[A-Za-z_][\w.-]*(?:/[A-Za-z_][\w.-]*)?)"
@@ -61,6 +63,7 @@ def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | No
         if not found or alias not in choices:
             raise UsageError(f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(choices)}")
         choices[alias].options[key] = value
+        refuse_secret(dotted, value)
     return list(choices.values())
 
 
@@ -78,7 +81,7 @@ def _parse_one(text: str) -> RewardChoice:
     match = _ONE.match(head)
     if not match:
         raise UsageError(
-            f"cannot read reward {text!r}: write [alias=]name[:weight](@key=value)*, e.g. clip:0.5@model=embedded"
+            f"cannot read reward {head!r}: write [alias=]name[:weight](@key=value)*, e.g. clip:0.5@model=embedded"
         )
     options = {}
     for pair in pairs:
@@ -86,20 +89,43 @@ def _parse_one(text: str) -> RewardChoice:
         if not found or not key:
             raise UsageError(f"cannot read option {pair!r} of reward {head!r}: write @key=value")
         options[key] = scalar(value)
+        refuse_secret(f"{match['alias'] or match['name']}.{key}", options[key])
     weight = match["weight"]
     try:
         number = 1.0 if weight is None else float(weight)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"weight {weight!r} of reward {match['name']!r} is no finite number")
+        raise UsageError(
+            f"weight {weight!r} of reward {match['name']!r} is no finite number, e.g. {match['name']}:0.5"
+        )
     return RewardChoice(match["alias"] or match["name"].rsplit("/")[-1], match["name"], number, options)
+
+
+def refuse_secret(option: str, value: Any) -> None:
+    """Refuse an option that holds a secret itself: it would be written to config.toml. The error does not show it.
+
+    Raises:
+        UsageError: saying how to give it instead.
+    """
+    if names_secret(option) and not (isinstance(value, str | None) and str(value or MARK).startswith(MARK)):
+        raise UsageError(
+            f"option {option} holds a secret, and options are written to config.toml: export it in a variable, "
+            f"e.g. MY_KEY, and give {option}={MARK}MY_KEY"
+        )
+    if holds_credentials(value):
+        raise UsageError(
+            f"option {option} is an address with a user or password in it, and options are written to config.toml: "
+            "take them out, and give the reward its key by an environment variable"
+        )
 
 
 def scalar(text: str) -> Any:
     """A YAML scalar: numbers, booleans, null, else the text itself."""
+    if len(text) > LONGEST_SCALAR:  # no number; and nested brackets take YAML ever longer
+        return text
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a number of thousands of digits
         return text
     return text if isinstance(value, dict | list) else value

@@ -137,7 +137,7 @@ class Plugins:
             directory = Path(os.environ[PLUGINS_DIR_ENV])
         if directory is not None:
             if not directory.is_dir():
-                raise UsageError(f"no plugins directory {directory}")
+                raise UsageError(f"no plugins directory {directory}: give a folder with --plugins-dir")
             for path in sorted(directory.glob("*.py")):
                 if not path.stem.startswith(("_", "test_")) and path.stem != "conftest":
                     self._load_named(str(path), may_be_empty=True)
@@ -187,8 +187,14 @@ class Plugins:
     def _load_named(self, text: str, may_be_empty: bool = False) -> None:
         try:
             module = _from_file(Path(text)) if text.endswith(".py") else importlib.import_module(text)
-        except (Exception, SystemExit) as error:
-            raise RewardError(f"--plugin {text}: {type(error).__name__}: {error}") from error
+        except UnigrpoError as error:
+            raise RewardError(f"--plugin {text}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a stranger's module raises at import
+            raise RewardError(
+                f"--plugin {text}: {type(error).__name__}: {error}; mend it, or leave it out"
+            ) from error
         origin = Path(text).stem if text.endswith(".py") else text
         try:
             number = version(text.split(".")[0])

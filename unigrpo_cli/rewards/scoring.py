@@ -7,19 +7,23 @@ chose so. NaN and None abstain. A call that does not come back in time stops. No
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from unigrpo_cli.credentials import from_environment, names_secret
 from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
@@ -65,6 +69,24 @@ class OpenReward:
     @property
     def alias(self) -> str:
         return self.choice.alias
+
+
+@dataclass(frozen=True)
+class RewardIdentity:
+    """What decides a reward's scores, as far as it can be named.
+
+    Args:
+        address: `origin/name (module:class)`.
+        version: of its distribution; of a loose file the beginning of its sha256.
+        options: as given.
+    """
+
+    alias: str
+    address: str
+    version: str
+    options: dict[str, Any]
+    weight: float
+    range: list[float]
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,20 @@ class RewardSet:
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Declared range by alias, of the rewards asked in training."""
         return {r.alias: r.range for r in self.asked("train")}
+
+    def identities(self) -> tuple[RewardIdentity, ...]:
+        """Which rewards these are, to be told from others later; options and ranges as JSON has them."""
+        return tuple(
+            RewardIdentity(
+                alias=r.alias,
+                address=f"{r.address} ({type(r.reward).__module__}:{type(r.reward).__qualname__})",
+                version=_version_of(self.plugins.rewards.find(r.choice.name).version, r.reward),
+                options=json.loads(json.dumps(r.choice.options, default=str)),
+                weight=r.choice.weight,
+                range=list(r.range),
+            )
+            for r in self.rewards
+        )
 
     def asked(self, split: str) -> list[OpenReward]:
         """The rewards that are asked in "train" or "eval"."""
@@ -336,20 +372,41 @@ def _construct(choice: RewardChoice, plugins: Plugins) -> tuple[str, Any]:
         if key not in accepted.model_fields:
             fields = accepted.model_fields
             raise RewardError(f"reward {choice.alias!r} has no option {key!r}: {suggest(key, fields)}")
+    given = _with_secrets(choice, accepted)
     try:
-        options = accepted.model_validate(choice.options)
+        options = accepted.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
+        secret = given != choice.options  # pydantic's own error shows values, so that one is left behind
+        shown = "" if secret else f"={first['input']!r}"
+        said = first["msg"][:1].lower() + first["msg"][1:]
         raise RewardError(
-            f"reward {choice.alias!r}: option {key}={first['input']!r}: {first['msg'].lower()}"
-        ) from error
+            f"reward {choice.alias!r}: option {key}{shown}: {said}; see `unigrpo rewards info {choice.name}`"
+        ) from (None if secret else error)
     try:
         return entry.address, factory(options)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {choice.alias!r} ({entry.address}) cannot be made: {error!r}") from error
+
+
+def _with_secrets(choice: RewardChoice, accepted: type[BaseModel]) -> dict[str, Any]:
+    """The options as the reward gets them: `env:NAME` replaced where an option is a secret, by name or by type.
+
+    Raises:
+        RewardError: when one is written out, or its variable is not set.
+    """
+    options = dict(choice.options)
+    for key, value in options.items():
+        secret = names_secret(key) or "SecretStr" in str(accepted.model_fields[key].annotation)
+        if secret and value is not None:
+            try:
+                options[key] = from_environment(str(value))
+            except ValueError as error:
+                raise RewardError(f"reward {choice.alias!r}: option {key}: {error}") from None
+    return options
 
 
 def _for_one_reward(sample: Sample) -> Sample:
@@ -373,6 +430,14 @@ def _range_of(choice: RewardChoice, reward: Any) -> tuple[float, float]:
     return low, high
 
 
+def _version_of(version: str, reward: Any) -> str:
+    """A distribution's version; without one, what tells this file from an edited one."""
+    file = getattr(sys.modules.get(type(reward).__module__), "__file__", None)
+    if version != "-" or file is None:
+        return version
+    return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+
+
 def _batch_size_of(opened: OpenReward) -> int | None:
     size = getattr(opened.reward, "batch_size", None)
     if size is not None and (type(size) is not int or size < 1):
@@ -393,8 +458,10 @@ def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
         raise RewardError(f"{what} the text {words[0]!r}; it must give a list of {count} numbers")
     try:
         array = np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{what} something that is no number: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(
+            f"{what} something that is no number: {error}; it must give a list of {count} numbers"
+        ) from error
     if array.shape != (count,):
         shape = len(values) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise RewardError(f"{what} {shape} scores for {count} samples; it must give one number per sample")

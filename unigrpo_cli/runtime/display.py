@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from unigrpo_cli.credentials import redacted
+from unigrpo_cli.errors import one_line
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -74,7 +77,7 @@ class Display:
             self.say(("  " + "  ".join(cells)).rstrip())
 
     def warn(self, text: str) -> None:
-        self.errors.print("[yellow]warning:[/] ", Text(text), sep="", soft_wrap=True)
+        self.errors.print("[yellow]warning:[/] ", Text(one_line(redacted(text))), sep="", soft_wrap=True)
 
     def _warning(self, message: Any, category: type, *_: Any, **__: Any) -> None:
         if category is UserWarning:  # libraries' deprecations are not the user's business
@@ -106,20 +109,22 @@ class Display:
 
 
 class TrainingView:
-    """Progress, and a row per reward: now, at first, best, and its course."""
+    """Progress, a row per reward: now, at first, best, and its course; and a line per warning while it lasts."""
 
     def __init__(self, display: Display, total: int, done: int, names: Sequence[str]):
         self.display, self.total, self.names = display, total, list(names)
         self.live = display.console.is_terminal
         self.history: dict[str, list[float]] = {name: [] for name in names}
         self.last: dict[str, float] = {}
+        self.warnings: list[str] = []
         self.bar = Progress(*_columns(), console=display.console)
         self.task = self.bar.add_task("train", total=total, completed=done)
         self.printed = 0.0
 
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Show a finished step."""
+    def update(self, step: int, metrics: dict[str, float], lasting: Mapping[str, str]) -> None:
+        """Show a finished step, and what is wrong with the run: by rule, what is seen."""
         self.last = metrics
+        self.warnings = [f"{name}: {seen}" for name, seen in lasting.items()]
         self.bar.update(self.task, completed=step)
         for name in self.names:
             self.history[name].append(metrics.get(f"reward/{name}", float("nan")))
@@ -154,7 +159,8 @@ class TrainingView:
             first = f"{sum(values[:5]) / len(values[:5]):.3f}" if values else "-"
             last = f"{sum(values[-5:]) / len(values[-5:]):.3f}" if values else "-"
             table.add_row(name, first, last, sparkline(values))
-        return Group(self.bar, table, Text(self._line() if self.last else "first rollout ...", style="dim"))
+        line = Text(self._line() if self.last else "first rollout ...", style="dim")
+        return Group(self.bar, table, line, *(Text(warning, style="yellow") for warning in self.warnings))
 
 
 def _columns() -> tuple:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from unigrpo_cli.episode import Group
 from unigrpo_cli.rewards.scoring import Scored
+from unigrpo_cli.runtime.durable import new_directory, new_file
 from unigrpo_cli.runtime.pictures import Tile, save_png, sheet
 
 SHOWN = 8
@@ -20,27 +21,29 @@ MOST_COLUMNS = 8
 def save_samples(groups: Sequence[Group], scored: dict[str, Scored], folder: Path, step: int) -> None:
     """One PNG with its story per prompt in `step_NNNNNN/`, and a sheet of them beside it."""
     tiles = []
-    for k, group in enumerate(groups):
-        episode = group.episodes[0]
-        scores = {name: float(s.scores[k]) for name, s in scored.items() if s.valid[k]}
-        story = {
-            "step": step,
-            "prompt": group.prompt.text,
-            "reasoning": episode.reasoning,
-            "scores": scores,
-            "seed": episode.seed,
-        }
-        pixels = episode.pixels.numpy()
-        save_png(pixels, folder / f"step_{step:06d}" / f"{k}.png", story)
-        words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-        tiles.append(Tile(pixels, group.prompt.text, tuple(filter(None, (episode.reasoning, words)))))
+    name = f"step_{step:06d}"
+    with new_directory(folder / name, sums=False) as pictures:
+        for k, group in enumerate(groups):
+            episode = group.episodes[0]
+            scores = {name: float(s.scores[k]) for name, s in scored.items() if s.valid[k]}
+            story = {
+                "step": step,
+                "prompt": group.prompt.text,
+                "reasoning": episode.reasoning,
+                "scores": scores,
+                "seed": episode.seed,
+            }
+            pixels = episode.pixels.numpy()
+            save_png(pixels, pictures / f"{k}.png", story)
+            words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+            tiles.append(Tile(pixels, group.prompt.text, tuple(filter(None, (episode.reasoning, words)))))
     page = sheet([tiles[:4], tiles[4:]] if len(tiles) > 4 else [tiles], f"step {step}")
-    page.save(folder / f"step_{step:06d}.png")
+    _save_sheet(page, folder / f"{name}.png")
 
 
 def save_progress(folder: Path) -> None:
     """`progress.png`: a row per prompt, a column per step, from the pictures on disk."""
-    steps = sorted(p for p in folder.glob("step_*") if p.is_dir())
+    steps = sorted(p for p in folder.glob("step_*") if p.is_dir() and not p.suffix)
     if len(steps) > MOST_COLUMNS:
         steps = [steps[round(k)] for k in np.linspace(0, len(steps) - 1, MOST_COLUMNS)]
     rows: dict[str, list[Tile]] = {}
@@ -53,7 +56,13 @@ def save_progress(folder: Path) -> None:
                 continue
             rows.setdefault(story["prompt"], []).append(Tile(pixels, _title(story), (story["reasoning"] or "",)))
     if rows:
-        sheet(list(rows.values()), "the same prompts on the same noise, step by step").save(folder / "progress.png")
+        page = sheet(list(rows.values()), "the same prompts on the same noise, step by step")
+        _save_sheet(page, folder / "progress.png")
+
+
+def _save_sheet(page: Image.Image, path: Path) -> None:
+    with new_file(path) as partial:
+        page.save(partial, format="PNG")
 
 
 def _title(story: dict) -> str:

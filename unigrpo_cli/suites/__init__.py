@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, suggest
+from unigrpo_cli.intake import LineError, parse_json, read_lines, refuse_odd_text
 from unigrpo_cli.shapes.prompts import held_out_prompts, parse_prompt, train_prompts
 from unigrpo_cli.suites.geneval import geneval_rows
 from unigrpo_cli.suites.readers import READERS, read_foreign
@@ -71,11 +72,14 @@ def training_prompts(name: str) -> list[Prompt]:
 def as_prompts(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
     """Prompts from metadata rows; ids are the texts, numbered where a text comes again."""
     seen: Counter[str] = Counter()
+    taken: set[str] = set()  # a list may also spell such a number out
     prompts = []
     for row in rows:
         text = row["prompt"]
-        prompts.append(Prompt(f"{text}#{seen[text]}" if seen[text] else text, text, row, row.get("image")))
-        seen[text] += 1
+        while (own := f"{text}#{seen[text]}" if seen[text] else text) in taken:
+            seen[text] += 1
+        taken.add(own)
+        prompts.append(Prompt(own, text, row, row.get("image")))
     return prompts
 
 
@@ -95,30 +99,38 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(f"prompts {path}: give `shapes`, a .txt file (a prompt a line) or a .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
+        lines = [(number, line) for number, line in read_lines(path) if line.strip()]
     except FileNotFoundError as error:
-        raise UsageError(f"no prompts file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts file {path} is not readable text: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(typed_prompt(line.strip()) if path.suffix == ".txt" else _row(path, number, line))
+        raise UsageError(f"no prompts file {path}: give `shapes`, a .txt file or a .jsonl file") from error
+    except OSError as error:
+        raise UsageError(f"prompts file {path} is not readable text: {error.strerror}; give a file") from error
+    except LineError as error:
+        raise UsageError(f"{path}:{error.number}: {error}") from error
+    rows = [_typed(path, *line) if path.suffix == ".txt" else _row(path, *line) for line in lines]
     if not rows:
         raise UsageError(f"prompts file {path} holds no prompt")
     return as_prompts(rows)
 
 
+def _typed(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        refuse_odd_text(line)
+    except ValueError as error:
+        raise UsageError(f"{path}:{number}: {error}") from error
+    return typed_prompt(line.strip())
+
+
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{number}: not JSON ({error.msg}); each line is one object") from error
+        row = parse_json(line)
+        refuse_odd_text(row)
+    except ValueError as error:
+        raise UsageError(f"{path}:{number}: {error}; each line is one object") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise UsageError(f'{path}:{number}: needs an object with a text "prompt", e.g. {{"prompt": "a cat"}}')
     image = row.get("image")
     if image is not None:
-        if not isinstance(image, str) or not (path.parent / image).is_file():
+        if not isinstance(image, str) or not os.path.isfile(path.parent / image):
             raise UsageError(f"{path}:{number}: image {image!r} is no file beside {path}")
         row["image"] = str((path.parent / image).resolve())
     if "include" not in row:
@@ -138,7 +150,7 @@ def _check_clauses(where: str, row: dict[str, Any]) -> None:
             good = (
                 isinstance(item, dict)
                 and isinstance(item.get("class"), str)
-                and isinstance(item.get("count"), int)
+                and type(item.get("count")) is int
                 and item["count"] >= 1
             )
             if not good:
@@ -150,7 +162,7 @@ def _check_clauses(where: str, row: dict[str, Any]) -> None:
                 isinstance(position, list)
                 and len(position) == 2
                 and position[0] in ("left of", "right of", "above", "below")
-                and isinstance(position[1], int)
+                and type(position[1]) is int
                 and 0 <= position[1] < index
             ):
                 raise UsageError(

@@ -8,13 +8,13 @@ a `tag` to average by, and what a reward may need (GenEval's clauses, or `questi
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.intake import parse_json, read_text, refuse_odd_text
 
 Row = dict[str, Any]
 
@@ -31,9 +31,22 @@ class Reader:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not readable text ({' '.join(str(error).split())})") from error
+        return read_text(path)
+    except OSError as error:
+        raise UsageError(f"{path} is not readable text ({error.strerror}); give the suite's own file") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _table(path: Path, separator: str = ",") -> list[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table, by the names in its first line."""
+    try:
+        rows = list(enumerate(csv.DictReader(_text(path).splitlines(), delimiter=separator), 2))
+        for _, row in rows:
+            refuse_odd_text(list(row.values()))
+    except (csv.Error, ValueError) as error:
+        raise UsageError(f"{path} is no table ({error}); give the suite's own file") from error
+    return rows
 
 
 def _objects(path: Path) -> list[tuple[int, Row]]:
@@ -41,12 +54,16 @@ def _objects(path: Path) -> list[tuple[int, Row]]:
     text = _text(path)
     try:
         if text.lstrip().startswith("["):
-            rows = list(enumerate(json.loads(text), 1))
+            rows = list(enumerate(parse_json(text), 1))
         else:
-            rows = [(k, json.loads(line)) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+            rows = [(k, parse_json(line)) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
     except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error}); give the suite's own .jsonl or .json file") from error
+        raise UsageError(f"{path}: {error}; give the suite's own .jsonl or .json file") from error
     for number, row in rows:
+        try:
+            refuse_odd_text(row)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise UsageError(f'{path}:{number}: needs an object with a text "prompt"')
     if not rows:
@@ -118,7 +135,7 @@ def dpg(path: Path) -> list[Row]:
 def _dpg_questions(path: Path) -> dict[str, list[dict[str, str]]]:
     """Questions by prompt; each expects a yes."""
     found: dict[str, list[dict[str, str]]] = {}
-    for number, row in enumerate(csv.DictReader(_text(path).splitlines()), 2):
+    for number, row in _table(path):
         try:
             item, question = row["item_id"], row["question_natural_language"]
         except KeyError as error:
@@ -132,7 +149,7 @@ def parti(path: Path) -> list[Row]:
     """PartiPrompts: a table with Prompt, Category and Challenge, separated by tabs (or commas)."""
     separator = "\t" if path.suffix != ".csv" else ","
     rows = []
-    for number, row in enumerate(csv.DictReader(_text(path).splitlines(), delimiter=separator), 2):
+    for number, row in _table(path, separator):
         if not (row.get("Prompt") or "").strip():
             raise UsageError(f"{path}:{number}: needs a column Prompt; give PartiPrompts' .tsv file")
         rows.append({"prompt": row["Prompt"].strip(), "tag": row.get("Category") or "all"})

@@ -1,0 +1,127 @@
+"""Golden training traces: every number of twenty steps as it was, and none of them blind to the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from unigrpo_cli import train as training
+from unigrpo_cli.algo import advantage, flow, surrogate
+from unigrpo_cli.rebuild.trace import COMMAND, ELSEWHERE, RUNS, Row, differences, read, trace, written
+from unigrpo_cli.train import combined_advantage, prompts_for
+
+FILE = Path(__file__).parent / "trace.txt"
+EXACT = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, list[Row]]:
+    return read(FILE.read_text())
+
+
+def test_the_file_says_how_it_is_made(golden: dict[str, list[Row]]) -> None:
+    first, second = FILE.read_text().splitlines()[:2]
+    assert first == COMMAND
+    assert second.startswith("torch 2.")
+    assert {name: len(rows) for name, rows in golden.items()} == {"full": 20, "adapters": 20, "embedded": 3}
+    assert read(written(golden)) == golden
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_is_what_it_was(golden: dict[str, list[Row]], name: str) -> None:
+    """If it is meant to be another: CONTRIBUTING.md says when, and the file's first line how to write it anew."""
+    found, wanted = trace(RUNS[name]), golden[name]
+    assert len(found) == len(wanted)
+    relative = RUNS[name].relative if EXACT else ELSEWHERE
+    changed = differences(found, wanted, relative)
+    written_by = FILE.read_text().splitlines()[1]
+    assert not changed, f"{len(changed)} numbers changed (written by {written_by}), first: {changed[:8]}"
+
+
+def test_every_expert_moves_and_every_clip_binds_in_part(golden: dict[str, list[Row]]) -> None:
+    """A trace in which nothing were clipped, or all, would not see the clip."""
+    for name in ("full", "adapters"):
+        for key in ("text/clip_fraction", "image/clip_fraction"):
+            assert 0.02 < sum(row[key] for row in golden[name]) / 20 < 0.6, (name, key)
+        assert all(
+            row["text/first_max_abs_log_ratio"] == row["image/first_max_abs_log_ratio"] == 0 for row in golden[name]
+        )
+        assert all(golden[name][-1][f"weights/{expert}/moved"] > 0.1 for expert in ("text", "image"))
+
+
+STEPS = "train.steps=2"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sampling.shift=3.001",
+        "sampling.noise_level=0.999",
+        "sampling.temperature=1.001",
+        "sampling.window=fixed",
+        "objective.text_clip=0.0201",
+        "objective.image_clip=3.01e-5",
+        "objective.penalty_weight=0.101",
+        "objective.penalty=latent-kl",
+        "objective.image_weight=1.01",
+        "objective.text_weight=1.01",
+        "objective.trust_region=ratio",
+        "objective.coupling=detach",
+        "advantage.std=batch",
+        "train.betas=[0.901, 0.999]",
+        "train.betas=[0.9, 0.9991]",
+        "train.lr_text=1.001e-3",
+        "train.lr_image=3.003e-4",
+        "train.grad_clip=1.001",
+        "train.weight_decay=1e-3",
+        "train.updates=1",
+    ],
+)
+def test_a_setting_a_little_off_is_seen_within_two_steps(golden: dict[str, list[Row]], change: str) -> None:
+    assert differences(trace(RUNS["full"], [STEPS, change]), golden["full"], 1e-6), change
+
+
+def _negated(*args, **kwargs) -> torch.Tensor:
+    return -combined_advantage(*args, **kwargs)
+
+
+def _in_another_order(*args) -> list:
+    return prompts_for(*args)[::-1]
+
+
+BREAKAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "advantages of the other sign": lambda patch: patch.setattr(training, "combined_advantage", _negated),
+    "another eps": lambda patch: patch.setitem(advantage.group_advantage.__kwdefaults__, "eps", 1e-4),
+    "prompts in another order": lambda patch: patch.setattr(training, "prompts_for", _in_another_order),
+    "ratios cut at 1": lambda patch: patch.setattr(surrogate, "MAX_LOG_RATIO", 0.1),
+    "steps of another length": lambda patch: patch.setattr(
+        flow, "euler", lambda x, v, t, t_next: x + v * (t - t_next)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_a_broken_algorithm_is_seen_within_two_steps(
+    golden: dict[str, list[Row]], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    BREAKAGES[what](monkeypatch)
+    assert differences(trace(RUNS["full"], [STEPS]), golden["full"], 1e-6)
+
+
+@pytest.mark.skipif(not EXACT, reason="promised to 1e-6 with AVX2 only")
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.micro_batch=5",
+        "sampling.rows=7",
+        "train.activation_checkpointing=true",
+        "train.reference_on=host",
+        "reward.overlap=none",
+    ],
+)
+def test_what_changes_no_number_changes_none(golden: dict[str, list[Row]], change: str) -> None:
+    """Settings of memory and speed: the control of the two tests above."""
+    assert not differences(trace(RUNS["full"], [STEPS, change]), golden["full"], 1e-6)

@@ -1,0 +1,676 @@
+"""A run that was stopped, killed, damaged or out of room goes on, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from tests.chaos import REWARD, command, differences, write_inputs
+from unigrpo_cli.cli import app
+from unigrpo_cli.config import config_keys, load_config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import DiskError, WeightsError
+from unigrpo_cli.models.hub import embedded_directory
+from unigrpo_cli.models.release import read_release, weights_digest
+from unigrpo_cli.runtime.changes import Effect, changes, effect_of
+from unigrpo_cli.runtime.durable import (
+    append_line,
+    damage,
+    locked,
+    new_directory,
+    new_file,
+    point,
+    sweep,
+    write_text,
+)
+from unigrpo_cli.runtime.generators import Generators, put_generators, read_generators, seed_generators
+from unigrpo_cli.runtime.run import Run
+from unigrpo_cli.runtime.state import checkpoints, newest_checkpoint, prompt_list, prune_checkpoints
+from unigrpo_cli.session import find_checkpoint
+
+FOUR = ("train.steps=4", "eval.every=2")
+SIGNALS = """
+    import os, signal, threading
+    when, at, times = os.environ.get("TEST_SIGNALS", "never:0:0").split(":")
+    if split == when and step == int(at):
+        for _ in range(int(times)):
+            threading.Event().wait(0.1)  # until the main thread waits: a signal before that and one after are one
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        threading.Event().wait(0.1)
+"""
+"""A reward that sends signals, by an environment variable: its file, and with it its identity, stays the same."""
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    head, body = REWARD.split("def moody(pixels):\n")
+    return write_inputs(
+        tmp_path_factory.mktemp("plugin"), f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}"
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps that nobody disturbs."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    os.environ["UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # as the tests' own fixture has it, which is younger
+    _done(_run(*command(run, plugin, FOUR)))
+    return run
+
+
+@pytest.fixture
+def copy(alone: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(alone, tmp_path / "run", symlinks=True))
+
+
+def _done(result: Result, code: int = 0) -> Result:
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def _lines(result: Result, word: str) -> list[str]:
+    return [line for line in result.stderr.splitlines() if word in line]
+
+
+# ----- resumed is uninterrupted
+
+
+@pytest.mark.parametrize("settings", ["", "train.tune=lora", "dtype=bfloat16", "dtype=bfloat16 train.tune=lora"])
+def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Path, settings: str) -> None:
+    """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
+    whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
+    if settings:
+        _done(_run(*command(whole, plugin, (*settings.split(), *FOUR))))
+    _done(_run(*command(parts, plugin, (*settings.split(), "train.steps=2", "eval.every=2"))))
+    again = _done(_run(*command(parts, plugin, (*settings.split(), *FOUR))))
+    assert "changed: train.steps: 2 -> 4 (changes no result)" in again.output
+    assert differences(whole, parts) == ["checkpoints/step_000002/state.json"], "train.steps was 2 then"
+    files = {p.name for p in (whole / "checkpoints" / "last").iterdir()}
+    weights = "adapter_model.safetensors" if "train.tune=lora" in settings else "ema.safetensors"
+    assert {weights, "optimizer.safetensors", "generators.safetensors", "state.json", "SHA256SUMS"} <= files
+    moments = load_file(whole / "checkpoints" / "last" / "optimizer.safetensors")
+    assert any(value.abs().max() > 0 for value in moments.values())
+
+
+def test_chaos(tmp_path: Path) -> None:
+    """Three SIGKILLs, one at least inside a checkpoint's writing, and the same to the bit."""
+    code = [
+        sys.executable,
+        str(Path(__file__).parent / "chaos.py"),
+        "--kills",
+        "3",
+        "--seed",
+        "5",
+        "--set",
+        "train.steps=6",
+    ]
+    root = str(Path(__file__).parents[1])
+    found = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*code, "--keep", str(tmp_path)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": found}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = done.stdout.splitlines()[-1]
+    assert verdict.startswith("3 kills, ")
+    assert not verdict.startswith("3 kills, 0 inside"), done.stdout
+
+
+def test_states_of_generators_come_back() -> None:
+    seed_generators(3)
+    random.gauss(0, 1)
+    np.random.randn()
+    kept = read_generators()
+
+    def draw() -> tuple:
+        return random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(2).tolist()
+
+    first, second = draw(), draw()
+    assert first != second
+    put_generators(Generators(kept.words, json.loads(json.dumps(kept.rest))))
+    assert draw() == first
+
+
+def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
+    """Whatever JSON can hold, numbers that are not finite and all."""
+    facts = {"kept": {"rows": [[math.nan, -0.0, 5e-324], [1 / 3, math.inf, -math.inf]], "words": "\u2028"}}
+    state = copy / "checkpoints" / "step_000004" / "state.json"
+    content = json.loads(state.read_text())
+    content["facts"] |= facts
+    state.write_text(json.dumps(content))
+    _seal(state.parent)
+    _done(_run(*command(copy, plugin, ("train.steps=5",))))
+    kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["facts"]
+    assert json.dumps(kept["kept"]) == json.dumps(facts["kept"])
+
+
+def _seal(checkpoint: Path) -> None:
+    """Sums over what is there now: for a checkpoint that a test has changed."""
+    names = sorted(p.name for p in checkpoint.iterdir() if p.name != "SHA256SUMS")
+    done = subprocess.run(["sha256sum", *names], cwd=checkpoint, capture_output=True, text=True, check=True)
+    (checkpoint / "SHA256SUMS").write_text(done.stdout)
+
+
+# ----- interrupts
+
+
+@pytest.mark.parametrize(
+    ("signals", "left"),
+    [
+        ("train:1:1", {2}),  # once in step 2: it is finished, its samples are owed
+        ("eval:2:1", {2}),  # once in the samples of step 2
+        ("train:2:2", {2}),  # twice in step 3: it is dropped
+        ("train:3:1", {2, 4}),  # once in the last step: evaluation, samples, final evaluation are owed
+    ],
+)
+def test_interrupted_is_uninterrupted(
+    tmp_path: Path, plugin: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, signals: str, left: set[int]
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("TEST_SIGNALS", signals)
+    stopped = _done(_run(*command(run, plugin, FOUR)), 130)
+    assert {int(p.name[5:]) for p in checkpoints(run)} == left
+    sheets = {int(p.stem[5:]) for p in (run / "samples").glob("step_*.png")}
+    assert sheets == ({0, 2} if signals == "train:2:2" or 4 in left else {0}), "none that is not due, none halfway"
+    assert ("this step" in stopped.stderr) == (not signals.startswith("eval"))
+    monkeypatch.delenv("TEST_SIGNALS")
+    _done(_run(*command(run, plugin, FOUR)))
+    assert not differences(alone, run)
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_SIGNALS", "eval:0:1")
+    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
+    assert "interrupted" in stopped.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_loading(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr("unigrpo_cli.training_run.load_policy", lambda *_: signal.raise_signal(number))
+    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
+    assert stopped.stderr.splitlines()[-1] == "interrupted"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
+    tmp_path: Path, plugin: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice in the optimizer, and again while the checkpoint is written: all of it is whole."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def moving(optimizer: torch.optim.AdamW) -> None:
+        calls.append(step(optimizer))
+        if len(calls) == 3:  # two updates a step: the first of step 2
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    def saving(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save_file(*arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", moving)
+    monkeypatch.setattr("unigrpo_cli.runtime.state.save_file", saving)
+    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
+    assert "weights are moving" in stopped.stderr
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
+    monkeypatch.undo()
+    monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
+    _done(_run(*command(tmp_path / "run", plugin, FOUR)))
+    assert not differences(alone, tmp_path / "run")
+
+
+# ----- damage
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "what"),
+    [
+        ("optimizer.safetensors", _flip, "sha256 differs"),
+        ("ema.safetensors", _cut, "has 500 bytes of"),
+        ("SHA256SUMS", Path.unlink, "not written to the end"),
+        ("tokenizer.json", Path.unlink, "is missing"),
+    ],
+)
+def test_the_newest_whole_checkpoint_is_taken(
+    copy: Path, plugin: Path, alone: Path, name: str, harm: Callable[[Path], None], what: str
+) -> None:
+    last = copy / "checkpoints" / "step_000004"
+    harm(last / name)
+    if harm is not _flip:  # seen without reading: who only wants weights takes the one before, too
+        assert newest_checkpoint(copy).name == "step_000002"
+        assert find_checkpoint(str(copy))[0] == str(copy / "checkpoints" / "step_000002")
+        with pytest.raises(WeightsError, match="not complete"):
+            find_checkpoint(str(last))
+    refused = _done(_run("train", "--resume", last, "--plugin", plugin), 5)
+    (line,) = _lines(refused, "error:")
+    assert name in line and what in line and "step_000002" in line
+    resumed = _done(_run(*command(copy, plugin, FOUR)))
+    (line,) = _lines(resumed, "is damaged")
+    assert name in line and what in line
+    aside = copy / "checkpoints" / "damaged_step_000004"
+    assert aside.is_dir()
+    shutil.rmtree(aside)
+    assert not differences(alone, copy)
+
+
+def test_no_whole_checkpoint_is_an_error(copy: Path, plugin: Path) -> None:
+    for path in checkpoints(copy):
+        _flip(path / "ema.safetensors")
+    refused = _done(_run(*command(copy, plugin, FOUR)), 5)
+    assert "no checkpoint that is whole (2 damaged)" in _lines(refused, "error:")[0]
+
+
+def test_sums_are_what_sha256sum_checks(alone: Path) -> None:
+    for path in checkpoints(alone):
+        done = subprocess.run(
+            ["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+        assert len(done.stdout.splitlines()) == len(list(path.iterdir())) - 1, "every file but the sums themselves"
+
+
+def test_a_checkpoint_of_the_first_format(copy: Path, plugin: Path) -> None:
+    """It cannot be gone on from; its weights can still be used."""
+    for path in checkpoints(copy):
+        content = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(
+            json.dumps({k: content[k] for k in ("step", "base", "tune", "facts", "trained")} | {"format": 1})
+        )
+        (path / "SHA256SUMS").unlink()
+    last = copy / "checkpoints" / "step_000004"
+    for given in (("--resume", copy), ("--resume", last)):
+        (line,) = _lines(_done(_run("train", "--plugin", plugin, *given), 5), "error:")
+        assert "checkpoint format 1" in line and f"--model {last}" in line
+    assert find_checkpoint(str(copy)) == (str(last), None)
+
+
+def test_what_killed_writes_left_is_cleaned(copy: Path, plugin: Path, alone: Path) -> None:
+    folder = copy / "checkpoints"
+    shutil.copytree(folder / "step_000004", folder / "step_000009.partial")
+    (folder / "step_000004").rename(folder / "replaced_step_000004")  # killed between two renames
+    shutil.copytree(folder / "step_000002", folder / "replaced_step_000002")
+    for name in ("config.toml.partial", "samples/step_000004.png.partial"):
+        (copy / name).write_text("half")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    resumed = _done(_run(*command(copy, plugin, FOUR)))
+    assert len(_lines(resumed, "half written")) == 4
+    assert not differences(alone, copy)
+
+
+# ----- where to go on
+
+
+def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone: Path) -> None:
+    """--resume auto --out DIR: missing, empty, or killed before the first checkpoint."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "config.toml.partial").write_text("half")
+    _done(_run(*command(run, plugin, FOUR)))
+    for path in (run / "checkpoints", run / "summary.json", run / "eval_after.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _done(_run("train", "--resume", run, "--plugin", plugin))
+    assert not differences(alone, run)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    refused = _done(_run(*command(tmp_path / "other", plugin, FOUR)), 2)
+    assert "holds other things than a run" in refused.stderr
+    refused = _done(_run("train", "--resume", tmp_path / "other"), 2)
+    assert "holds no checkpoint and no config.toml" in refused.stderr
+
+
+def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) -> None:
+    resumed = _done(_run("train", "--resume", copy / "checkpoints" / "step_000002", "--plugin", plugin))
+    (line,) = _lines(resumed, "set aside")
+    assert "step_000004" in line and "later_step_000004" in line
+    assert damage(copy / "checkpoints" / "later_step_000004") is None
+    shutil.rmtree(copy / "checkpoints" / "later_step_000004")
+    assert not differences(alone, copy)
+
+
+def test_two_processes_do_not_write_one_run(copy: Path, plugin: Path) -> None:
+    before = sorted(copy.rglob("*"))
+    with locked(copy):
+        refused = _done(_run(*command(copy, plugin, FOUR)), 2)
+    assert "being written by another process" in _lines(refused, "error:")[0]
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_links_lead_to_checkpoints_and_are_none(copy: Path, plugin: Path, alone: Path) -> None:
+    for name in ("last", "best"):
+        assert not os.path.isabs(os.readlink(copy / "checkpoints" / name))
+    assert [p.name for p in checkpoints(copy)] == ["step_000002", "step_000004"]
+    best = copy / "checkpoints" / "best"
+    assert Path(find_checkpoint(str(best))[0]).resolve() == best.resolve()
+    _done(_run("train", "--resume", copy / "checkpoints" / "last", "--plugin", plugin))
+    assert not differences(alone, copy)
+    assert "no such checkpoint" in _done(_run("train", "--resume", copy / "checkpoints" / "step_7"), 2).stderr
+
+
+# ----- which checkpoints stay
+
+
+def test_which_checkpoints_stay(tmp_path: Path) -> None:
+    for step in range(1, 13):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    point(tmp_path / "checkpoints" / "last", "step_000012")
+    prune_checkpoints(tmp_path, keep=2, every=5, best=7)
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [5, 7, 10, 11, 12]
+    prune_checkpoints(tmp_path, keep=1, every=0, best=None)
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [12]
+
+
+def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
+    """Evaluations of .5, .9, .2 and .3 after steps 1 to 4."""
+    plugin = write_inputs(
+        tmp_path,
+        "from unigrpo_cli import reward\n\nTOLD = iter([0, 0, 0.5, 0.9, 0.2, 0.3, 0, 0, 0])\n\n"
+        '@reward("told", range=(0, 1))\ndef told(images, split):\n'
+        '    value = next(TOLD) if split == "eval" else 0.5\n'
+        "    return [value + 0.01 * (k % 2) for k in range(len(images))]\n",
+    )
+    more = ["train.steps=4", "train.samples_every=0", "train.checkpoint_every=0", "train.keep_checkpoints=1"]
+    sets = [w for s in (*more, "eval.every=1", "eval.best=told") for w in ("--set", s)]
+    small = [a if a != "moody" else "told" for a in command(tmp_path / "run", plugin, ())]
+    _done(_run(*small, *sets))
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002", "step_000004"]
+    assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == "step_000002"
+    facts = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["facts"]
+    assert facts["best"]["step"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [round(r["eval/told"], 1) for r in rows if "eval/told" in r] == [0.5, 0.9, 0.2, 0.3]
+    assert [r["step"] for r in rows if "eval/told" in r] == [1, 2, 3, 4]
+
+
+def test_a_best_that_is_not_evaluated_is_refused_early(tmp_path: Path, plugin: Path) -> None:
+    refused = _done(_run(*command(tmp_path / "run", plugin, ("eval.best=modesty",))), 2)
+    assert "did you mean moody" in refused.stderr
+    refused = _done(_run(*command(tmp_path / "run", plugin, ("eval.every=0",))), 2)
+    assert "set eval.every" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ----- what has changed
+
+
+def test_every_key_is_classed() -> None:
+    for key in config_keys():
+        assert isinstance(effect_of(key), Effect), key
+    with pytest.raises(KeyError):
+        effect_of("train.unheard_of")
+
+
+def test_changes_are_told_by_class() -> None:
+    old = load_config(overrides=["train.lr_text=0.1", "train.betas=[0.8,0.9]", "eval.steps=3"])
+    new = load_config(overrides=["train.steps=3", "train.betas=[0.8,0.9]", "train.tune=lora", "train.lr_text=0.2"])
+    kept = json.loads(json.dumps(old.model_dump(mode="json")))
+    kept["train"]["forgotten"] = 1  # of another version
+    found = {c.key: c for c in changes(kept, new)}
+    assert {k: c.effect for k, c in found.items()} == {
+        "train.steps": Effect.NONE,
+        "eval.steps": Effect.MEASURED,
+        "train.lr_text": Effect.LEARNT,
+        "train.tune": Effect.REFUSED,
+    }
+    assert str(found["train.lr_text"]) == "train.lr_text: 0.1 -> 0.2 (changes what is learnt from here on)"
+    assert not changes(kept, old)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("train.tune=lora", "train.tune=full"),
+        ("train.experts=text", "train.experts=both"),
+        ("train.lora_rank=3", "train.lora_rank=64"),
+        ("train.also=['head']", "leave it out"),
+    ],
+)
+def test_what_cannot_change_is_refused(alone: Path, plugin: Path, setting: str, remedy: str) -> None:
+    refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--set", setting), 2)
+    (line,) = _lines(refused, "error:")
+    assert setting.split("=")[0] in line and remedy in line and "--model" in line
+
+
+def test_another_model_or_out_is_refused(alone: Path, plugin: Path, tmp_path: Path) -> None:
+    refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--model", "elsewhere"), 2)
+    assert "model it began with" in refused.stderr
+    refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--out", tmp_path / "b"), 2)
+    assert "leave out --out" in refused.stderr
+
+
+def test_what_is_learnt_from_here_on_is_warned_of(copy: Path, plugin: Path, tmp_path: Path) -> None:
+    """Rates, prompts and a reward whose file was edited: each in one line."""
+    edited = tmp_path / plugin.name
+    edited.write_text(plugin.read_text() + "# better now\n")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    sets = ["--set", "train.lr_text=1e-5", "--set", "eval.seed=7", "--prompts", prompts, "--steps", "5"]
+    resumed = _done(_run("train", "--resume", copy, "--plugin", edited, *sets))
+    for text in (
+        "train.lr_text: 0.0003 -> 1e-05 (changes what is learnt",
+        "eval.seed: 42 -> 7 (evaluations before and after are not comparable)",
+        "prompts to train on are not what they were",
+        "reward 'moody' is not what it was",
+        "no difference is reported",
+    ):
+        assert len(_lines(resumed, text)) == 1, text
+
+
+def test_the_reference_must_be_what_it_was(tmp_path: Path, plugin: Path) -> None:
+    """A base may move; one with other weights is refused."""
+    base = Path(shutil.copytree(embedded_directory(), tmp_path / "base"))
+    run = tmp_path / "run"
+    small = [*command(run, plugin, ("train.steps=1", "eval.every=0", "eval.best=''")), "--model", base]
+    _done(_run(*small))
+    before = weights_digest(read_release(base))
+    base.rename(tmp_path / "moved")
+    moved = _run("train", "--resume", run, "--plugin", plugin, "--model", tmp_path / "moved", "--steps", "2")
+    assert json.loads((run / "checkpoints" / "last" / "state.json").read_text())["reference"] == before
+    _done(moved)
+    weights = load_file(tmp_path / "moved" / "ema.safetensors")
+    name = min(weights)
+    weights[name] = weights[name] + 1
+    save_file(weights, tmp_path / "moved" / "ema.safetensors")
+    (line,) = _lines(_done(_run("train", "--resume", run, "--plugin", plugin, "--steps", "3"), 5), "error:")
+    assert "does not hold the weights that this run began with" in line
+
+
+def test_prompts_are_told_apart_by_all_they_hold(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"x" * 20000)
+    one = [Prompt("a", "a", {"tag": "t", "image": str(picture)}, str(picture)), Prompt("b", "b")]
+    kept = prompt_list(one)
+    assert kept.count == 2 and kept == prompt_list(list(one))
+    cursor = kept.cursor(load_config(overrides=["train.prompts_per_step=4"]), 3)
+    assert cursor == {"epoch": 6, "position": 0}, "12 prompts drawn of 2"
+    moved = tmp_path / "b.png"
+    shutil.copy(picture, moved)
+    assert prompt_list([Prompt("a", "a", {"tag": "t", "image": str(moved)}, str(moved)), one[1]]) == kept
+    picture.write_bytes(b"x" * 19999 + b"y")
+    others = [one, one[::-1], [one[0], Prompt("b", "c")], [one[0], Prompt("b", "b", {"n": 1})], [one[0]]]
+    assert len({prompt_list(p).digest for p in others} | {kept.digest}) == len(others) + 1
+
+
+# ----- no room
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Lets no file of this process grow beyond a size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_room_for_a_checkpoint(
+    copy: Path, plugin: Path, alone: Path, tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
+    shutil.rmtree(copy / "checkpoints" / "step_000004")
+    small_files(10_000_000)  # the weights have room, the moments have not
+    stopped = _done(_run(*command(copy, plugin, FOUR)), 1)
+    small_files(resource.RLIM_INFINITY)
+    (line,) = _lines(stopped, "error:")
+    assert "checkpoints/step_000004 cannot be written" in line and f"--resume {copy}" in line
+    assert not list(copy.rglob("*.partial"))
+    _done(_run(*command(copy, plugin, FOUR)))
+    assert not differences(alone, copy)
+
+
+@pytest.mark.parametrize("where", ["durable.append_line", "samples.new_directory", "samples.new_file"])
+def test_no_room_for_metrics_or_samples(
+    copy: Path, plugin: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    shutil.rmtree(copy / "checkpoints" / "step_000004")
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise DiskError(f"{path} cannot be written (No space left on device); free space or mend that")
+
+    name = where.replace("durable", "run")
+    monkeypatch.setattr(f"unigrpo_cli.runtime.{name}", full)
+    (line,) = _lines(_done(_run(*command(copy, plugin, FOUR)), 1), "error:")
+    assert "No space left" in line and f"--resume {copy}" in line
+    monkeypatch.undo()
+    monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
+    _done(_run(*command(copy, plugin, FOUR)))
+    assert not differences(alone, copy)
+
+
+def test_a_line_is_written_whole_or_not(tmp_path: Path, small_files: Callable[[int], None]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, "a" * 50)
+    small_files(80)
+    with pytest.raises(DiskError, match=r"metrics\.jsonl cannot be written"):
+        append_line(path, "b" * 50)
+    small_files(resource.RLIM_INFINITY)
+    assert path.read_text() == "a" * 50 + "\n"
+
+
+FULL_DISK = """
+import subprocess, sys
+from pathlib import Path
+from typer.testing import CliRunner
+from tests.chaos import command
+from unigrpo_cli.cli import app
+
+place, plugin = Path(sys.argv[1]), Path(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "none", place], check=True)
+line = command(place / "run", plugin, ("train.steps=6", "train.keep_checkpoints=5"))
+stopped = CliRunner().invoke(app, line)
+print(stopped.stderr, stopped.exit_code, sorted(p.name for p in (place / "run" / "checkpoints").iterdir()))
+subprocess.run(["mount", "-o", "remount,size=200m", place], check=True)
+print(CliRunner().invoke(app, line).exit_code)
+"""
+
+
+def test_a_disk_that_is_full(tmp_path: Path, plugin: Path) -> None:
+    """A file system of 50 MB, checkpoints of 19: the third is one too many, until there is more room."""
+    mounts = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run(mounts, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here without privileges")
+    place = tmp_path / "small"
+    place.mkdir()
+    root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(place), str(plugin)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    said = done.stdout
+    assert "No space left on device" in said, said + done.stderr
+    assert "1 ['best', 'last', 'step_000002', 'step_000003']" in said
+    assert said.splitlines()[-1] == "0"
+
+
+# ----- files
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(ValueError, match="halfway"):
+        _write_half_a_file(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+    with pytest.raises(DiskError, match=r"a\.txt cannot be written \(No space"), new_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old"
+
+
+def test_a_directory_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    for text in ("old", "new"):
+        with new_directory(path, sums=True) as partial:
+            (partial / "a").write_text(text)
+            assert not path.exists() or (path / "a").read_text() == "old"
+    assert (path / "a").read_text() == "new"
+    assert damage(path) is None
+    with pytest.raises(KeyboardInterrupt):
+        _write_half_a_directory(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    assert sweep(tmp_path) == []
+    for line, wrong in (("", "empty"), ("0  ../a\n", "no sum"), (f"{'0' * 64}  a\n", "differs")):
+        (path / "SHA256SUMS").write_text(line)
+        assert wrong in str(damage(path))
+
+
+def _write_half_a_file(path: Path) -> None:
+    with new_file(path) as partial:
+        partial.write_text("ne")
+        raise ValueError("halfway")
+
+
+def _write_half_a_directory(path: Path) -> None:
+    with new_directory(path, sums=True) as partial:
+        (partial / "a").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_later_lines_and_sheets_are_forgotten(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for row in ({"step": 1, "loss": 0.5}, {"step": 1, "eval/a": 1.0}, {"step": 2, "loss": 0.1}):
+        run.log(row)
+    (tmp_path / "samples" / "step_000002").mkdir(parents=True)
+    for name in ("step_000001.png", "step_000002.png", "progress.png"):
+        (tmp_path / "samples" / name).touch()
+    run.forget_after(1)
+    assert run.metrics.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 1, "eval/a": 1.0}\n'
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["progress.png", "step_000001.png"]
+    run.forget_after(1, evaluated=False)
+    assert run.metrics.read_text() == '{"step": 1, "loss": 0.5}\n'

@@ -1,0 +1,63 @@
+"""Batches of episodes on disk with what was said of them: `unigrpo rollout` writes them, bad steps leave them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unigrpo_cli.episode import Group, save_episodes
+from unigrpo_cli.jsontext import to_json
+from unigrpo_cli.rewards.scoring import Scored
+from unigrpo_cli.runtime.durable import new_directory
+
+KEPT = 3  # bad steps on disk: those of one stop
+
+
+def reward_rows(groups: Sequence[Group], scored: dict[str, Scored]) -> list[dict[str, Any]]:
+    """One JSON row per episode: what was asked, written and scored."""
+    rows: list[dict[str, Any]] = []
+    for g, group in enumerate(groups):
+        for episode in group.episodes:
+            k = len(rows)
+            rows.append(
+                {
+                    "prompt": group.prompt.text,
+                    "prompt_id": group.prompt.id,
+                    "member": episode.member,
+                    "seed": episode.seed,
+                    "reasoning": episode.reasoning,
+                    "image": f"{g:04d}_{episode.member:03d}.png",
+                    "rewards": {n: float(s.scores[k]) if s.valid[k] else None for n, s in scored.items()},
+                    "components": {
+                        n: {part: float(v[k]) for part, v in s.components.items() if v[k] == v[k]}
+                        for n, s in scored.items()
+                    },
+                    "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
+                }
+            )
+    return rows
+
+
+def save_bad_step(
+    folder: Path,
+    step: int,
+    reason: str,
+    groups: Sequence[Group],
+    scored: dict[str, Scored],
+    advantage_B: Tensor,
+    metrics: dict[str, float],
+) -> Path:
+    """The whole batch of a skipped step, for study: `unigrpo rollout --from` opens it. Keeps the newest KEPT."""
+    path = folder / f"step_{step:06d}"
+    why = {"step": step, "reason": reason, "advantages": advantage_B, "metrics": metrics}
+    with new_directory(path, sums=False) as partial:
+        save_episodes(groups, partial)
+        for name, content in (("rewards.json", reward_rows(groups, scored)), ("bad_step.json", why)):
+            (partial / name).write_text(to_json(content, indent=1) + "\n")
+    for old in sorted(folder.glob("step_*"))[:-KEPT]:
+        shutil.rmtree(old)
+    return path
