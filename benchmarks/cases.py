@@ -88,7 +88,7 @@ CASES = {
             "K": (1, 3, 8),
         },
         budget_s=1500,
-        share_s=40,
+        share_s=20,
     ),
     "tiny": Cases(
         embedded={

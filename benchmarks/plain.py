@@ -3,7 +3,8 @@
 One episode at a time, as BAGEL's official inference does it: the prompt is read into a key-value cache of the
 episode's own, words are drawn and fed one by one, and each denoising step is one call for one image in that cache.
 For that, nothing of `rollout.py`, `context.py` or of the network's `forward` is used: only the layers' weights by
-their names, and the functions that say what an action is (`algo`, `seeds`), so that both draw the same episodes.
+their names, multiplied by torch's own `F.linear`, and the functions that say what an action is (`algo`, `seeds`),
+so that both draw the same episodes.
 
 Shape letters: L tokens of a text, S slots of the cache, N image tokens of D numbers, H heads of E numbers, C width.
 A leading 1 is the batch.
@@ -57,6 +58,10 @@ def _rotate(x_1HLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def _times(matrix: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, matrix.weight, matrix.bias)
+
+
 def _projected(
     layer: nn.Module, x_1LC: Tensor, turned: tuple[Tensor, Tensor], expert: str, head: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +69,8 @@ def _projected(
     own = layer.self_attn
     normed = getattr(layer, f"input_layernorm{expert}")(x_1LC)
     q, k, v = (
-        getattr(own, f"{name}_proj{expert}")(normed).unflatten(-1, (-1, head)).transpose(1, 2) for name in "qkv"
+        _times(getattr(own, f"{name}_proj{expert}"), normed).unflatten(-1, (-1, head)).transpose(1, 2)
+        for name in "qkv"
     )
     q, k = getattr(own, f"q_norm{expert}")(q), getattr(own, f"k_norm{expert}")(k)
     return _rotate(q, turned), _rotate(k, turned), v
@@ -73,8 +79,9 @@ def _projected(
 def _after(layer: nn.Module, x_1LC: Tensor, attended_1HLE: Tensor, expert: str) -> Tensor:
     """The rest of a layer after its attention."""
     merged = attended_1HLE.transpose(1, 2).flatten(2)
-    x_1LC = x_1LC + getattr(layer.self_attn, f"o_proj{expert}")(merged)
-    return x_1LC + getattr(layer, f"mlp{expert}")(getattr(layer, f"post_attention_layernorm{expert}")(x_1LC))
+    x_1LC = x_1LC + _times(getattr(layer.self_attn, f"o_proj{expert}"), merged)
+    normed, mlp = getattr(layer, f"post_attention_layernorm{expert}")(x_1LC), getattr(layer, f"mlp{expert}")
+    return x_1LC + _times(mlp.down_proj, F.silu(_times(mlp.gate_proj, normed)) * _times(mlp.up_proj, normed))
 
 
 def read(network: MoT, cache: Cache, ids: Sequence[int]) -> Tensor:
