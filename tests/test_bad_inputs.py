@@ -870,10 +870,6 @@ def _tensor(e: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor]
     save_file(state, e / "episodes.safetensors")
 
 
-def _spoiled(x: torch.Tensor) -> torch.Tensor:
-    return torch.full_like(x, float("nan"))
-
-
 DAMAGED = "save them again"
 EPISODES = [
     episodes("episodes-no-json", lambda e: (e / "episodes.json").write_text("{"), DAMAGED),
@@ -902,8 +898,6 @@ EPISODES = [
     episodes(
         "episodes-tensor-short", lambda e: _tensor(e, ".before", lambda x: x[:1]), "before has shape", DAMAGED
     ),
-    episodes("episodes-latent-nan", lambda e: _tensor(e, ".latent", _spoiled), "latent", "finite", DAMAGED),
-    episodes("episodes-log-prob-nan", lambda e: _tensor(e, ".log_prob", _spoiled), "log_prob", "finite", DAMAGED),
     episodes(
         "episodes-log-prob-above-0", lambda e: _tensor(e, "1.log_prob", lambda x: x.abs() + 1), "log_prob", DAMAGED
     ),

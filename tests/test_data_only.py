@@ -25,7 +25,7 @@ from unigrpo_plugins.judge_server import JudgeServer
 ROOT = Path(__file__).parents[1]
 QUICK = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
 QUICK += ["--set", "eval.steps=2", "--set", "sampling.max_new_tokens=8"]
-QUICK += ["--set", "train.samples_every=0", "--set", "threads=1"]
+QUICK += ["--set", "train.samples_every=0", "--set", "threads=1", "--set", "doctor.at_start=warn"]
 
 
 def _run(*arguments: object) -> Result:

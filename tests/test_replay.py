@@ -23,7 +23,7 @@ from unigrpo_cli.episode import (
 from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.mot import Attention
 from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.replay import collate, replay
+from unigrpo_cli.replay import collate, micro_batches, replay, replayed_tokens
 from unigrpo_cli.rollout import Sampling, look, paint, read_given, rollout, write_text
 from unigrpo_cli.seeds import derive
 from unigrpo_cli.watch import drift
@@ -301,3 +301,31 @@ def test_a_reference_for_velocities_alone_leaves_words_unscored(tiny: UnifiedMod
     assert all(torch.equal(a, b) for a, b in zip(whole.velocities, silent.velocities, strict=True))
     assert silent.log_prob_BL.shape == whole.log_prob_BL.shape
     assert not silent.log_prob_BL.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 150, 400, 10**6])
+def test_a_budget_of_tokens_bounds_micro_batches(tiny: UnifiedModel, tokens: int) -> None:
+    """Every episode once, none too many, padding counted; those that are padded together are of a length."""
+    episodes = _episodes(tiny, members=4)
+    size, indices = 4, list(range(len(episodes)))[1:]
+    parts = micro_batches(episodes, indices, size, tokens)
+    assert sorted(k for part in parts for k in part) == indices
+    padded = 0
+    for part in parts:
+        longest = max(replayed_tokens(episodes[k]) for k in part)
+        assert len(part) == 1 or (len(part) <= size and len(part) * longest <= tokens)
+        padded += len(part) * longest
+    unsorted = micro_batches(episodes, indices, size)
+    assert unsorted == [indices[at : at + size] for at in range(0, len(indices), size)]
+    if tokens == 10**6:
+        assert len(parts) == len(unsorted)
+        assert padded < sum(len(p) * max(replayed_tokens(episodes[k]) for k in p) for p in unsorted)
+
+
+def test_replayed_tokens_are_those_the_network_is_fed(tiny: UnifiedModel) -> None:
+    for episode in _episodes(tiny):
+        (turn,) = collate([episode]).turns
+        assert turn.image is not None
+        copies, latents = turn.image.x_BKND.shape[1:3]
+        fed = turn.ids_BS.shape[1] + copies * (latents + len(tiny.network.edge_ids))
+        assert replayed_tokens(episode) == fed

@@ -110,6 +110,11 @@ class Train(Section):
     )
     epochs: Positive = Field(1, description="passes over one rollout's episodes")
     micro_batch: Positive = Field(8, description="episodes in one backward pass; changes memory, no gradient")
+    micro_tokens: Count = Field(
+        0,
+        description="and tokens, padding and every step's image counted; then episodes are sorted by length; 0 for "
+        "no limit",
+    )
     experts: Literal["both", "text", "image"] = Field(
         "both", description="which actions and weights are trained [paper: both]"
     )

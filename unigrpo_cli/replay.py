@@ -25,6 +25,7 @@ from unigrpo_cli.models.mot import NoisyImage
 from unigrpo_cli.rollout import look, views_of
 
 COUPLINGS = ("full", "detach")
+EDGES = 2  # boundary tokens of an image
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,43 @@ class Batch:
     behaviour_image_BK: Tensor
 
 
-def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int) -> list[list[int]]:
-    """The indices in their order, cut into parts of at most `size` episodes that can be replayed together."""
+def micro_batches(
+    episodes: Sequence[Episode], indices: Sequence[int], size: int, tokens: int = 0
+) -> list[list[int]]:
+    """The indices cut into parts of at most `size` episodes that can be replayed together.
+
+    With `tokens` a part has at most that many, padding counted (or one episode, which may have more). The longest
+    come first then, so that those that are padded together are of a length; else the order stays.
+    """
     alike: dict[tuple, list[int]] = {}
     for k in indices:
         alike.setdefault(structure(episodes[k].segments), []).append(k)
-    return [own[at : at + size] for own in alike.values() for at in range(0, len(own), size)]
+    parts: list[list[int]] = []
+    for own in alike.values():
+        length = {k: replayed_tokens(episodes[k]) if tokens else 0 for k in own}
+        part: list[int] = []
+        for k in sorted(own, key=lambda k: -length[k]):
+            if part and (len(part) == size or (len(part) + 1) * length[part[0]] > tokens > 0):
+                parts.append(part)
+                part = []
+            part.append(k)
+        parts.append(part)
+    return parts
+
+
+def replayed_tokens(episode: Episode) -> int:
+    """Tokens that the network reads when an episode is replayed: words, and each image once per stochastic step."""
+    count = 0
+    for segment in episode.segments:
+        if isinstance(segment, GivenText):
+            count += len(segment.ids)
+        elif isinstance(segment, TextActions):
+            count += len(segment.opening) + len(segment.ids) + len(segment.closing)
+        elif isinstance(segment, ImageActions):
+            count += segment.window.size * (segment.grid[0] * segment.grid[1] + EDGES)
+        else:
+            count += len(segment.latent) + EDGES
+    return count
 
 
 def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> Batch:

@@ -127,7 +127,10 @@ def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Pr
             orders[epoch] = torch.randperm(len(prompts), generator=generator)
         prompt = prompts[int(orders[epoch][at])]
         again = sum(p.text == prompt.text for p in chosen)
-        chosen.append(replace(prompt, id=f"{prompt.id}@{again}") if again else prompt)
+        taken, name = {p.id for p in chosen}, f"{prompt.id}@{again}" if again else prompt.id
+        while name in taken:  # a list may have a name such as "a@1" of its own
+            name += "'"
+        chosen.append(replace(prompt, id=name) if name != prompt.id else prompt)
     return chosen
 
 
@@ -215,7 +218,9 @@ def replay_fixed(
     shares = []
     for start in range(0, len(episodes), each):
         share = []
-        for own in micro_batches(episodes, range(start, start + each), config.train.micro_batch):
+        for own in micro_batches(
+            episodes, range(start, start + each), config.train.micro_batch, config.train.micro_tokens
+        ):
             batch = collate([episodes[k] for k in own], policy.device)
             reference = None
             with torch.no_grad():

@@ -29,8 +29,9 @@ WIDE = 4
 class Batch:
     """The batch arithmetic of a training step.
 
-    `each` is episodes per optimizer step, `micro_batches` backward passes per optimizer step, `rollouts` batches of
-    sampling, `reads` how often a prompt is read for them. The calls are passes through the network per episode.
+    `each` is episodes per optimizer step, `micro_batches` backward passes per optimizer step (`at_least`, where a
+    budget of tokens may ask for more), `rollouts` batches of sampling, `reads` how often a prompt is read for them.
+    The calls are passes through the network per episode.
     """
 
     prompts: int
@@ -39,6 +40,7 @@ class Batch:
     optimizer_steps: int
     each: int
     micro_batches: int
+    at_least: bool
     rollouts: int
     reads: int
     word_calls: int
@@ -48,9 +50,10 @@ class Batch:
 
     def lines(self) -> tuple[str, ...]:
         """In words."""
+        micro = f"{'at least ' if self.at_least else ''}{self.micro_batches} micro-batches each"
         return (
             f"step = {self.prompts} prompts x {self.group} episodes = {self.episodes} episodes, "
-            f"{self.optimizer_steps} optimizer steps on {self.each}, {self.micro_batches} micro-batches each",
+            f"{self.optimizer_steps} optimizer steps on {self.each}, {micro}",
             f"sampled in {self.rollouts} batches: up to {self.word_calls} calls of the network for the words of "
             f"each, {self.denoise_calls} for its images; then {self.replays} replays without gradients, "
             f"{self.backwards} with",
@@ -82,6 +85,7 @@ def batch_of(config: Config) -> Batch:
         optimizer_steps=t.updates * t.epochs,
         each=each,
         micro_batches=-(-each // t.micro_batch),
+        at_least=t.micro_tokens > 0,
         rollouts=len(starts),
         reads=reads,
         word_calls=s.max_new_tokens + 2 if s.think else 0,
@@ -227,8 +231,12 @@ class Workload:
 
     @property
     def micro(self) -> int:
-        """Episodes replayed together."""
-        return min(self.config.train.micro_batch, self.batch.each)
+        """Episodes replayed together, each as long as it may be."""
+        most = min(self.config.train.micro_batch, self.batch.each)
+        if not self.config.train.micro_tokens:
+            return most
+        longest = self.text + (self.copies * self.image if self.paints else 0)
+        return max(1, min(most, self.config.train.micro_tokens // longest))
 
     @property
     def keys(self) -> int:

@@ -19,10 +19,10 @@ class Effect(Enum):
 
 
 _NONE = (
-    "preset device threads memory_gb sampling.rows train.steps train.micro_batch train.reference_on "
-    "train.activation_checkpointing train.checkpoint_every train.keep_checkpoints train.keep_every "
-    "train.samples_every train.drift_limit eval.every eval.best reward.timeout_s reward.setup_timeout_s "
-    "reward.max_abstain reward.strict reward.overlap reward.offload"
+    "preset device threads memory_gb sampling.rows train.steps train.micro_batch train.micro_tokens "
+    "train.reference_on train.activation_checkpointing train.checkpoint_every train.keep_checkpoints "
+    "train.keep_every train.samples_every train.drift_limit eval.every eval.best reward.timeout_s "
+    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload"
 )
 _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
