@@ -503,7 +503,10 @@ class _Session:
             folder = self.run.directory / "bad_steps"
             found = (step.groups, step.scored, step.advantage_B, step.metrics)
             path = save_bad_step(folder, self.state.step, step.skipped, *found)
-            self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
+            try:
+                self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
+            finally:
+                self._settle()  # the count begins anew in the checkpoint of this stop, too
 
     def _summary(self, train_seconds: float, interrupted: bool) -> dict[str, Any]:
         facts = self.state.facts
