@@ -7,12 +7,8 @@ such. Rows come as they are measured; `--json` is written after each.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import math
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this fi
 from benchmarks import clock as clocks
 from benchmarks import parts
 from benchmarks.clock import Clock
-from benchmarks.report import Report, put_into
+from benchmarks.report import Report, put_into, surroundings
 from benchmarks.shapes import SIZES, Size, random_policy
 from unigrpo_cli.models.sizes import network_shapes
 from unigrpo_cli.replay import collate, replay
@@ -114,27 +110,12 @@ def settings(arguments: argparse.Namespace, size: Size, device: torch.device) ->
         "device": device.type,
         "card": card,
         "nominal_tflops": clocks.nominal_tflops(card) if arguments.dtype == "bfloat16" else None,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "dtype": arguments.dtype,
         "cudnn_attention": not arguments.no_cudnn_attention,
         "image": f"{size.pixels} px of {size.image_tokens} tokens in {size.calls} calls",
         "thinking": f"{size.thinking} tokens after {size.given + 4} given ones",
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **surroundings(),
     }
-
-
-def commit() -> str:
-    """The commit of this clone, marked when files differ from it."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:

@@ -29,20 +29,23 @@ class Clock:
     """Seconds of finished work on one device, within a budget, and the largest memory it took.
 
     On a device of its own memory is what torch has allocated there; on a CPU it is the resident set.
+
+    With `processor` they are the processor's, all threads of this process together: with one thread, those of
+    an idle machine, however busy this one is.
     """
 
-    def __init__(self, device: torch.device, budget_s: float):
-        self.device, self.ends = device, time.perf_counter() + budget_s
+    def __init__(self, device: torch.device, budget_s: float, *, processor: bool = False):
+        self.device, self.ends, self.processor = device, time.perf_counter() + budget_s, processor
 
     @property
     def left_s(self) -> float:
         return self.ends - time.perf_counter()
 
     def now(self) -> float:
-        """Seconds on the host's clock, once the device has done all that it was given."""
+        """Seconds on the clock, once the device has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.process_time() if self.processor else time.perf_counter()
 
     def need(self, seconds: float) -> None:
         """Refuse what would take longer than what is left.
@@ -72,6 +75,25 @@ class Clock:
         while len(times) < most and sum(times) + times[-1] < min(share_s, self.left_s):
             times.append(self.once(run))
         return times
+
+    def side_by_side(
+        self, runs: dict[str, Callable[[], object]], share_s: float, most: int = 5, *, warm: bool = False
+    ) -> dict[str, list[float]]:
+        """Seconds of every call, the variants in turn: what disturbs the machine then disturbs all alike.
+
+        As many rounds as fit into `share_s`, at least one, after one call of each unless they are `warm`.
+        """
+        self.need(0)
+        if not warm:
+            self.need(sum(self.once(run) for run in runs.values()))
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        began = self.now()
+        while True:
+            for name, run in runs.items():
+                times[name].append(self.once(run))
+            spent, rounds = self.now() - began, len(times[next(iter(runs))])
+            if rounds == most or spent / rounds > min(share_s - spent, self.left_s):
+                return times
 
     def forget_peak(self) -> None:
         """Begin to look for the largest memory anew."""
@@ -118,6 +140,11 @@ class Clock:
             yield
         finally:
             setattr(owner, name, own)
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over rounds of the seconds of one variant over another's."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
 def _resident_gib(entry: str) -> float:

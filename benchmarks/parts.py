@@ -41,6 +41,7 @@ def configuration(size: Size, dtype: str, micro_batch: int) -> Config:
         "sampling.width": size.pixels,
         "sampling.steps": size.calls,
         "sampling.window_size": size.copies,
+        "sampling.window_within": (0, max(5, size.copies)),
         "sampling.rows": max(size.groups),
         "train.tune": "lora",
         "train.lora_rank": size.rank,

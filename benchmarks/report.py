@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
 import math
+import os
+import platform
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +21,33 @@ import torch
 from benchmarks.clock import GIB, NotMeasuredError
 
 NOT_REACHED = "not reached"
+RELATIVE = "relative"
+"""The unit of a difference between two ways to the same number; it alone may be 0."""
+LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "accelerate", "trl")
+
+
+def surroundings() -> dict[str, Any]:
+    """What any number depends on: machine, threads, libraries, commit, date. No name of a machine."""
+    installed = {d.metadata["name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: torch.__version__ if name == "torch" else installed.get(name) for name in LIBRARIES},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str:
+    """The commit of this clone, marked when files differ from it."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"
 
 
 @dataclass(frozen=True)
@@ -75,6 +107,7 @@ class Report:
         self.setting, self.path = setting, path
         self.rows = {(row.part, row.name): row for row in rows}
         self.profiles: dict[str, list[dict[str, Any]]] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
         self.left_out: dict[str, str] = {}
         print("\n".join([self.line_of_settings(), "", *self.head]), flush=True)
 
@@ -84,7 +117,8 @@ class Report:
         Raises:
             ValueError: when the number is none that can be true.
         """
-        if not (math.isfinite(value) and value > 0):
+        least_is_zero = self.rows[part, name].unit == RELATIVE
+        if not (math.isfinite(value) and (value > 0 or (least_is_zero and value == 0))):
             raise ValueError(f"{part}, {name}: measured {value}")
         self._put(replace(self.rows[part, name], value=float(value), note=note))
         return value
@@ -92,6 +126,20 @@ class Report:
     def value(self, part: str, name: str) -> float | None:
         """A number measured earlier, or None."""
         return self.rows[part, name].value
+
+    def go_on_from(self, path: Path) -> None:
+        """Take over what an earlier report holds."""
+        earlier = json.loads(path.read_text())
+        for row in earlier["rows"]:
+            key = row["part"], row["name"]
+            if key in self.rows:
+                self._put(replace(self.rows[key], value=row["value"], note=row["note"]))
+        self.tables |= earlier["tables"]
+
+    def holds(self, part: str) -> bool:
+        """Whether a part is there, all its rows or its table."""
+        own = [row.value for row in self.rows.values() if row.part == part]
+        return part in self.tables or (bool(own) and None not in own)
 
     def _put(self, row: Row) -> None:
         self.rows[row.part, row.name] = row
@@ -123,6 +171,12 @@ class Report:
             print(f"{title}: {s['share']:6.1%} {s['calls']:6d} x {s['name']}", flush=True)
         self.write()
 
+    def add_line(self, title: str, line: dict[str, Any]) -> None:
+        """One more line of a table; all lines of a table have the same columns."""
+        self.tables.setdefault(title, []).append(line)
+        print(f"{title}: " + ", ".join(f"{name} {cell(value)}" for name, value in line.items()), flush=True)
+        self.write()
+
     def json(self) -> dict[str, Any]:
         rows = self.rows.values()
         missing = [{"part": r.part, "name": r.name, "reason": r.note} for r in rows if r.value is None]
@@ -132,6 +186,7 @@ class Report:
             "rows": [row.json() for row in rows if row.value is not None],
             "not_run": missing,
             "profiles": self.profiles,
+            "tables": self.tables,
         }
 
     def write(self) -> None:
@@ -147,7 +202,16 @@ class Report:
         for title, spent in self.profiles.items():
             lines += ["", f"Time of {title}:", "", "| | share | calls |", "|---|---|---|"]
             lines += [f"| `{s['name']}` | {s['share']:.1%} | {s['calls']} |" for s in spent]
+        for title, table in self.tables.items():
+            columns = list(table[0])
+            lines += ["", f"{title}:", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+            lines += [f"| {' | '.join(cell(line[name]) for name in columns)} |" for line in table]
         return "\n".join(lines)
+
+
+def cell(value: object) -> str:
+    """A table's entry: true numbers of measurement shortened, all else as it is."""
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def needed_gib(message: str) -> float:

@@ -53,7 +53,8 @@ class Size:
         return self.given + 4 + self.thinking + 2
 
 
-def _network(hidden: int, layers: int, heads: int, kv: int, inner: int, vocabulary: int, side: int) -> MoTConfig:
+def bagel_shape(hidden: int, layers: int, heads: int, kv: int, inner: int, vocabulary: int, side: int) -> MoTConfig:
+    """A shape of BAGEL's form; `side` is that of the table of latent positions."""
     return MoTConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -70,7 +71,7 @@ def _network(hidden: int, layers: int, heads: int, kv: int, inner: int, vocabula
 
 SIZES = {
     "7b": Size(
-        _network(3584, 28, 28, 4, 18944, 152064, 64),
+        bagel_shape(3584, 28, 28, 4, 18944, 152064, 64),
         AutoencoderConfig((128, 256, 512, 512), 2, 16),
         pixels=512,
         calls=24,
@@ -82,7 +83,7 @@ SIZES = {
         rank=64,
     ),
     "100m": Size(
-        _network(512, 9, 4, 1, 2560, 16384, 64),
+        bagel_shape(512, 9, 4, 1, 2560, 16384, 64),
         AutoencoderConfig((64, 128, 256, 256), 2, 16),
         pixels=256,
         calls=24,
@@ -94,7 +95,7 @@ SIZES = {
         rank=16,
     ),
     "tiny": Size(
-        _network(64, 2, 4, 2, 192, 512, 8),
+        bagel_shape(64, 2, 4, 2, 192, 512, 8),
         AutoencoderConfig((32, 32, 32, 32), 1, 16),
         pixels=64,
         calls=6,
@@ -121,10 +122,11 @@ def prompt_text(size: Size) -> str:
     return " ".join(f"w{k}" for k in range(size.given // 3))
 
 
-def made_up_tokenizer(vocabulary: int) -> Tokenizer:
-    """One token per made-up word; some ids of the head stay without one, as BAGEL's do."""
+def made_up_tokenizer(vocabulary: int, spare: int | None = None) -> Tokenizer:
+    """One token per made-up word; `spare` ids of the head stay without one, as some of BAGEL's do."""
+    spare = max(1, vocabulary // 400) if spare is None else spare
     special = [OPEN, CLOSE, *EDGES, UNKNOWN]
-    count = vocabulary - max(1, vocabulary // 400) - len(special)
+    count = vocabulary - spare - len(special)
     words = {word: k for k, word in enumerate([*special, *(f"w{k}" for k in range(count))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -301,6 +301,8 @@ def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatc
     why = json.loads((bad / "bad_step.json").read_text())
     assert (why["step"], why["reason"], len(why["advantages"])) == (5, rows[4]["skipped"], 3)
 
+    facts = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())["facts"]
+    assert facts["watch"]["bad_steps"] == 0, "who goes on all the same has three steps again"
     resumed = _run("train", "--resume", run / "checkpoints" / "step_000003", "--steps", "5", "--json")
     assert resumed.exit_code == 0, resumed.output
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

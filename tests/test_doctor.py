@@ -226,6 +226,32 @@ def test_a_dropped_stop_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tokens" not in _faults(found), "what was fed is still what is recorded"
 
 
+@pytest.mark.parametrize("where", ["rollout", "replay"])
+def test_a_stop_token_that_is_fed_but_no_action_is_found(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """In rollout under the guise of a text that was cut off; in replay by leaving it to `closing`."""
+
+    def forced(policy, text):
+        if not isinstance(text, TextActions) or not text.finished:
+            return text
+        own = {"ids": text.ids[:-1], "log_prob": text.log_prob[:-1], "closing": (int(text.ids[-1]),)}
+        return replace(text, finished=False, **own)
+
+    if where == "rollout":
+        _change_texts(monkeypatch, forced)
+    else:
+        collate = train.collate
+        monkeypatch.setattr(
+            train,
+            "collate",
+            lambda episodes, device: collate(
+                [replace(e, segments=tuple(forced(None, s) for s in e.segments)) for e in episodes], device
+            ),
+        )
+    found = _examine("sampling.max_new_tokens=40")
+    assert _faults(found) == {"stop-token"}
+    assert ("truncated after" if where == "rollout" else "not scored in replay") in found["stop-token"].seen
+
+
 def test_an_open_end_of_a_truncated_text_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     _change_texts(monkeypatch, lambda policy, text: replace(text, closing=()))
     assert "stop-token" in _faults(_examine("sampling.max_new_tokens=2"))
@@ -262,6 +288,23 @@ def test_words_replayed_at_another_temperature_are_found(monkeypatch: pytest.Mon
     found = _examine("sampling.temperature=0.7")
     assert {"temperature", "text-drift"} <= _faults(found)
     assert "replayed at 1" in found["temperature"].seen
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_a_temperature_lost_in_the_function_that_all_share_is_found(
+    monkeypatch: pytest.MonkeyPatch, draws: bool
+) -> None:
+    """`algo.text.token` itself forgets it, for draw and score or for the score alone: nothing else differs."""
+
+    def forgetful(logits, *, temperature, uniform=None, id=None):
+        drawn = token(logits, temperature=1.0 if draws else temperature, uniform=uniform, id=id)
+        return token(logits, temperature=1.0, id=drawn.id)
+
+    for module in (rollout, replay):
+        monkeypatch.setattr(module, "token", forgetful)
+    found = _examine("sampling.temperature=0.7")
+    assert _faults(found) == {"temperature"}
+    assert "recorded as at 1" in found["temperature"].seen
 
 
 def test_texts_that_are_cut_off_are_a_warning() -> None:
@@ -385,6 +428,22 @@ def test_latents_that_went_through_sixteen_bits_are_found(
 # ----- policy and reference
 
 
+@pytest.mark.parametrize("name", ["x_BKND", "x_next_BKND"])
+def test_latents_rounded_after_they_were_stacked_are_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The network is fed the recorded ones, and the step is scored between others."""
+    collate = train.collate
+
+    def faulty(episodes, device="cpu"):
+        batch = collate(episodes, device)
+        images = tuple(replace(s, **{name: getattr(s, name).bfloat16().float()}) for s in batch.actions.images)
+        return replace(batch, actions=replace(batch.actions, images=images))
+
+    monkeypatch.setattr(train, "collate", faulty)
+    found = _examine()
+    assert "latents" in _faults(found)
+    assert "scores other latents" in found["latents"].seen
+
+
 def test_a_stale_old_policy_is_found_after_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Old scores from a copy made at the beginning: right in the first step, and in no other."""
     fixed = train.replay_fixed
@@ -442,6 +501,19 @@ def test_a_reference_that_is_the_policy_is_found(monkeypatch: pytest.MonkeyPatch
     assert _faults(_examine()) == {"reference"}
 
 
+def test_a_reference_that_is_the_old_policy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is detached and scored like any other, and goes along with every step."""
+    fixed = train.replay_fixed
+
+    def faulty(*given):
+        return [[replace(m, reference=m.old) for m in share] for share in fixed(*given)]
+
+    monkeypatch.setattr(train, "replay_fixed", faulty)
+    found = _examine()
+    assert _faults(found) == {"reference"}
+    assert "exactly 0" in found["reference"].seen
+
+
 def test_a_penalty_without_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     penalties = objective.step_penalties
 
@@ -475,6 +547,34 @@ def test_a_gradient_that_is_lost_in_one_expert_is_found(monkeypatch: pytest.Monk
     found = _examine()
     assert "gradients" in _faults(found)
     assert "image expert" in found["gradients"].seen
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_words_behind_a_detach_are_found_though_images_teach_their_expert(
+    monkeypatch: pytest.MonkeyPatch, tune: str
+) -> None:
+    own = UnifiedModel.logits
+    monkeypatch.setattr(UnifiedModel, "logits", lambda self, hidden: own(self, hidden.detach()))
+    found = _examine(f"train.tune={tune}")
+    assert _faults(found) == {"gradients"}
+    assert "of the text term reaches the text expert" in found["gradients"].seen
+
+
+def test_a_coupling_that_is_not_as_configured_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = train.replay
+    for configured, real in (("full", "detach"), ("detach", "full")):
+        monkeypatch.setattr(
+            train, "replay", lambda *a, coupling="full", real=real, **k: own(*a, coupling=real, **k)
+        )
+        found = _examine(f"objective.coupling={configured}")
+        assert _faults(found) == {"gradients"}
+        assert "image term reaches the text expert" in found["gradients"].seen
+
+
+def test_an_optimizer_at_another_rate_is_found() -> None:
+    state = _state(_config())
+    state.optimizer.param_groups[1]["full_lr"] = 0.0
+    assert "rate for the image expert is 0" in _examine(state=state)["gradients"].seen
 
 
 def test_a_frozen_layer_and_a_forgotten_group_are_found() -> None:
@@ -520,6 +620,41 @@ def test_micro_batches_with_the_advantages_of_others_are_found(monkeypatch: pyte
 
     monkeypatch.setattr(train, "replay_fixed", faulty)
     assert _faults(_examine()) == {"advantages"}
+
+
+@pytest.mark.parametrize("wrong", [lambda a: a.flip(0), lambda a: -a, lambda a: a[[2, 1, 0, 3]]])
+def test_advantages_swapped_in_the_loss_are_found(
+    monkeypatch: pytest.MonkeyPatch, wrong: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """The last swaps two of one sign, so only sizes tell."""
+    own = train.unigrpo_loss
+
+    def faulty(actions, new, old, reference, advantage_B, *given, **more):
+        return own(actions, new, old, reference, wrong(advantage_B), *given, **more)
+
+    monkeypatch.setattr(train, "unigrpo_loss", faulty)
+    found = _examine()
+    assert _faults(found) == {"advantages"}
+    assert "times its own advantage in the loss" in found["advantages"].seen
+
+
+def test_one_term_with_the_advantages_of_others_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = objective.image_term
+    monkeypatch.setattr(objective, "image_term", lambda ratio, a, **more: own(ratio, a.roll(1), **more))
+    found = _examine()
+    assert _faults(found) == {"advantages"}
+    assert "a step of a/" in found["advantages"].seen
+
+
+def test_a_word_that_the_loss_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = objective.text_term
+
+    def faulty(log_prob_BL, old_BL, mask_BL, advantage_B, **more):
+        last = mask_BL.cumsum(dim=1) == mask_BL.sum(dim=1, keepdim=True)
+        return own(log_prob_BL, old_BL, mask_BL & ~last, advantage_B, **more)
+
+    monkeypatch.setattr(objective, "text_term", faulty)
+    assert "a word of a/" in _examine()["advantages"].seen
 
 
 def test_a_plugin_that_turns_the_order_round_is_a_warning() -> None:
@@ -628,6 +763,20 @@ def test_a_failure_that_becomes_a_score_is_found(column: str) -> None:
     found = _examine(functions=(mean, swallows))
     assert found["reward-errors"].verdict == ("warn" if column == "reasoning" else FAULT)
     assert "cannot be read" in found["reward-errors"].seen
+
+
+@pytest.mark.parametrize("caught", [OSError, ValueError, RuntimeError])
+def test_a_failure_of_any_usual_kind_that_becomes_a_score_is_found(caught: type[Exception]) -> None:
+    """Decoders and networks raise one or another; who catches only one of them turns that one into 0."""
+
+    @reward("catches")
+    def catches(images):
+        try:
+            return [float(np.asarray(image, dtype=float).mean()) for image in images]
+        except caught:
+            return [0.0] * len(images)
+
+    assert _examine(functions=(catches,))["reward-errors"].verdict == FAULT
 
 
 def test_rewards_that_own_up_or_were_not_asked_are_left_alone() -> None:

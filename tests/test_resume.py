@@ -40,6 +40,7 @@ from unigrpo_cli.runtime.durable import (
     write_text,
 )
 from unigrpo_cli.runtime.generators import Generators, put_generators, read_generators, seed_generators
+from unigrpo_cli.runtime.resume import run_to_resume
 from unigrpo_cli.runtime.run import Run
 from unigrpo_cli.runtime.state import checkpoints, newest_checkpoint, prompt_list, prune_checkpoints
 from unigrpo_cli.session import find_checkpoint
@@ -381,6 +382,42 @@ def test_links_lead_to_checkpoints_and_are_none(copy: Path, plugin: Path, alone:
     _done(_run("train", "--resume", copy / "checkpoints" / "last", "--plugin", plugin))
     assert not differences(alone, copy)
     assert "no such checkpoint" in _done(_run("train", "--resume", copy / "checkpoints" / "step_7"), 2).stderr
+
+
+def test_a_link_to_a_run_is_that_run(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "monday"
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    (run / "config.toml").touch()
+    (tmp_path / "latest").symlink_to(run)
+    assert run_to_resume(str(tmp_path / "latest"), None) == (tmp_path / "latest", None)
+    (run / "checkpoints" / "last").symlink_to("step_000002")
+    (run / "checkpoints" / "step_000002" / "state.json").touch()
+    (tmp_path / "good").symlink_to(run / "checkpoints" / "last")
+    for link in (run / "checkpoints" / "last", tmp_path / "good"):
+        assert run_to_resume(str(link), None) == (run, run / "checkpoints" / "step_000002")
+
+
+def test_auto_takes_the_newest_run_also_before_its_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, name in ((300, "old"), (200, "killed"), (100, "rollout")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").touch()
+        os.utime(tmp_path / "runs" / name / "config.toml", (1e9 - age, 1e9 - age))
+    (tmp_path / "runs" / "rollout" / "episodes.json").touch()
+    (tmp_path / "runs" / "old" / "checkpoints").mkdir()
+    os.utime(tmp_path / "runs" / "old" / "checkpoints", (1e9 - 250, 1e9 - 250))
+    assert run_to_resume("auto", None) == (Path("runs/killed"), None)
+    os.utime(tmp_path / "runs" / "old" / "checkpoints", (1e9, 1e9))
+    assert run_to_resume("auto", None) == (Path("runs/old"), None)
+
+
+def test_a_metrics_line_cut_short_within_a_letter_is_dropped(tmp_path: Path) -> None:
+    run, whole = Run(tmp_path), '{"step": 1, "skipped": "a\u2028b é"}\n'
+    run.metrics.write_bytes(whole.encode() + b'{"step": 2, "skipped": "\xc3')
+    run.forget_after(2)
+    assert run.metrics.read_text(encoding="utf-8") == whole
 
 
 # ----- which checkpoints stay

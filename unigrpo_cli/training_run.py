@@ -572,7 +572,10 @@ class _Session:
         if step.skipped is not None:
             found = (step.groups, step.scored, step.advantage_B, step.metrics)
             path = save_bad_step(self.bad_steps, self.state.step, step.skipped, *found)
-            self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
+            try:
+                self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
+            finally:
+                self._settle()  # the count begins anew in the checkpoint of this stop, too
 
     def _summary(self, train_seconds: float, interrupted: bool) -> dict[str, Any]:
         facts = self.state.facts

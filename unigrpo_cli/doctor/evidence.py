@@ -89,6 +89,19 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Pushes:
+    """How the loss weighs what one micro-batch did, in units of each row's own advantage: equal for all when sound.
+
+    Args:
+        text_BL: of each word, times the words of its row; NaN off-mask.
+        image_BK: of each denoising step, along the gradient of its log-probability; [B, 0] when none is trained.
+    """
+
+    text_BL: Tensor
+    image_BK: Tensor
+
+
+@dataclass(frozen=True)
 class Replayed:
     """The drawn episodes as training replays them, with advantages of our own for gradients.
 
@@ -97,6 +110,9 @@ class Replayed:
         accounts, of_reference: what the network saw when old and reference scores were made, one per micro-batch.
         terms: of the first update.
         gradients: largest magnitude by parameter name; None where there was none.
+        by_term: largest magnitude of each expert's gradient from the text or the image term alone, without
+            penalties, on the first micro-batch: `by_term["text"]["image"]` is what text teaches the image expert.
+        pushes: one per micro-batch.
     """
 
     shares: list[list[MicroBatch]]
@@ -105,6 +121,8 @@ class Replayed:
     of_reference: list[Account]
     terms: list[dict[str, float]]
     gradients: dict[str, float | None]
+    by_term: dict[str, dict[str, float]]
+    pushes: list[Pushes]
 
     @property
     def batches(self) -> list[MicroBatch]:

@@ -27,6 +27,10 @@ class UnreadableError(OSError):
     """What using an unreadable thing raises, as a truncated file would."""
 
 
+class UnreadablePictureError(UnreadableError, ValueError, RuntimeError):
+    """Decoders and networks raise one or another of these about a picture, and whoever catches any is asked."""
+
+
 Refuse = Callable[[], Any]
 
 
@@ -148,7 +152,8 @@ def unreadable(opened: OpenReward, sample: Sample, part: str, timeout_s: float |
 
     def refuse() -> Any:
         refused.append(True)
-        raise UnreadableError(f"the {part} cannot be read")
+        kind = UnreadablePictureError if part == "picture" else UnreadableError
+        raise kind(f"the {part} cannot be read")
 
     batch = _batch(sample, part, refuse)
     try:

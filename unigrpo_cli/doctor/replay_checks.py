@@ -98,6 +98,9 @@ def _drift(e: Evidence, found: list[tuple[float, str]], limit: float) -> Outcome
 # ----- advantages
 
 
+EVEN = 0.05  # how far weights of actions may be apart, relative: the same but for rounding
+
+
 def advantages(e: Evidence) -> Outcome:
     """Each row is weighed by its own episode's advantage, and better episodes have larger ones."""
     if e.config.advantage.shuffle:
@@ -108,6 +111,9 @@ def advantages(e: Evidence) -> Outcome:
             if own != wanted:
                 seen = f"{label(e.drawn.episodes[k])} is replayed with {own:+.3f}, its own is {wanted:+.3f}"
                 return Outcome(FAULT, abs(own - wanted), 0.0, seen)
+    uneven = _uneven(e)
+    if uneven is not None:
+        return uneven
     compared, wrong, where = 0, 0, ""
     for a, b in _better(e):
         compared += 1
@@ -125,6 +131,31 @@ def advantages(e: Evidence) -> Outcome:
 def _rows(e: Evidence) -> Iterator[tuple[MicroBatch, list[int]]]:
     if e.replayed is not None:
         yield from zip(e.replayed.batches, e.replayed.rows, strict=True)
+
+
+def _uneven(e: Evidence) -> Outcome | None:
+    """An action that the loss does not weigh by its own episode's advantage, as it weighs the others."""
+    if e.replayed is None:
+        return None
+    for pushes, rows in zip(e.replayed.pushes, e.replayed.rows, strict=False):
+        # All words weigh the same; a step weighs by its noise, so it is compared with that step of other rows.
+        columns = [("word", pushes.text_BL)] if e.writes else []
+        columns += [("step", pushes.image_BK[:, [k]]) for k in range(pushes.image_BK.shape[1])] if e.paints else []
+        for what, weight in columns:
+            known = weight[weight.isfinite()]
+            usual = float(known.abs().median()) if len(known) else 0.0
+            off = torch.nan_to_num((weight - usual).abs(), nan=0.0)
+            if off.numel() and float(off.max()) > EVEN * usual:
+                b = int(off.max(dim=1).values.argmax())
+                value = float(weight[b][off[b].argmax()]) / usual if usual else 0.0
+                seen = (
+                    f"a {what} of {label(e.drawn.episodes[rows[b]])} is pushed by {value:+.2f} times its own "
+                    "advantage in the loss"
+                )
+                return Outcome(FAULT, value, 1.0, seen)
+            if len(known) and not usual:
+                return Outcome(FAULT, 0.0, 1.0, f"no {what} is pushed by its advantage in the loss")
+    return None
 
 
 def _equal_but_zero(e: Evidence, a: int, b: int) -> bool:
@@ -184,8 +215,17 @@ def gradients(e: Evidence) -> Outcome:
             return Outcome(FAULT, 0.0, 0.0, f"the {expert} expert has nothing that is trained")
         if not own <= held:
             return Outcome(FAULT, 0.0, 0.0, f"the optimizer lacks {len(own - held)} tensors of the {expert} expert")
+        rates = {g["full_lr"] for g in e.state.optimizer.param_groups if own & {id(p) for p in g["params"]}}
+        wanted = e.config.train.lr_text if expert == "text" else e.config.train.lr_image
+        if rates != {wanted}:
+            found = ", ".join(f"{rate:g}" for rate in sorted(rates))
+            seen = f"the optimizer's rate for the {expert} expert is {found}, train.lr_{expert} is {wanted:g}"
+            return Outcome(FAULT, max(rates), wanted, seen)
         if not reached[expert]:
             continue
+        lost = _lost_on_the_way(e, expert)
+        if lost:
+            return Outcome(FAULT, 0.0, 0.0, lost)
         values = {by_id[i]: e.replayed.gradients.get(by_id[i]) or 0.0 for i in own}
         largest[expert] = max(values.values())
         if not largest[expert] > 0:
@@ -200,6 +240,24 @@ def gradients(e: Evidence) -> Outcome:
     return Outcome(
         OK, min(largest.values()), 0.0, f"{seen}; {idle} of {len(e.replayed.gradients)} tensors have none"
     )
+
+
+def _lost_on_the_way(e: Evidence, expert: str) -> str:
+    """The term that should teach an expert and does not, or should not and does; empty when all is well."""
+    assert e.replayed is not None
+    full = e.config.objective.coupling == "full"
+    for term, trained in (("text", e.writes), ("image", e.paints)):
+        if not trained or term not in e.replayed.by_term or (expert, term) == ("image", "text"):
+            continue
+        if expert != term and not e.replayed.by_term[term][term] > 0:
+            continue  # it reaches nobody, which is said of the expert it is for
+        value = e.replayed.by_term[term][expert]
+        if expert == term or full:
+            if not value > 0:
+                return f"no gradient of the {term} term reaches the {expert} expert"
+        elif value > 0:
+            return f"the {term} term reaches the {expert} expert, though objective.coupling is detach"
+    return ""
 
 
 def _empty_layers(values: dict[str, float]) -> str:
@@ -237,6 +295,9 @@ def reference(e: Evidence) -> Outcome:
         return Outcome(FAULT, m.pull, 0.0, "away from the reference, the penalty has no gradient")
     if _fresh(e) and m.outward is not None and m.outward < 0:
         return Outcome(FAULT, m.outward, 0.0, "the penalty drives the policy away from the reference")
+    later = m.step.metrics.get(f"image/first_{e.config.objective.penalty}")
+    if later == 0:
+        return Outcome(FAULT, 0.0, 0.0, "a step after an update, the penalty is exactly 0 all the same")
     return Outcome(OK, m.reference_moved, 0.0, f"stood still while the policy went to {m.distance:.2g} from it")
 
 

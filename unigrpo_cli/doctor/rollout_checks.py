@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.text import token
 from unigrpo_cli.doctor.evidence import FAULT, OK, WARN, Evidence, Outcome, judged, label, skipped
 from unigrpo_cli.doctor.trial import accounts_of
 from unigrpo_cli.doctor.witness import Item, Look, Told
@@ -81,6 +80,11 @@ def tokens(e: Evidence) -> Outcome:
         if account.astray:
             wrong += account.astray
             where = where or f"{account.astray} words scored from padding"
+    for k, scored in _scored_words(e):
+        drawn = [i for s in e.drawn.episodes[k].segments if isinstance(s, TextActions) for i in s.ids.tolist()]
+        if scored != drawn[: len(scored)]:
+            wrong += 1
+            where = where or f"{label(e.drawn.episodes[k])}: other ids are scored than were drawn"
     return judged(wrong, 0, where or f"{count} fed ids compared")
 
 
@@ -108,13 +112,28 @@ def stop_token(e: Evidence) -> Outcome:
             problem = "finished, but closed a second time"
         elif not text.finished and text.closing != (stop,):
             problem = "truncated, but not closed"
+        elif not text.finished and len(ids) < e.config.sampling.max_new_tokens:
+            problem = f"truncated after {len(ids)} of {e.config.sampling.max_new_tokens} tokens"
         elif stop in (ids[:-1] if text.finished else ids):
             problem = "goes on after a stop token"
         elif text is episode.segments[-2] and e.painting(episode)[0].told[-1:] != (stop,):
             problem = "the network was fed no stop token before the image"
         wrong += bool(problem)
         where = where or (f"{label(episode)}: {problem}" if problem else "")
+    for k, said in _scored_words(e):
+        own = [i for s in e.drawn.episodes[k].segments if isinstance(s, TextActions) for i in s.ids.tolist()]
+        if said != own and len(said) < len(own) and stop in own[len(said) :]:
+            wrong += 1
+            where = where or f"{label(e.drawn.episodes[k])}: its stop token is not scored in replay"
     return judged(wrong, 0, where or f"{len(texts_of(e))} texts end as they should")
+
+
+def _scored_words(e: Evidence) -> Iterator[tuple[int, list[int]]]:
+    """Of each replayed row its episode and the ids that are scored as actions."""
+    for m, rows in zip(e.replayed.batches, e.replayed.rows, strict=True) if e.replayed else ():
+        ids_BL = torch.cat([turn.action_BL for turn in m.batch.turns], dim=1)
+        mask_BL = m.batch.actions.mask_BL
+        yield from ((k, ids_BL[b][mask_BL[b]].tolist()) for b, k in enumerate(rows))
 
 
 @dataclass(frozen=True)
@@ -156,9 +175,9 @@ def temperature(e: Evidence) -> Outcome:
     wanted, words = e.config.sampling.temperature, _witnessed_words(e)
     if words is None:
         return skipped("no distribution that was seen belongs to a recorded word")
-    recorded = token(words.logits_MV, temperature=wanted, id=words.id_M).log_prob
+    recorded = _log_prob(words.logits_MV, wanted, words.id_M)
     gap = float((recorded - words.log_prob_M).abs().max())
-    drawn = token(words.logits_MV, temperature=wanted, uniform=words.uniform_M).id
+    drawn = _drawn(words.logits_MV, wanted, words.uniform_M)
     missed = float((drawn != words.id_M).float().mean())
     if e.policy.device.type != "cpu" and missed <= 0.01:
         missed = 0.0  # drawn on another device, a number on the edge of a word may fall on its other side
@@ -176,16 +195,27 @@ def temperature(e: Evidence) -> Outcome:
     return Outcome(FAULT, worst, EXACT, f"configured {wanted:g}; {', '.join(found)}")
 
 
+def _log_prob(logits: Tensor, temperature: float, id: Tensor) -> Tensor:
+    """By the definition, not by `algo.text.token`, in which the fault may be."""
+    return (logits / temperature).log_softmax(dim=-1).gather(-1, id.unsqueeze(-1)).squeeze(-1)
+
+
+def _drawn(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """The first word at which the cumulative distribution is above `uniform`; by the definition too."""
+    cumulative = (logits / temperature).log_softmax(dim=-1).exp().double().cumsum(dim=-1)
+    return (cumulative <= uniform.unsqueeze(-1) * cumulative[..., -1:]).sum(dim=-1).clamp_max(logits.shape[-1] - 1)
+
+
 def _fitting(words: _Words, by_draw: bool) -> float:
     """The temperature that explains the recorded log-probabilities best, or the drawn words."""
     few = slice(0, 256)
     best, at = -math.inf, math.nan
     for value in torch.logspace(-1, 1, 161).tolist():
         if by_draw:
-            ids = token(words.logits_MV[few], temperature=value, uniform=words.uniform_M[few]).id
+            ids = _drawn(words.logits_MV[few], value, words.uniform_M[few])
             fit = float((ids == words.id_M[few]).float().mean())
         else:
-            said = token(words.logits_MV[few], temperature=value, id=words.id_M[few]).log_prob
+            said = _log_prob(words.logits_MV[few], value, words.id_M[few])
             fit = -float((said - words.log_prob_M[few]).abs().mean())
         if fit > best:
             best, at = fit, value
@@ -205,7 +235,7 @@ def _replayed_gap(e: Evidence) -> tuple[float, float]:
                 logits = account.words.get(told[:before])
                 if logits is None:
                     continue
-                own = token(logits, temperature=e.config.sampling.temperature, id=torch.tensor(id)).log_prob
+                own = _log_prob(logits, e.config.sampling.temperature, torch.tensor(id))
                 if abs(float(own) - value) > gap:
                     gap, used = abs(float(own) - value), m.batch.temperature
     return gap, used
@@ -403,9 +433,13 @@ def latents(e: Evidence) -> Outcome:
             )
     if worst > ROUNDED:
         return Outcome(FAULT, worst, ROUNDED, f"{worst:.0%} of numbers fit 16 bits ({where}): they were rounded")
-    for account, _, rows in accounts_of(e.replayed) if e.replayed else ():
+    for account, m, rows in accounts_of(e.replayed) if e.replayed else ():
         for b, k in enumerate(rows):
-            image = e.drawn.episodes[k].images[-1]
+            image, steps = e.drawn.episodes[k].images[-1], m.batch.actions.images[-1]
+            for name, x, y in (("before", steps.x_BKND, image.before), ("after", steps.x_next_BKND, image.after)):
+                if not torch.equal(x[b].cpu(), y):
+                    seen = f"{label(e.drawn.episodes[k])}: replay scores other latents ({name}) than are recorded"
+                    return Outcome(FAULT, None, None, seen)
             own = [look.x_ND for look in account.looks if look.row == b][-len(image.before) :]
             if own and not torch.equal(torch.stack(own), image.before):
                 return Outcome(FAULT, None, None, f"{label(e.drawn.episodes[k])}: replay is fed other latents")

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli import train
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.objective import Objective, step_densities
 from unigrpo_cli.config import Config
-from unigrpo_cli.doctor.evidence import Drawn, Evidence, Judged, Moved, Replayed
+from unigrpo_cli.doctor.evidence import Drawn, Evidence, Judged, Moved, Pushes, Replayed
 from unigrpo_cli.doctor.probe import PARTS, unreadable
 from unigrpo_cli.doctor.witness import Account, Witness
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
@@ -216,8 +218,13 @@ def _replay(
     batches = [m for share in shares for m in share]
     looked = Gradients(witness)
     terms: list[dict[str, float]] = []
+    by_term: dict[str, dict[str, float]] = {}
+    pushes: list[Pushes] = []
+    own = _with_own_advantages(shares)
     try:
-        for share in _with_own_advantages(shares):
+        pushes += [_pushes(m, objective) for share in own for m in share]
+        by_term |= _by_term(witness, own[0][0], objective, config)
+        for share in own:
             terms.append(train.optimizer_step(_trial(witness, looked), share, objective, config))
     except torch.OutOfMemoryError:
         raise
@@ -229,7 +236,53 @@ def _replay(
     largest = looked.largest() if looked.found else {}
     named = {n: largest.get(id(p)) for n, p in witness.policy.network.named_parameters() if p.requires_grad}
     rows = [rows_of(m, episodes) for m in batches]
-    return Replayed(shares, rows, accounts, of_reference, terms, named)
+    return Replayed(shares, rows, accounts, of_reference, terms, named, by_term, pushes)
+
+
+def _pushes(m: MicroBatch, objective: Objective) -> Pushes:
+    """The derivative of the loss by what the policy says of each action; the network is not asked again."""
+    plain = replace(objective, penalty="none", text_kl=0.0)
+    said = m.old.log_prob_BL.clone().requires_grad_()
+    velocities = tuple(v.clone().requires_grad_() for v in m.old.velocities)
+    new = replace(m.old, log_prob_BL=said, velocities=velocities)
+    actions, rows = m.batch.actions, len(m.advantage_B)
+    loss = train.unigrpo_loss(actions, new, m.old, m.reference, m.advantage_B, plain, episodes=rows)
+    by_text, *by_image = torch.autograd.grad(
+        loss.total, [said, *velocities], allow_unused=True, materialize_grads=True
+    )
+    scale_B1 = -rows / m.advantage_B[:, None]
+    words_B1 = actions.mask_BL.sum(dim=1, keepdim=True)
+    text_BL = torch.where(actions.mask_BL, scale_B1 * words_B1 * by_text, torch.nan)
+    along = [torch.zeros(rows, 0)]
+    for steps, v, by_v in zip(actions.images, velocities, by_image, strict=False):  # no velocities: words alone
+        log_prob_BK = flow.log_prob(steps.kernel, steps.x_next_BKND, step_densities(steps, v))
+        (up,) = torch.autograd.grad(log_prob_BK.sum(), v)
+        along.append((scale_B1 * (by_v * up).sum(dim=(-2, -1)) / up.square().sum(dim=(-2, -1))).cpu())
+    return Pushes(text_BL.detach().cpu(), torch.cat(along, dim=1).detach())
+
+
+def _by_term(witness: Witness, m: MicroBatch, objective: Objective, config: Config) -> dict[str, dict[str, float]]:
+    """Largest gradients by term and expert: one term may have lost its way while the other still has one."""
+    found: dict[str, dict[str, float]] = {}
+    plain = replace(objective, penalty="none", text_kl=0.0)
+    terms = {"text": replace(plain, image_weight=0.0), "image": replace(plain, text_weight=0.0)}
+    for term, alone in terms.items():
+        if not (alone.text_weight or alone.image_weight):
+            continue
+        looked = Gradients(witness)
+        try:
+            train.optimizer_step(_trial(witness, looked), [m], alone, config)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        finally:
+            _forget_gradients(witness)
+        largest = looked.largest() if looked.found else {}
+        found[term] = {
+            expert: max((largest.get(id(p)) or 0.0 for p in own), default=0.0)
+            for expert, own in witness.trainable().items()
+        }
+    return found
 
 
 def _trial(witness: Witness, optimizer: torch.optim.Optimizer) -> TrainState:

@@ -37,7 +37,7 @@ def run_to_resume(resume: str, out: Path | None) -> tuple[Path, Path | None]:
     if resume == "auto":
         return (_newest_run() if out is None else _run_or_place_for_one(out)), None
     path = Path(resume)
-    if path.is_symlink() or (path / STATE).is_file() or path.parent.name == "checkpoints":
+    if (path / STATE).is_file() or path.parent.name == "checkpoints":
         path = path.resolve()
         run, checkpoint = path.parent.parent, path
         if not path.is_dir():
@@ -62,10 +62,13 @@ def run_to_resume(resume: str, out: Path | None) -> tuple[Path, Path | None]:
 
 
 def _newest_run() -> Path:
-    runs = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime)
+    """The run that was begun or gone on with last, be it killed before its first checkpoint."""
+    runs = [path for path in Path("runs").glob("*") if path.is_dir() and is_begun(path)]
     if not runs:
         raise UsageError("--resume auto: no run below ./runs; give --out DIR or --resume PATH")
-    return runs[-1].parent
+    return max(
+        runs, key=lambda run: max(p.stat().st_mtime for p in (run / "config.toml", *run.glob("checkpoints")))
+    )
 
 
 def _run_or_place_for_one(out: Path) -> Path:

@@ -153,7 +153,9 @@ class Run:
             evaluated: keep the line of this step's own evaluation.
         """
         if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").split(
+                "\n"
+            )  # the last may be cut short
             kept = [line for line in lines if 0 < _step_of(line) <= step]
             if not evaluated:
                 kept = [line for line in kept if not (_step_of(line) == step and _is_evaluation(line))]

@@ -1,0 +1,153 @@
+"""The packed replay against K passes that each read the text anew: forward, backward, the same gradients."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks import plain
+from benchmarks.cases import Cases, Comparison
+from benchmarks.clock import ratio
+from benchmarks.flops import (
+    EDGES,
+    FUSED_BACKWARD,
+    Pass,
+    attention_flops,
+    expert_weights,
+    head_flops,
+    latent_flops,
+    products,
+)
+from benchmarks.report import RELATIVE, Goal, Row
+from benchmarks.shapes import Size, random_policy
+from unigrpo_cli.algo import flow
+from unigrpo_cli.episode import Episode, GivenText, ImageActions, Prompt, TextActions
+from unigrpo_cli.models.sizes import MoTConfig
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.replay import Batch, collate, replay
+
+SEPARATE, PACKED = "K passes", "packed"
+DELIMITERS = 4  # of the given text and of the thinking
+
+
+def part_of(copies: int, context: int) -> str:
+    return f"replay, K = {copies}, {context} tokens of context"
+
+
+def rows(cases: Cases) -> list[Row]:
+    found = []
+    for copies in cases.copies:
+        for context in cases.contexts:
+            part = part_of(copies, context)
+            found += [
+                Row(part, SEPARATE, "s"),
+                Row(part, PACKED, "s"),
+                Row(part, "packed / K passes", "of the seconds", Goal(0.82)),
+                Row(part, "the same, arithmetic's bound", "of the operations"),
+                Row(part, "gradients differ", RELATIVE),
+            ]
+    return found
+
+
+def drawn(policy: UnifiedModel, size: Size, context: int, copies: int) -> Episode:
+    """An episode of that many tokens of context and K noisy images, its numbers random."""
+    generator = torch.Generator().manual_seed(0)
+    words = size.network.vocab_size // 2  # any of them but the special ones, which come first
+    thought = context - size.given - DELIMITERS
+    ids = torch.randint(10, words, (context,), generator=generator)
+    grid = policy.grid(size.pixels, size.pixels)
+    latents = (copies, grid[0] * grid[1], policy.token_dim)
+    before, after = torch.randn(2, *latents, generator=generator)
+    given = torch.tensor([policy.open_id, *ids[: size.given].tolist(), policy.stop_id])
+    text = TextActions(
+        ids=ids[size.given : size.given + thought],
+        log_prob=torch.zeros(thought),
+        finished=False,
+        temperature=1.0,
+        opening=(policy.open_id,),
+        closing=(policy.stop_id,),
+        text="",
+    )
+    image = ImageActions(
+        grid=grid,
+        times=flow.time_grid(3 * copies, 3.0),
+        window=flow.Window(0, copies),
+        kernel="flow",
+        noise_level=0.8,
+        before=before,
+        after=after,
+        log_prob=torch.zeros(copies),
+        latent=after[-1],
+        pixels=torch.zeros(size.pixels, size.pixels, 3, dtype=torch.uint8),
+    )
+    return Episode(Prompt("benchmark", ""), 0, 0, (GivenText("prompt", "", given), text, image))
+
+
+def measure_replay(bench: Comparison, copies: int, context: int) -> None:
+    """Gradients in all weights of the layers, of random pulls at all words and velocities."""
+    size = replace(bench.cases.small, pixels=bench.cases.replayed_pixels)
+    part, policy = part_of(copies, context), random_policy(size, torch.device("cpu"), torch.float32)
+    weights = {n: p for n, p in policy.network.named_parameters() if ".layers." in n}
+    for parameter in weights.values():
+        parameter.requires_grad_(True)
+    batch = collate([drawn(policy, size, context, copies)])
+    generator = torch.Generator().manual_seed(1)
+    pull_BL = torch.randn(batch.actions.mask_BL.shape, generator=generator)
+    pull_BKND = torch.randn(batch.actions.images[0].x_BKND.shape, generator=generator) / size.image_tokens
+
+    def back(own: Batch, pull_BKND: Tensor, *, text: bool) -> None:
+        scores = replay(policy, own, text=text)
+        total = (scores.velocities[0] * pull_BKND).sum()
+        (total + (scores.log_prob_BL * pull_BL).sum() if text else total).backward()
+
+    gradients: dict[str, dict[str, Tensor]] = {}
+
+    def keep(name: str) -> None:
+        gradients[name] = {n: p.grad for n, p in weights.items() if p.grad is not None}
+        policy.network.zero_grad()
+
+    def packed() -> None:
+        back(batch, pull_BKND, text=True)
+        keep(PACKED)
+
+    def separate() -> None:
+        for k in range(copies):
+            back(plain.one_step(batch, k), pull_BKND[:, k : k + 1], text=k == 0)
+        keep(SEPARATE)
+
+    times = bench.clock.side_by_side({SEPARATE: separate, PACKED: packed}, bench.cases.share_s)
+    bench.report.add(part, SEPARATE, statistics.median(times[SEPARATE]), f"{len(times[PACKED])} rounds")
+    bench.report.add(part, PACKED, statistics.median(times[PACKED]))
+    measured = ratio(times, PACKED, SEPARATE)
+    bench.report.add(part, "packed / K passes", measured, f"saves {1 - measured:.0%}")
+    scored = int(batch.actions.mask_BL.sum())
+    once = operations(size.network, context, copies, size.image_tokens, scored)
+    anew = [operations(size.network, context, 1, size.image_tokens, 0 if k else scored) for k in range(copies)]
+    bound = once / sum(anew)
+    bench.report.add(part, "the same, arithmetic's bound", bound, f"saves {1 - bound:.0%}")
+    assert gradients[PACKED].keys() == gradients[SEPARATE].keys()
+    scale = max(g.abs().max().item() for g in gradients[SEPARATE].values())
+    apart = max((gradients[PACKED][n] - g).abs().max().item() for n, g in gradients[SEPARATE].items())
+    bench.agree(part, "gradients differ", apart / scale, 1e-5)
+
+
+def operations(shape: MoTConfig, context: int, copies: int, image: int, scored: int) -> int:
+    """Forward and backward of one episode whose layers learn.
+
+    A matrix makes two gradients, its own and its input's, but what the last layer makes of boundary tokens, and of
+    words where none are scored, has none. Attention costs 2.5 times as much backward as forward. Head and
+    projections are frozen and only pass a gradient on.
+    """
+    p = Pass(1, text=context, copies=copies, image=image, scored=scored)
+    q, k, v = (math.prod(products(shape)[name]) for name in "qkv")
+    after_attention = expert_weights(shape) - q - k - v
+    idle = 0 if scored else context
+    unlearned = (copies * EDGES + idle) * after_attention + idle * q
+    matrices = 3 * p.tokens * expert_weights(shape) * shape.num_hidden_layers - 2 * unlearned
+    attention = (1 + FUSED_BACKWARD) * attention_flops(shape, p) * shape.num_hidden_layers
+    attention -= FUSED_BACKWARD * attention_flops(shape, Pass(1, text=idle))
+    return int(2 * matrices + attention + 2 * head_flops(shape, p) + 1.5 * latent_flops(shape, p))

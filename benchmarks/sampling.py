@@ -1,0 +1,205 @@
+"""Sampling in one batch against one episode at a time; group sizes; our denoising against diffusers' loop."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import unigrpo_cli.rollout as stages
+from benchmarks import plain
+from benchmarks.cases import Cases, Comparison
+from benchmarks.clock import ratio
+from benchmarks.report import RELATIVE, Goal, Row
+from benchmarks.shapes import Size, prompt_text, random_policy
+from benchmarks.step import settings
+from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.episode import Episode, Prompt, TextActions
+from unigrpo_cli.evaluate import NO_NOISE, train_sampling
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rollout import Sampling
+from unigrpo_cli.session import load_policy
+from unigrpo_cli.suites import training_prompts
+
+EMBEDDED, LARGE = "embedded", "100M"
+MODELS = (EMBEDDED, LARGE)
+DENOISING = "denoising against diffusers' loop, 100M"
+SEED, WINDOW = 0, Window(1, 3)
+LATENTS = {EMBEDDED: 1e-4, LARGE: 1e-5}
+"""The embedded model predicts data, and v = (x - data) / t divides its rounding by small t."""
+
+
+def sampling_part(model: str, cases: Cases) -> str:
+    return f"{model}: a group of {cases.compared}"
+
+
+def growth_part(model: str) -> str:
+    return f"{model}: group size"
+
+
+def rows(cases: Cases) -> list[Row]:
+    found = []
+    for model in MODELS:
+        part = sampling_part(model, cases)
+        found += [
+            Row(part, "one at a time", "s/sample"),
+            Row(part, "in one batch", "s/sample"),
+            Row(part, "times faster", "x", Goal(3, at_most=False)),
+            Row(part, "thinking, times faster", "x"),
+            Row(part, "painting, times faster", "x"),
+            Row(part, "latents differ", RELATIVE),
+        ]
+        found += [Row(growth_part(model), f"group of {group}", "s/sample") for group in cases.groups]
+        found.append(Row(growth_part(model), "largest to smallest", "x", Goal(0.5)))
+    found += [Row(DENOISING, name, "s") for name in ("diffusers' loop", "ours")]
+    return [*found, Row(DENOISING, "times faster", "x"), Row(DENOISING, "latents differ", RELATIVE)]
+
+
+# ----- what is drawn
+
+
+@cache
+def large_policy(size: Size) -> UnifiedModel:
+    return random_policy(size, torch.device("cpu"), torch.float32)
+
+
+def asked(bench: Comparison, model: str) -> tuple[UnifiedModel, Prompt, Sampling]:
+    """A model, its prompt, and how it is sampled: in batches of the whole group."""
+    if model == EMBEDDED:
+        config = settings(bench)
+        policy = load_policy(config.model, None, config)
+        return policy, training_prompts(config.prompts)[0], replace(train_sampling(config), rows=2**10)
+    size = bench.cases.large
+    return large_policy(size), Prompt("benchmark", prompt_text(size)), sampling_of(size)
+
+
+def sampling_of(size: Size) -> Sampling:
+    return Sampling(
+        think=True,
+        max_new_tokens=size.thinking,
+        temperature=1.0,
+        height=size.pixels,
+        width=size.pixels,
+        steps=size.calls,
+        shift=3.0,
+        kernel="flow",
+        noise_level=0.8,
+        rows=2**10,
+    )
+
+
+def brief(sampling: Sampling) -> Sampling:
+    """Enough to warm up."""
+    return replace(sampling, max_new_tokens=3, steps=5)
+
+
+# ----- one batch against one at a time
+
+
+def measure_sampling(bench: Comparison, model: str) -> None:
+    """The same episodes both ways, whole and by stage."""
+    policy, prompt, sampling = asked(bench, model)
+    part, members, clock = sampling_part(model, bench.cases), bench.cases.compared, bench.clock
+    drawn: dict[str, Sequence[Episode]] = {}
+
+    def ours(how: Sampling = sampling) -> None:
+        drawn["ours"] = stages.rollout(policy, [prompt], members, how, WINDOW, SEED)[0].episodes
+
+    def one_by_one(how: Sampling = sampling) -> None:
+        drawn["plain"] = plain.rollout(policy, prompt, members, how, WINDOW, SEED)
+
+    ours(brief(sampling))
+    one_by_one(brief(sampling))
+    own_s: dict[str, float] = {}
+    plain_s: dict[str, float] = {}
+    with ExitStack() as stack:
+        for owner, names, seconds in (
+            (stages, ("write_text", "paint"), own_s),
+            (plain, ("write", "paint"), plain_s),
+        ):
+            for name in names:
+                stack.enter_context(clock.watching(owner, name, seconds))
+        times = clock.side_by_side({"ours": ours, "plain": one_by_one}, bench.cases.share_s, warm=True)
+
+    texts = [s for e in drawn["plain"] for s in e.segments if isinstance(s, TextActions)]
+    length = statistics.mean(len(text.ids) for text in texts)
+    note = f"{length:.0f} words on average, {len(times['ours'])} rounds"
+    bench.report.add(part, "one at a time", statistics.median(times["plain"]) / members, note)
+    bench.report.add(part, "in one batch", statistics.median(times["ours"]) / members)
+    bench.report.add(part, "times faster", ratio(times, "plain", "ours"))
+    bench.report.add(part, "thinking, times faster", plain_s["write"] / own_s["write_text"])
+    bench.report.add(part, "painting, times faster", plain_s["paint"] / own_s["paint"])
+    bench.agree(part, "latents differ", difference_of(drawn["ours"], drawn["plain"]), LATENTS[model])
+
+
+def difference_of(ours: Sequence[Episode], plainly: Sequence[Episode]) -> float:
+    """Largest difference of final latents, relative to the largest latent.
+
+    Raises:
+        AssertionError: when any word differs.
+    """
+    largest = 0.0
+    for a, b in zip(ours, plainly, strict=True):
+        for mine, other in zip(a.segments, b.segments, strict=True):
+            if isinstance(mine, TextActions):
+                assert torch.equal(mine.ids, other.ids), f"member {a.member} wrote other words one at a time"
+        largest = max(largest, relative(a.images[-1].latent, b.images[-1].latent))
+    return largest
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest number there."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+# ----- group sizes
+
+
+def measure_groups(bench: Comparison, model: str) -> None:
+    """What a sample costs in groups of several sizes, the sizes in turn."""
+    policy, prompt, sampling = asked(bench, model)
+    part, groups = growth_part(model), bench.cases.groups
+
+    def run(group: int, how: Sampling = sampling) -> None:
+        stages.rollout(policy, [prompt], group, how, WINDOW, SEED)
+
+    run(groups[0], brief(sampling))
+    runs = {str(group): (lambda group=group: run(group)) for group in groups}
+    times = bench.clock.side_by_side(runs, bench.cases.share_s, warm=True)
+    for group in groups:
+        bench.report.add(part, f"group of {group}", statistics.median(times[str(group)]) / group)
+    small, large = str(groups[0]), str(groups[-1])
+    shrinks = ratio(times, large, small) * groups[0] / groups[-1]
+    bench.report.add(part, "largest to smallest", shrinks, f"cost per sample, {len(times[small])} rounds")
+
+
+# ----- denoising
+
+
+@torch.no_grad()
+def measure_denoising(bench: Comparison) -> None:
+    """Euler steps from the same noise in the same context, with the pixels at the end, as pipelines give them."""
+    policy, prompt, sampling = asked(bench, LARGE)
+    members = bench.cases.compared
+    seeds = list(range(members))
+    context = stages.read_given(policy, [policy.preamble(prompt, think=True)] * members)
+    latents: dict[str, Tensor] = {}
+
+    def ours() -> None:
+        images = stages.paint(policy, context, sampling, NO_NOISE, seeds)
+        latents["ours"] = torch.stack([image.latent for image in images])
+
+    def theirs() -> None:
+        latents["theirs"], _ = plain.pipeline(policy, context, sampling, seeds)
+
+    times = bench.clock.side_by_side({"ours": ours, "theirs": theirs}, bench.cases.share_s, warm=True)
+    note = f"{members} images, {sampling.steps} calls, {len(times['ours'])} rounds"
+    bench.report.add(DENOISING, "diffusers' loop", statistics.median(times["theirs"]), note)
+    bench.report.add(DENOISING, "ours", statistics.median(times["ours"]))
+    bench.report.add(DENOISING, "times faster", ratio(times, "theirs", "ours"))
+    bench.agree(DENOISING, "latents differ", relative(latents["ours"], latents["theirs"]), 1e-5)

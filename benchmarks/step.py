@@ -1,0 +1,265 @@
+"""A default training step of the embedded model: its phases, its operators, and a reward that waits."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+import unigrpo_cli.train as algorithm
+from benchmarks.cases import Comparison
+from benchmarks.report import Goal, Row
+from unigrpo_cli.config import Config, load_config
+from unigrpo_cli.models.mot import MoT
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.rewards.batch import RewardBatch
+from unigrpo_cli.rewards.grammar import RewardChoice
+from unigrpo_cli.rewards.overlap import Scoring
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.session import load_policy, open_rewards, reward_choices
+from unigrpo_cli.suites import training_prompts
+from unigrpo_cli.train import prompts_for, training_step
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+STEP, WAITING = "embedded: training step", "embedded: a reward that waits"
+OPERATORS = "Operators of a training step of the embedded model, those above 2 % of its time"
+WHOLE = "whole step"
+CALLS = {
+    "rollout": (algorithm, "rollout"),
+    "reward": (Scoring, "finish"),
+    "old": (algorithm, "replay_fixed"),
+    "update": (algorithm, "optimizer_step"),
+}
+"""The phases of `training_step`, each by the one call that it is."""
+LEAST_SHARE = 0.02
+NETWORK, HEAD, BACKWARD, OPTIMIZER, REWARD, REST = "network", "head", "backward", "optimizer", "reward", "rest"
+MOVES = (
+    "copy",
+    "cat",
+    "index",
+    "slice",
+    "fill",
+    "zero",
+    "clone",
+    "gather",
+    "scatter",
+    "repeat",
+    "empty",
+    "select",
+    "stack",
+)
+"""Parts of the names of operators that only move numbers: no arithmetic wherever they are."""
+
+
+def rows(_cases: object) -> list[Row]:
+    phases = [Row(STEP, name, "s") for name in (*CALLS, WHOLE)]
+    waiting = [
+        Row(WAITING, "waiting in all", "s"),
+        Row(WAITING, "rollout", "s"),
+        Row(WAITING, "waiting after it", "s"),
+        Row(WAITING, "hidden", "%", Goal(70, at_most=False)),
+    ]
+    return [*phases, Row(STEP, "model arithmetic", "%"), *waiting]
+
+
+def settings(bench: Comparison, **more: Any) -> Config:
+    """The embedded model's own settings. Threads are the command's."""
+    named = bench.cases.embedded | {"threads": torch.get_num_threads()} | more
+    return load_config(named={name.replace("__", "."): value for name, value in named.items()})
+
+
+def prepared(config: Config) -> TrainState:
+    policy = prepare_policy(load_policy(config.model, None, config), config)
+    return TrainState(policy, make_optimizer(policy, config))
+
+
+def measure_step(bench: Comparison) -> None:
+    """Phases, medians of up to five steps after one to warm up; then the operators of one more."""
+    config = settings(bench)
+    state, prompts = prepared(config), training_prompts(config.prompts)
+    plugins = Plugins()
+    plugins.load(None, None)
+    found: list[dict[str, float]] = []
+    with open_rewards(reward_choices(config), plugins, config, embedded=True) as rewards:
+
+        def run() -> None:
+            training_step(state, prompts_for(prompts, config, state.step), rewards, config)
+
+        def watched() -> None:
+            seconds: dict[str, float] = {}
+            with ExitStack() as stack:
+                for owner, name in CALLS.values():
+                    stack.enter_context(bench.clock.watching(owner, name, seconds))
+                whole_s = bench.clock.once(run)
+            found.append({phase: seconds[name] for phase, (_, name) in CALLS.items()} | {WHOLE: whole_s})
+
+        bench.clock.repeated(watched, bench.cases.share_s)
+        middle = {name: statistics.median(step[name] for step in found[1:]) for name in (*CALLS, WHOLE)}
+        for name in CALLS:
+            bench.report.add(STEP, name, middle[name], f"{middle[name] / middle[WHOLE]:.0%} of the step")
+        episodes = config.train.prompts_per_step * config.train.group_size
+        bench.report.add(STEP, WHOLE, middle[WHOLE], f"{episodes} episodes, {len(found) - 1} steps")
+        profile(bench, run)
+
+
+# ----- operators
+
+
+@contextmanager
+def marked(owner: Any, name: str, mark: str) -> Iterator[None]:
+    """Calls of `owner.name` as a range of that name in a profile."""
+    own: Callable[..., Any] = getattr(owner, name)
+
+    def call(*given: Any, **named: Any) -> Any:
+        with record_function(mark):
+            return own(*given, **named)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def profile(bench: Comparison, run: Callable[[], object]) -> None:
+    """Where a call's time goes: operators by who called them, and what no operator accounts for."""
+    with ExitStack() as stack:
+        for owner, name, mark in ((MoT, "forward", NETWORK), (UnifiedModel, "logits", HEAD)):
+            stack.enter_context(marked(owner, name, mark))
+        seen = stack.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CPU]))
+        began = time.perf_counter()
+        run()
+        whole_us = 1e6 * (time.perf_counter() - began)
+    spent: dict[tuple[str, str], list[float]] = {}
+    here = thread_of(NETWORK, seen.events())
+    for event in seen.events():
+        if not event.is_user_annotation and event.self_cpu_time_total > 0:
+            place = place_of(event) if event.thread == here else REWARD
+            own = spent.setdefault((event.name, place), [0.0, 0])
+            own[0] += event.self_cpu_time_total
+            own[1] += 1
+    between = whole_us - sum(us for (_, place), (us, _) in spent.items() if place != REWARD)
+    arithmetic = sum(us for (name, place), (us, _) in spent.items() if is_arithmetic(name, place))
+    bench.report.add(STEP, "model arithmetic", 100 * arithmetic / whole_us, "of a step that is profiled, so slower")
+    lines = [(us, name, place, str(int(n)), is_arithmetic(name, place)) for (name, place), (us, n) in spent.items()]
+    lines.append((between, "Python, between operators", "everywhere", "", False))
+    for us, name, place, calls, counts in sorted(lines, reverse=True):
+        if us / whole_us > LEAST_SHARE:
+            line = {"operator": f"`{name}`", "called by": place, "share, %": 100 * us / whole_us, "calls": calls}
+            bench.report.add_line(OPERATORS, line | {"model arithmetic": "yes" if counts else "no"})
+
+
+def thread_of(mark: str, events: Sequence[Any]) -> int:
+    """The thread that a range was in; rewards are called in threads of their own."""
+    return next(event.thread for event in events if event.name == mark)
+
+
+def place_of(event: Any) -> str:
+    """Which part of the step an operator belongs to: the nearest range around it that says so."""
+    above = event
+    while above is not None:
+        if above.name in (NETWORK, HEAD):
+            return above.name
+        if above.name.startswith("autograd::engine"):
+            return BACKWARD
+        if above.name.startswith("Optimizer."):
+            return OPTIMIZER
+        above = above.cpu_parent
+    return REST
+
+
+def is_arithmetic(name: str, place: str) -> bool:
+    """Products, attention, norms, rotations and activations of the network, forward and backward."""
+    return place in (NETWORK, HEAD, BACKWARD) and not any(move in name for move in MOVES)
+
+
+# ----- a reward that waits
+
+
+class Waiting:
+    """Stands for a judge elsewhere, which takes a while for each sample. Notes when it was busy."""
+
+    range = (0.0, 1.0)
+    concurrency = 1
+    seconds_each = 0.0
+
+    def __init__(self, _options: object):
+        self.calls: list[tuple[float, float]] = []
+
+    def score(self, batch: RewardBatch) -> list[float]:
+        began = time.perf_counter()
+        time.sleep(self.seconds_each * len(batch))
+        self.calls.append((began, time.perf_counter()))
+        return [float(p.mean()) / 255 for p in batch.pixels]
+
+
+def measure_waiting(bench: Comparison) -> None:
+    """How much of a judge's time lies before the end of sampling, by the wall; it takes as long as sampling."""
+    rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
+    config = settings(bench, sampling__rows=bench.cases.waiting_rows, **rates)
+    state, prompts = prepared(config), training_prompts(config.prompts)
+    plugins = Plugins()
+    plugins.rewards.add("waiting", Waiting)
+    episodes = config.train.prompts_per_step * config.train.group_size
+    sampled_s: list[float] = []
+    shares: list[float] = []
+    left_s: list[float] = []
+    with open_rewards([RewardChoice("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
+        judge = rewards.rewards[0].reward
+
+        def run() -> None:
+            judge.calls.clear()
+            sampled = sampling_of(
+                lambda: training_step(state, prompts_for(prompts, config, state.step), rewards, config)
+            )
+            busy_s = sum(end - began for began, end in judge.calls)
+            later_s = sum(end - max(began, min(end, sampled.end)) for began, end in judge.calls)
+            sampled_s.append(sampled.end - sampled.began)
+            left_s.append(later_s)
+            shares.append(1 - later_s / busy_s)
+
+        run()
+        run()
+        alone_s = sampled_s[-1]
+        judge.seconds_each = alone_s / episodes
+        for known in (sampled_s, left_s, shares):
+            known.clear()
+        bench.clock.repeated(run, bench.cases.share_s)
+    batches = -(-episodes // bench.cases.waiting_rows)
+    bench.report.add(WAITING, "waiting in all", alone_s, f"{episodes} samples, as long as sampling them alone")
+    note = f"in {batches} batches of {bench.cases.waiting_rows}, {len(shares)} steps"
+    bench.report.add(WAITING, "rollout", statistics.median(sampled_s), note)
+    bench.report.add(WAITING, "waiting after it", statistics.median(left_s))
+    note = f"at most {1 - 1 / batches:.0%}: the last batch is judged when sampling has ended"
+    bench.report.add(WAITING, "hidden", 100 * statistics.median(shares), note)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """When the rollout of a step began and ended, seconds of the wall."""
+
+    began: float
+    end: float
+
+
+def sampling_of(step: Callable[[], object]) -> Sampled:
+    """A training step, and when it sampled: from its beginning until it asks for what is still to be scored."""
+    ends: list[float] = []
+    own = Scoring.finish
+
+    def finish(scoring: Scoring, ids: Sequence[str]) -> Any:
+        ends.append(time.perf_counter())
+        return own(scoring, ids)
+
+    began = time.perf_counter()
+    with patch.object(Scoring, "finish", finish):
+        step()
+    return Sampled(began, ends[0])
