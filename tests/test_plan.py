@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import TooLargeError
-from unigrpo_cli.estimate import memory, step_parts
+from unigrpo_cli.estimate import memory, of_each_rank, step_parts
 from unigrpo_cli.models.sizes import (
     BAGEL,
     BAGEL_AUTOENCODER,
@@ -279,6 +280,12 @@ def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:
         ({"train.experts": "image", "sampling.height": 512, "sampling.width": 512}, "{:.1f} of them at 512 px"),
     ):
         assert says.format(memory(changed(plan.work, change)).need) in page
+    on_device = changed(plan.work, {"train.reference_on": "device"})
+    needs = [
+        memory(replace(on_device, config=of_each_rank(on_device.config, world), world=world)).need
+        for world in (8, 16)
+    ]
+    assert "Each of 8 ranks then needs {:.1f} GiB, of 16 ranks {:.1f}".format(*needs) in page
 
 
 @pytest.mark.parametrize("name", RECIPES)

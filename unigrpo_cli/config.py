@@ -200,6 +200,17 @@ class Rewards(Section):
         "for an endpoint, all that take batches, or none",
     )
     offload: bool = Field(False, description="move rewards' models to host memory between scorings")
+    on: Literal["each", "first"] = Field(
+        "each", description="with several ranks: each judges its own episodes, or the first judges all"
+    )
+
+
+class Ranks(Section):
+    """Several processes (docs/scaling.md)."""
+
+    weights: Literal["auto", "whole", "shard"] = Field(
+        "auto", description="whole on every rank, or the layers of full tuning sharded (FSDP2); auto shards those"
+    )
 
 
 class Watch(Section):
@@ -265,6 +276,7 @@ class Config(Section):
     train: Train = Train()
     eval: Eval = Eval()
     reward: Rewards = Rewards()
+    ranks: Ranks = Ranks()
     watch: Watch = Watch()
     doctor: Doctor = Doctor()
 

@@ -7,9 +7,13 @@ from collections.abc import Iterable
 
 
 class UnigrpoError(Exception):
-    """One clear line for the user; the command prints it and exits with `exit_code`, without a traceback."""
+    """One clear line for the user; the command prints it and exits with `exit_code`, without a traceback.
+
+    `everywhere` is set where all ranks of a run have the same error (`ranks.together`).
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 class UsageError(UnigrpoError):
@@ -60,6 +64,18 @@ class FaultError(UnigrpoError):
 
 class NotFetchedError(WeightsError):
     """A model of the hub that is not on this machine, where nothing was to be fetched."""
+
+
+class RankError(UnigrpoError):
+    """Another process of a run that failed or is gone."""
+
+
+class EndedElsewhereError(UnigrpoError):
+    """This process ends because another one did, which has told the user why: there is nothing to print."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("")
+        self.exit_code = exit_code
 
 
 LONGEST_LINE = 1_500

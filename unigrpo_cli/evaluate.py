@@ -17,7 +17,9 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models import Policy
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import Sample
+from unigrpo_cli.rewards.overlap import scores_of
 from unigrpo_cli.rewards.scoring import RewardSet, Scored
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.suites import task_of
@@ -140,29 +142,35 @@ def evaluate(
     *,
     samples: int,
     seed: int,
+    ranks: Ranks = ALONE,
     on_rows: Callable[[int], None] = lambda rows: None,
     on_groups: Callable[[list[Group], dict[str, Scored]], None] = lambda groups, scored: None,
 ) -> Evaluation:
     """Sample `samples` images per prompt by Euler steps and score them.
 
-    The noise depends on (seed, prompt, sample) alone, so two policies are compared on the same.
+    The noise depends on (seed, prompt, sample) alone, so two policies are compared on the same. Several ranks share
+    the prompts out, and each has the whole evaluation in the end.
 
     Args:
-        on_rows: told how many episodes are done, for a progress bar.
-        on_groups: given each batch of episodes with its scores; they are not kept here.
+        on_rows: told how many episodes are done here, for a progress bar.
+        on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
     """
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.asked("eval")}
     chunk = max(1, sampling.rows // samples)
-    for at in range(0, len(prompts), chunk):
-        groups = rollout(policy, prompts[at : at + chunk], samples, sampling, NO_NOISE, seed, on_rows)
-        scored = rewards.score(samples_of(groups), split="eval")
+    share = ranks.stretch(prompts)
+    for k in range(ranks.most(-(-len(share) // chunk))):
+        with ranks.together():
+            part = share[k * chunk : (k + 1) * chunk]
+            groups = rollout(policy, part, samples, sampling, NO_NOISE, seed, on_rows)
+        scored = scores_of(rewards, samples_of(groups), ranks, split="eval")
         for name, own in scored.items():
             values[name].append(own.scores)
         on_groups(groups, scored)
     tasks = np.array([task_of(p) for p in prompts for _ in range(samples)])
     texts = [p.text for p in prompts for _ in range(samples)]
     ids = [p.id for p in prompts for _ in range(samples)]
-    joined = {name: np.concatenate(parts) for name, parts in values.items()}
+    told = ranks.gather({name: np.concatenate([*parts, []]).tolist() for name, parts in values.items()})
+    joined = {name: np.concatenate([np.asarray(own[name]) for own in told]) for name in values}
     noise = {"seed": seed, "samples": samples} | asdict(sampling)
     for name in ("rows", "kernel", "noise_level"):  # no part of what Euler steps draw
         noise.pop(name)

@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.errors import NotFetchedError, TooLargeError, UsageError
-from unigrpo_cli.estimate import ACCELERATOR, Item, Memory, Part, Rates, Workload, memory, step_parts
+from unigrpo_cli.estimate import (
+    ACCELERATOR,
+    Item,
+    Memory,
+    Part,
+    Rates,
+    Workload,
+    memory,
+    of_each_rank,
+    step_parts,
+    traffic,
+)
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.release import read_release
 from unigrpo_cli.models.sizes import BAGEL, BAGEL_AUTOENCODER, BAGEL_NETWORK, AutoencoderConfig, MoTConfig
+from unigrpo_cli.peers import launched
 from unigrpo_cli.session import DTYPES, device_of
 
 if TYPE_CHECKING:
@@ -61,7 +73,7 @@ class Plan:
 
 
 def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool = False) -> Plan:
-    """The plan of a configuration. Of the model it reads configurations and headers.
+    """The plan of a configuration, with several ranks of each. Of the model it reads configurations and headers.
 
     Args:
         base, adapter: as `session.find_checkpoint` gives them, or the configuration.
@@ -80,9 +92,11 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
         cpu, present = config.device == "cpu", None
         device = "a CPU" if cpu else "an accelerator"
     else:
-        found = device_of(config)
+        found = device_of(config, planned=elsewhere)
         cpu, present, device = found.type == "cpu", _memory_of(found), str(found)
-    work = Workload(network, autoencoder, config, cpu=cpu, adapter_rank=_rank(adapter))
+    world = launched()[1]
+    own = of_each_rank(config, world)
+    work = Workload(network, autoencoder, own, cpu=cpu, adapter_rank=_rank(adapter), world=world)
     available = config.memory_gb or present
     assert available is not None
     source = "memory_gb" if config.memory_gb else "all it has now" if cpu else "all it has"
@@ -240,6 +254,8 @@ def report(plan: Plan, rates: Rates) -> dict[str, Any]:
         "device": plan.device,
         "peak": plan.memory.peak.name,
         "trained_parameters": plan.work.trained,
+        "ranks": plan.work.world,
+        "sharded": plan.work.sharded,
         "batch": asdict(plan.work.batch),
         "memory": {
             "always": [_as_row(item) for item in plan.memory.always],
@@ -254,6 +270,7 @@ def report(plan: Plan, rates: Rates) -> dict[str, Any]:
             "parts": [_as_part(part, rates) for part in parts],
             "rates": asdict(rates),
         },
+        "traffic": [asdict(sent) for sent in traffic(plan.work)],
         "assumed": assumptions(plan, rates),
     }
 
@@ -277,7 +294,8 @@ def assumptions(plan: Plan, rates: Rates) -> list[str]:
         if work.words
         else f"{work.given} tokens of prompt",
         "not counted in memory: rewards' own models, pictures that are given, what the allocator leaves in pieces",
-        "not counted in time: rewards, evaluations, the disk, and starting kernels: most of a small model",
+        "not counted in time: rewards, evaluations, the disk, and starting kernels: most of a small model"
+        + (", what travels between ranks, and waiting for the slowest" if work.world > 1 else ""),
         f"{rates.flops / 1e12:.3g} TFLOP/s in {work.config.dtype}, {rates.wide_flops / 1e12:.3g} in float32, "
         f"{rates.bytes / 1e9:.4g} GB/s of memory, {rates.host_bytes / 1e9:.3g} from the host: {rates.source}",
     ]
@@ -287,6 +305,9 @@ def show(plan: Plan, rates: Rates, display: Display) -> None:
     """The plan for people."""
     plain, work = plan.memory, plan.work
     display.say(f"{plan.name}, {work.config.train.tune} tuning: {work.trained / 1e6:,.1f} M trained parameters")
+    if work.world > 1:
+        kept = "the layers sharded over them" if work.sharded else "each with whole weights"
+        display.say(f"  {work.world} ranks, {kept}; all that follows is of each")
     for line in work.batch.lines():
         display.say(f"  {line}")
     rows = [("always", item.name, f"{item.gib:.2f}", item.formula) for item in plain.always]
@@ -309,6 +330,9 @@ def show(plan: Plan, rates: Rates, display: Display) -> None:
     total = sum(part.work.seconds(rates) for part in parts)
     timed.append(("a training step", "", "", _short(total), ""))
     display.table("time of a training step", ("part", "TFLOP", "GB moved", "seconds", "because"), timed, {1, 2, 3})
+    sent = [(s.name, _short(s.bytes / 1e9), s.formula) for s in traffic(work)]
+    if sent:
+        display.table("received from other ranks in a training step", ("purpose", "GB", "because"), sent, {1})
     display.say(f"  {LEGEND}")
     display.say("assumed")
     for line in assumptions(plan, rates):

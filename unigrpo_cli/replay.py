@@ -105,6 +105,16 @@ def replayed_tokens(episode: Episode) -> int:
     return count
 
 
+def split_up(parts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The same parts with the largest cut in two until there are `count`: other memory, the same gradient."""
+    found = list(parts)
+    while len(found) < count:
+        k = max(range(len(found)), key=lambda k: len(found[k]))
+        half = len(found[k]) // 2
+        found[k : k + 1] = [found[k][:half], found[k][half:]]
+    return found
+
+
 def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> Batch:
     """Stack episodes for replay.
 

@@ -17,6 +17,8 @@ from unigrpo_cli.models.hub import EMBEDDED, locate
 from unigrpo_cli.models.release import read_release
 from unigrpo_cli.models.sizes import BAGEL_NETWORK
 from unigrpo_cli.models.unified import UNKNOWN, UnifiedModel
+from unigrpo_cli.peers import launched
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
@@ -26,16 +28,20 @@ from unigrpo_cli.runtime.state import STATE, incomplete, newest_checkpoint, read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def device_of(config: Config) -> torch.device:
+def device_of(config: Config, *, planned: bool = False) -> torch.device:
     """The device of a configuration.
 
+    Args:
+        planned: only to be asked what it has; then it need not be clear which one a process would take.
+
     Raises:
-        UsageError: when it is not there, or several processes were launched.
+        UsageError: when it is not there, or several processes were launched for a command of one.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("this version trains in one process; start it without `accelerate launch` or torchrun")
+    _, world, here = launched()
+    if world > 1 and not planned:
+        return _device_of_rank(config, here)
     if config.device == "auto":
         from accelerate import PartialState
 
@@ -47,6 +53,22 @@ def device_of(config: Config) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {config.device!r} cannot be used ({reason}); try device=cpu") from error
     return device
+
+
+def _device_of_rank(config: Config, here: int) -> torch.device:
+    """Of several processes each takes the accelerator of its number on its machine."""
+    if not torch.distributed.is_initialized():
+        raise UsageError("only `unigrpo train` runs in several processes; start this without a launcher")
+    if ":" in config.device:
+        raise UsageError(f"device={config.device} is one for all ranks; give device=cuda, and each takes its own")
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if here >= torch.cuda.device_count():
+        raise UsageError(
+            f"{here + 1} or more processes were launched on a machine with {torch.cuda.device_count()} GPUs; start "
+            "as many as it has, or give device=cpu"
+        )
+    return torch.device("cuda", here)
 
 
 def model_of(config: Config, fetch: bool = True) -> str:
@@ -179,8 +201,10 @@ def watched_choices(config: Config, taken: set[str]) -> list[RewardChoice]:
     return [RewardChoice(c.alias, c.name, 0.0, c.options, eval_only=True) for c in watched if c.alias not in taken]
 
 
-def open_rewards(choices: Sequence[RewardChoice], plugins: Plugins, config: Config, *, embedded: bool) -> RewardSet:
-    """Set up rewards for a run.
+def open_rewards(
+    choices: Sequence[RewardChoice], plugins: Plugins, config: Config, *, embedded: bool, ranks: Ranks = ALONE
+) -> RewardSet:
+    """Set up rewards for a run: on each rank, or with `reward.on = "first"` on the first alone.
 
     Raises:
         RewardError: when one is unknown, misconfigured or cannot be set up.
@@ -192,9 +216,11 @@ def open_rewards(choices: Sequence[RewardChoice], plugins: Plugins, config: Conf
         offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
     )
     r = config.reward
-    return RewardSet(
-        choices,
-        plugins,
-        context,
-        Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict, r.offload),
-    )
+    strictness = Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict, r.offload)
+    on_first = r.on == "first" and not ranks.alone
+    with ranks.together():
+        here = ranks.first or not on_first
+        rewards = RewardSet(choices, plugins, context, strictness, on_first=on_first, here=here)
+    if on_first:  # a server's reward learns its range there
+        rewards.declare(ranks.from_first([opened.range for opened in rewards.rewards]))
+    return rewards

@@ -24,8 +24,10 @@ from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import RefusedUpdateError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
 from unigrpo_cli.models import Policy
-from unigrpo_cli.replay import Batch, collate, micro_batches, replay
-from unigrpo_cli.rewards.overlap import Scoring
+from unigrpo_cli.models.sharding import gathered
+from unigrpo_cli.ranks import ALONE, Ranks, local
+from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
+from unigrpo_cli.rewards.overlap import Scoring, taken
 from unigrpo_cli.rewards.scoring import RewardSet, Scored
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.state import TrainState
@@ -37,7 +39,10 @@ from unigrpo_cli.watch import refusal
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step leaves to look at; `skipped` says why some or all of its updates were not made."""
+    """What one training step leaves to look at; `skipped` says why some or all of its updates were not made.
+
+    Metrics are of all ranks; groups, scores and advantages are this rank's own.
+    """
 
     metrics: dict[str, float]
     groups: list[Group]
@@ -72,16 +77,19 @@ def train(
 
 
 def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: RewardSet, config: Config) -> Step:
-    """One rollout and the updates on it; the algorithm, in order."""
+    """One rollout and the updates on it; the algorithm, in order.
+
+    Of the step's prompts each rank draws, judges and replays its own; what moves the weights is of all.
+    """
     seconds: dict[str, float] = {}
-    policy, objective, step = state.policy, objective_of(config), state.step
+    policy, objective, step, ranks = state.policy, objective_of(config), state.step, state.ranks
     seed = derive(config.seed, "step", step)
 
-    scoring = Scoring(rewards, step=step, overlap=config.reward.overlap)
-    with _timed(seconds, "rollout"):
+    scoring = Scoring(rewards, step=step, overlap=config.reward.overlap, ranks=ranks)
+    with _timed(seconds, "rollout"), gathered(policy) as sampler, ranks.together():
         groups = rollout(
-            policy,
-            prompts_P,
+            sampler,
+            ranks.share(prompts_P, config.train.updates),
             config.train.group_size,
             train_sampling(config),
             window_of(config, step),
@@ -89,11 +97,12 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
         )
     with _timed(seconds, "reward"):
-        scored = scoring.finish([s.id for s in samples_of(groups, step)])
+        scored = scoring.finish([s.id for s in samples_of(groups, step)], parts=config.train.updates)
     advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
 
+    own = ranks.share(range(len(advantage_B)), config.train.updates)
     with _timed(seconds, "old"):
-        shares = replay_fixed(policy, flatten(groups), advantage_B, config, objective)
+        shares = replay_fixed(policy, flatten(groups), advantage_B[own], config, objective, ranks)
         replayed = [m for share in shares for m in share]
         metrics = standing.rollout_metrics(groups, scored, advantage_B)
         metrics |= standing.drift([(m.batch, m.old) for m in replayed])
@@ -101,14 +110,16 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     skipped = None
     with _timed(seconds, "update"):
         try:
-            refusal.check_batch(groups, [(m.batch, m.old, m.reference) for m in replayed])
+            with ranks.together():
+                refusal.check_batch(groups, [(m.batch, m.old, m.reference) for m in replayed])
             for share in shares * config.train.epochs:
                 updates.append(optimizer_step(state, share, objective, config))
         except RefusedUpdateError as refused:  # updates made before it stay: docs/decisions/0014
             skipped = f"update {len(updates) + 1} of {len(shares) * config.train.epochs}: {refused}"
     metrics |= standing.over_updates(updates) | standing.memory()
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
-    return Step(metrics, groups, scored, advantage_B, skipped)
+    scored = {name: taken(s, own) for name, s in scored.items()}
+    return Step(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
 
 
 def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Prompt]:
@@ -205,12 +216,14 @@ def replay_fixed(
     advantage_B: Tensor,
     config: Config,
     objective: Objective,
+    ranks: Ranks = ALONE,
 ) -> list[list[MicroBatch]]:
     """Micro-batches of each update with the scores that stay fixed: the old policy's and the reference's.
 
     Updates share out whole groups. Old scores come from the same packed replay, on the same micro-batch, as
     the new ones will. So the first ratio is exactly 1 by equality of computation, not by tolerance, and the
-    rollout's own log-probabilities serve only to measure drift.
+    rollout's own log-probabilities serve only to measure drift. All ranks have equally many micro-batches, for a
+    pass through sharded weights takes all of them.
     """
     paints = objective.image_weight > 0
     needs_reference = objective.text_kl > 0 or (paints and objective.penalty != "none")
@@ -218,9 +231,9 @@ def replay_fixed(
     shares = []
     for start in range(0, len(episodes), each):
         share = []
-        for own in micro_batches(
-            episodes, range(start, start + each), config.train.micro_batch, config.train.micro_tokens
-        ):
+        indices = range(start, start + each)
+        parts = micro_batches(episodes, indices, config.train.micro_batch, config.train.micro_tokens)
+        for own in split_up(parts, ranks.most(len(parts))):
             batch = collate([episodes[k] for k in own], policy.device)
             reference = None
             with torch.no_grad():
@@ -236,15 +249,16 @@ def replay_fixed(
 def optimizer_step(
     state: TrainState, share: Sequence[MicroBatch], objective: Objective, config: Config
 ) -> dict[str, float]:
-    """Replay, objective and backward for each micro-batch, then one step. Returns terms and statistics.
+    """Replay, objective and backward for each micro-batch, then one step. Returns all ranks' terms and statistics.
 
     Raises:
         RefusedUpdateError: when loss or gradient is not finite, or the gradient explodes. Then nothing has moved.
     """
-    episodes = sum(len(m.advantage_B) for m in share)
+    ranks = state.ranks
+    episodes = ranks.world * sum(len(m.advantage_B) for m in share)
     paints = objective.image_weight > 0
     trained = state.policy.trainable()
-    every = [p for parameters in trained.values() for p in parameters]
+    every: list[torch.nn.Parameter] = [p for parameters in trained.values() for p in parameters]
     facts = state.facts.setdefault("watch", {})
     terms: dict[str, float] = {}
     try:
@@ -253,20 +267,24 @@ def optimizer_step(
             loss = unigrpo_loss(
                 m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=episodes
             )
-            refusal.check_loss(loss.total)
+            with ranks.together():
+                refusal.check_loss(loss.total)
             loss.total.backward()
             standing.add_terms(terms, loss)
-        norms = standing.gradient_norms(trained)
+        ranks.sum_gradients(every)
+        norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
         refusal.check_gradient(norms, facts, config.watch.explosion)
-        refusal.remember_norms(norms, facts, taught=any(m.advantage_B.any() for m in share))
-        norm = torch.nn.utils.clip_grad_norm_(every, config.train.grad_clip).item()
+        refusal.remember_norms(norms, facts, taught=ranks.any(any(bool(m.advantage_B.any()) for m in share)))
+        norm = ranks.clip_gradients(every, config.train.grad_clip)
         for group in state.optimizer.param_groups:
             group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
         state.between = True
         state.optimizer.step()
     finally:
         state.optimizer.zero_grad()
-    refusal.check_weights(every, state.step)
+    with ranks.together():
+        refusal.check_weights([local(p) for p in every], state.step)
+    terms = ranks.summed(terms)
     terms |= {f"{expert}/grad_norm": value for expert, value in norms.items()}
     return terms | {"grad_clipped": float(norm > config.train.grad_clip)}
 

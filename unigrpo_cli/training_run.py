@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from unigrpo_cli.evaluate import (
     paired,
     samples_of,
 )
+from unigrpo_cli.models import Policy
 from unigrpo_cli.models.checkpoint import restore_weights
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.release import read_release, weights_digest
+from unigrpo_cli.models.sharding import gathered, is_sharded
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.plan import Plan, plan_of, refuse_too_large
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.grammar import RewardChoice
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
@@ -44,7 +48,7 @@ from unigrpo_cli.runtime.durable import locked, point
 from unigrpo_cli.runtime.generators import put_generators, read_generators, seed_generators
 from unigrpo_cli.runtime.interrupts import DroppedError, Interrupts
 from unigrpo_cli.runtime.resume import choose_checkpoint, not_comparable, refuse_changes, set_later_aside
-from unigrpo_cli.runtime.run import Run, fresh_directory
+from unigrpo_cli.runtime.run import Run, fresh_directory, scratch_directory
 from unigrpo_cli.runtime.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.runtime.state import (
     Origin,
@@ -69,7 +73,7 @@ from unigrpo_cli.session import (
 )
 from unigrpo_cli.suites import SuiteRegistry, task_of, training_prompts
 from unigrpo_cli.train import Step, train
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.tuning import make_optimizer, prepare_policy, shards
 from unigrpo_cli.watch import Watch
 
 OWED = "owed"
@@ -77,15 +81,26 @@ OWED = "owed"
 
 
 def start(
-    config: Config, plugins: Plugins, display: Display, out: Path | None, listener: Interrupts
+    config: Config,
+    plugins: Plugins,
+    display: Display,
+    out: Path | None,
+    listener: Interrupts,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """A new run. Everything that can be refused is refused before its directory is made."""
     with ExitStack() as held:
-        return _run(config, plugins, display, listener, held, out, None, None, None)
+        return _run(config, plugins, display, listener, ranks, held, out, None, None, None)
 
 
 def go_on(
-    config: Config, plugins: Plugins, display: Display, directory: Path, wanted: Path | None, listener: Interrupts
+    config: Config,
+    plugins: Plugins,
+    display: Display,
+    directory: Path,
+    wanted: Path | None,
+    listener: Interrupts,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Go on with a run in its directory: from `wanted`, or its newest whole checkpoint, or else from the start.
 
@@ -94,12 +109,18 @@ def go_on(
         WeightsError: when there is no whole checkpoint, or the model is not the one it began with.
     """
     with ExitStack() as held:
-        held.enter_context(locked(directory))
-        run = Run(directory)
-        for left in run.sweep():
-            display.warn(f"{left} was left half written by a process that was killed; it is removed")
-        checkpoint = choose_checkpoint(directory, wanted, display.warn)
-        return _run(config, plugins, display, listener, held, None, run, checkpoint, wanted)
+        found: dict[str, Any] = {}
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(locked(directory))
+                for left in Run(directory).sweep():
+                    display.warn(f"{left} was left half written by a process that was killed; it is removed")
+                chosen = choose_checkpoint(directory, wanted, display.warn)
+                found = {"from": chosen and str(chosen), "there": [path.name for path in checkpoints(directory)]}
+        found = ranks.from_first(found)
+        checkpoint = None if found["from"] is None else Path(found["from"])
+        place = directory if ranks.first else held.enter_context(scratch_directory(found["there"]))
+        return _run(config, plugins, display, listener, ranks, held, None, Run(place), checkpoint, wanted)
 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
@@ -114,6 +135,7 @@ def _run(
     plugins: Plugins,
     display: Display,
     listener: Interrupts,
+    ranks: Ranks,
     held: ExitStack,
     out: Path | None,
     run: Run | None,
@@ -133,36 +155,64 @@ def _run(
     suites = SuiteRegistry()
     plugins.call("unigrpo_register_suites", registry=suites)
     prompts = training_prompts(config.prompts)
+    _refuse_what_ranks_cannot_share(config, prompts, ranks)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     content = None if checkpoint is None else read_state(checkpoint)
     if content is not None and checkpoint is not None:
         _say_changes(refuse_changes(content, checkpoint, config), display)
-    state, reference = _prepare(config, checkpoint, content, display.warn)
+    state, reference = _prepare(config, checkpoint, content, display.warn, ranks)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
-    rewards = held.enter_context(open_rewards(choices, plugins, config, embedded=is_embedded(state.policy)))
-    thinks = config.sampling.think
-    rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
-    rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
+    embedded, thinks = is_embedded(state.policy), config.sampling.think
+    rewards = held.enter_context(open_rewards(choices, plugins, config, embedded=embedded, ranks=ranks))
+    with ranks.together():
+        rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
+        rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
     state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
     for line in [] if content is None else not_comparable(content, state.origin):
         display.warn(line)
     fresh = run is None
-    if run is None:
-        run = Run(fresh_directory(out, "train"))
-        held.enter_context(locked(run.directory))
-    else:
-        set_later_aside(run.directory, checkpoint, "damaged" if wanted is None else "later", display.warn)
+    with ranks.together():
+        if run is None:
+            run = Run(fresh_directory(out, "train") if ranks.first else held.enter_context(scratch_directory(())))
+            held.enter_context(locked(run.directory))
+        else:
+            set_later_aside(run.directory, checkpoint, "damaged" if wanted is None else "later", display.warn)
     try:
-        run.describe(config)
-        run.forget_after(state.step, evaluated="eval" not in state.facts.get(OWED, ()))
-        examine_at_start(state, prompts, rewards, config, run, display)
+        with ranks.together():
+            run.describe(config)
+            run.forget_after(state.step, evaluated="eval" not in state.facts.get(OWED, ()))
+            _examine(state, prompts, rewards, config, run, display)
         return _Session(config, display, listener, run, state, rewards, prompts, suite, began).go()
     except DiskError as error:
         raise DiskError(f"{error}, then go on with `unigrpo train --resume {run.directory}`") from error
     finally:
         if fresh:
             run.remove_if_only_described()
+
+
+def _examine(
+    state: TrainState, prompts: Sequence[Prompt], rewards: RewardSet, config: Config, run: Run, display: Display
+) -> None:
+    """The doctor's short examination: on the first rank, which has the others' weights, while they wait."""
+    if is_sharded(state.policy.network):
+        display.say("the doctor looks at whole weights only, so this run is not examined: `unigrpo doctor` does it")
+    elif state.ranks.first:
+        examine_at_start(replace(state, ranks=ALONE), prompts, rewards, config, run, display)
+
+
+def _refuse_what_ranks_cannot_share(config: Config, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """Groups are never split; and ranks with sharded weights make their passes together, so all need equally many.
+
+    Raises:
+        UsageError: for a number of prompts, or prompts of two kinds, that do not fit that.
+    """
+    ranks.refuse_uneven(config.train.prompts_per_step, config.train.updates)
+    if shards(config, ranks) and len({prompt.image is None for prompt in prompts}) > 1:
+        raise UsageError(
+            "prompts with and without pictures cannot be mixed where weights are sharded: ranks would make other "
+            "numbers of passes; give ranks.weights=whole, train.tune=lora, or prompts of one kind"
+        )
 
 
 def _refuse_unknown_best(config: Config, choices: Sequence[RewardChoice]) -> None:
@@ -203,7 +253,11 @@ def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tupl
 
 
 def _prepare(
-    config: Config, checkpoint: Path | None, content: dict[str, Any] | None, warn: Callable[[str], None]
+    config: Config,
+    checkpoint: Path | None,
+    content: dict[str, Any] | None,
+    warn: Callable[[str], None],
+    ranks: Ranks,
 ) -> tuple[TrainState, Reference]:
     """Policy, optimizer and what the base is, fresh or as a checkpoint left them.
 
@@ -219,17 +273,17 @@ def _prepare(
     if content is None or checkpoint is None:
         policy = load_policy(model_of(config), config.adapter, config)
         _warn_of_rank(policy, config, warn)
-        policy = prepare_policy(policy, config)
-        return TrainState(policy, make_optimizer(policy, config)), reference
+        policy = prepare_policy(policy, config, ranks)
+        return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference
     if reference.digest != content["reference"]:
         raise WeightsError(
             f"{base} does not hold the weights that this run began with, which stay its reference; put those of "
             f"{content['base']} back, or begin a new run from the checkpoint with --model {checkpoint}"
         )
-    policy = prepare_policy(load_policy(base, adapter, config), config)
+    policy = prepare_policy(load_policy(base, adapter, config), config, ranks)
     if adapter is None:
         restore_weights(policy.network, checkpoint)
-    state = TrainState(policy, make_optimizer(policy, config))
+    state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_state(state, checkpoint, content)
     return state, reference
 
@@ -261,9 +315,12 @@ class _Session:
     ):
         assert state.origin is not None
         self.config, self.display, self.interrupts, self.run, self.state = config, display, listener, run, state
-        self.base = state.origin.reference.base
+        self.base, self.ranks = state.origin.reference.base, state.ranks
         self.rewards, self.prompts, self.suite, self.began = rewards, prompts, suite, began
         self.shown = _a_few_of_each_task(suite, SHOWN)
+        self.bad_steps = Path(self.ranks.from_first(str(run.directory))) / "bad_steps"
+        if not self.ranks.first:  # each keeps the episodes that it drew
+            self.bad_steps /= f"rank_{self.ranks.rank}"
         asked = rewards.asked("train")
         signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
         self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
@@ -273,7 +330,7 @@ class _Session:
     def go(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again. A first interrupt ends it after the step at hand."""
         config, state, display = self.config, self.state, self.display
-        display.say(_headline(config, self.base, self.run.directory, state.step))
+        display.say(_headline(config, self.base, self.run.directory, state))
         if state.step > config.train.steps:
             display.warn(f"the checkpoint is of step {state.step}, beyond train.steps={config.train.steps}")
         if state.generators is not None:
@@ -308,6 +365,7 @@ class _Session:
         """
         listener = self.interrupts
         listener.tell = self.display.warn
+        listener.ranks = None if self.ranks.alone else self.ranks
         listener.moving = lambda: self.state.between or self.state.step != self.logged
         if listener:
             raise KeyboardInterrupt
@@ -333,6 +391,7 @@ class _Session:
     def _train(self) -> None:
         """Training steps. Whatever stops one before its weights move, a reward say, loses no step before it."""
         config, state, run = self.config, self.state, self.run
+        self.interrupts.agree()
         if self.interrupts:
             return
         try:
@@ -348,7 +407,9 @@ class _Session:
                             self.display.warn(f"step {state.step}: {line}")
                         view.update(state.step, step.metrics, self.watch.lasting)
                         self._owe()
-                        self._study(step)
+                        with self.ranks.together():
+                            self._study(step)
+                    self.interrupts.agree()
                     self._pay()
                     best = state.facts.get("best") or {}
                     last = bool(self.interrupts) or state.step == config.train.steps
@@ -359,8 +420,10 @@ class _Session:
                 train(state, self.prompts, self.rewards, config, after_step)
         except DiskError:  # another checkpoint would not find room either
             raise
-        except (Exception, KeyboardInterrupt):
-            if not state.between and self.logged == state.step and not run.checkpoint(state.step).exists():
+        except (Exception, KeyboardInterrupt) as error:
+            whole = not state.between and self.logged == state.step
+            here = self.ranks.alone or getattr(error, "everywhere", False)  # else the others are somewhere else
+            if whole and here and not run.checkpoint(state.step).exists():
                 state.facts = self.settled
                 self.checkpoint()
             if checkpoints(run.directory):
@@ -446,22 +509,29 @@ class _Session:
     def _evaluation(self, what: str) -> Evaluation:
         config = self.config
         with self.display.progress(len(self.suite) * config.eval.samples, what) as advance:
-            return evaluate(
-                self.state.policy,
-                self.suite,
-                self.rewards,
-                eval_sampling(config),
-                samples=config.eval.samples,
-                seed=config.eval.seed,
-                on_rows=advance,
-            )
+            with gathered(self.state.policy) as sampler:
+                return evaluate(
+                    sampler,
+                    self.suite,
+                    self.rewards,
+                    eval_sampling(config),
+                    samples=config.eval.samples,
+                    seed=config.eval.seed,
+                    ranks=self.ranks,
+                    on_rows=lambda rows: advance(rows * self.ranks.world),
+                )
 
     def samples(self) -> None:
         """The same held-out prompts on the same noise, as pictures."""
         if not self.shown:
             return
+        with gathered(self.state.policy) as sampler, self.ranks.together():
+            if self.ranks.first:
+                self._paint(sampler)
+
+    def _paint(self, sampler: Policy) -> None:
         config, step = self.config, self.state.step
-        groups = rollout(self.state.policy, self.shown, 1, eval_sampling(config), NO_NOISE, config.eval.seed)
+        groups = rollout(sampler, self.shown, 1, eval_sampling(config), NO_NOISE, config.eval.seed)
         scored = self.rewards.score(samples_of(groups), step=step, split="eval")
         folder = self.run.directory / "samples"
         with self.interrupts.shield():
@@ -500,9 +570,8 @@ class _Session:
     def _study(self, step: Step) -> None:
         """Keep the batch of a skipped step, and stop after too many of them."""
         if step.skipped is not None:
-            folder = self.run.directory / "bad_steps"
             found = (step.groups, step.scored, step.advantage_B, step.metrics)
-            path = save_bad_step(folder, self.state.step, step.skipped, *found)
+            path = save_bad_step(self.bad_steps, self.state.step, step.skipped, *found)
             try:
                 self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
             finally:
@@ -562,12 +631,25 @@ def _a_few_of_each_task(suite: Sequence[Prompt], count: int) -> list[Prompt]:
     return [prompt for turn in rounds for prompt in turn if prompt is not None][:count]
 
 
-def _headline(config: Config, base: str, directory: Path, step: int) -> str:
+def _headline(config: Config, base: str, directory: Path, state: TrainState) -> str:
     """The batch arithmetic, so that nobody has to guess it."""
-    t = config.train
+    t, step, ranks = config.train, state.step, state.ranks
     lines = [
         f"UniGRPO on {base}, {t.tune} tuning of {'both experts' if t.experts == 'both' else t.experts}",
         batch_of(config).lines()[0],
+        *([] if ranks.alone else [_share_of_each(config, state)]),
         f"writing {directory}" + (f", going on from step {step}" if step else ""),
     ]
     return "\n".join(lines)
+
+
+def _share_of_each(config: Config, state: TrainState) -> str:
+    """What a rank does of a step."""
+    t, world = config.train, state.ranks.world
+    prompts = t.prompts_per_step // world
+    episodes = prompts * t.group_size
+    kept = "the layers sharded over them" if is_sharded(state.policy.network) else "each with whole weights"
+    return (
+        f"{world} ranks, {kept}: each draws {prompts} prompts x {t.group_size} = {episodes} episodes, "
+        f"{episodes // t.updates} of each optimizer step"
+    )

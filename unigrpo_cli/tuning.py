@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.models.layers import widen
 from unigrpo_cli.models.mot import MoT
+from unigrpo_cli.models.sharding import masters, shard
 from unigrpo_cli.models.sizes import ALSO, LAYERS
 from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.seeds import derive
 
 
-def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
+def prepare_policy(policy: UnifiedModel, config: Config, ranks: Ranks = ALONE) -> UnifiedModel:
     """Choose what is trained and keep the reference: adapters, or a frozen copy of the starting weights.
 
     What is trained is kept in fp32, whatever the network computes in: updates of the sizes used here are lost to
-    bf16's rounding.
+    bf16's rounding. Over several ranks the layers of full tuning are sharded, policy and reference, where
+    `ranks.weights` says so.
     """
     t, network = config.train, policy.network
+    sharded = shards(config, ranks)
     _refuse_what_cannot_learn(config, network)
     network.activation_checkpointing = t.activation_checkpointing
     if t.tune == "lora":
@@ -40,10 +44,33 @@ def prepare_policy(policy: UnifiedModel, config: Config) -> UnifiedModel:
             parameter.requires_grad_(False)
     if t.tune == "full":
         policy = policy.with_frozen_copy(on_host=t.reference_on == "host")
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.data = widen(parameter.data)
+        if sharded:
+            assert policy.frozen is not None
+            shard(policy.frozen, ranks.world)
+            shard(network, ranks.world)
+        masters(network)
     return policy
+
+
+def shards(config: Config, ranks: Ranks) -> bool:
+    """Whether weights are shared out over ranks.
+
+    Raises:
+        UsageError: when they shall be, but cannot.
+    """
+    t, chosen = config.train, config.ranks.weights
+    if ranks.alone or chosen == "whole" or (chosen == "auto" and t.tune == "lora"):
+        return False
+    if t.tune == "lora":
+        raise UsageError(
+            "ranks.weights=shard is for train.tune=full; leave it out: adapters are whole on every rank"
+        )
+    if t.reference_on == "host":
+        raise UsageError(
+            "train.reference_on=host is for whole weights; leave it out, for the reference is sharded too, or give "
+            "ranks.weights=whole"
+        )
+    return True
 
 
 def _refuse_what_cannot_learn(config: Config, network: MoT) -> None:
@@ -65,14 +92,15 @@ def _refuse_what_cannot_learn(config: Config, network: MoT) -> None:
 
 
 def make_optimizer(policy: UnifiedModel, config: Config) -> torch.optim.AdamW:
-    """AdamW with one group per expert, each with its own learning rate."""
+    """AdamW with groups per expert, each with its own learning rate; none has both sharded and whole weights."""
     t = config.train
     rates = {"text": t.lr_text, "image": t.lr_image}
-    groups = [
-        {"params": parameters, "lr": rates[expert], "full_lr": rates[expert], "expert": expert}
-        for expert, parameters in policy.trainable().items()
-        if parameters
-    ]
+    groups = []
+    for expert, parameters in policy.trainable().items():
+        for sharded in (False, True):
+            own = [p for p in parameters if isinstance(p, DTensor) == sharded]
+            if own:
+                groups.append({"params": own, "lr": rates[expert], "full_lr": rates[expert], "expert": expert})
     return torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
 
 

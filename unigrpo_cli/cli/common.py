@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from unigrpo_cli.credentials import redacted
-from unigrpo_cli.errors import UnigrpoError, one_line
+from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, one_line
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -92,7 +92,8 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if os.environ.get("UNIGRPO_DEBUG"):
                 typer.echo(redacted(traceback.format_exc()).encode(errors="backslashreplace"), err=True)
-            typer.echo(f"error: {one_line(redacted(_said(error)))}", err=True)
+            if not isinstance(error, EndedElsewhereError):
+                typer.echo(f"error: {one_line(redacted(_said(error)))}", err=True)
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     return wrapped

@@ -9,6 +9,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.peers import launched
 from unigrpo_cli.runtime.interrupts import interrupts
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def train(
     """
     from unigrpo_cli.runtime.display import Display
 
-    display = Display(json=json, quiet=quiet)
+    rank, _, _ = launched()
+    display = Display(json=json, quiet=quiet, rank=rank)
     plugins = common.load_plugins(plugin, plugins_dir, display)
     named = {
         "model": model,
@@ -75,28 +77,33 @@ def train(
             reward_opt=reward_opt,
         )
 
+    def chosen() -> tuple[common.Config, Path | None, Path | None]:
+        """Settings, the run to go on with, and the checkpoint of it that is asked for."""
+        if resume is None:
+            return resolved(config), None, None
+        run, wanted = run_to_resume(resume, out)
+        if not (run / "config.toml").is_file():  # requeued before it had begun
+            return resolved(config), None, None
+        return resolved(config or run / "config.toml"), run, wanted
+
     with interrupts() as listener:
         from unigrpo_cli import training_run
+        from unigrpo_cli.ranks import joined
         from unigrpo_cli.runtime.resume import checkpoint_to_plan, run_to_resume
 
-        run = wanted = None
-        settings = None
-        if resume is not None:
-            run, wanted = run_to_resume(resume, out)
-            if (run / "config.toml").is_file():
-                settings = resolved(config or run / "config.toml")
-            else:
-                run = None  # requeued before it had begun
-        if settings is None:
-            settings = resolved(config)
         if dry_run:
-            _dry_run(training_run.plan(settings, run and checkpoint_to_plan(run, wanted)), display, json)
+            settings, run, wanted = chosen()
+            if rank == 0:
+                _dry_run(training_run.plan(settings, run and checkpoint_to_plan(run, wanted)), display, json)
             return
-        if run is None:
-            summary = training_run.start(settings, plugins, display, out, listener)
-        else:
-            summary = training_run.go_on(settings, plugins, display, run, wanted, listener)
-    if json:
+        with joined() as ranks:
+            with ranks.together():
+                settings, run, wanted = chosen()
+            if run is None:
+                summary = training_run.start(settings, plugins, display, out, listener, ranks)
+            else:
+                summary = training_run.go_on(settings, plugins, display, run, wanted, listener, ranks)
+    if json and rank == 0:
         common.print_json(summary)
     if summary["interrupted"]:
         raise typer.Exit(130)

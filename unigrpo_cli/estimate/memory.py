@@ -83,8 +83,11 @@ def needs(model: MoTConfig, autoencoder: AutoencoderConfig | None) -> dict[str, 
 
 
 def _weights(work: Workload) -> tuple[Item, ...]:
-    frozen, trained = work.stored(lambda name: not work.is_trained(name)), work.elements(work.is_trained)
-    still = work.elements() - trained
+    def is_still(name: str) -> bool:
+        return not work.is_trained(name)
+
+    frozen, trained = work.kept(work.stored, is_still), work.kept(work.elements, work.is_trained)
+    still = work.kept(work.elements, is_still)
     return (
         Item("frozen weights", frozen, f"{still:,} x {work.narrow} B; norms, head and projections x 4 B"),
         Item("trained weights", WIDE * trained, f"{trained:,} x 4 B (fp32 masters)"),
@@ -94,7 +97,7 @@ def _weights(work: Workload) -> tuple[Item, ...]:
 
 def _training(work: Workload) -> tuple[Item | None, ...]:
     return (
-        Item("Adam's moments", 2 * WIDE * work.trained, f"{work.trained:,} x 2 x 4 B"),
+        Item("Adam's moments", 2 * WIDE * work.trained_here, f"{work.trained_here:,} x 2 x 4 B"),
         _reference(work, on_host=False),
     )
 
@@ -109,7 +112,9 @@ def _reference(work: Workload, on_host: bool) -> Item | None:
         return work.is_trained(name) and (moved and name.startswith(LAYERS)) == on_host
 
     return Item(
-        "reference", work.stored(here), f"{work.elements(here):,} trained weights x {work.narrow} B, frozen"
+        "reference",
+        work.kept(work.stored, here),
+        f"{work.kept(work.elements, here):,} trained weights x {work.narrow} B, frozen",
     )
 
 

@@ -82,6 +82,24 @@ def _cache(work: Workload, tokens: int, what: str) -> Item:
     )
 
 
+def _gathered(work: Workload) -> Item | None:
+    """Sampling with sharded weights is done with a whole copy of the layers, in the network's dtype."""
+    if not work.sharded:
+        return None
+    layers = work.stored(lambda name: name.startswith(LAYERS))
+    return Item("gathered weights", layers, f"all layers, x {work.narrow} B, while episodes are drawn")
+
+
+def _layer_at_hand(work: Workload, gradients: bool) -> Item | None:
+    """With sharded weights the layer that is passed is whole, and the next one is on its way."""
+    if not work.sharded:
+        return None
+    elements = work.elements(lambda name: name.startswith(f"{LAYERS}0."))
+    count = 3 if gradients else 2
+    what = "two layers' fp32 weights" + (" and one's gradient" if gradients else "")
+    return Item("layers at hand", count * elements * WIDE, f"{elements:,} x 4 B x {count}: {what}")
+
+
 def _writing(work: Workload) -> Phase:
     """Drawing a word: the cache, the prompt's cache that it grew from, and probabilities in fp32 and fp64.
 
@@ -103,6 +121,7 @@ def _writing(work: Workload) -> Phase:
     return Phase(
         "rollout, words",
         some(
+            _gathered(work),
             _cache(work, work.text + work.given, "text, and once more what is given"),
             max(logits, halves, key=lambda item: item.bytes),  # batches get smaller between words
             _cast(work),
@@ -117,6 +136,7 @@ def _painting(work: Workload, adapted: bool) -> Phase:
     return Phase(
         "rollout, image",
         some(
+            _gathered(work),
             _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
             _own_cache(work, tokens),
             _pass(work, tokens, adapted),
@@ -170,6 +190,7 @@ def _decoding(work: Workload) -> Phase:
     return Phase(
         "rollout, pixels",
         some(
+            _gathered(work),
             _cache(work, work.text, "text"),
             Item("decoder", 3 * WIDE * numbers, f"3 maps x {numbers:,} x 4 B, one picture at a time"),
             Item(
@@ -231,7 +252,8 @@ def _scoring(work: Workload, kind: str) -> Phase:
     """Old and reference replays, at their worst layer or at their logits."""
     if kind == TEXT:
         logits = _logits(work)
-        items = () if logits is None else some(_recorded(work), _text_cache(work), logits)
+        at_hand = _layer_at_hand(work, gradients=False)
+        items = () if logits is None else some(_recorded(work), _text_cache(work), logits, at_hand)
         return Phase("replays, words", items)
     tokens = _image_tokens(work)
     return Phase(
@@ -242,6 +264,7 @@ def _scoring(work: Workload, kind: str) -> Phase:
             _own_cache(work, tokens) if tokens else None,
             _pass(work, max(tokens, work.micro * work.text), work.lora),
             _cast(work),
+            _layer_at_hand(work, gradients=False),
             _streamed(work),
         ),
     )
@@ -251,7 +274,7 @@ def _scoring(work: Workload, kind: str) -> Phase:
 
 
 def _gradients(work: Workload) -> Item:
-    return Item("gradients", WIDE * work.trained, f"{work.trained:,} x 4 B")
+    return Item("gradients", WIDE * work.trained_here, f"{work.trained_here:,} x 4 B")
 
 
 def saved_per_token(work: Workload, stream: str) -> int:
@@ -323,7 +346,8 @@ def _update(work: Workload, kind: str) -> Phase:
     if kind == TEXT:
         logits = _logits(work)
         own = () if logits is None else (_text_cache(work), logits)
-        items = some(_recorded(work), _gradients(work), *_kept(work), *own) if own else ()
+        at_hand = _layer_at_hand(work, gradients=False)
+        items = some(_recorded(work), _gradients(work), *_kept(work), *own, at_hand) if own else ()
         return Phase("update, words", items)
     m = work.model
     tokens = max(_image_tokens(work), work.micro * work.text)
@@ -345,6 +369,7 @@ def _update(work: Workload, kind: str) -> Phase:
             _gradients(work),
             *_kept(work),
             *again,
+            _layer_at_hand(work, gradients=True),
             Item("derivatives", inner, f"{tokens} tokens x 2 I x {work.narrow} B"),
             Item(
                 "a matrix's gradient", (work.narrow + WIDE) * _largest(work), "of the largest, before it is added"
@@ -355,7 +380,7 @@ def _update(work: Workload, kind: str) -> Phase:
 
 def _step(work: Workload) -> Phase:
     """AdamW's own step. On an accelerator it goes over all tensors at once, with a copy of them."""
-    copied = 0 if work.cpu else work.trained
+    copied = 0 if work.cpu else work.trained_here
     return Phase(
         "optimizer step",
         some(

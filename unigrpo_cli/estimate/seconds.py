@@ -94,7 +94,9 @@ def step_parts(load: Workload) -> tuple[Part, ...]:
         if load.needs_reference
         else None,
         Part("update", update(load), f"{batch.backwards} x {batch.episodes} replays x ({_factors(load)})"),
-        Part("optimizer", Work(bytes=28 * load.trained * batch.optimizer_steps), "weights, gradients, moments"),
+        Part(
+            "optimizer", Work(bytes=28 * load.trained_here * batch.optimizer_steps), "weights, gradients, moments"
+        ),
     ]
     return tuple(part for part in parts if part is not None and part.work != Work())
 

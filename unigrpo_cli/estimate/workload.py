@@ -95,15 +95,23 @@ def batch_of(config: Config) -> Batch:
     )
 
 
+def of_each_rank(config: Config, world: int) -> Config:
+    """What one of several ranks does of a step: its share of the prompts."""
+    own = config.train.model_copy(update={"prompts_per_step": config.train.prompts_per_step // world})
+    return config.model_copy(update={"train": own})
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on what.
+    """What is trained on what, by one rank.
 
     Args:
+        config: of this rank's share; see `of_each_rank`.
         cpu: the device is a CPU: attention over words is in fp64 there, norms keep what others recompute, and the
             optimizer goes tensor by tensor.
         given: tokens of a prompt with its system prompt.
         adapter_rank: of adapters that are there already; None takes the configuration's.
+        world: ranks that train together.
     """
 
     model: MoTConfig
@@ -112,6 +120,26 @@ class Workload:
     cpu: bool = False
     given: int = GIVEN
     adapter_rank: int | None = None
+    world: int = 1
+
+    # ----- ranks
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the layers' weights are shared out over ranks, as `tuning.shards` decides."""
+        return self.world > 1 and not self.lora and self.config.ranks.weights != "whole"
+
+    def kept(self, count: Callable[[Callable[[str], bool]], int], chosen: Callable[[str], bool]) -> int:
+        """What this rank keeps of tensors with such names, counted by `elements` or `stored`."""
+        if not self.sharded:
+            return count(chosen)
+        layers = count(lambda name: chosen(name) and name.startswith(LAYERS))
+        return -(-layers // self.world) + count(lambda name: chosen(name) and not name.startswith(LAYERS))
+
+    @property
+    def trained_here(self) -> int:
+        """Elements with a gradient that this rank keeps."""
+        return self.trained if self.lora else self.kept(self.elements, self.is_trained)
 
     # ----- weights
 

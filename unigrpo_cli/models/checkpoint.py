@@ -32,6 +32,7 @@ from unigrpo_cli.models.release import (
     config_files,
     read_release,
 )
+from unigrpo_cli.models.sharding import own_part
 from unigrpo_cli.models.sizes import LATENT_POSITIONS, TABLES, VISION_POSITIONS, computes_wide
 from unigrpo_cli.models.unified import UnifiedModel, edge_ids
 
@@ -123,7 +124,7 @@ def restore_weights(network: MoT, directory: Path) -> None:
     own = network.state_dict()
     with torch.no_grad():
         for name, tensor in read_tensors((name, release.tensors[name]) for name in release.wanted):
-            own[name].copy_(tensor)
+            own[name].copy_(own_part(tensor, own[name]))
 
 
 def read_tensors(stored: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Tensor]]:

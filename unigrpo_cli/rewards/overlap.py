@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardBatch, Sample
 from unigrpo_cli.rewards.lane import Pending
 from unigrpo_cli.rewards.scoring import OpenReward, RewardSet, Scored, waits_elsewhere
@@ -24,44 +29,186 @@ def begins_early(opened: OpenReward, overlap: str) -> bool:
 
 
 class Scoring:
-    """The scoring of one rollout: `add` samples as they come, `finish` when all are there."""
+    """The scoring of one rollout: `add` samples as they come, `finish` when all are there.
 
-    def __init__(self, rewards: RewardSet, *, step: int, split: str = "train", overlap: str = "auto"):
-        self.rewards, self.step, self.split = rewards, step, split
+    Over several ranks `finish` gives everybody's scores to everybody, for what is learnt from them looks at all.
+    """
+
+    def __init__(
+        self,
+        rewards: RewardSet,
+        *,
+        step: int,
+        split: str = "train",
+        overlap: str = "auto",
+        ranks: Ranks = ALONE,
+    ):
+        self.rewards, self.step, self.split, self.ranks = rewards, step, split, ranks
+        self._samples: list[Sample] = []
         self._batches: list[RewardBatch] = []
-        self._early: dict[str, list[tuple[int, Pending]]] = {
-            r.alias: [] for r in rewards.asked(split) if begins_early(r, overlap)
-        }
+        early = [] if rewards.on_first else [r for r in rewards.asked(split) if begins_early(r, overlap)]
+        self._early: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in early}
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Hand over finished episodes; whoever can begins to judge them."""
+        self._samples += samples
+        if self.rewards.on_first:
+            return
         batch = self.rewards.prepare(samples, step=self.step, split=self.split)
         self._batches.append(batch)
         for opened in self.rewards.asked(self.split):
             if opened.alias in self._early:
                 self._early[opened.alias] += self.rewards.submit(opened, batch)
 
-    def finish(self, ids: Sequence[str]) -> dict[str, Scored]:
-        """Scores of all that was added by alias, in the order of `ids`.
+    def finish(self, ids: Sequence[str], parts: int = 1) -> dict[str, Scored]:
+        """Scores of all that was added by alias, in the order of `ids`; all ranks' as `Ranks.joined` has them.
+
+        Args:
+            ids: of this rank's own samples.
+            parts: in which they were shared out.
 
         Raises:
-            RewardError: when a reward fails, breaks its contract or abstains too often.
+            RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
         """
-        added = [sample for batch in self._batches for sample in batch.samples]
-        at = {sample.id: k for k, sample in enumerate(added)}
+        at = {sample.id: k for k, sample in enumerate(self._samples)}
         order = [at[i] for i in ids]
+        if self.rewards.on_first:
+            own = [self._samples[k] for k in order]
+            return _on_first(self.rewards, own, self.ranks, parts, step=self.step, split=self.split)
+        with self.ranks.together():
+            results = self._of_own(order)
+        return _of_all(results, self.ranks, parts)
+
+    def _of_own(self, order: Sequence[int]) -> dict[str, Scored]:
+        added = [sample for batch in self._batches for sample in batch.samples]
         whole = replace(self._batches[0], samples=tuple(added[k] for k in order))
         results = {}
         for opened in self.rewards.asked(self.split):
             if opened.alias in self._early:
-                results[opened.alias] = _taken(self.rewards.collect(opened, self._early[opened.alias]), order)
+                results[opened.alias] = taken(self.rewards.collect(opened, self._early[opened.alias]), order)
             else:
                 results[opened.alias] = self.rewards.collect(opened, self.rewards.submit(opened, whole))
         self.rewards.announce(whole, results)
         return results
 
 
-def _taken(scored: Scored, order: Sequence[int]) -> Scored:
+def scores_of(
+    rewards: RewardSet, samples: Sequence[Sample], ranks: Ranks = ALONE, *, step: int = 0, split: str
+) -> dict[str, Scored]:
+    """Scores of this rank's own samples, if it has any, wherever they are judged; all ranks must ask.
+
+    Raises:
+        RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
+    """
+    if rewards.on_first:
+        sizes = ranks.gather(len(samples))
+        begin = sum(sizes[: ranks.rank])
+        everyone = _on_first(rewards, samples, ranks, None, step=step, split=split)
+        return {name: taken(scored, range(begin, begin + len(samples))) for name, scored in everyone.items()}
+    with ranks.together():
+        return rewards.score(samples, step=step, split=split) if samples else {}
+
+
+def _on_first(
+    rewards: RewardSet, own: Sequence[Sample], ranks: Ranks, parts: int | None, *, step: int, split: str
+) -> dict[str, Scored]:
+    """All ranks' samples judged on the first rank, and their scores told to all.
+
+    Args:
+        parts: in which they were shared out; None for one rank's after the other's.
+    """
+    rows: dict[str, Any] = {}
+    sent = samples_of_all(own, ranks)
+    with ranks.together():
+        if ranks.first:
+            whole = [s for share in sent for s in share] if parts is None else ranks.joined(sent, parts)
+            scored = rewards.score(whole, step=step, split=split) if whole else {}
+            rows = {name: _told(own) for name, own in scored.items()}
+    return {name: _heard(row) for name, row in ranks.from_first(rows).items()}
+
+
+def samples_of_all(own: Sequence[Sample], ranks: Ranks) -> list[list[Sample]]:
+    """Every rank's samples, on the first; on the others nothing.
+
+    Raises:
+        RewardError: when metadata of a prompt cannot be sent as it is.
+    """
+    if ranks.alone:
+        return [list(own)]
+    words = [
+        {"prompt": s.prompt, "reasoning": s.reasoning, "metadata": s.metadata, "id": s.id, "group_id": s.group_id}
+        | {"shape": s.pixels.shape}
+        for s in own
+    ]
+    with ranks.together():
+        for sample in own:
+            _refuse_what_json_changes(sample)
+    pixels = [np.ascontiguousarray(s.pixels).reshape(-1) for s in own]
+    flat = np.concatenate(pixels) if pixels else np.zeros(0, dtype=np.uint8)
+    held = ranks.to_first(torch.from_numpy(flat))
+    told = ranks.gather(words)
+    found = []
+    for rows, data in zip(told, held, strict=False):
+        at, share = 0, []
+        for row in rows:
+            shape = tuple(row.pop("shape"))
+            size = int(np.prod(shape))
+            share.append(Sample(pixels=data[at : at + size].numpy().reshape(shape), **row))
+            at += size
+        found.append(share)
+    return found
+
+
+def _refuse_what_json_changes(sample: Sample) -> None:
+    try:
+        same = json.loads(json.dumps(sample.metadata)) == sample.metadata
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise RewardError(
+            f"metadata of prompt {sample.prompt!r} is no plain JSON, so it cannot be sent to the first rank; "
+            "let each rank judge its own episodes with reward.on=each"
+        )
+
+
+def _of_all(own: dict[str, Scored], ranks: Ranks, parts: int) -> dict[str, Scored]:
+    """Scores of all ranks from those of each."""
+    if ranks.alone:
+        return own
+    told = ranks.gather({name: _told(scored) for name, scored in own.items()})
+    return {name: _heard(_joined([rows[name] for rows in told], ranks, parts)) for name in own}
+
+
+def _joined(rows: Sequence[dict[str, Any]], ranks: Ranks, parts: int) -> dict[str, Any]:
+    components = {}
+    for name in dict.fromkeys(name for row in rows for name in row["components"]):  # one may have parts of its own
+        known = [row["components"].get(name, [float("nan")] * len(row["scores"])) for row in rows]
+        components[name] = ranks.joined(known, parts)
+    whole = {key: ranks.joined([row[key] for row in rows], parts) for key in ("scores", "valid", "info")}
+    return whole | {"components": components}
+
+
+def _told(scored: Scored) -> dict[str, Any]:
+    """As JSON, which keeps every bit of an fp64 number."""
+    return {
+        "scores": scored.scores.tolist(),
+        "valid": scored.valid.tolist(),
+        "components": {name: values.tolist() for name, values in scored.components.items()},
+        "info": scored.info,
+    }
+
+
+def _heard(row: dict[str, Any]) -> Scored:
+    return Scored(
+        np.asarray(row["scores"], dtype=np.float64),
+        np.asarray(row["valid"], dtype=bool),
+        {name: np.asarray(values, dtype=np.float64) for name, values in row["components"].items()},
+        row["info"],
+    )
+
+
+def taken(scored: Scored, order: Sequence[int]) -> Scored:
+    """Scores of some samples, in another order."""
     index = np.asarray(order, dtype=int)
     return Scored(
         scored.scores[index],

@@ -110,24 +110,33 @@ class RewardSet:
         plugins: Plugins,
         context: RewardContext,
         policy: Policy = Policy(),
+        *,
+        on_first: bool = False,
+        here: bool = True,
     ):
         """Find, configure and set up every reward.
+
+        Args:
+            on_first: of several processes the first judges for all.
+            here: set them up; False for a process that leaves judging to the first and only knows their names.
 
         Raises:
             RewardError: on an unknown reward, a wrong option, or a failing setup.
         """
         self.plugins, self.context, self.policy = plugins, context, policy
+        self.on_first, self.here = on_first, here
         self._resting = False
         self.rewards: list[OpenReward] = []
         made = [(choice, *_construct(choice, plugins)) for choice in choices]
         try:
             for choice, address, reward in made:
                 opened = OpenReward(choice, address, reward, _range_of(choice, reward), Lane(choice.alias))
-                if hasattr(reward, "setup"):
+                if here and hasattr(reward, "setup"):
                     self._call(opened, partial(reward.setup, context), "setup")
                     opened.range = _range_of(choice, reward)  # some learn it there, e.g. from a server
                 self.rewards.append(opened)
-                plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
+                if here:
+                    plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
         except BaseException:
             self.__exit__()
             raise
@@ -139,7 +148,7 @@ class RewardSet:
         """Tear down all but those left hanging; what goes wrong now is a warning."""
         opened_rewards, self.rewards = self.rewards, []
         for opened in opened_rewards:
-            for close in (self._say_farewell, self._tear_down):
+            for close in (self._say_farewell, self._tear_down) if self.here else ():
                 try:
                     close(opened)
                 except RewardError as error:  # the work is done: said, not raised
@@ -165,6 +174,11 @@ class RewardSet:
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Declared range by alias, of the rewards asked in training."""
         return {r.alias: r.range for r in self.asked("train")}
+
+    def declare(self, ranges: Sequence[tuple[float, float]]) -> None:
+        """Take over ranges that were learnt where the rewards are set up."""
+        for opened, (low, high) in zip(self.rewards, ranges, strict=True):
+            opened.range = (low, high)
 
     def identities(self) -> tuple[RewardIdentity, ...]:
         """Which rewards these are, to be told from others later; options and ranges as JSON has them."""
@@ -205,7 +219,7 @@ class RewardSet:
                         f"reward {opened.alias!r} needs reasoning, but the policy does not think "
                         "(sampling.think is false)"
                     )
-            if hasattr(opened.reward, "check_metadata"):
+            if self.here and hasattr(opened.reward, "check_metadata"):
                 self._call(opened, partial(opened.reward.check_metadata, metadata), "check_metadata")
 
     def score(self, samples: Sequence[Sample], *, step: int = 0, split: str = "train") -> dict[str, Scored]:

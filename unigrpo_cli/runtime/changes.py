@@ -22,7 +22,7 @@ _NONE = (
     "preset device threads memory_gb sampling.rows train.steps train.micro_batch train.micro_tokens "
     "train.reference_on train.activation_checkpointing train.checkpoint_every train.keep_checkpoints "
     "train.keep_every train.samples_every train.drift_limit eval.every eval.best reward.timeout_s "
-    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload"
+    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
 )
 _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
@@ -48,7 +48,7 @@ EFFECTS = {
     )
     for key in keys.split()
 }
-SECTIONS = {"doctor": Effect.NONE, "watch": Effect.NONE}
+SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.NONE, "watch": Effect.NONE}
 """Sections that only look at a run, but for keys that are classed by themselves."""
 
 

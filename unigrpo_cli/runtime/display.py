@@ -40,13 +40,14 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
 class Display:
     """Messages and progress. With `json`, stdout is left alone for the one object that goes there.
 
-    Live where the console is a terminal; plain lines, at most one every few seconds, where it is not.
+    Live where the console is a terminal; plain lines, at most one every few seconds, where it is not. Of several
+    ranks the first speaks; another is heard only where a library or a reward warns on it.
     """
 
-    def __init__(self, json: bool = False, quiet: bool = False):
+    def __init__(self, json: bool = False, quiet: bool = False, rank: int = 0):
         self.console = Console(stderr=json, highlight=False)
         self.errors = Console(stderr=True, highlight=False)
-        self.quiet = quiet
+        self.quiet, self.rank = quiet or rank > 0, rank
         warnings.showwarning = self._warning
 
     def say(self, text: Any, style: str | None = None) -> None:
@@ -77,11 +78,15 @@ class Display:
             self.say(("  " + "  ".join(cells)).rstrip())
 
     def warn(self, text: str) -> None:
+        if not self.rank:  # the others would say the same
+            self._print_warning(text)
+
+    def _print_warning(self, text: str) -> None:
         self.errors.print("[yellow]warning:[/] ", Text(one_line(redacted(text))), sep="", soft_wrap=True)
 
     def _warning(self, message: Any, category: type, *_: Any, **__: Any) -> None:
         if category is UserWarning:  # libraries' deprecations are not the user's business
-            self.warn(str(message))
+            self._print_warning(f"rank {self.rank}: {message}" if self.rank else str(message))
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Any]:

@@ -6,6 +6,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unigrpo_cli.ranks import Ranks
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,7 +28,11 @@ class Interrupts:
     evaluation or sampling at once; the next one drops the step, unless its weights are moving already or a file is
     being written: then that is finished first.
 
+    With several ranks a signal may come to one of them, at any moment, and all have to stop at the same step. So it
+    counts from when they next `agree`, and drops nothing; the next one ends the run where it is.
+
     Args:
+        ranks: the processes that stop together; None for one alone.
         tell: shows a line to the user; set when there is a screen.
         moving: whether the step at hand can no longer be dropped; set when training begins.
     """
@@ -32,14 +40,20 @@ class Interrupts:
     def __init__(self) -> None:
         self.count = 0
         self.training = False
+        self.ranks: Ranks | None = None
+        self.agreed = False
         self.tell: Callable[[str], None] = lambda line: None
         self.moving: Callable[[], bool] = lambda: False
         self._droppable = False
         self._shields = 0
 
     def __bool__(self) -> bool:
-        """Whether one has come."""
-        return self.count > 0
+        """Whether one has come, and with several ranks all know."""
+        return self.count > 0 if self.ranks is None else self.agreed
+
+    def agree(self) -> None:
+        """Agree whether one has come to any rank; all of them call this at the same places."""
+        self.agreed = self.count > 0 if self.ranks is None else self.ranks.any(self.count > 0)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
@@ -47,7 +61,7 @@ class Interrupts:
             raise KeyboardInterrupt
         if self._shields:
             return
-        if self._droppable:
+        if self._droppable and self.ranks is None:
             raise DroppedError
         if self.count == 1:
             self.tell("stopping after this step and saving a checkpoint; interrupt again to stop at once")
@@ -74,6 +88,7 @@ class Interrupts:
         """
         self._droppable = True
         try:
+            self.agree()
             if self:
                 raise DroppedError
             yield

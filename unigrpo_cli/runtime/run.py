@@ -7,10 +7,11 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from unigrpo_cli.config import Config, to_toml
@@ -81,6 +82,19 @@ def nothing_in(directory: Path) -> bool:
 def is_begun(directory: Path) -> bool:
     """Whether a training run has begun in a directory: its configuration is there, and no rollout's episodes."""
     return (directory / "config.toml").is_file() and not (directory / "episodes.json").exists()
+
+
+@contextmanager
+def scratch_directory(like: Sequence[str]) -> Iterator[Path]:
+    """Where a rank that is not the first writes, so that nothing else has to ask which one it is; goes when left.
+
+    Args:
+        like: names of the checkpoints that the run has already; here they are empty.
+    """
+    with TemporaryDirectory(prefix="unigrpo-rank-") as name:
+        for checkpoint in like:
+            (Path(name) / "checkpoints" / checkpoint).mkdir(parents=True)
+        yield Path(name)
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.checkpoint import save_model
 from unigrpo_cli.models.release import ENDS, read_ends
+from unigrpo_cli.models.sharding import gathered_on_host, own_part, whole
 from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.scoring import RewardIdentity
 from unigrpo_cli.runtime.durable import SUMS, new_directory, on_disk
 from unigrpo_cli.runtime.generators import Generators
@@ -77,6 +79,7 @@ class TrainState:
         optimizer: AdamW over the trainable weights.
         step: training steps done.
         between: the weights have moved on from `step`; a checkpoint now would be of neither step.
+        ranks: the processes that train these weights together; each holds a state of its own, equal to the others'.
         facts: small JSON values that reports and warnings need (evaluation before training, first ratios, the best
             evaluation so far, what is owed of this step); saved and restored whole.
         generators: global generators as they were when the last thing was done that counts.
@@ -90,6 +93,7 @@ class TrainState:
     facts: dict[str, Any] = field(default_factory=dict)
     generators: Generators | None = None
     origin: Origin | None = None
+    ranks: Ranks = ALONE
 
 
 def prompt_list(prompts: Sequence[Prompt]) -> PromptList:
@@ -112,10 +116,36 @@ def _named_parameters(state: TrainState) -> list[tuple[str, Tensor]]:
 def save_state(state: TrainState, directory: Path) -> None:
     """Write a checkpoint: model directory or adapter, optimizer, generators, `state.json`, and sums over all.
 
+    It is what one process writes: all ranks gather what is sharded, and the first writes it. The others are left
+    with an empty directory of that name.
+
     Raises:
         DiskError: when the disk does not take it; what was written of it is gone then.
         WeightsError: when the files that its model came with are not there any more.
     """
+    gathered = gather_state(state)
+    with state.ranks.together():
+        if state.ranks.first:
+            _write_state(gathered, directory)
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+
+
+def gather_state(state: TrainState) -> TrainState:
+    """A state with whole weights and moments, on the first rank; of one that is not sharded, itself."""
+    policy = gathered_on_host(state.policy, keep=state.ranks.first)
+    if policy is state.policy:
+        return state
+    own = dict(policy.network.named_parameters())
+    optimizer = torch.optim.AdamW([p for p in own.values() if p.requires_grad])
+    for name, parameter in _named_parameters(state):
+        moments = {k: whole(v).cpu() for k, v in state.optimizer.state.get(parameter, {}).items()}
+        if moments and state.ranks.first:
+            optimizer.state[own[name]] = moments
+    return replace(state, policy=policy, optimizer=optimizer)
+
+
+def _write_state(state: TrainState, directory: Path) -> None:
     origin, generators = state.origin, state.generators
     assert origin is not None and generators is not None
     with new_directory(directory, sums=True) as partial, _full_disks_by_name(directory):
@@ -252,7 +282,7 @@ def restore_state(state: TrainState, directory: Path, content: dict[str, Any]) -
         own = {k.rsplit("|", 1)[1]: v for k, v in moments.items() if k.rsplit("|", 1)[0] == name}
         if own:
             state.optimizer.state[parameter] = {
-                k: v if k == "step" else v.to(parameter.device) for k, v in own.items()
+                k: v if k == "step" else own_part(v, parameter) for k, v in own.items()
             }
     state.step = content["step"]
     state.facts = content["facts"]

@@ -28,7 +28,11 @@ PENALTIES = ("image/velocity-mse", "image/latent-kl")
 
 
 def rollout_metrics(groups: Sequence[Group], scored: dict[str, Scored], advantage_B: Tensor) -> dict[str, float]:
-    """What was drawn and how it was judged, before any update."""
+    """What was drawn and how it was judged, before any update.
+
+    Args:
+        groups: this rank's own; scores and advantages are of all ranks.
+    """
     metrics: dict[str, float] = {}
     for name, own in scored.items():
         metrics[f"reward/{name}"] = math.nan if own.mean is None else own.mean
@@ -37,7 +41,7 @@ def rollout_metrics(groups: Sequence[Group], scored: dict[str, Scored], advantag
         for part, values in own.components.items():
             known = values[own.valid & np.isfinite(values)]  # a part may be about some prompts only
             metrics[f"reward/{name}/{part}"] = float(known.mean()) if len(known) else math.nan
-    advantage_PG = advantage_B.view(len(groups), -1)
+    advantage_PG = advantage_B.view(-1, len(groups[0].episodes))
     metrics["advantage/zero_groups"] = float((advantage_PG == 0).all(dim=1).float().mean())
     metrics["advantage/zero"] = float((advantage_B == 0).float().mean())
     metrics["advantage/std"] = float(advantage_B.std(correction=0))
@@ -105,12 +109,6 @@ def add_terms(terms: dict[str, float], loss: Loss) -> None:
         terms[name] = terms.get(name, 0.0) + value.item()
     for name, value in loss.maxima.items():
         terms[name] = _larger(terms.get(name, 0.0), value.item())
-
-
-def gradient_norms(trained: dict[str, list[torch.nn.Parameter]]) -> dict[str, float]:
-    """Norm of each expert's gradient; an expert that no gradient reached is left out."""
-    gradients = {expert: [p.grad for p in own if p.grad is not None] for expert, own in trained.items()}
-    return {expert: torch.stack([g.norm() for g in own]).norm().item() for expert, own in gradients.items() if own}
 
 
 def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unigrpo_cli.algo.objective import Scores
@@ -99,7 +98,7 @@ def remember_norms(norms: dict[str, float], facts: dict[str, Any], taught: bool)
             del known[:-RECENT]
 
 
-def check_weights(parameters: Sequence[torch.nn.Parameter], step: int) -> None:
+def check_weights(parameters: Sequence[Tensor], step: int) -> None:
     """After the optimizer's step, which cannot be taken back.
 
     Raises:

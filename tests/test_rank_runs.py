@@ -1,0 +1,161 @@
+"""Whole commands over two processes: how they begin, what they leave, and how all end when one does.
+
+The longer ones run by `UNIGRPO_LONG_TESTS=1 python -m pytest -q tests/test_rank_runs.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.test_ranks import finished, launch
+from unigrpo_cli.cli import app
+
+SMALL = [
+    "train",
+    *("--reward", "bright"),
+    *("--set", "train.prompts_per_step=4"),
+    *("--set", "train.group_size=2"),
+    *("--set", "train.checkpoint_every=1"),
+    *("--set", "train.samples_every=0"),
+    *("--set", "eval.limit=1"),
+    *("--set", "eval.steps=2"),
+    *("--set", "sampling.steps=6"),
+]
+PROGRAM = ("-c", "from unigrpo_cli.cli import main; main()")
+JUDGE = """
+from unigrpo_cli import reward
+
+@reward("bright", range=(0.0, 1.0))
+def bright(images, step, split):
+    return [sum(image.convert("L").histogram()[128:]) / image.width / image.height for image in images]
+"""
+long = pytest.mark.skipif(not os.environ.get("UNIGRPO_LONG_TESTS"), reason="set UNIGRPO_LONG_TESTS=1")
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> list[str]:
+    path = tmp_path / "judge.py"
+    path.write_text(JUDGE)
+    return ["--plugin", str(path)]
+
+
+def steps_in(run: Path) -> list[int]:
+    try:
+        return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def until(condition: object, seconds: float = 120.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def error_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error")]
+
+
+def test_a_killed_rank_ends_the_other_and_one_process_goes_on(tmp_path: Path, judge: list[str]) -> None:
+    """SIGKILL, as the out-of-memory killer does it: one line that names the rank, and no hang in a collective."""
+    run = tmp_path / "run"
+    command = [*PROGRAM, *SMALL, *judge, "--out", str(run), "--steps", "500"]
+    first, second = launch(2, *command, UNIGRPO_SILENCE="5")
+    try:
+        until(lambda: len(steps_in(run)) >= 2 or first.poll() is not None)
+        second.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        ((code, _, errors),) = finished([first], 60)
+        assert time.monotonic() - began < 60
+    finally:
+        second.kill()
+        second.communicate()
+    assert code == 1
+    (line,) = error_lines(errors)
+    assert line.startswith("error: rank 1 is gone: not heard of for 5 s"), errors
+    done = max(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit())
+    more = [*judge, "--resume", "auto", "--out", str(run), "--steps", str(done + 1), "--json"]
+    resumed = CliRunner().invoke(app, ["train", *more])
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["steps"] == done + 1
+    assert steps_in(run) == list(range(1, done + 2))
+
+
+@long
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, judge: list[str]) -> None:
+    run = tmp_path / "run"
+    pair = launch(2, *PROGRAM, *SMALL, *judge, "--out", str(run), "--steps", "500", "--json")
+    until(lambda: len(steps_in(run)) >= 1)
+    pair[1].send_signal(signal.SIGTERM)
+    (code, output, errors), (other, silent, _) = finished(pair, 60)
+    assert code == other == 130, errors
+    summary = json.loads(output)
+    assert summary["interrupted"]
+    assert silent == "", "one rank speaks"
+    steps = steps_in(run)
+    assert steps == list(range(1, summary["steps"] + 1))
+    assert (run / "checkpoints" / f"step_{summary['steps']:06d}" / "state.json").is_file()
+    pair = launch(2, *PROGRAM, *SMALL, *judge, "--resume", str(run), "--steps", str(len(steps) + 1), "--json")
+    (code, output, errors), _ = finished(pair, 120)
+    assert code == 0, errors
+    assert json.loads(output)["steps"] == len(steps) + 1
+
+
+@long
+def test_a_judge_that_fails_on_one_rank_is_one_line_and_loses_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "judge.py"
+    fails = '    if split == "train" and step == 2 and os.environ["RANK"] == "1":\n        raise OSError("gone")\n'
+    head, tail = JUDGE.split("    return")
+    path.write_text("import os\n" + head + fails + "    return" + tail)
+    run = tmp_path / "run"
+    more = ["--set", "train.checkpoint_every=0", "--plugin", str(path), "--out", str(run), "--steps", "5"]
+    ended = finished(launch(2, *PROGRAM, *SMALL, *more), 120)
+    assert [code for code, _, _ in ended] == [3, 3], ended
+    (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
+    assert line.startswith("error: rank 1: reward 'bright'")
+    assert "OSError: gone" in line
+    assert (run / "checkpoints" / "step_000002" / "state.json").is_file()
+
+
+@long
+def test_what_is_wrong_for_all_is_said_once(tmp_path: Path, judge: list[str]) -> None:
+    run = tmp_path / "run"
+    pair = launch(2, *PROGRAM, *SMALL, *judge, "--set", "train.prompts_per_step=2", "--out", str(run))
+    ended = finished(pair, 120)
+    assert [code for code, _, _ in ended] == [2, 2]
+    (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
+    assert "2 ranks x train.updates=2 must divide it" in line
+    assert not run.exists()
+
+
+@long
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str], launcher: str) -> None:
+    """The lines of examples/launch, on a CPU: the run says how many ranks there are, and ends well."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        *("--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ]
+    lines = {"torchrun": torchrun, "accelerate": accelerate}
+    run = tmp_path / "run"
+    own = ["-m", "unigrpo_cli", *SMALL, *judge, "--out", str(run), "--steps", "1"]
+    done = subprocess.run([*lines[launcher], *own], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, the layers sharded over them: each draws 2 prompts x 2 = 4 episodes" in done.stdout
+    assert steps_in(run) == [1]

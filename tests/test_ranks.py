@@ -1,0 +1,256 @@
+"""Several processes train as one does: who draws what, what is summed, what is agreed, and how they end.
+
+Two processes are started once for all scenes of tests/two_ranks.py; one process runs the same scenes as control.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests import two_ranks
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.peers import launched
+from unigrpo_cli.ranks import ALONE, Ranks
+from unigrpo_cli.replay import split_up
+
+TESTS = Path(__file__).parent
+SCENES = (
+    "lora",
+    "replicated",
+    "sharded",
+    "checkpointed",
+    "whole_control",
+    "judged_on_first",
+    "refused",
+    "uneven_texts",
+    "failing_judge",
+    *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
+)
+CONTROLS = (*SCENES[:3], *RESUMED)
+STEPS = 3
+TOLERANCE = 1e-5
+"""Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
+
+Sums of gradients round in another order, and AdamW divides by their size: 2.4e-6 was measured."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(world: int, *command: str, **more: str) -> list[subprocess.Popen]:
+    """Processes as torchrun starts them."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    found = []
+    for rank in range(world):
+        environment = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        found.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment | more,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return found
+
+
+def finished(processes: Sequence[subprocess.Popen], seconds: float) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each; all are ended when one takes too long."""
+    found = []
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=seconds)
+            found.append((process.returncode, output, errors))
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes and one found."""
+    out = tmp_path_factory.mktemp("ranks")
+    pair = launch(2, str(TESTS / "two_ranks.py"), str(out), *SCENES)
+    try:
+        two_ranks.main(out, CONTROLS)  # which waits for what the others save, and they for this
+    finally:
+        ended = finished(pair, 180)
+    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
+    return out
+
+
+def told(played: Path, scene: str, world: int, rank: int) -> dict[str, Any]:
+    return json.loads((played / f"{scene}.{world}.{rank}.json").read_text())
+
+
+def weights(played: Path, scene: str, world: int, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(played / f"{scene}.{world}.{rank}.safetensors")
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+# ----- who draws what
+
+
+@given(world=st.integers(1, 6), parts=st.integers(1, 4), each=st.integers(1, 4), rows=st.integers(1, 3))
+def test_groups_are_shared_out_whole_and_come_back_in_order(world: int, parts: int, each: int, rows: int) -> None:
+    """Every item in exactly one share; each part of a step the same set whatever the number of ranks."""
+    groups = list(range(world * parts * each))
+    ranks = [Ranks(rank, world) for rank in range(world)]
+    shares = [r.share(groups, parts) for r in ranks]
+    assert sorted(g for share in shares for g in share) == groups
+    assert ranks[0].joined(shares, parts) == groups
+    for part in range(parts):
+        together = {g for share in shares for g in share[part * each : (part + 1) * each]}
+        assert together == set(groups[part * world * each : (part + 1) * world * each])
+    episodes = [(g, row) for g in groups for row in range(rows)]
+    own = [r.share(episodes, parts) for r in ranks]
+    assert [[g for g, row in share if row == 0] for share in own] == shares, "a group was split"
+    assert ranks[0].joined(own, parts) == episodes
+
+
+@given(count=st.integers(0, 20), world=st.integers(1, 6))
+def test_stretches_follow_each_other(count: int, world: int) -> None:
+    stretches = [Ranks(rank, world).stretch(range(count)) for rank in range(world)]
+    assert [k for own in stretches for k in own] == list(range(count))
+    assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
+
+
+@given(sizes=st.lists(st.integers(1, 8), min_size=1, max_size=5), more=st.integers(0, 6))
+def test_parts_are_split_up_without_losing_an_episode(sizes: list[int], more: int) -> None:
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    parts = [list(range(at, at + n)) for at, n in zip(starts, sizes, strict=True)]
+    count = min(len(parts) + more, sum(sizes))
+    found = split_up(parts, count)
+    assert len(found) == count
+    assert [k for part in found for k in part] == list(range(sum(sizes)))
+    assert all(found)
+
+
+def test_what_cannot_be_shared_out_is_refused_with_what_can() -> None:
+    Ranks(0, 4).refuse_uneven(32, 2)
+    with pytest.raises(UsageError, match=r"prompts_per_step=12 .* 4 ranks x train.updates=2 .* give 8 or 16"):
+        Ranks(0, 4).refuse_uneven(12, 2)
+    with pytest.raises(UsageError, match="give 8,"):
+        Ranks(0, 4).refuse_uneven(2, 2)
+
+
+def test_alone_nothing_is_changed_or_started() -> None:
+    ALONE.refuse_uneven(5, 1)
+    content = {"a": (1, 2)}
+    assert ALONE.gather(content)[0] is content
+    assert ALONE.share([3, 1, 2], 3) == ALONE.joined([[3, 1, 2]], 3) == [3, 1, 2]
+    with ALONE.together():
+        assert ALONE.any(True) and ALONE.most(7) == 7
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_a_launcher_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == (0, 1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UsageError, match="torchrun"):
+        launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="RANK=2 of WORLD_SIZE=2"):
+        launched()
+
+
+# ----- two are one
+
+
+@pytest.mark.parametrize("scene", SCENES[:3])
+def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None:
+    """The same episodes, advantages and, to the rounding of sums, the same weights; to the bit on both ranks."""
+    one = told(played, scene, 1, 0)["steps"]
+    two = [told(played, scene, 2, rank)["steps"] for rank in range(2)]
+    for k in range(STEPS):
+        assert [two[rank][k]["prompts"] for rank in range(2)] == [["a", "c"], ["b", "d"]]
+        for key in ("texts", "advantages", "scores"):
+            whole = Ranks(0, 2).joined([two[rank][k][key] for rank in range(2)], 2)
+            assert whole == (one[k][key] if key == "texts" else pytest.approx(one[k][key], abs=1e-4)), key
+        assert two[0][k]["metrics"] == two[1][k]["metrics"]
+        for name, value in one[k]["metrics"].items():
+            if not name.startswith(("seconds/", "memory/")):
+                assert two[0][k]["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), name
+    first, second = weights(played, scene, 2, 0), weights(played, scene, 2, 1)
+    assert apart(first, second) == 0
+    assert 0 < apart(first, weights(played, scene, 1)) < TOLERANCE
+    assert sum(value != 0 for step in one for value in step["advantages"]) > 20, "there was little to learn"
+
+
+def test_sharded_weights_compute_what_whole_ones_do(played: Path) -> None:
+    """In bf16 with recomputed layers and one frozen expert: the same two ranks to the bit, sharded or not."""
+    assert apart(weights(played, "checkpointed", 2), weights(played, "whole_control", 2)) == 0
+    kinds = {str(value.dtype) for value in weights(played, "checkpointed", 2).values()}
+    assert kinds == {"torch.float32", "torch.bfloat16"}
+
+
+def test_the_first_rank_may_judge_for_all(played: Path) -> None:
+    """The same weights to the bit; the other rank set nothing up and asked nobody."""
+    assert apart(weights(played, "judged_on_first", 2), weights(played, "lora", 2)) == 0
+    found = [told(played, "judged_on_first", 2, rank) for rank in range(2)]
+    assert [f["asked"] for f in found] == [2 * 6 * STEPS, 0]
+    assert [told(played, "lora", 2, rank)["asked"] for rank in range(2)] == [6 * STEPS, 6 * STEPS]
+
+
+def test_an_update_refused_on_one_rank_is_refused_on_both(played: Path) -> None:
+    for rank in range(2):
+        skipped = [step["skipped"] for step in told(played, "refused", 2, rank)["steps"]]
+        assert skipped[0] is None and skipped[2] is None
+        assert skipped[1].startswith("update 2 of 2: rank 1: the loss is nan")
+    assert apart(weights(played, "refused", 2, 0), weights(played, "refused", 2, 1)) == 0
+
+
+def test_texts_of_other_lengths_hold_nobody_up(played: Path) -> None:
+    """With sharded weights one rank writes one word per text, the other 24."""
+    for rank in range(2):
+        metrics = [step["metrics"] for step in told(played, "uneven_texts", 2, rank)["steps"]]
+        assert [m["text/length"] for m in metrics] == [(1 + 24) / 2] * STEPS
+        assert [m["text/truncated"] for m in metrics] == [1 / 2] * STEPS
+
+
+def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
+    """As the same kind of error, at the same place: so both can still save the step before it."""
+    for rank in range(2):
+        found = told(played, "failing_judge", 2, rank)
+        assert found["everywhere"] and found["error"].startswith("rank 1: reward 'bright'")
+        assert "judge is down" in found["error"]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, tune: str) -> None:
+    """Two ranks' checkpoint in one process and the other way round: files of the same names and tensors."""
+    for written, resumed in ((2, 1), (1, 2)):
+        assert told(played, f"restored_{tune}", resumed, 0)["step"] == 3
+        went_on = weights(played, f"restored_{tune}", resumed)
+        assert apart(went_on, weights(played, f"saved_{tune}", written)) < TOLERANCE
+    one, two = (played / f"{tune}.{world}" for world in (1, 2))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for name in ("optimizer.safetensors", "adapter_model.safetensors" if tune == "lora" else "ema.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert {n: (x.shape, x.dtype) for n, x in a.items()} == {n: (x.shape, x.dtype) for n, x in b.items()}
+    assert json.loads((one / "state.json").read_text())["step"] == 2

@@ -1,0 +1,307 @@
+"""What each of two processes does in tests/test_ranks.py: a program, for a process group cannot be two in one.
+
+    python tests/two_ranks.py OUT SCENE...
+
+Writes what it found as OUT/<scene>.<rank>.json and tensors as .safetensors; with one process it is its own control.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from unigrpo_cli import RewardContext, train
+from unigrpo_cli.config import Config, load_config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.models.checkpoint import restore_weights
+from unigrpo_cli.models.lora import load_adapters
+from unigrpo_cli.models.sharding import gathered, whole
+from unigrpo_cli.models.sizes import computes_wide
+from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.ranks import Ranks, joined
+from unigrpo_cli.rebuild.model import build_model
+from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.runtime.generators import read_generators
+from unigrpo_cli.runtime.state import (
+    Origin,
+    Reference,
+    TrainState,
+    prompt_list,
+    read_state,
+    restore_state,
+    save_state,
+)
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+SETTINGS = [
+    "sampling.max_new_tokens=6",
+    "sampling.height=16",
+    "sampling.width=16",
+    "sampling.steps=4",
+    "sampling.window_within=[0, 3]",
+    "sampling.window_size=2",
+    "objective.image_clip=1e-3",
+    "objective.penalty_weight=0.1",
+    "objective.text_kl=0.01",
+    "train.prompts_per_step=4",
+    "train.group_size=3",
+    "train.updates=2",
+    "train.micro_batch=4",
+    "train.lr_text=1e-3",
+    "train.lr_image=1e-3",
+    "train.lora_rank=2",
+    "advantage.std=batch",
+]
+PROMPTS = [Prompt(name, text) for name, text in (("a", "a red circle"), ("b", "two blue stars"), ("c", "a heart"))]
+PROMPTS.append(Prompt("d", "a green square above a red ring"))
+
+
+Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""Weights by name, and what else there is to tell."""
+
+
+class Bright:
+    """A reward that looks at pictures and words, and says on which ranks it was asked."""
+
+    range = (0.0, 1.0)
+    setups = 0
+
+    def __init__(self, options: Any):
+        self.asked = 0
+
+    def setup(self, context: Any) -> None:
+        Bright.setups += 1
+
+    def score(self, batch: Any) -> list[float]:
+        self.asked += len(batch)
+        return [float(s.pixels.mean()) / 255 / (1 + len(s.reasoning or "")) for s in batch.samples]
+
+
+def rewards(**more: Any) -> RewardSet:
+    plugins = Plugins()
+    plugins.rewards.add("bright", Bright)
+    return RewardSet(
+        parse_rewards(["bright"], {}), plugins, RewardContext("cpu", 0, embedded=False, offline=True), **more
+    )
+
+
+def state_of(config: Config, ranks: Ranks) -> TrainState:
+    model = build_model(seed=3, width=32, layers=2)
+    if config.dtype == "bfloat16":
+        for name, parameter in model.network.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if computes_wide(name) else torch.bfloat16)
+    policy = prepare_policy(model, config, ranks)
+    return TrainState(policy, make_optimizer(policy, config), ranks=ranks)
+
+
+def step(state: TrainState, judges: RewardSet, config: Config) -> train.Step:
+    done = train.training_step(state, PROMPTS, judges, config)
+    state.step, state.between = state.step + 1, False
+    return done
+
+
+def weights_of(state: TrainState) -> dict[str, torch.Tensor]:
+    return {n: whole(p).detach().clone() for n, p in state.policy.network.named_parameters()}
+
+
+def trained(ranks: Ranks, *settings: str) -> Found:
+    """Three steps: the weights, and each step's metrics, advantages and texts."""
+    config = load_config(overrides=[*SETTINGS, *settings])
+    state = state_of(config, ranks)
+    on_first = config.reward.on == "first" and not ranks.alone
+    steps = []
+    with rewards(on_first=on_first, here=ranks.first or not on_first) as judges:
+        for _ in range(3):
+            done = step(state, judges, config)
+            steps.append(
+                {
+                    "metrics": done.metrics,
+                    "skipped": done.skipped,
+                    "prompts": [group.prompt.id for group in done.groups],
+                    "texts": [e.reasoning for group in done.groups for e in group.episodes],
+                    "advantages": done.advantage_B.tolist(),
+                    "scores": done.scored["bright"].scores.tolist(),
+                }
+            )
+        asked = judges.rewards[0].reward.asked
+    return weights_of(state), {"steps": steps, "asked": asked, "setups": Bright.setups}
+
+
+def lora(ranks: Ranks, _out: Path) -> Found:
+    return trained(ranks, "train.tune=lora")
+
+
+def replicated(ranks: Ranks, _out: Path) -> Found:
+    return trained(ranks, "train.tune=full", "ranks.weights=whole", 'train.also=["embeddings"]')
+
+
+def sharded(ranks: Ranks, _out: Path) -> Found:
+    return trained(ranks, "train.tune=full", 'train.also=["embeddings"]')
+
+
+def judged_on_first(ranks: Ranks, _out: Path) -> Found:
+    return trained(ranks, "train.tune=lora", "reward.on=first")
+
+
+BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfloat16")
+
+
+def checkpointed(ranks: Ranks, _out: Path) -> Found:
+    """Layers kept in parts: activation checkpointing, one expert, bf16 computation."""
+    return trained(ranks, *BF16)
+
+
+def whole_control(ranks: Ranks, _out: Path) -> Found:
+    """The same with whole weights."""
+    return trained(ranks, *BF16, "ranks.weights=whole")
+
+
+def refused(ranks: Ranks, _out: Path) -> Found:
+    """A loss that is not a number on the last rank alone, in the second of three steps' second update."""
+    original, calls = train.unigrpo_loss, []
+
+    def sometimes(*given: Any, **more: Any) -> Any:
+        loss = original(*given, **more)
+        calls.append(None)
+        if ranks.rank == ranks.world - 1 and len(calls) == 4:
+            return replace(loss, total=loss.total * math.nan)
+        return loss
+
+    train.unigrpo_loss = sometimes
+    try:
+        return trained(ranks, "train.tune=full", "train.micro_batch=8")
+    finally:
+        train.unigrpo_loss = original
+
+
+def failing_judge(ranks: Ranks, _out: Path) -> Found:
+    """A reward that fails on the last rank alone, in the second step."""
+    original = Bright.score
+
+    def score(self: Any, batch: Any) -> list[float]:
+        if batch.step == 1 and ranks.rank == ranks.world - 1:
+            raise OSError("judge is down")
+        return original(self, batch)
+
+    Bright.score = score
+    try:
+        trained(ranks, "train.tune=full")
+    except RewardError as error:
+        ranks.wait()  # all are here: nobody waits elsewhere
+        return {}, {"error": str(error), "everywhere": error.everywhere}
+    finally:
+        Bright.score = original
+    raise AssertionError("the judge's failure passed unseen")
+
+
+def uneven_texts(ranks: Ranks, _out: Path) -> Found:
+    """Rank 1's prompts make it write to the end of a long budget, rank 0's stop it at the first word."""
+    original = UnifiedModel.logits
+
+    def logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        found = original(self, hidden)
+        if torch.is_grad_enabled() or not sampling:
+            return found
+        push = 100.0 if ranks.rank == 0 else -100.0
+        return found.index_add(-1, torch.tensor([self.stop_id]), torch.full((*found.shape[:-1], 1), push))
+
+    sampling: list[None] = []
+
+    @contextmanager
+    def watched(policy: Any) -> Any:
+        with gathered(policy) as sampler:
+            sampling.append(None)
+            yield sampler
+            sampling.clear()
+
+    UnifiedModel.logits, train.gathered = logits, watched
+    try:
+        return trained(ranks, "sampling.max_new_tokens=24")
+    finally:
+        UnifiedModel.logits, train.gathered = original, gathered
+
+
+def _saved(ranks: Ranks, out: Path, tune: str) -> Found:
+    """Two steps, a checkpoint, and a third step: what going on from it has to come to."""
+    config = load_config(overrides=[*SETTINGS, f"train.tune={tune}"])
+    state = state_of(config, ranks)
+    state.origin = Origin(config, Reference("none", ""), prompt_list(PROMPTS), ())
+    state.generators = read_generators()
+    with rewards() as judges:
+        for _ in range(2):
+            step(state, judges, config)
+        place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
+        save_state(state, place / f"{tune}.{ranks.world}")
+        step(state, judges, config)
+    return weights_of(state), {}
+
+
+def _restored(ranks: Ranks, out: Path, tune: str) -> Found:
+    """The third step from the checkpoint that the other number of ranks wrote."""
+    checkpoint = out / f"{tune}.{3 - ranks.world}"
+    until = time.monotonic() + 120
+    while not checkpoint.is_dir() and time.monotonic() < until:
+        time.sleep(0.2)
+    config = load_config(overrides=[*SETTINGS, f"train.tune={tune}"])
+    model = build_model(seed=3, width=32, layers=2)
+    if tune == "lora":
+        load_adapters(model.network, checkpoint)
+    policy = prepare_policy(model, config, ranks)
+    if tune == "full":
+        restore_weights(policy.network, checkpoint)
+    state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
+    restore_state(state, checkpoint, read_state(checkpoint))
+    with rewards() as judges:
+        step(state, judges, config)
+    return weights_of(state), {"step": state.step}
+
+
+SCENES = {
+    f.__name__: f
+    for f in (
+        lora,
+        replicated,
+        sharded,
+        checkpointed,
+        whole_control,
+        judged_on_first,
+        refused,
+        failing_judge,
+        uneven_texts,
+    )
+}
+
+
+SCENES |= {
+    f"{verb}_{tune}": partial(scene, tune=tune)
+    for verb, scene in (("saved", _saved), ("restored", _restored))
+    for tune in ("full", "lora")
+}
+
+
+def main(out: Path, scenes: list[str]) -> None:
+    with joined() as ranks:
+        for name in scenes:
+            began = time.perf_counter()
+            tensors, found = SCENES[name](ranks, out)
+            found["seconds"] = time.perf_counter() - began
+            save_file(tensors, out / f"{name}.{ranks.world}.{ranks.rank}.safetensors")
+            (out / f"{name}.{ranks.world}.{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2:])
