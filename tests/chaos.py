@@ -192,6 +192,8 @@ def _content(path: Path) -> bytes | str:
         for name in ("sightings", "lasting"):
             watch.pop(name, None)
         return json.dumps(state)
+    if path.name == "doctor.json":
+        return json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"})
     if path.name == "SHA256SUMS":
         return "".join(line for line in path.read_text().splitlines(True) if "state.json" not in line)
     return path.read_bytes()
