@@ -860,6 +860,10 @@ def _first(e: Path, **changes: Any) -> None:
     (e / "episodes.json").write_text(json.dumps(data))
 
 
+def _spoiled(x: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(x, float("nan"))
+
+
 def _tensor(e: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
     state = load_file(e / "episodes.safetensors")
     name = next(n for n in sorted(state) if n.endswith(ending))
@@ -898,6 +902,8 @@ EPISODES = [
     episodes(
         "episodes-tensor-short", lambda e: _tensor(e, ".before", lambda x: x[:1]), "before has shape", DAMAGED
     ),
+    episodes("episodes-latent-nan", lambda e: _tensor(e, ".latent", _spoiled), "latent", "finite", DAMAGED),
+    episodes("episodes-log-prob-nan", lambda e: _tensor(e, ".log_prob", _spoiled), "log_prob", "finite", DAMAGED),
     episodes(
         "episodes-log-prob-above-0", lambda e: _tensor(e, "1.log_prob", lambda x: x.abs() + 1), "log_prob", DAMAGED
     ),

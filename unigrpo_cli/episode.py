@@ -32,6 +32,8 @@ from unigrpo_cli.intake import read_text, refuse_odd_text
 FORMAT = 1
 LARGEST_MEMBER = 10**6
 TENSORS = ("ids", "log_prob", "latent", "pixels", "view", "times", "before", "after")
+BAD_STEP = "bad_step.json"
+"""Beside episodes of a skipped training step: their numbers may be none, which is what they are kept for."""
 SAVE_AGAIN = "save them again with `unigrpo rollout --out DIR`"
 
 
@@ -210,7 +212,7 @@ def load_episodes(directory: Path) -> list[Group]:
         if data.get("format") != FORMAT:
             raise UsageError(f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}")
         tensors = load_file(directory / "episodes.safetensors")
-        groups = list(_groups(data["groups"], tensors))
+        groups = list(_groups(data["groups"], tensors, finite=not (directory / BAD_STEP).is_file()))
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = [n for n in ("episodes.json", "episodes.safetensors") if not os.path.isfile(directory / n)]
         raise UsageError(
@@ -228,7 +230,7 @@ def load_episodes(directory: Path) -> list[Group]:
     return groups
 
 
-def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
+def _groups(rows: list[dict], tensors: dict[str, Tensor], finite: bool) -> Iterator[Group]:
     for g, row in enumerate(rows):
         prompt = Prompt(row["id"], row["text"], row["metadata"], row.get("image"))
         _kinds(prompt, id=str, text=str, metadata=dict, image=str | None)
@@ -238,7 +240,7 @@ def _groups(rows: list[dict], tensors: dict[str, Tensor]) -> Iterator[Group]:
             for s, plain in enumerate(member["segments"]):
                 prefix = f"{g}.{m}.{s}."
                 own = {name: tensors[prefix + name] for name in plain["tensors"]}
-                segments.append(_unpack(plain, own))
+                segments.append(_unpack(plain, own, finite))
             episode = Episode(prompt, member["member"], member["seed"], tuple(segments))
             _kinds(episode, member=int, seed=int)
             if not 0 <= episode.member < LARGEST_MEMBER:  # it is part of names of files
@@ -262,7 +264,7 @@ def _pack(segment: Segment) -> tuple[dict, dict[str, Tensor]]:
     return plain | {"tensors": sorted(tensors)}, tensors
 
 
-def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
+def _unpack(plain: dict, tensors: dict[str, Tensor], finite: bool) -> Segment:
     values = {k: v for k, v in plain.items() if k not in ("kind", "tensors")} | tensors
     if "window" in values:
         values["window"] = Window(**values["window"])
@@ -274,11 +276,13 @@ def _unpack(plain: dict, tensors: dict[str, Tensor]) -> Segment:
         raise ValueError(f"grid = {list(grid)}")
     segment = _KINDS[plain["kind"]](**values)
     for name, value in vars(segment).items():
-        _tensor_of(name, value)
+        _tensor_of(name, value, finite)
     if isinstance(segment, TextActions):
         _kinds(segment, finished=bool, temperature=float | int, text=str)
         _same("log_prob", segment.log_prob.shape, segment.ids.shape)
-        if bool((segment.log_prob > 1e-3).any()):  # of words, so no density; a little above 0 is rounding
+        if finite and bool(
+            (segment.log_prob > 1e-3).any()
+        ):  # of words, so no density; a little above 0 is rounding
             raise ValueError("log_prob of text is above 0")
     if isinstance(segment, ImageActions) or (isinstance(segment, GivenImage) and len(segment.latent)):
         _same("latent", segment.latent.shape[:1], (segment.grid[0] * segment.grid[1],))
@@ -309,15 +313,14 @@ def _sampled(image: ImageActions) -> None:
         raise ValueError(f"noise_level = {image.noise_level}")
 
 
-def _tensor_of(name: str, value: Any) -> None:
-    """Refuse a tensor of another dtype than its name has, and ids that there are not.
-
-    Numbers that are not finite are let in: the batch of a bad step, kept for study, may have such.
-    """
+def _tensor_of(name: str, value: Any, finite: bool) -> None:
+    """Refuse a tensor of another dtype than its name has, and with `finite` numbers that no sampling gives."""
     wanted = {"ids": torch.int64, "pixels": torch.uint8, "view": torch.uint8}.get(name)
     if name in TENSORS and not (name == "view" and value is None):
         if not isinstance(value, Tensor) or (value.dtype != wanted if wanted else not value.is_floating_point()):
             raise ValueError(f"{name} must be a tensor of {wanted or 'floating-point numbers'}")
+        if finite and not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite everywhere")
         if name == "ids" and bool((value < 0).any()):
             raise ValueError("ids are below 0")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unigrpo_cli.episode import Group, save_episodes
+from unigrpo_cli.episode import BAD_STEP, Group, save_episodes
 from unigrpo_cli.jsontext import to_json
 from unigrpo_cli.rewards.scoring import Scored
 from unigrpo_cli.runtime.durable import new_directory
@@ -56,7 +56,7 @@ def save_bad_step(
     why = {"step": step, "reason": reason, "advantages": advantage_B, "metrics": metrics}
     with new_directory(path, sums=False) as partial:
         save_episodes(groups, partial)
-        for name, content in (("rewards.json", reward_rows(groups, scored)), ("bad_step.json", why)):
+        for name, content in (("rewards.json", reward_rows(groups, scored)), (BAD_STEP, why)):
             (partial / name).write_text(to_json(content, indent=1) + "\n")
     for old in sorted(folder.glob("step_*"))[:-KEPT]:
         shutil.rmtree(old)
