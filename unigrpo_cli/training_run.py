@@ -466,6 +466,7 @@ class _Session:
     def _settle(self) -> None:
         """Note where things stand, for a checkpoint that is made because something after it failed."""
         self.state.generators = read_generators()
+        self.state.facts[ABSTAINED] = self.rewards.recent()
         self.settled = copy.deepcopy(self.state.facts)
 
     def _evaluate_within(self) -> None:
@@ -549,7 +550,6 @@ class _Session:
         folder = self.run.directory / "checkpoints"
         with self.interrupts.shield():
             self.run.keep_metrics()
-            self.state.facts[ABSTAINED] = self.rewards.recent()
             path = self.run.checkpoint(self.state.step)
             save_state(self.state, path)
             point(folder / "last", path.name)
