@@ -165,6 +165,31 @@ def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
     assert json.dumps(kept["kept"]) == json.dumps(facts["kept"])
 
 
+def test_another_environment_and_another_number_of_threads_are_told_of(copy: Path, plugin: Path) -> None:
+    environment = copy / "environment.json"
+    versions = json.loads(environment.read_text())
+    environment.write_text(json.dumps(versions | {"torch": "1.0", "gone": "2"}))
+    again = _done(_run(*command(copy, plugin, ("train.steps=5", "train.micro_batch=1"))))
+    (line,) = _lines(again, "to the bit")
+    assert f"torch 1.0 -> {versions['torch']}: as before" in line
+    assert "train.micro_batch: 48 -> 1 (changes results by rounding alone)" in again.output
+    assert json.loads(environment.read_text()) == versions
+
+
+def test_abstentions_are_remembered(copy: Path, plugin: Path) -> None:
+    """The share that stops a run is one over the last samples, those before the resume too."""
+    kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["facts"]["abstained"]
+    assert len(kept["moody"]) > 0
+    assert not any(kept["moody"])
+    state = copy / "checkpoints" / "step_000004" / "state.json"
+    content = json.loads(state.read_text())
+    content["facts"]["abstained"]["moody"] = [True] * 400
+    state.write_text(json.dumps(content))
+    _seal(state.parent)
+    stopped = _done(_run(*command(copy, plugin, ("train.steps=5",))), 3)
+    assert "reward.max_abstain=0.25" in " ".join(stopped.stderr.split())
+
+
 def _seal(checkpoint: Path) -> None:
     """Sums over what is there now: for a checkpoint that a test has changed."""
     names = sorted(p.name for p in checkpoint.iterdir() if p.name != "SHA256SUMS")

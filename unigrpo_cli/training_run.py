@@ -76,6 +76,8 @@ from unigrpo_cli.train import Step, train
 from unigrpo_cli.tuning import make_optimizer, prepare_policy, shards
 from unigrpo_cli.watch import Watch
 
+ABSTAINED = "abstained"
+"""The fact that holds on which of the last samples each reward abstained, for `reward.max_abstain`."""
 OWED = "owed"
 """The fact that names what a step that is done still lacks, an evaluation or samples, in order."""
 
@@ -168,6 +170,7 @@ def _run(
     with ranks.together():
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
         rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
+    rewards.remember(state.facts.get(ABSTAINED, {}))
     state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
     for line in [] if content is None else not_comparable(content, state.origin):
         display.warn(line)
@@ -180,6 +183,8 @@ def _run(
             set_later_aside(run.directory, checkpoint, "damaged" if wanted is None else "later", display.warn)
     try:
         with ranks.together():
+            if changed := run.environment_changed():
+                display.warn(f"this run goes on with {', '.join(changed)}: as before, but no longer to the bit")
             run.describe(config)
             run.forget_after(state.step, evaluated="eval" not in state.facts.get(OWED, ()))
             _examine(state, prompts, rewards, config, run, display)
@@ -227,7 +232,7 @@ def _refuse_unknown_best(config: Config, choices: Sequence[RewardChoice]) -> Non
 def _say_changes(found: Sequence[Change], display: Display) -> None:
     """One line for each setting that is not what it was; those that decide results are warnings."""
     for change in found:
-        if change.effect is Effect.NONE:
+        if change.effect in (Effect.NONE, Effect.ROUNDING):
             display.say(f"changed: {change}")
         else:
             display.warn(f"changed: {change}")
@@ -461,6 +466,7 @@ class _Session:
     def _settle(self) -> None:
         """Note where things stand, for a checkpoint that is made because something after it failed."""
         self.state.generators = read_generators()
+        self.state.facts[ABSTAINED] = self.rewards.recent()
         self.settled = copy.deepcopy(self.state.facts)
 
     def _evaluate_within(self) -> None:

@@ -109,7 +109,7 @@ class RewardRegistry:
             raise RewardError(f"several plugins offer a reward {name!r}: say which, {addresses}")
         hint = suggest(name, {e.name for e in self.entries})
         broken = f" ({'; '.join(self.problems)})" if self.problems else ""
-        raise RewardError(f"unknown reward {name!r}: {hint}{broken}")
+        raise RewardError(f"unknown reward {name!r}: {hint}; one of a file needs --plugin FILE{broken}")
 
 
 class Plugins:

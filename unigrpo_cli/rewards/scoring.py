@@ -194,6 +194,15 @@ class RewardSet:
             for r in self.rewards
         )
 
+    def recent(self) -> dict[str, list[bool]]:
+        """Which of the last samples each reward abstained on, by alias."""
+        return {r.alias: list(r.recent) for r in self.rewards}
+
+    def remember(self, recent: dict[str, list[bool]]) -> None:
+        """The same, as an earlier process left it; rewards that it did not have begin with nothing."""
+        for opened in self.rewards:
+            opened.recent.extend(recent.get(opened.alias, ()))
+
     def asked(self, split: str) -> list[OpenReward]:
         """The rewards that are asked in "train" or "eval"."""
         return [r for r in self.rewards if split == "eval" or not r.choice.eval_only]

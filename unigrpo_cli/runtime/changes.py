@@ -13,16 +13,20 @@ class Effect(Enum):
     """What a change of a key does to a run that goes on; the value is how it is said."""
 
     NONE = "changes no result"
+    ROUNDING = "changes results by rounding alone"
     MEASURED = "evaluations before and after are not comparable"
     LEARNT = "changes what is learnt from here on"
     REFUSED = "cannot change in a run"
 
 
 _NONE = (
-    "preset device threads memory_gb sampling.rows train.steps train.micro_batch train.micro_tokens "
-    "train.reference_on train.activation_checkpointing train.checkpoint_every train.keep_checkpoints "
-    "train.keep_every train.samples_every train.drift_limit eval.every eval.best reward.timeout_s "
-    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
+    "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_every "
+    "train.samples_every train.drift_limit eval.every eval.best reward.timeout_s reward.setup_timeout_s "
+    "reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
+)
+_ROUNDING = (
+    "device threads sampling.rows train.micro_batch train.micro_tokens train.reference_on "
+    "train.activation_checkpointing"
 )
 _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
@@ -42,13 +46,14 @@ EFFECTS = {
     key: effect
     for effect, keys in (
         (Effect.NONE, _NONE),
+        (Effect.ROUNDING, _ROUNDING),
         (Effect.MEASURED, _MEASURED),
         (Effect.LEARNT, _LEARNT),
         (Effect.REFUSED, _REFUSED),
     )
     for key in keys.split()
 }
-SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.NONE, "watch": Effect.NONE}
+SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "watch": Effect.NONE}
 """Sections that only look at a run, but for keys that are classed by themselves."""
 
 

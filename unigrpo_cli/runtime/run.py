@@ -119,6 +119,14 @@ class Run:
         write_text(self.directory / "config.toml", to_toml(config))
         self.write_json("environment.json", environment())
 
+    def environment_changed(self) -> list[str]:
+        """What was another version when the run was last described, in words; nothing where that is not known."""
+        try:
+            before = json.loads((self.directory / "environment.json").read_text(encoding="utf-8"))
+            return [f"{n} {before[n]} -> {now}" for n, now in environment().items() if before.get(n, now) != now]
+        except (OSError, ValueError, AttributeError):  # it decides nothing, and is written anew
+            return []
+
     def remove_if_only_described(self) -> None:
         """Take back a directory in which nothing has happened yet, so that the same --out can be used again."""
         own = {"config.toml", "environment.json", "doctor.json", LOCK}
