@@ -255,9 +255,9 @@ def sampling_of(step: Callable[[], object]) -> Sampled:
     ends: list[float] = []
     own = Scoring.finish
 
-    def finish(scoring: Scoring, ids: Sequence[str]) -> Any:
+    def finish(scoring: Scoring, ids: Sequence[str], **more: Any) -> Any:
         ends.append(time.perf_counter())
-        return own(scoring, ids)
+        return own(scoring, ids, **more)
 
     began = time.perf_counter()
     with patch.object(Scoring, "finish", finish):

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from unigrpo_cli.cli import app
-from unigrpo_cli.episode import Group, Prompt
+from unigrpo_cli.episode import Episode, Group, Prompt
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput
 from unigrpo_cli.rewards.contract import example_samples
@@ -330,7 +330,8 @@ def test_a_part_that_some_prompts_lack_is_logged_for_those_that_have_it() -> Non
     yes = np.array([True, True, False])
     parts = {"color": np.array([0.5, math.nan, 1.0]), "position": np.full(3, math.nan)}
     scored = Scored(np.ones(3), yes, parts, [{}] * 3)
-    groups = [Group(Prompt("a", "a"), ())]
+    prompt = Prompt("a", "a")
+    groups = [Group(prompt, tuple(Episode(prompt, k, k, ()) for k in range(2)))]
     metrics = rollout_metrics(groups, {"geneval": scored}, torch.zeros(2))
     assert metrics["reward/geneval/color"] == 0.5
     assert math.isnan(metrics["reward/geneval/position"])
