@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it; read when torch loads
 
 import pytest
 import torch
@@ -29,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     files = ("flow_sde.safetensors", "geneval_rules.jsonl", "bagel_tiny/golden.json", "golden.json")
     if not any((directory / name).is_file() for name in files):
         raise pytest.UsageError(f"--golden-dir {directory} holds none of {', '.join(files)}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever a run before has set: two test processes on two cores would spin for each other's."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
