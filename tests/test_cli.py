@@ -327,7 +327,19 @@ def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     assert "g[b]" in result.stdout
     plugin = _reward(tmp_path, "raise ValueError('no [/judge]\\nat all')")
     _refused(
-        _run("rollout", "--reward", "mine", "--plugin", plugin, "--limit", 1, "--group-size", 2),
+        _run(
+            "rollout",
+            "--reward",
+            "mine",
+            "--plugin",
+            plugin,
+            "--limit",
+            1,
+            "--group-size",
+            2,
+            "--out",
+            tmp_path / "r",
+        ),
         3,
         "no [/judge] at",
     )
