@@ -162,7 +162,7 @@ def _run(
     content = None if checkpoint is None else read_state(checkpoint)
     if content is not None and checkpoint is not None:
         _say_changes(refuse_changes(content, checkpoint, config), display)
-    state, reference = _prepare(config, checkpoint, content, display.warn, ranks)
+    state, reference, _ = prepare(config, checkpoint, content, display.warn, ranks)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
     embedded, thinks = is_embedded(state.policy), config.sampling.think
@@ -257,14 +257,14 @@ def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tupl
     return base, str(checkpoint) if content["tune"] == "lora" else None
 
 
-def _prepare(
+def prepare(
     config: Config,
     checkpoint: Path | None,
     content: dict[str, Any] | None,
     warn: Callable[[str], None],
-    ranks: Ranks,
-) -> tuple[TrainState, Reference]:
-    """Policy, optimizer and what the base is, fresh or as a checkpoint left them.
+    ranks: Ranks = ALONE,
+) -> tuple[TrainState, Reference, Plan]:
+    """Policy, optimizer, what the base is and what it will take, fresh or as a checkpoint left them.
 
     The reference is always the base: never the weights that a run is resumed from, and with adapters the network
     without them, also when training starts from an adapter.
@@ -279,7 +279,7 @@ def _prepare(
         policy = load_policy(model_of(config), config.adapter, config)
         _warn_of_rank(policy, config, warn)
         policy = prepare_policy(policy, config, ranks)
-        return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference
+        return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference, planned
     if reference.digest != content["reference"]:
         raise WeightsError(
             f"{base} does not hold the weights that this run began with, which stay its reference; put those of "
@@ -290,7 +290,7 @@ def _prepare(
         restore_weights(policy.network, checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_state(state, checkpoint, content)
-    return state, reference
+    return state, reference, planned
 
 
 def _warn_of_rank(policy: UnifiedModel, config: Config, warn: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from unigrpo_cli.config import Config
     from unigrpo_cli.doctor import Finding
     from unigrpo_cli.rewards.registry import Plugins
+    from unigrpo_cli.runtime.display import Display
 
 
 @one_error_line
@@ -56,7 +57,7 @@ def doctor(
         reward=reward,
         reward_opt=reward_opt,
     )
-    found = _examined(settings, plugins)
+    found = _examined(settings, plugins, display)
     if json:
         common.print_json(rows(found))
     else:
@@ -66,33 +67,17 @@ def doctor(
         raise FaultError(f"the doctor found {len(wrong)} fault{'s' * (len(wrong) > 1)}: {', '.join(wrong)}")
 
 
-def _examined(settings: Config, plugins: Plugins) -> list[Finding]:
+def _examined(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
     """All checks on what a training run of these settings would begin with."""
     from unigrpo_cli.doctor import findings, gather
-    from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.plan import plan_of, refuse_too_large
-    from unigrpo_cli.runtime.state import TrainState
-    from unigrpo_cli.session import (
-        find_checkpoint,
-        is_embedded,
-        load_policy,
-        model_of,
-        open_rewards,
-        reward_choices,
-    )
+    from unigrpo_cli.session import is_embedded, open_rewards, reward_choices
     from unigrpo_cli.suites import training_prompts
-    from unigrpo_cli.tuning import make_optimizer, prepare_policy
+    from unigrpo_cli.training_run import prepare
 
     plugins.call("unigrpo_configure", config=settings)
     choices = reward_choices(settings)
     asked = training_prompts(settings.prompts)
-    base, own_adapter = find_checkpoint(model_of(settings))
-    if (settings.adapter or own_adapter) and settings.train.tune == "full":
-        raise UsageError("train.tune=full cannot start from an adapter; use --set train.tune=lora")
-    plan = plan_of(settings, base, settings.adapter or own_adapter)
-    refuse_too_large(plan)
-    policy = prepare_policy(load_policy(model_of(settings), settings.adapter, settings), settings)
-    state = TrainState(policy, make_optimizer(policy, settings))
-    with open_rewards(choices, plugins, settings, embedded=is_embedded(policy)) as rewards:
+    state, _, plan = prepare(settings, None, None, display.warn)
+    with open_rewards(choices, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
         rewards.check_needs([p.metadata for p in asked], has_reasoning=settings.sampling.think, split="train")
         return findings(gather(state, asked, rewards, settings, thorough=True, plan=plan))
