@@ -41,6 +41,7 @@ GENERATE = ["generate", "a red heart", "--out", "out"]
 TRAIN = ["train", "--reward", "geneval", "--out", "out", *QUICK]
 ROLLOUT = ["rollout", "--reward", "geneval", "--limit", 1, "--group-size", 2, "--out", "out"]
 EVAL = ["eval", "--limit", 1, "--out", "out"]
+DOCTOR = ["doctor", "--reward", "geneval", *QUICK]
 SCORE = ["rewards", "score", "jpeg"]
 DEEP = "[" * 100_000
 LONG = "9" * 5_000
@@ -1327,7 +1328,65 @@ PLACES = [
     Bad("compare-nowhere", [*EVAL, "--compare", "none"], 5, ("none", "give `embedded`")),
 ]
 
-TABLE = [*CONFIGURATION, *PROMPTS, *MODELS, *CHECKPOINTS, *ADAPTERS, *EPISODES, *PICTURES, *PLUGINS, *PLACES]
+RAISES = """
+from unigrpo_cli import reward
+
+@reward("mine")
+def mine(images):
+    raise OSError("the judge is gone")
+"""
+EXAMINED = [
+    setting("doctor-key", "doctor.promts=1", "doctor.promts", "did you mean doctor.prompts", command=DOCTOR),
+    setting("doctor-one-member", "doctor.members=1", "doctor.members = 1", "greater than", command=DOCTOR),
+    setting(
+        "doctor-of-what", "doctor.at_start=maybe", "doctor.at_start", "'stop', 'warn' or 'off'", command=DOCTOR
+    ),
+    setting(
+        "doctor-nothing-trained",
+        "sampling.think=false",
+        "nothing is trained",
+        "train.experts",
+        command=[*DOCTOR, "--set", "train.experts=text"],
+    ),
+    Bad(
+        "doctor-no-reward",
+        [*DOCTOR, "--set", "reward.use=[]", "--reward", "nosuch"],
+        3,
+        ("'nosuch'", "--plugin FILE"),
+    ),
+    Bad("doctor-weightless", ["doctor", "--reward", "geneval:0", *QUICK], 2, ("weight 0", "name:1")),
+    Bad("doctor-no-model", [*DOCTOR, "--model", "nowhere/at/all"], 5, ("nowhere/at/all",)),
+    Bad("doctor-no-prompts", [*DOCTOR, "--prompts", "none.txt"], 2, ("none.txt",)),
+    Bad("doctor-no-plugin", [*DOCTOR, "--plugin", "none.py"], 3, ("none.py",)),
+    Bad(
+        "doctor-full-from-an-adapter",
+        [*DOCTOR, "--adapter", "m.lora"],
+        2,
+        ("adapter", "train.tune=lora"),
+        lambda h, m: shutil.copytree(m.lora, h / "m.lora"),
+    ),
+    Bad(
+        "doctor-reward-raises",
+        ["doctor", "--reward", "mine", "--plugin", "mine.py", *QUICK],
+        3,
+        ("'mine'", "the judge is gone"),
+        text("mine.py", RAISES),
+    ),
+]
+
+
+TABLE = [
+    *EXAMINED,
+    *CONFIGURATION,
+    *PROMPTS,
+    *MODELS,
+    *CHECKPOINTS,
+    *ADAPTERS,
+    *EPISODES,
+    *PICTURES,
+    *PLUGINS,
+    *PLACES,
+]
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)

@@ -392,11 +392,14 @@ def test_a_run_writes_no_secret(tmp_path: Path, keyed: Path, small_model: Path) 
         assert done.exit_code == 0, done.output
         again = _run("train", "--resume", out, "--steps", 2, "--plugin", keyed, "--json")
         assert again.exit_code == 0, again.output
+        looked = _run("doctor", "--reward", rewards, "--plugin", keyed, *QUICK, "--model", small_model, "--json")
+        assert looked.exit_code == 6, "the reward is a constant"
     finally:
         server.stop()
     assert "env:MY_API_KEY" in (out / "config.toml").read_text()
     assert (tmp_path / "cache" / "unigrpo" / "judge.sqlite").is_file()
-    assert SECRET not in done.output + again.output + done.stderr + again.stderr
+    for result in (done, again, looked):
+        assert SECRET not in result.output + result.stderr
     _nowhere(out.parent)
     _nowhere(tmp_path / "cache")
 
