@@ -18,13 +18,14 @@ from torch import Tensor
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.advantage import combined_advantage
-from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
+from unigrpo_cli.algo.objective import Loss, Objective, Scores, unigrpo_loss
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import RefusedUpdateError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
-from unigrpo_cli.models import Policy
-from unigrpo_cli.models.sharding import gathered
+from unigrpo_cli.lanes import at_once, side_by_side
+from unigrpo_cli.models.sharding import gathered, is_sharded
+from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.ranks import ALONE, Ranks, local
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
 from unigrpo_cli.rewards.overlap import Scoring, taken
@@ -211,7 +212,7 @@ def combination(rewards: RewardSet, config: Config) -> str:
 
 
 def replay_fixed(
-    policy: Policy,
+    policy: UnifiedModel,
     episodes: Sequence[Episode],
     advantage_B: Tensor,
     config: Config,
@@ -228,22 +229,36 @@ def replay_fixed(
     paints = objective.image_weight > 0
     needs_reference = objective.text_kl > 0 or (paints and objective.penalty != "none")
     each = len(episodes) // config.train.updates
-    shares = []
+    parts = []
     for start in range(0, len(episodes), each):
-        share = []
-        indices = range(start, start + each)
-        parts = micro_batches(episodes, indices, config.train.micro_batch, config.train.micro_tokens)
-        for own in split_up(parts, ranks.most(len(parts))):
-            batch = collate([episodes[k] for k in own], policy.device)
-            reference = None
-            with torch.no_grad():
-                old = replay(policy, batch, coupling=config.objective.coupling, image=paints)
-                if needs_reference:
-                    with policy.reference() as beginning:
-                        reference = replay(beginning, batch, image=paints, text=objective.text_kl > 0)
-            share.append(MicroBatch(batch, advantage_B[own].to(policy.device), old, reference))
-        shares.append(share)
-    return shares
+        own = micro_batches(
+            episodes, range(start, start + each), config.train.micro_batch, config.train.micro_tokens
+        )
+        parts.append(split_up(own, ranks.most(len(own))))
+    batches = [collate([episodes[k] for k in part], policy.device) for share in parts for part in share]
+
+    @torch.no_grad()  # which threads do not inherit
+    def score_old(batch: Batch) -> Scores:
+        return replay(policy, batch, coupling=config.objective.coupling, image=paints)
+
+    @torch.no_grad()
+    def score_reference(batch: Batch) -> Scores:
+        return replay(beginning, batch, image=paints, text=objective.text_kl > 0)
+
+    beside = _beside(policy, len(batches))
+    old = list(side_by_side(score_old, batches, beside))
+    reference: list[Scores | None] = [None] * len(batches)
+    if needs_reference:
+        with policy.reference() as beginning:
+            reference = list(side_by_side(score_reference, batches, beside))
+    fixed = zip(batches, old, reference, strict=True)
+    return [
+        [
+            MicroBatch(batch, advantage_B[part].to(policy.device), was, began)
+            for part, (batch, was, began) in zip(share, fixed)
+        ]
+        for share in parts
+    ]
 
 
 def optimizer_step(
@@ -261,15 +276,25 @@ def optimizer_step(
     every: list[torch.nn.Parameter] = [p for parameters in trained.values() for p in parameters]
     facts = state.facts.setdefault("watch", {})
     terms: dict[str, float] = {}
+    beside = _beside(state.policy, len(share))
+
+    def learn(m: MicroBatch) -> tuple[Loss, Sequence[Tensor | None]]:
+        new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
+        loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=episodes)
+        if beside == 1:
+            loss.total.backward()
+            return loss, ()
+        # Gradients of their own, to be added in order; laid out as `backward` does, for norms sum in that order.
+        found = torch.autograd.grad(loss.total, every, allow_unused=True)
+        return loss, [None if g is None else g.contiguous() for g in found]
+
     try:
-        for m in share:
-            new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
-            loss = unigrpo_loss(
-                m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=episodes
-            )
+        for loss, gradients in side_by_side(learn, share, beside):
             with ranks.together():
                 refusal.check_loss(loss.total)
-            loss.total.backward()
+            for parameter, gradient in zip(every, gradients, strict=False):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             standing.add_terms(terms, loss)
         ranks.sum_gradients(every)
         norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
@@ -287,6 +312,11 @@ def optimizer_step(
     terms = ranks.summed(terms)
     terms |= {f"{expert}/grad_norm": value for expert, value in norms.items()}
     return terms | {"grad_clipped": float(norm > config.train.grad_clip)}
+
+
+def _beside(policy: UnifiedModel, batches: int) -> int:
+    """How many micro-batches are replayed at the same time; one where ranks make their passes together."""
+    return 1 if is_sharded(policy.network) else at_once(batches, policy.device)
 
 
 @contextmanager

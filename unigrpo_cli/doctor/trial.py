@@ -26,6 +26,7 @@ from unigrpo_cli.doctor.witness import Account, Witness
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
 from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of
+from unigrpo_cli.lanes import in_turn
 from unigrpo_cli.plan import Plan
 from unigrpo_cli.rewards.batch import Sample
 from unigrpo_cli.rewards.scoring import OpenReward, RewardSet, waits_elsewhere
@@ -82,7 +83,7 @@ def gather(
     chosen = train.prompts_for(prompts, small, state.step)
     witness = Witness(state.policy)
     trouble: dict[str, str] = {}
-    with _generators_untouched(), _undisturbed(rewards):
+    with _generators_untouched(), _undisturbed(rewards), in_turn():
         drawn, scored = _draw(witness, chosen, rewards, small, state.step, thorough)
         judged = _judge(drawn, scored, rewards, small, state.step, thorough)
         replayed = _replay(witness, drawn, judged, small, trouble)
