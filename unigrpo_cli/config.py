@@ -109,6 +109,11 @@ class Train(Section):
         2, description="optimizer steps per pass, on disjoint halves [both reproductions of the paper: 2]"
     )
     epochs: Positive = Field(1, description="passes over one rollout's episodes")
+    old_scores: Literal["auto", "replay"] = Field(
+        "auto",
+        description="replay: a pass of its own for every update. auto: the first update after a rollout takes what "
+        "it says itself, which is the same to the bit; every 16th step sees that it is",
+    )
     micro_batch: Positive = Field(8, description="episodes in one backward pass; changes memory, no gradient")
     micro_tokens: Count = Field(
         0,
@@ -268,7 +273,9 @@ class Config(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of frozen weights and activations; what is trained is kept in float32"
     )
-    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 leaves it to torch")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="CPU threads, each for a batch of its own where there are several; 0 leaves it to torch"
+    )
     memory_gb: Rate = Field(0.0, description="memory that a run may fill, GiB; 0 asks the device")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()

@@ -123,7 +123,7 @@ def at_once(batches: int, device: torch.device) -> int:
 
 
 def side_by_side(function: Callable[[Part], Result], parts: Sequence[Part], beside: int) -> Iterator[Result]:
-    """`function` of each part, in their order, `beside` of them at the same time; with one, here and when asked for.
+    """`function` of each part, in their order, `beside` of them at the same time; one alone when it is asked for.
 
     Torch's threads are shared out, so a result is the same to the bit whatever is computed beside it. The first
     exception is raised here; parts that have not begun are then left out, those that have run to their end.

@@ -21,8 +21,8 @@ class Effect(Enum):
 
 _NONE = (
     "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_every "
-    "train.samples_every train.drift_limit eval.every eval.best reward.timeout_s reward.setup_timeout_s "
-    "reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
+    "train.samples_every train.drift_limit train.old_scores eval.every eval.best reward.timeout_s "
+    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
 )
 _ROUNDING = (
     "device threads sampling.rows train.micro_batch train.micro_tokens train.reference_on "
