@@ -83,6 +83,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Norm over the last axis, then perhaps a rotation, in few passes over memory: what a CPU's time goes into.
+
+    Torch has no kernel of its own for either there. Of the normed numbers all gradients can be had, so nothing else of
+    that size is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
+    ) -> Tensor:
+        size = x.shape[-1]
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = square.mul_(1 / size).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight, cos, sin)
+        if cos is None or sin is None:
+            return normed * weight
+        half = size // 2
+        own, other = cos * weight, sin * weight.roll(half)
+        return (normed * own).addcmul_(normed.roll(half, -1), other)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        normed, scale, weight, cos, sin = ctx.saved_tensors
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        if cos is not None:  # back by the same angle: the sine of the other half has the other sign
+            grad = (grad * cos).addcmul_(grad.roll(grad.shape[-1] // 2, -1), sin.to(grad.dtype), value=-1)
+        product = grad * normed
+        gradient = None
+        if of_x:
+            along = (product @ weight).mul_(1 / normed.shape[-1]).unsqueeze(-1)
+            gradient = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return gradient, product.flatten(0, -2).sum(0) if of_weight else None, None, None, None
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in fp32, returned in the input's dtype."""
 
@@ -91,8 +127,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(widen(x), x.shape[-1:], widen(self.weight), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Args:
+        turned: a rotation that follows, see `rotate`.
+        """
+        wide, weight = widen(x), widen(self.weight)
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(wide, weight, *(turned or (None, None)), self.eps).to(x.dtype)
+        normed = F.rms_norm(wide, x.shape[-1:], weight, self.eps)
+        return (normed if turned is None else rotate(normed, turned)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -118,18 +161,22 @@ class MLP(nn.Module):
 
 
 def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, L, head_dim / 2] of the rotary embedding, in fp32, for every layer of a pass."""
+    """Cosines and sines [B, L, 1, head_dim] of the rotary embedding, in fp32, for every layer of a pass.
+
+    The two halves of a head turn together, by the same angles, so each number is there twice: the sines once with
+    either sign, as `rotate` takes them.
+    """
     half = head_dim // 2
     frequency = theta ** -(torch.arange(half, device=position_BL.device, dtype=torch.float32) / half)
-    angle = position_BL[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
+    angle = position_BL[:, :, None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x_BHLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding on the two halves of each head, in fp32."""
+def rotate(x_BLHE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding on the two halves of each head: (a, b) to (a cos - b sin, b cos + a sin)."""
     cos, sin = turned
-    a, b = widen(x_BHLE).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHLE.dtype)
+    return x_BLHE * cos + x_BLHE.roll(x_BLHE.shape[-1] // 2, -1) * sin
 
 
 class TimeEmbedder(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigrpo_cli.models.context import Context, append
-from unigrpo_cli.models.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotate, rotation, widen
+from unigrpo_cli.models.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotation, widen
 from unigrpo_cli.models.sizes import MoTConfig
 from unigrpo_cli.models.vision import Connector, VisionTower
 
@@ -54,11 +54,11 @@ class Attention(nn.Module):
 
         def heads(name: str) -> Tensor:
             flat = getattr(self, f"{name}_proj{expert}")(x_BLC)
-            return flat.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            return flat.unflatten(-1, (-1, self.config.head_dim))
 
-        q = rotate(getattr(self, f"q_norm{expert}")(heads("q")), turned)
-        k = rotate(getattr(self, f"k_norm{expert}")(heads("k")), turned)
-        return q, k, heads("v")
+        q = getattr(self, f"q_norm{expert}")(heads("q"), turned)
+        k = getattr(self, f"k_norm{expert}")(heads("k"), turned)
+        return q.transpose(1, 2), k.transpose(1, 2), heads("v").transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
         """Softmax attention over keys, heads merged: [B, L, H*E]. Scores scaled by 1/sqrt(E)."""
