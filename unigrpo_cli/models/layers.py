@@ -79,8 +79,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b by the faster of torch's two libraries; `F.linear` in all but speed."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
     if plain and onednn_is_faster():
+        if not torch.is_grad_enabled():
+            return _onednn(x, weight, bias)
         return _OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its root mean square along the last axis, and one over that."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
+
+
+def _turned(normed: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Times the weight, then rotated by what `rotation` gives; weight and angles are multiplied first, being small."""
+    if cos is None or sin is None:
+        return normed * weight
+    half = normed.shape[-1] // 2
+    return (normed * (cos * weight)).addcmul_(normed.roll(half, -1), sin * weight.roll(half))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -94,16 +111,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
     ) -> Tensor:
-        size = x.shape[-1]
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.mul_(1 / size).add_(eps).rsqrt_()
-        normed = x * scale
+        normed, scale = _normed(x, eps)
         ctx.save_for_backward(normed, scale, weight, cos, sin)
-        if cos is None or sin is None:
-            return normed * weight
-        half = size // 2
-        own, other = cos * weight, sin * weight.roll(half)
-        return (normed * own).addcmul_(normed.roll(half, -1), other)
+        return _turned(normed, weight, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -133,7 +143,10 @@ class RMSNorm(nn.Module):
         """
         wide, weight = widen(x), widen(self.weight)
         if x.device.type == "cpu":
-            return _RMSNorm.apply(wide, weight, *(turned or (None, None)), self.eps).to(x.dtype)
+            angles = turned or (None, None)
+            if torch.is_grad_enabled():
+                return _RMSNorm.apply(wide, weight, *angles, self.eps).to(x.dtype)
+            return _turned(_normed(wide, self.eps)[0], weight, *angles).to(x.dtype)
         normed = F.rms_norm(wide, x.shape[-1:], weight, self.eps)
         return (normed if turned is None else rotate(normed, turned)).to(x.dtype)
 
@@ -147,6 +160,28 @@ class LayerNorm(nn.LayerNorm):
         )
 
 
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up in one piece of memory; the activation is made again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.device.type != "cpu":
+        return F.silu(gate) * up
+    if torch.is_grad_enabled():
+        return _Gated.apply(gate, up)
+    return F.silu(gate, inplace=True).mul_(up)
+
+
 class MLP(nn.Module):
     """SwiGLU."""
 
@@ -157,7 +192,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
