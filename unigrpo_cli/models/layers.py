@@ -47,8 +47,8 @@ def onednn_is_faster() -> bool:
 
 
 SMALL, EXACT = 2**20, 128
-"""Multiplications up to which MKL is faster all the same, for a call of oneDNN takes 14 us before it multiplies; and
-inputs up to which both round alike from four rows on, so that what is decoded in small batches is replayed to the bit.
+"""Multiplications up to which MKL is faster all the same, for a call of oneDNN takes 14 us before it multiplies.
+And inputs up to which both round alike, from four rows on: so what is decoded in small batches is replayed to the bit.
 """
 
 
@@ -104,7 +104,7 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _turned(normed: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Times the weight, then rotated by what `rotation` gives; weight and angles are multiplied first, being small."""
+    """Times the weight, then rotated as `rotate` does it; weight and angles are multiplied first, being small."""
     if cos is None or sin is None:
         return normed * weight
     half = normed.shape[-1] // 2
@@ -114,14 +114,12 @@ def _turned(normed: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | No
 class _RMSNorm(torch.autograd.Function):
     """Norm over the last axis, then perhaps a rotation, in few passes over memory: what a CPU's time goes into.
 
-    Torch has no kernel of its own for either there. Of the normed numbers all gradients can be had, so nothing else of
-    that size is kept.
+    Torch has no kernel for either there. All gradients can be had from the normed numbers, so nothing else of that
+    size is kept.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
         normed, scale = _normed(x, eps)
         ctx.save_for_backward(normed, scale, weight, cos, sin)
         return _turned(normed, weight, cos, sin)
@@ -149,9 +147,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, turned: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Args:
-        turned: a rotation that follows, see `rotate`.
-        """
+        """The norm of x [..., size]; with `turned`, from `rotation`, of heads [B, L, H, size] that are then rotated."""
         wide, weight = widen(x), widen(self.weight)
         if x.device.type == "cpu":
             angles = turned or (None, None)
@@ -186,6 +182,7 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Without gradients a CPU writes into `gate`, which nobody else has."""
     if gate.device.type != "cpu":
         return F.silu(gate) * up
     if torch.is_grad_enabled():
