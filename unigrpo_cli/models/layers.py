@@ -48,7 +48,7 @@ def onednn_is_faster() -> bool:
 
 SMALL, EXACT = 2**20, 128
 """Multiplications up to which MKL is faster all the same, for a call of oneDNN takes 14 us before it multiplies.
-And inputs up to which both round alike, from four rows on: so what is decoded in small batches is replayed to the bit.
+And inputs up to which both round alike, from four rows on: what few rows decode is replayed to the bit.
 """
 
 
@@ -147,7 +147,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, turned: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The norm of x [..., size]; with `turned`, from `rotation`, of heads [B, L, H, size] that are then rotated."""
+        """The norm of x [..., size]; with `turned` (see `rotation`) of heads [B, L, H, size], then rotated."""
         wide, weight = widen(x), widen(self.weight)
         if x.device.type == "cpu":
             angles = turned or (None, None)
