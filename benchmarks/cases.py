@@ -81,8 +81,8 @@ CASES = {
         contexts=(300, 450, 600),
         copies=(3, 8),
         replayed_pixels=512,
-        # An eighth of BAGEL's width: its seven queries to a key, its ratio of MLP to width. Beside 1,024 image tokens
-        # attention is a quarter of the operations here, more than a third in the small one, 6 % in BAGEL.
+        # An eighth of BAGEL's width, with its seven queries to a key and its ratio of MLP to width. Beside 1,024
+        # image tokens attention is a quarter of the operations here, two fifths in the small one and 4 % in BAGEL.
         proportioned=_size(
             bagel_shape(448, 4, 7, 1, 2368, 4096, 32),
             CODEC,

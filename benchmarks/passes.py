@@ -1,4 +1,4 @@
-"""The replay that reads the text once against K passes that each read the text anew: forward, backward, the same gradients."""
+"""The replay, which reads a text once, against K passes that each read it anew: time, and the same gradients."""
 
 from __future__ import annotations
 
