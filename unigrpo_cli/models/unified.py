@@ -157,9 +157,9 @@ class UnifiedModel:
     def copies_at_once(self, image: NoisyImage) -> int:
         """How many noisy copies of each row's image one pass should take.
 
-        On a CPU as many as keep the widest activation, the MLP's, within `LOOK_BYTES`, at least one. On a GPU all, for
-        there torch keeps freed memory; all too where layers are sharded, for every rank must then make equally many
-        passes, and their rows may differ. Nothing is timed and no text counts, so runs repeat to the bit.
+        On a CPU as many as keep the widest activation, the MLP's, within `LOOK_BYTES`, at least one. On a GPU all,
+        for there torch keeps freed memory; all too where layers are sharded, for every rank must then make equally
+        many passes, and their rows may differ. Nothing is timed and no text counts, so runs repeat to the bit.
         """
         from unigrpo_cli.models.sharding import is_sharded
 
