@@ -29,9 +29,9 @@ UNKNOWN = "<unk>"
 LOOK_BYTES = 12 * 2**20
 """Bytes of the widest activation of a look at noisy images on a CPU.
 
-glibc asks the kernel anew for everything of 32 MiB and more and gives it back at once, and what is smaller where much
-of it comes free together. Every page of such tensors is made and cleared again, which took up to a tenth of a replay
-(docs/log.md); below this few are.
+glibc asks the kernel anew for everything of 32 MiB and more and gives it back at once, and what is smaller where
+much of it comes free together. Every page of such tensors is made and cleared again, which took up to a tenth of a
+replay (docs/log.md); below this few are.
 """
 
 PLAN_FIRST = (
