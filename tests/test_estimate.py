@@ -52,7 +52,7 @@ GIVEN, PROMPTS = 6, [Prompt("a", "a red cube"), Prompt("b", "two birds")]
 
 
 def settings(*overrides: str) -> Config:
-    return load_config(preset="paper", overrides=list(overrides))
+    return load_config(preset="paper", overrides=["sampling.rows=16", "train.micro_batch=8", *overrides])
 
 
 def small(*overrides: str) -> Workload:

@@ -33,6 +33,7 @@ from unigrpo_cli.episode import (
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.outgrown import outgrown
 from unigrpo_cli.seeds import derive, normal, uniform
 
 NO_GUIDANCE = Guidance()
@@ -94,7 +95,8 @@ def rollout(
     for todo in alike.values():
         for at in range(0, len(todo), sampling.rows):
             rows = todo[at : at + sampling.rows]
-            drawn = _think_then_paint(policy, asked, rows, sampling, window, seed)
+            with outgrown("a rollout", "sampling.rows", len(rows)):
+                drawn = _think_then_paint(policy, asked, rows, sampling, window, seed)
             episodes |= zip(rows, drawn, strict=True)
             on_rows(len(rows))
             on_episodes(drawn)

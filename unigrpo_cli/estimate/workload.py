@@ -112,6 +112,7 @@ class Workload:
         given: tokens of a prompt with its system prompt.
         adapter_rank: of adapters that are there already; None takes the configuration's.
         world: ranks that train together.
+        at_once: batches of a rollout, or micro-batches, that are computed at the same time.
     """
 
     model: MoTConfig
@@ -121,6 +122,7 @@ class Workload:
     given: int = GIVEN
     adapter_rank: int | None = None
     world: int = 1
+    at_once: int = 1
 
     # ----- ranks
 
