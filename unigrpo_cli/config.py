@@ -60,10 +60,10 @@ class Sampling(Section):
         description="episodes sampled in one batch; changes speed, no sample; 0: as many as fit the memory, in "
         "batches of one size",
     )
-    decode_rows: Count = Field(
+    decode_strip: Count = Field(
         0,
-        description="pixel rows that the autoencoder's decoder computes at a time: half the memory, the same "
-        "picture but for rounding; 0: all",
+        description="rows of pixels that the autoencoder decodes at a time: half the memory, the same picture but "
+        "for rounding; 0: all",
     )
 
 

@@ -144,7 +144,8 @@ def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel
         WeightsError: when its files are missing or do not fit.
     """
     found, own_adapter = find_checkpoint(model)
-    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype])
+    strip = config.sampling.decode_strip
+    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype], decode_strip=strip)
     policy.network.requires_grad_(False)
     for name in (own_adapter, adapter):
         if name is not None:

@@ -204,12 +204,11 @@ def _cast(work: Workload) -> Item | None:
 
 
 def _decoding(work: Workload) -> Phase:
-    """One picture at a time through the decoder; its worst moment is a norm of the widest level there is."""
+    """One picture at a time through the decoder, as a whole or in strips."""
     if work.autoencoder is None:
         return Phase("rollout, pixels", ())
-    s, widths = work.config.sampling, work.autoencoder.widths
-    pixels, last = s.height * s.width, len(widths) - 1
-    numbers = max(widths[min(level + 1, last)] * pixels // 4**level for level in range(last + 1))
+    s = work.config.sampling
+    pixels = s.height * s.width
     return Phase(
         "rollout, pixels",
         some(
@@ -217,7 +216,7 @@ def _decoding(work: Workload) -> Phase:
             *_each(
                 work,
                 _cache(work, work.text, "text"),
-                Item("decoder", 3 * WIDE * numbers, f"3 maps x {numbers:,} x 4 B, one picture at a time"),
+                _strips(work) if s.decode_strip else _whole_maps(work),
                 Item(
                     "pictures",
                     2 * work.rows * 3 * pixels * WIDE,
@@ -226,6 +225,31 @@ def _decoding(work: Workload) -> Phase:
             ),
         ),
     )
+
+
+def _whole_maps(work: Workload) -> Item:
+    """The worst moment of a whole picture is a norm of the widest level there is."""
+    assert work.autoencoder is not None
+    s, widths = work.config.sampling, work.autoencoder.widths
+    pixels, last = s.height * s.width, len(widths) - 1
+    numbers = max(widths[min(level + 1, last)] * pixels // 4**level for level in range(last + 1))
+    return Item("decoder", 3 * WIDE * numbers, f"3 maps x {numbers:,} x 4 B, one picture at a time")
+
+
+def _strips(work: Workload) -> Item:
+    """In strips a block's input and output are whole; of a strip its input, its output and the one before."""
+    assert work.autoencoder is not None
+    s, widths = work.config.sampling, work.autoencoder.widths
+    pixels, last = s.height * s.width, len(widths) - 1
+    worst = (0, 0)
+    for level, width in enumerate(widths):
+        share = min(max(1, s.decode_strip // 2**level) + 2, s.height // 2**level) / s.height * 2**level
+        larger = 4 ** (level > 0)  # a level but the last is made twice as large at its end
+        for into, times in ((widths[min(level + 1, last)], 1), (width, larger)):
+            maps = (into + width * times) * pixels // 4**level
+            worst = max(worst, (maps, int((into + 2 * width) * times * share * pixels) // 4**level))
+    numbers = sum(worst)
+    return Item("decoder", WIDE * numbers, f"{worst[0]:,} of two maps + {worst[1]:,} of strips, x 4 B")
 
 
 # ----- old and reference scores

@@ -25,7 +25,7 @@ _NONE = (
     "reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
 )
 _ROUNDING = (
-    "device threads sampling.rows sampling.decode_rows train.micro_batch train.micro_tokens train.reference_on "
+    "device threads sampling.rows sampling.decode_strip train.micro_batch train.micro_tokens train.reference_on "
     "train.activation_checkpointing"
 )
 _MEASURED = (
