@@ -36,6 +36,7 @@ from unigrpo_cli.outgrown import outgrown
 from unigrpo_cli.plan import Plan, changed, plan_of, rates_of, refuse_too_large, relief
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.display import Display
+from unigrpo_cli.session import model_defaults
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = ("bagel_one_gpu", "bagel_unigrpo")
@@ -209,6 +210,8 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     assert "sampling.rows=4, train.micro_batch=2: found for 2.0 GiB of memory" in begun.stdout
     kept = load_config(file=run / "config.toml")
     assert (kept.sampling.rows, kept.train.micro_batch) == (4, 2), "numbers are written down, not the question"
+    drawn = model_defaults({"model": str(run)})["sampling"]
+    assert "rows" not in drawn and drawn["steps"] == kept.sampling.steps, "they were found for that machine"
     before = sorted(run.rglob("*"))
     more = ["--set", "train.prompts_per_step=200", *left_open]  # another question, but the run has its answer
     anew = json.loads(_run("train", "--resume", run, "--dry-run", "--json", *more).stdout)

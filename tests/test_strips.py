@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from unigrpo_cli.config import load_config
 from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.codec import Autoencoder
+from unigrpo_cli.session import load_policy
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 
@@ -31,6 +33,13 @@ def test_strips_change_no_picture(
     monkeypatch.setattr(codec, "decode_strip", strip)
     assert (codec.raw(latent) - whole).abs().max() < 1e-5
     assert (codec.decode(latent).int() - shown.int()).abs().max() <= 1
+
+
+def test_the_setting_reaches_the_decoder() -> None:
+    own = [f"sampling.{key}" for key in ("decode_strip=8", "height=32", "width=32")]
+    policy = load_policy(str(TINY), None, load_config(preset="paper", overrides=[*own, "device=cpu"]))
+    assert isinstance(policy.codec, Autoencoder)
+    assert policy.codec.decode_strip == 8
 
 
 def test_tiles_would_change_it(codec: Autoencoder) -> None:

@@ -275,6 +275,8 @@ def _changes(work: Workload) -> Iterator[Change]:
         yield {"train.micro_batch": 1}
     if s.rows > 1:
         yield {"sampling.rows": max(1, s.rows // 4)}
+    if work.autoencoder is not None and not s.decode_strip:
+        yield {"sampling.decode_strip": 64}
     if t.tune == "full" and t.reference_on == "device" and not work.cpu:
         yield {"train.reference_on": "host"}
     if work.config.dtype == "float32":
