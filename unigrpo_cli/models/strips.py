@@ -61,7 +61,7 @@ def _residual(block: Any, x: Tensor, height: int) -> Tensor:
 
 def _activated(norm: nn.GroupNorm, x: Tensor) -> Rows:
     """Normalisation over the whole map, then SiLU, of the rows that are asked for."""
-    variance_G, mean_G = torch.var_mean(x.view(norm.num_groups, -1), dim=1, correction=0)
+    variance_G, mean_G = torch.var_mean(x[0].unflatten(0, (norm.num_groups, -1)), dim=(1, 2, 3), correction=0)
     each = x.shape[1] // norm.num_groups
     scale_C = norm.weight * (variance_G + norm.eps).rsqrt().repeat_interleave(each)
     shift_C = norm.bias - mean_G.repeat_interleave(each) * scale_C
