@@ -55,7 +55,16 @@ class Sampling(Section):
         (0, 5), description="half-open range of steps for the window [paper: 0, 5]"
     )
     window_every: Positive = Field(25, description="training steps between moves of a sliding window")
-    rows: Positive = Field(16, description="episodes sampled in one batch; changes speed, no sample")
+    rows: Count = Field(
+        0,
+        description="episodes sampled in one batch; changes speed, no sample; 0: as many as fit the memory, in "
+        "batches of one size",
+    )
+    decode_strip: Count = Field(
+        0,
+        description="rows of pixels that the autoencoder decodes at a time: half the memory, the same picture but "
+        "for rounding; 0: all",
+    )
 
 
 class Objective(Section):
@@ -114,7 +123,11 @@ class Train(Section):
         description="replay: a pass of its own for every update. auto: the first update after a rollout takes what "
         "it says itself, which is the same to the bit; every 16th step sees that it is",
     )
-    micro_batch: Positive = Field(8, description="episodes in one backward pass; changes memory, no gradient")
+    micro_batch: Count = Field(
+        0,
+        description="episodes in one backward pass; changes memory, no gradient; 0: as many as fit the memory, in "
+        "micro-batches of one size",
+    )
     micro_tokens: Count = Field(
         0,
         description="and tokens, padding and every step's image counted; then episodes are sorted by length; 0 for "
@@ -471,6 +484,16 @@ def _one_line(error: ValidationError) -> str:
     if not where:
         return message
     return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The configuration with other values of dotted keys, which are taken as they are."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            section, name, value = "", section, getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={name: value})
+    return config
 
 
 def to_toml(config: Config) -> str:

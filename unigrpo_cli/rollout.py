@@ -34,6 +34,7 @@ from unigrpo_cli.lanes import at_once, side_by_side
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.outgrown import outgrown
 from unigrpo_cli.seeds import derive, normal, uniform
 
 NO_GUIDANCE = Guidance()
@@ -97,7 +98,8 @@ def rollout(
 
     @torch.no_grad()  # which threads do not inherit
     def draw(rows: list[tuple[int, int]]) -> list[Episode]:
-        return _think_then_paint(policy, asked, rows, sampling, window, seed)
+        with outgrown("a rollout", "sampling.rows", len(rows)):
+            return _think_then_paint(policy, asked, rows, sampling, window, seed)
 
     episodes: dict[tuple[int, int], Episode] = {}
     beside = at_once(len(batches), policy.device)
