@@ -40,9 +40,8 @@ def measurements(bench: Comparison) -> Iterator[tuple[list[str], Callable[[], No
         yield [sampling.growth_part(model)], partial(sampling.measure_groups, bench, model)
     yield [sampling.DENOISING], partial(sampling.measure_denoising, bench)
     sampling.large_policy.cache_clear()
-    for copies in cases.copies:
-        for context in cases.contexts:
-            yield [passes.part_of(copies, context)], partial(passes.measure_replay, bench, copies, context)
+    for part in passes.parts(cases):
+        yield [passes.part_of(*part)], partial(passes.measure_replay, bench, *part)
     for curve in cases.curves:
         yield [growth.title(curve)], partial(growth.measure_growth, bench, curve)
 

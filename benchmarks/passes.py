@@ -1,9 +1,11 @@
-"""The packed replay against K passes that each read the text anew: forward, backward, the same gradients."""
+"""The replay, which reads a text once, against K passes that each read it anew: time, and the same gradients."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -34,22 +36,34 @@ SEPARATE, PACKED = "K passes", "packed"
 DELIMITERS = 4  # of the given text and of the thinking
 
 
-def part_of(copies: int, context: int) -> str:
-    return f"replay, K = {copies}, {context} tokens of context"
+SMALL, PROPORTIONED = "replay", "replay in BAGEL's proportions"
+
+
+def part_of(shape: str, copies: int, context: int) -> str:
+    return f"{shape}, K = {copies}, {context} tokens of context"
+
+
+def sizes(cases: Cases) -> dict[str, Size]:
+    """The networks that are replayed, by the names of their parts."""
+    return {SMALL: replace(cases.small, pixels=cases.replayed_pixels), PROPORTIONED: cases.proportioned}
+
+
+def parts(cases: Cases) -> Iterator[tuple[str, int, int]]:
+    """Shape, K and tokens of context of every comparison."""
+    return itertools.product(sizes(cases), cases.copies, cases.contexts)
 
 
 def rows(cases: Cases) -> list[Row]:
     found = []
-    for copies in cases.copies:
-        for context in cases.contexts:
-            part = part_of(copies, context)
-            found += [
-                Row(part, SEPARATE, "s"),
-                Row(part, PACKED, "s"),
-                Row(part, "packed / K passes", "of the seconds", Goal(0.82)),
-                Row(part, "the same, arithmetic's bound", "of the operations"),
-                Row(part, "gradients differ", RELATIVE),
-            ]
+    for shape, copies, context in parts(cases):
+        part = part_of(shape, copies, context)
+        found += [
+            Row(part, SEPARATE, "s"),
+            Row(part, PACKED, "s"),
+            Row(part, "packed / K passes", "of the seconds", Goal(0.82)),
+            Row(part, "the same, arithmetic's bound", "of the operations"),
+            Row(part, "gradients differ", RELATIVE),
+        ]
     return found
 
 
@@ -87,10 +101,10 @@ def drawn(policy: UnifiedModel, size: Size, context: int, copies: int) -> Episod
     return Episode(Prompt("benchmark", ""), 0, 0, (GivenText("prompt", "", given), text, image))
 
 
-def measure_replay(bench: Comparison, copies: int, context: int) -> None:
+def measure_replay(bench: Comparison, shape: str, copies: int, context: int) -> None:
     """Gradients in all weights of the layers, of random pulls at all words and velocities."""
-    size = replace(bench.cases.small, pixels=bench.cases.replayed_pixels)
-    part, policy = part_of(copies, context), random_policy(size, torch.device("cpu"), torch.float32)
+    size, part = sizes(bench.cases)[shape], part_of(shape, copies, context)
+    policy = random_policy(size, torch.device("cpu"), torch.float32)
     weights = {n: p for n, p in policy.network.named_parameters() if ".layers." in n}
     for parameter in weights.values():
         parameter.requires_grad_(True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import GIB, NotMeasuredError
+from unigrpo_cli.errors import TooLargeError
 
 NOT_REACHED = "not reached"
 RELATIVE = "relative"
@@ -152,7 +153,7 @@ class Report:
         reason = None
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, TooLargeError) as error:
             reason = f"did not fit: needs {needed_gib(str(error)):.1f} GiB"
         except NotMeasuredError as error:
             reason = str(error)

@@ -45,8 +45,8 @@ class Projected:
 
 def settings(tune: str, prompts: int) -> Config:
     """The paper's on cards of 80 GB."""
-    own = [f"train.tune={tune}", f"train.prompts_per_step={prompts}", "train.micro_batch=4", "dtype=bfloat16"]
-    return load_config(preset="paper", overrides=[*own, "train.activation_checkpointing=true"])
+    own = [f"train.tune={tune}", f"train.prompts_per_step={prompts}", "train.micro_batch=4", "sampling.rows=16"]
+    return load_config(preset="paper", overrides=[*own, "dtype=bfloat16", "train.activation_checkpointing=true"])
 
 
 def projected(config: Config, ranks: int, rates: Rates = ACCELERATOR) -> Projected:

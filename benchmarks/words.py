@@ -109,7 +109,7 @@ class OwnSteps:
         reward_PG = torch.tensor([reward_of(text.ids) for text in texts]).view(self.prompts, -1)
         spread = reward_PG.std(dim=1, keepdim=True) + 1e-4
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / spread).flatten()
-        shares = replay_fixed(self.policy, episodes, advantage_B, self.config, self.objective)
+        shares = replay_fixed(self.policy, episodes, advantage_B, self.config, self.objective, apart=False)
         replayed = self.clock.now()
         optimizer_step(self.state, shares[0], self.objective, self.config)
         ended = self.clock.now()

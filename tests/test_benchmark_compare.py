@@ -109,7 +109,7 @@ def test_passes_that_add_up_to_another_gradient_are_refused(
     own = plain.one_step
     monkeypatch.setattr(plain, "one_step", lambda batch, k: own(batch, 0))
     with pytest.raises(AssertionError, match="gradients differ"):
-        passes.measure_replay(bench, 2, 24)
+        passes.measure_replay(bench, passes.SMALL, 2, 24)
 
 
 def test_a_loop_with_other_times_is_refused(bench: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +23,20 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.config import Config, load_config
+from unigrpo_cli.config import Config, load_config, with_values
 from unigrpo_cli.episode import Prompt, flatten
-from unigrpo_cli.estimate import Memory, Workload, batch_of, memory, needs, step_parts
+from unigrpo_cli.estimate import (
+    Memory,
+    Workload,
+    batch_of,
+    memory,
+    needs,
+    sampling_rows,
+    step_parts,
+    training_sizes,
+)
 from unigrpo_cli.estimate import seconds as speed
+from unigrpo_cli.estimate.batches import evenly
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.lora import add_adapters
@@ -52,7 +65,7 @@ GIVEN, PROMPTS = 6, [Prompt("a", "a red cube"), Prompt("b", "two birds")]
 
 
 def settings(*overrides: str) -> Config:
-    return load_config(preset="paper", overrides=list(overrides))
+    return load_config(preset="paper", overrides=["sampling.rows=16", "train.micro_batch=8", *overrides])
 
 
 def small(*overrides: str) -> Workload:
@@ -335,6 +348,101 @@ def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
         start = alive.now
         model.codec.raw(latent)  # type: ignore[attr-defined]
     assert item(memory(work), "decoder", "rollout, pixels") == pytest.approx(alive.over(start), rel=0.06)
+
+
+@pytest.mark.parametrize("strip", [8, 16])
+def test_decoding_in_strips_takes_two_maps(strip: int) -> None:
+    model, alive = load_model(str(TINY), decode_strip=strip), Alive()
+    sizes = ("sampling.height=128", "sampling.width=64", "sampling.rows=1")
+    work = Workload(model.network.config, read_release(TINY).autoencoder, settings(*sizes))
+    with alive:
+        latent = torch.zeros(1, 16, 16, 8)
+        start = alive.now
+        model.codec.raw(latent)  # type: ignore[attr-defined]
+    cut = replace(work, config=settings(*sizes, f"sampling.decode_strip={strip}"))
+    found = item(memory(cut), "decoder", "rollout, pixels")
+    assert found == pytest.approx(alive.over(start), rel=0.03)
+    assert found < 0.65 * item(memory(work), "decoder", "rollout, pixels")
+
+
+# ----- sizes that are left open
+
+OPEN = ("sampling.rows=0", "train.micro_batch=0", "train.tune=lora", "dtype=bfloat16", "sampling.think=true")
+OPEN += ("train.activation_checkpointing=true", "sampling.height=512", "sampling.width=512")
+SLOTS = {"sampling.rows": ("rollout", 768), "train.micro_batch": ("replays, update", 384)}
+"""For each setting the phases it decides and the episodes it shares out, in the paper's step."""
+
+
+def largest(work: Workload, key: str, size: int) -> float:
+    """GiB of the largest phase that a setting decides."""
+    other = next(name for name in SLOTS if name != key)
+    found = memory(replace(work, config=with_values(work.config, {key: size, other: 1})))
+    names = SLOTS[key][0].split(", ")
+    return max(found.gib(phase) for phase in found.phases if phase.name.split(",")[0] in names)
+
+
+def test_sizes_left_open_are_the_largest_that_fit() -> None:
+    """What is chosen fits; one batch less does not. More memory, no smaller sizes; never more than there are."""
+    work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*OPEN))
+    before = dict.fromkeys(SLOTS, 1)
+    for gib in (20, 42, 48, 64, 80, 2000):
+        sizes = training_sizes(work, gib)
+        for key, (_, episodes) in SLOTS.items():
+            size = sizes[key]
+            batches = -(-episodes // size)
+            assert before[key] <= size
+            if gib == 20:
+                assert size == 1, "nothing fits, and whoever refuses it says so"
+                continue
+            assert largest(work, key, size) <= gib
+            if batches > 1:
+                assert largest(work, key, -(-episodes // (batches - 1))) > gib
+            assert -(-episodes // max(1, size - 1)) > batches or size == 1, "a smaller size does not do"
+        before = sizes
+    assert before == {key: episodes for key, (_, episodes) in SLOTS.items()}
+    fixed = replace(work, config=settings(*OPEN, "train.micro_batch=3"))
+    assert list(training_sizes(fixed, 64)) == ["sampling.rows"]
+
+
+@given(count=st.integers(1, 2000), most=st.integers(1, 2000), at_once=st.integers(1, 8))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_batches_are_as_few_and_as_even_as_can_be(count: int, most: int, at_once: int) -> None:
+    size = evenly(count, most, at_once)
+    turns = -(-count // (size * at_once))
+    assert 1 <= size <= most
+    assert turns == -(-count // (most * at_once)), "as few turns as the largest size takes"
+    assert size == 1 or -(-count // ((size - 1) * at_once)) > turns
+
+
+def test_even_batches_by_hand() -> None:
+    assert (evenly(96, 50), evenly(96, 96), evenly(96, 200), evenly(97, 50)) == (48, 96, 96, 49)
+    assert (evenly(96, 96, at_once=2), evenly(96, 20, at_once=2)) == (48, 16)
+
+
+def test_rows_of_an_evaluation_hold_whole_prompts() -> None:
+    """Where all samples of a prompt fit together; nothing is trained, so there is more room than in a run."""
+    work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*OPEN))
+    rows = {gib: sampling_rows(work, gib, 50, 4, adapted=False) for gib in (20, 36, 60, 2000)}
+    assert list(rows.values()) == sorted(rows.values())
+    assert (rows[20], rows[2000]) == (1, 200)
+    assert all(size % 4 == 0 for size in rows.values() if size > 4)
+    assert rows[36] > training_sizes(work, 36)["sampling.rows"], "no adapters, no moments"
+    assert sampling_rows(work, 60, 50, 4, adapted=False, models=2) < rows[60]
+
+
+def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
+    """All of a rollout twice; of an update all but what episodes and weights have once, and gradients for each."""
+    once, twice = small("train.tune=lora"), replace(small("train.tune=lora"), at_once=2)
+    one, two = memory(once), memory(twice)
+    assert one.always == two.always
+    for phase in one.phases:
+        own = phase.bytes
+        if not phase.name.startswith("rollout"):
+            own -= item(one, "recorded steps", phase.name) + item(one, "gradients", phase.name)
+        extra = item(one, "gradients", phase.name) * 2 if phase.name.startswith("update") else 0
+        if phase.name == "optimizer step":
+            own = 0
+        assert two.phase(phase.name).bytes == phase.bytes + own + extra, phase.name
 
 
 # ----- FLOP

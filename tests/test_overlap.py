@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from unigrpo_cli.errors import RewardError
+from unigrpo_cli.lanes import Lane
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.grammar import RewardChoice
-from unigrpo_cli.rewards.lane import Lane
 from unigrpo_cli.rewards.overlap import Scoring, begins_early
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import OpenReward, Policy, RewardSet

@@ -13,13 +13,17 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
+from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.estimate import memory, of_each_rank, step_parts
+from unigrpo_cli.evaluate import NO_NOISE, train_sampling
+from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.sizes import (
     BAGEL,
     BAGEL_AUTOENCODER,
@@ -28,8 +32,11 @@ from unigrpo_cli.models.sizes import (
     autoencoder_shapes,
     network_shapes,
 )
+from unigrpo_cli.outgrown import outgrown
 from unigrpo_cli.plan import Plan, changed, plan_of, rates_of, refuse_too_large, relief
+from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.display import Display
+from unigrpo_cli.session import model_defaults
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = ("bagel_one_gpu", "bagel_unigrpo")
@@ -94,7 +101,7 @@ def _dry(model: Path | str, *settings: str) -> tuple[int, dict, str]:
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
-LORA = ("train.tune=lora", "train.activation_checkpointing=true", "train.micro_batch=1")
+LORA = ("train.tune=lora", "train.activation_checkpointing=true", "train.micro_batch=1", "sampling.rows=16")
 
 
 def test_it_accepts_and_refuses_at_the_boundary_and_reads_nothing(bagel: Path, unread: Path) -> None:
@@ -197,8 +204,18 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
     lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"
-    assert _run("train", "--out", run, "--steps", "0", *lora, *small).exit_code == 0
+    left_open = ["--set", "sampling.rows=0", "--set", "train.micro_batch=0"]
+    begun = _run("train", "--out", run, "--steps", "0", *lora, *small, *left_open, "--set", "memory_gb=2")
+    assert begun.exit_code == 0
+    assert "sampling.rows=4, train.micro_batch=2: found for 2.0 GiB of memory" in begun.stdout
+    kept = load_config(file=run / "config.toml")
+    assert (kept.sampling.rows, kept.train.micro_batch) == (4, 2), "numbers are written down, not the question"
+    drawn = model_defaults({"model": str(run)})["sampling"]
+    assert "rows" not in drawn and drawn["steps"] == kept.sampling.steps, "they were found for that machine"
     before = sorted(run.rglob("*"))
+    more = ["--set", "train.prompts_per_step=200", *left_open]  # another question, but the run has its answer
+    anew = json.loads(_run("train", "--resume", run, "--dry-run", "--json", *more).stdout)
+    assert (anew["sizes"], anew["batch"]["rollouts"], anew["batch"]["micro_batches"]) == ({}, 100, 100)
     assert _run("train", "--resume", run, "--dry-run", "--set", "train.lora_rank=8").exit_code == 2
     result = _run("train", "--resume", run, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
@@ -222,6 +239,52 @@ def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: 
     display.table("sizes", ("a", "number"), [("first [b]", "1.00"), ("second", "22.00")], {1})
     text = display.console.export_text()
     assert "first [b]" in text and "22.00" in text
+
+
+def test_what_is_left_open_is_found_and_said(bagel: Path, unread: Path) -> None:
+    """In JSON and in one line; what is typed stays, and half the card, or pictures in the prompts, leave less."""
+    left_open = ("train.tune=lora", "dtype=bfloat16", "train.activation_checkpointing=true")
+    found = {}
+    for gib in (40, 80):
+        _, plan, _ = _dry(bagel, *left_open, f"memory_gb={gib}")
+        found[gib] = plan["sizes"]
+        rows, micro = plan["sizes"]["sampling.rows"], plan["sizes"]["train.micro_batch"]
+        assert (plan["batch"]["rollouts"], plan["batch"]["micro_batches"]) == (-(-768 // rows), -(-384 // micro))
+    assert found[40]["sampling.rows"] < found[80]["sampling.rows"]
+    assert plan["need_gib"] <= 0.9 * 80
+    assert _dry(bagel, *left_open, "memory_gb=80", "sampling.rows=5")[1]["sizes"].keys() == {"train.micro_batch"}
+    sets = [x for s in (*left_open, "memory_gb=80") for x in ("--set", s)]
+    shown = _run("train", "--model", bagel, "--dry-run", *sets).stdout
+    assert f"sampling.rows={rows}, train.micro_batch={micro}: found for 80.0 GiB of memory" in shown
+    config = load_config(preset="paper", overrides=[*left_open, "memory_gb=80"])
+    edits = plan_of(config, str(bagel), None, elsewhere=True, pictures=True)
+    assert edits.sizes["sampling.rows"] < rows
+
+
+def test_memory_that_does_not_suffice_names_the_smaller_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the allocator says; other errors are not touched, and nothing is tried again."""
+    asked = []
+
+    def too_much(*arguments: object) -> None:
+        asked.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("unigrpo_cli.rollout._think_then_paint", too_much)
+    config = load_config(overrides=["sampling.rows=6"])
+    model = load_model("embedded")
+    with pytest.raises(TooLargeError, match=r"a rollout with sampling\.rows=6: give sampling\.rows=3 \(CUDA out"):
+        rollout(model, [Prompt("a", "a red circle")], 12, train_sampling(config), NO_NOISE, 0)
+    assert len(asked) == 1
+    for error, says in (
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "give train.micro_batch=1 "),
+        (MemoryError(), "give train.micro_batch=1 "),
+    ):
+        with pytest.raises(TooLargeError, match=re.escape(says)), outgrown("an update", "train.micro_batch", 3):
+            raise error
+    with pytest.raises(TooLargeError, match="dtype=bfloat16"), outgrown("an update", "train.micro_batch", 1):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="of ours"), outgrown("an update", "train.micro_batch", 3):
+        raise RuntimeError("an error of ours")
 
 
 # ----- recipes
@@ -267,7 +330,7 @@ def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:
     assert (config.objective, config.advantage, config.sampling) == (
         paper.objective,
         paper.advantage,
-        paper.sampling,
+        paper.sampling.model_copy(update={"rows": 16}),
     )
     changes = {"micro_batch": 1, "activation_checkpointing": True, "reference_on": "host"}
     assert config.train == paper.train.model_copy(update=changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from unigrpo_cli.episode import (
     load_episodes,
     save_episodes,
 )
+from unigrpo_cli.models import sharding, unified
 from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.mot import Attention
+from unigrpo_cli.models.mot import Attention, NoisyImage
 from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.replay import collate, micro_batches, replay, replayed_tokens
+from unigrpo_cli.replay import _shared_out, collate, micro_batches, replay, replayed_tokens
 from unigrpo_cli.rollout import Sampling, look, paint, read_given, rollout, write_text
 from unigrpo_cli.seeds import derive
 from unigrpo_cli.watch import drift
@@ -61,14 +63,15 @@ def test_embedded_precision_drifts_less_than_1e_5(tiny: UnifiedModel) -> None:
     assert found["image/drift_max"] < 1e-5
 
 
+@pytest.mark.parametrize("copies", [None, 1])
 @pytest.mark.parametrize("coupling", ["full", "detach"])
-def test_the_first_ratio_is_exactly_one(tiny: UnifiedModel, coupling: str) -> None:
+def test_the_first_ratio_is_exactly_one(tiny: UnifiedModel, coupling: str, copies: int | None) -> None:
     """With and without gradients the replay computes the same numbers: log-ratio 0.0, not 1e-7."""
     tiny.network.float()
     batch = collate(_episodes(tiny))
     with torch.no_grad():
-        old = replay(tiny, batch, coupling=coupling)
-    new = replay(tiny, batch, coupling=coupling)
+        old = replay(tiny, batch, coupling=coupling, copies=copies)
+    new = replay(tiny, batch, coupling=coupling, copies=copies)
     assert new.log_prob_BL.requires_grad
     advantage = torch.tensor([1.0, -1.0] * 3)
     loss = unigrpo_loss(batch.actions, new, old, old, advantage, OBJECTIVE, episodes=6)
@@ -216,6 +219,71 @@ def test_several_rounds_replay_like_one(tiny: UnifiedModel) -> None:
     assert batch.actions.mask_BL.sum(dim=1).tolist() == counts
 
 
+@pytest.mark.parametrize("coupling", ["full", "detach"])
+def test_few_copies_at_a_time_score_and_teach_the_same(tiny: UnifiedModel, coupling: str) -> None:
+    """Texts of differing length, two images of three steps: all in one pass, two and one, one by one."""
+    batch = collate(_two_rounds(tiny))
+    assert len(set(batch.turns[0].length_B)) > 1, "the case must have padding"
+    generator = torch.Generator().manual_seed(0)
+    pull_BL = torch.randn(batch.actions.mask_BL.shape, generator=generator, dtype=torch.float64)
+    pulls = [torch.randn(i.x_BKND.shape, generator=generator, dtype=torch.float64) for i in batch.actions.images]
+
+    def scored(copies: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        tiny.network.zero_grad()
+        scores = replay(tiny, batch, coupling=coupling, copies=copies)
+        total = (scores.log_prob_BL * pull_BL).sum()
+        (total + sum((v * p).sum() for v, p in zip(scores.velocities, pulls, strict=True))).backward()
+        said = {"words": scores.log_prob_BL, "first": scores.velocities[0], "second": scores.velocities[1]}
+        return said, {n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None}
+
+    whole = scored(3)
+    for copies in (2, 1):
+        for found, meant in zip(scored(copies), whole, strict=True):
+            assert found.keys() == meant.keys()
+            for name, value in meant.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("room", "passes"), [(3.0, [3]), (2.9, [2, 1]), (1.9, [1, 1, 1]), (0.1, [1, 1, 1])])
+def test_copies_at_once_are_a_rule_of_shapes(
+    tiny: UnifiedModel, monkeypatch: pytest.MonkeyPatch, room: float, passes: list[int]
+) -> None:
+    """Room for so many copies: whatever the rows say. On a GPU, and in sharded layers, all of them always."""
+    batch = collate(_episodes(tiny, members=1))
+    config = tiny.network.config
+    one_copy = len(PROMPTS) * (batch.actions.images[0].x_BKND.shape[2] + 2) * config.intermediate_size * 8
+    monkeypatch.setattr(unified, "LOOK_BYTES", int(room * one_copy))
+    looks = []
+    forward = UnifiedModel.forward
+
+    def watched(model, context, ids=None, lengths=None, image=None, **more):
+        looks.append((ids is not None, image.x_BKND.shape[1]))
+        return forward(model, context, ids, lengths, image, **more)
+
+    monkeypatch.setattr(UnifiedModel, "forward", watched)
+    with torch.no_grad():
+        replay(tiny, batch)
+    assert [copies for _, copies in looks] == passes
+    assert [reads for reads, _ in looks] == [True] + [False] * (len(passes) - 1), "the text is read once"
+    noisy = batch.turns[0].image
+    elsewhere = replace(tiny, network=copy.deepcopy(tiny.network).to("meta"))
+    assert elsewhere.copies_at_once(noisy) == 3
+    monkeypatch.setattr(sharding, "is_sharded", lambda network: True)
+    assert tiny.copies_at_once(noisy) == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "copies", "passes"), [(8, 8, [8]), (8, 5, [4, 4]), (8, 3, [3, 3, 2]), (3, 9, [3]), (0, 1, [0])]
+)
+def test_passes_share_the_copies_out_evenly(steps: int, copies: int, passes: list[int]) -> None:
+    x_BKND, t_BK = torch.arange(2.0 * steps).view(2, steps, 1, 1), torch.rand(2, steps)
+    parts = _shared_out(NoisyImage(x_BKND, t_BK, (1, 1)), copies)
+    assert [part.x_BKND.shape[1] for part in parts] == passes
+    assert torch.equal(torch.cat([part.x_BKND for part in parts], dim=1), x_BKND)
+    assert torch.equal(torch.cat([part.t_BK for part in parts], dim=1), t_BK)
+    assert {part.grid for part in parts} == {(1, 1)}
+
+
 def test_attention_over_words_in_fp64_is_what_keeps_drift_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same episodes with and without it: in fp32 one query rounds unlike many."""
     model = load_model("embedded")
@@ -292,6 +360,8 @@ def test_what_cannot_be_stacked_is_refused(tiny: UnifiedModel) -> None:
         collate([thinking[0], hot[0]])
     with pytest.raises(ValueError, match="coupling"):
         replay(tiny, collate(thinking), coupling="some")
+    with pytest.raises(ValueError, match="copies=0"):
+        replay(tiny, collate(thinking), copies=0)
 
 
 def test_a_reference_for_velocities_alone_leaves_words_unscored(tiny: UnifiedModel) -> None:

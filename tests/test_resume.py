@@ -173,7 +173,7 @@ def test_another_environment_and_another_number_of_threads_are_told_of(copy: Pat
     again = _done(_run(*command(copy, plugin, ("train.steps=5", "train.micro_batch=1"))))
     (line,) = _lines(again, "to the bit")
     assert f"torch 1.0 -> {versions['torch']}: as before" in line
-    assert "train.micro_batch: 48 -> 1 (changes results by rounding alone)" in again.output
+    assert "train.micro_batch: 24 -> 1 (changes results by rounding alone)" in again.output
     assert json.loads(environment.read_text()) == versions
 
 

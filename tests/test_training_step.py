@@ -24,6 +24,7 @@ from unigrpo_cli.rewards.scoring import RewardSet, Scored
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.train import (
+    RATIO_CHECKED,
     MicroBatch,
     advantages,
     objective_of,
@@ -83,7 +84,7 @@ def _step(config: Config, state: TrainState | None = None) -> tuple[TrainState, 
         grads.update({n: p.grad.clone() for n, p in named if p.grad is not None})
 
     hook = state.optimizer.register_step_pre_hook(keep)
-    terms = optimizer_step(state, share, objective_of(config), config)
+    terms = optimizer_step(state, share, objective_of(config), config).terms
     hook.remove()
     return state, terms, grads
 
@@ -106,10 +107,10 @@ def test_old_scores_and_reference_stay_while_the_policy_moves() -> None:
     config = _config("train.micro_batch=5")
     state = _state(config)
     (share,) = _shares(state, config)
-    first = optimizer_step(state, share, objective_of(config), config)
+    first = optimizer_step(state, share, objective_of(config), config).terms
     assert first["text/max_abs_log_ratio"] == first["image/max_abs_log_ratio"] == 0
     assert first["image/velocity-mse"] < 1e-20  # a copy of the weights elsewhere in memory may round another way
-    again = optimizer_step(state, share, objective_of(config), config)
+    again = optimizer_step(state, share, objective_of(config), config).terms
     assert again["text/max_abs_log_ratio"] > 1e-4
     assert again["image/max_abs_log_ratio"] > 1e-6
     assert again["image/velocity-mse"] > 1e-9
@@ -249,3 +250,25 @@ def test_epochs_and_updates_are_counted() -> None:
     assert {int(s["step"]) for s in state.optimizer.state.values()} == {4}
     assert done.metrics["text/max_abs_log_ratio"] > 0 == done.metrics["text/first_max_abs_log_ratio"]
     assert state.between
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_first_update_needs_no_pass_for_its_old_scores(updates: int) -> None:
+    """Metrics and weights are the same to the bit without; that its ratio is 1 is then no finding and not told."""
+    left = {}
+    for how in ("auto", "replay"):
+        config = _config(f"train.old_scores={how}", f"train.updates={updates}", "train.micro_batch=4")
+        state = _state(config)
+        told = []
+        with RewardSet(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
+            for state.step in (0, 1, RATIO_CHECKED):
+                own = training_step(state, PROMPTS, rewards, config).metrics
+                told.append({k: v for k, v in own.items() if not k.startswith(("seconds/", "memory/"))})
+        left[how] = told, [p.detach().clone() for p in state.policy.network.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(left["auto"][1], left["replay"][1], strict=True))
+    ratios = {"text/first_max_abs_log_ratio", "image/first_max_abs_log_ratio"}
+    for k, (short, whole) in enumerate(zip(left["auto"][0], left["replay"][0], strict=True)):
+        assert whole.keys() - short.keys() == (ratios if k == 1 else set())
+        assert {name: whole[name] for name in short} == short
+        assert [whole[name] for name in ratios] == [0, 0]
+    assert "text/drift_mean" in left["auto"][0][1]

@@ -55,7 +55,16 @@ class Sampling(Section):
         (0, 5), description="half-open range of steps for the window [paper: 0, 5]"
     )
     window_every: Positive = Field(25, description="training steps between moves of a sliding window")
-    rows: Positive = Field(16, description="episodes sampled in one batch; changes speed, no sample")
+    rows: Count = Field(
+        0,
+        description="episodes sampled in one batch; changes speed, no sample; 0: as many as fit the memory, in "
+        "batches of one size",
+    )
+    decode_strip: Count = Field(
+        0,
+        description="rows of pixels that the autoencoder decodes at a time: half the memory, the same picture but "
+        "for rounding; 0: all",
+    )
 
 
 class Objective(Section):
@@ -109,7 +118,16 @@ class Train(Section):
         2, description="optimizer steps per pass, on disjoint halves [both reproductions of the paper: 2]"
     )
     epochs: Positive = Field(1, description="passes over one rollout's episodes")
-    micro_batch: Positive = Field(8, description="episodes in one backward pass; changes memory, no gradient")
+    old_scores: Literal["auto", "replay"] = Field(
+        "auto",
+        description="replay: a pass of its own for every update. auto: the first update after a rollout takes what "
+        "it says itself, which is the same to the bit; every 16th step sees that it is",
+    )
+    micro_batch: Count = Field(
+        0,
+        description="episodes in one backward pass; changes memory, no gradient; 0: as many as fit the memory, in "
+        "micro-batches of one size",
+    )
     micro_tokens: Count = Field(
         0,
         description="and tokens, padding and every step's image counted; then episodes are sorted by length; 0 for "
@@ -268,7 +286,9 @@ class Config(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of frozen weights and activations; what is trained is kept in float32"
     )
-    threads: Annotated[int, Field(ge=0, le=1024)] = Field(0, description="CPU threads; 0 leaves it to torch")
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="CPU threads, each for a batch of its own where there are several; 0 leaves it to torch"
+    )
     memory_gb: Rate = Field(0.0, description="memory that a run may fill, GiB; 0 asks the device")
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
@@ -464,6 +484,16 @@ def _one_line(error: ValidationError) -> str:
     if not where:
         return message
     return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The configuration with other values of dotted keys, which are taken as they are."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            section, name, value = "", section, getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={name: value})
+    return config
 
 
 def to_toml(config: Config) -> str:

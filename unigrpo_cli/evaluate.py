@@ -16,6 +16,7 @@ from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.lanes import at_once
 from unigrpo_cli.models import Policy
 from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import Sample
@@ -156,7 +157,7 @@ def evaluate(
         on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
     """
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.asked("eval")}
-    chunk = max(1, sampling.rows // samples)
+    chunk = max(1, sampling.rows // samples) * at_once(len(prompts), policy.device)
     share = ranks.stretch(prompts)
     for k in range(ranks.most(-(-len(share) // chunk))):
         with ranks.together():

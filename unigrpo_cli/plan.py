@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigrpo_cli.config import Config
+from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import NotFetchedError, TooLargeError, UsageError
 from unigrpo_cli.estimate import (
     ACCELERATOR,
+    ROWS,
     Item,
     Memory,
     Part,
@@ -20,18 +21,21 @@ from unigrpo_cli.estimate import (
     Workload,
     memory,
     of_each_rank,
+    sampling_rows,
     step_parts,
     traffic,
+    training_sizes,
 )
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.release import read_release
 from unigrpo_cli.models.sizes import BAGEL, BAGEL_AUTOENCODER, BAGEL_NETWORK, AutoencoderConfig, MoTConfig
 from unigrpo_cli.peers import launched
-from unigrpo_cli.session import DTYPES, device_of
+from unigrpo_cli.session import DTYPES, device_of, find_checkpoint, model_of
 
 if TYPE_CHECKING:
     import torch
 
+    from unigrpo_cli.episode import Prompt
     from unigrpo_cli.runtime.display import Display
 
 GIB = 2**30
@@ -40,7 +44,9 @@ LEGEND = (
     "a token's keys and values are 2 x layers x Q"
 )
 TIGHT = 0.9
-"""Share of the memory above which the allocator's pieces may decide."""
+"""Share of the memory above which the allocator's pieces may decide; sizes that are left open stay below."""
+EDGES = 4
+"""Tokens around the two forms of a given picture."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Plan:
         device: where that is, in words.
         present: GiB that the device has, when it was asked; None for a plan without it.
         published: the model is not here, and its published sizes are taken.
+        sizes: the settings that were left open, by dotted key, as `work` has them: found for `free` GiB.
     """
 
     base: str
@@ -62,6 +69,8 @@ class Plan:
     device: str
     present: float | None
     published: bool
+    sizes: dict[str, int] = field(default_factory=dict)
+    free: float = 0.0
 
     @property
     def name(self) -> str:
@@ -72,36 +81,105 @@ class Plan:
         return self.memory.need <= self.available
 
 
-def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool = False) -> Plan:
+def batches_at_once(config: Config, *, cpu: bool) -> int:
+    """How many batches of a rollout, or micro-batches of an update, a process computes at the same time."""
+    return 1
+
+
+def plan_of(
+    config: Config, base: str, adapter: str | None, *, elsewhere: bool = False, pictures: bool = False
+) -> Plan:
     """The plan of a configuration, with several ranks of each. Of the model it reads configurations and headers.
+
+    Sizes of batches that the configuration leaves open are as large as fits well.
 
     Args:
         base, adapter: as `session.find_checkpoint` gives them, or the configuration.
         elsewhere: only plan: nothing is fetched, and with `memory_gb` set no device is asked.
+        pictures: prompts bring pictures, so sizes that are left open are found for the largest ones.
 
     Raises:
         WeightsError: when the model cannot be loaded.
         UsageError: when it cannot paint that size, or the device is not there.
     """
     network, autoencoder, published = _sizes(base, fetch=not elsewhere)
-    try:
-        network.grid(config.sampling.height, config.sampling.width)
-    except ValueError as error:
-        raise UsageError(f"sampling.height, sampling.width: {error}") from error
+    _refuse_size(network, config)
     if elsewhere and config.memory_gb:
-        cpu, present = config.device == "cpu", None
+        cpu, present, free = config.device == "cpu", None, config.memory_gb
         device = "a CPU" if cpu else "an accelerator"
     else:
         found = device_of(config, planned=elsewhere)
         cpu, present, device = found.type == "cpu", _memory_of(found), str(found)
+        free = _free_on(found)
     world = launched()[1]
-    own = of_each_rank(config, world)
-    work = Workload(network, autoencoder, own, cpu=cpu, adapter_rank=_rank(adapter), world=world)
-    available = config.memory_gb or present
+    available, free = config.memory_gb or present, config.memory_gb or free
     assert available is not None
+    work = Workload(
+        network,
+        autoencoder,
+        of_each_rank(config, world),
+        cpu=cpu,
+        adapter_rank=_rank(adapter),
+        world=world,
+        at_once=batches_at_once(config, cpu=cpu),
+    )
+    sizes = training_sizes(_with_pictures(work) if pictures else work, TIGHT * free)
+    work = changed(work, sizes)
     source = "memory_gb" if config.memory_gb else "all it has now" if cpu else "all it has"
     where = f"{device} of {available:.1f} GiB ({source})"
-    return Plan(base, work, memory(work), available, where, present, published)
+    return Plan(base, work, memory(work), available, where, present, published, sizes, free)
+
+
+def with_rows(
+    config: Config, prompts: Sequence[Prompt], samples: int, say: Callable[[str], None], *, models: int = 1
+) -> Config:
+    """The configuration with `sampling.rows` where it is left open: as large as fits well while nothing is trained.
+
+    Args:
+        prompts, samples: what is to be painted, and how often.
+        say: told the number.
+        models: of this size that are loaded.
+
+    Raises:
+        WeightsError: when the model cannot be loaded.
+        UsageError: when it cannot paint that size, or the device is not there.
+    """
+    if config.sampling.rows:
+        return config
+    base, own_adapter = find_checkpoint(model_of(config))
+    adapter = config.adapter or own_adapter
+    network, autoencoder, _ = _sizes(base, fetch=True)
+    _refuse_size(network, config)
+    device = device_of(config)
+    free, cpu = config.memory_gb or _free_on(device), device.type == "cpu"
+    work = Workload(network, autoencoder, config, cpu=cpu, adapter_rank=_rank(adapter))
+    work = replace(work, at_once=batches_at_once(config, cpu=cpu))
+    if any(prompt.image for prompt in prompts):
+        work = _with_pictures(work)
+    found = sampling_rows(work, TIGHT * free, len(prompts), samples, adapted=adapter is not None, models=models)
+    say(said_of_sizes({ROWS: found}, free))
+    return with_values(config, {ROWS: found})
+
+
+def said_of_sizes(sizes: dict[str, int], free: float) -> str:
+    """Sizes that were left open, as they could be typed, and why they are so."""
+    return f"{', '.join(f'{key}={size}' for key, size in sizes.items())}: found for {free:.1f} GiB of memory"
+
+
+def _refuse_size(network: MoTConfig, config: Config) -> None:
+    try:
+        network.grid(config.sampling.height, config.sampling.width)
+    except ValueError as error:
+        raise UsageError(f"sampling.height, sampling.width: {error}") from error
+
+
+def _with_pictures(work: Workload) -> Workload:
+    """The same work on prompts that bring pictures, each as large as the model takes, which edits are then, too."""
+    side, vision = work.model.largest_side, work.model.vision
+    seen = 0 if vision is None else vision.side**2
+    largest = work.config.sampling.model_copy(update={"height": side, "width": side})
+    config = work.config.model_copy(update={"sampling": largest})
+    return replace(work, config=config, given=work.given + work.model.max_latent_size**2 + seen + EDGES)
 
 
 def _sizes(base: str, fetch: bool) -> tuple[MoTConfig, AutoencoderConfig | None, bool]:
@@ -125,6 +203,13 @@ def _memory_of(device: torch.device) -> float:
     import psutil
 
     return psutil.virtual_memory().available / GIB
+
+
+def _free_on(device: torch.device) -> float:
+    """GiB of a device that nobody uses now."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else _memory_of(device)
 
 
 def _rank(adapter: str | None) -> int | None:
@@ -178,13 +263,7 @@ def relief(plan: Plan) -> list[tuple[Change, float]]:
 
 def changed(work: Workload, change: Change) -> Workload:
     """The same work under other settings."""
-    config = work.config
-    for key, value in change.items():
-        section, _, name = key.rpartition(".")
-        if section:
-            section, name, value = "", section, getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={name: value})
-    return replace(work, config=config)
+    return replace(work, config=with_values(work.config, change))
 
 
 def _changes(work: Workload) -> Iterator[Change]:
@@ -196,6 +275,8 @@ def _changes(work: Workload) -> Iterator[Change]:
         yield {"train.micro_batch": 1}
     if s.rows > 1:
         yield {"sampling.rows": max(1, s.rows // 4)}
+    if work.autoencoder is not None and not s.decode_strip:
+        yield {"sampling.decode_strip": 64}
     if t.tune == "full" and t.reference_on == "device" and not work.cpu:
         yield {"train.reference_on": "host"}
     if work.config.dtype == "float32":
@@ -251,6 +332,7 @@ def report(plan: Plan, rates: Rates) -> dict[str, Any]:
         "fits": plan.fits,
         "need_gib": plan.memory.need,
         "available_gib": plan.available,
+        "sizes": plan.sizes,
         "device": plan.device,
         "peak": plan.memory.peak.name,
         "trained_parameters": plan.work.trained,
@@ -310,6 +392,8 @@ def show(plan: Plan, rates: Rates, display: Display) -> None:
         display.say(f"  {work.world} ranks, {kept}; all that follows is of each")
     for line in work.batch.lines():
         display.say(f"  {line}")
+    if plan.sizes:
+        display.say(f"  {said_of_sizes(plan.sizes, plan.free)}")
     rows = [("always", item.name, f"{item.gib:.2f}", item.formula) for item in plain.always]
     for phase in plain.phases:
         rows += [(phase.name, item.name, f"{item.gib:.2f}", item.formula) for item in phase.items]

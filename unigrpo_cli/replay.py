@@ -1,8 +1,9 @@
 """Recorded actions under some weights: the mirror image of `rollout.py`.
 
-One packed pass per turn of an episode: its text is read once, and all K recorded noisy states of the image
-that follows look at it side by side. Called under `no_grad` for the old and the reference policy, with
-gradients for the current one: the same lines either way, so before the first update the ratio is exactly 1.
+The text of each turn of an episode is read once, and all K recorded noisy states of the image that follows look
+at it: side by side in one packed pass, or, on a CPU, some at a time. Called under `no_grad` for the old and the
+reference policy, with gradients for the current one: the same lines either way, so before the first update the
+ratio is exactly 1.
 
 Shape letters: B episodes, L text actions (padded, all texts of an episode one after the other), K stochastic
 steps of one image, N image tokens of D numbers.
@@ -10,6 +11,7 @@ steps of one image, N image tokens of D numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +23,7 @@ from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, structure
 from unigrpo_cli.models import Policy
-from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.models.mot import MoTOutput, NoisyImage
 from unigrpo_cli.rollout import look, views_of
 
 COUPLINGS = ("full", "detach")
@@ -30,7 +32,7 @@ EDGES = 2  # boundary tokens of an image
 
 @dataclass(frozen=True)
 class Turn:
-    """Some text, given and acted, and perhaps an image after it, painted or given: one packed pass.
+    """Some text, given and acted, and perhaps an image after it, painted or given: what is packed together.
 
     Args:
         ids_BS, length_B: all tokens of the turn, right-padded, and how many count.
@@ -230,7 +232,13 @@ def _to(value, device):
 
 
 def replay(
-    policy: Policy, batch: Batch, *, coupling: str = "full", image: bool = True, text: bool = True
+    policy: Policy,
+    batch: Batch,
+    *,
+    coupling: str = "full",
+    image: bool = True,
+    text: bool = True,
+    copies: int | None = None,
 ) -> Scores:
     """Score recorded actions under the policy's present weights.
 
@@ -241,23 +249,29 @@ def replay(
         image: False leaves out velocities (a text-only objective).
         text: False leaves the words unscored, for a reference of velocities alone: its log-probabilities
             are then 0 and mean nothing.
+        copies: noisy states of each row's image that one pass looks at; None takes the policy's
+            `copies_at_once`. Rounding aside, scores and gradients are the same for any number.
 
     Raises:
-        ValueError: on an unknown coupling.
+        ValueError: on an unknown coupling, or fewer than one copy.
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"unknown coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
+    if copies is not None and copies < 1:
+        raise ValueError(f"copies={copies}: a pass looks at one noisy state or more; None lets the policy choose")
+    detach = coupling == "detach"
     context = policy.empty_context(len(batch.turns[0].length_B))
     log_probs, entropies, velocities = [], [], []
     for k, turn in enumerate(batch.turns):
         noisy = turn.image if image else None
+        looks = [] if noisy is None else _shared_out(noisy, copies or policy.copies_at_once(noisy))
         has_text = turn.ids_BS.shape[1] > 0
         out = policy.forward(
             context,
             turn.ids_BS if has_text else None,
             turn.length_B if has_text else None,
-            noisy,
-            detach_context=coupling == "detach",
+            looks[0] if looks else None,
+            detach_context=detach,
         )
         if turn.mask_BL.shape[1] and not text:
             log_probs.append(torch.zeros(turn.mask_BL.shape, device=policy.device))
@@ -268,9 +282,9 @@ def replay(
             scored = token(policy.logits(hidden), temperature=batch.temperature, id=turn.action_BL[turn.mask_BL])
             log_probs.append(_scatter(scored.log_prob, turn.mask_BL))
             entropies.append(_scatter(scored.entropy, turn.mask_BL))
-        if noisy is not None:
-            assert out.velocity_BKND is not None
-            velocities.append(out.velocity_BKND)
+        if looks:
+            others = [policy.forward(out.context, image=look, detach_context=detach) for look in looks[1:]]
+            velocities.append(_side_by_side([out, *others]))
         context = out.context
         if turn.latent_BND is not None and k + 1 < len(batch.turns):
             context = look(policy, context, turn.latent_BND, turn.grid, turn.view_BHWC)
@@ -281,6 +295,20 @@ def replay(
         torch.cat(entropies, dim=1) if entropies else blank,
         tuple(velocities),
     )
+
+
+def _shared_out(image: NoisyImage, copies: int) -> list[NoisyImage]:
+    """The K noisy states in as few passes of at most `copies` as can be, those as even as can be."""
+    steps = image.x_BKND.shape[1]
+    each = math.ceil(steps / max(1, math.ceil(steps / copies)))
+    parts = zip(image.x_BKND.split(each, dim=1), image.t_BK.split(each, dim=1), strict=True)
+    return [NoisyImage(x_BKND, t_BK, image.grid) for x_BKND, t_BK in parts]
+
+
+def _side_by_side(passes: list[MoTOutput]) -> Tensor:
+    """Velocities [B, K, N, D] of all noisy states."""
+    found = [out.velocity_BKND for out in passes if out.velocity_BKND is not None]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _scatter(values: Tensor, mask_BL: Tensor) -> Tensor:

@@ -30,9 +30,11 @@ from unigrpo_cli.episode import (
     TextActions,
     structure,
 )
+from unigrpo_cli.lanes import at_once, side_by_side
 from unigrpo_cli.models import Policy
 from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.outgrown import outgrown
 from unigrpo_cli.seeds import derive, normal, uniform
 
 NO_GUIDANCE = Guidance()
@@ -90,14 +92,21 @@ def rollout(
     alike: dict[tuple, list[tuple[int, int]]] = {}
     for k, (_, given) in enumerate(asked):
         alike.setdefault(structure(given), []).extend((k, member) for member in range(members))
+    batches = [
+        todo[at : at + sampling.rows] for todo in alike.values() for at in range(0, len(todo), sampling.rows)
+    ]
+
+    @torch.no_grad()  # which threads do not inherit
+    def draw(rows: list[tuple[int, int]]) -> list[Episode]:
+        with outgrown("a rollout", "sampling.rows", len(rows)):
+            return _think_then_paint(policy, asked, rows, sampling, window, seed)
+
     episodes: dict[tuple[int, int], Episode] = {}
-    for todo in alike.values():
-        for at in range(0, len(todo), sampling.rows):
-            rows = todo[at : at + sampling.rows]
-            drawn = _think_then_paint(policy, asked, rows, sampling, window, seed)
-            episodes |= zip(rows, drawn, strict=True)
-            on_rows(len(rows))
-            on_episodes(drawn)
+    beside = at_once(len(batches), policy.device)
+    for rows, drawn in zip(batches, side_by_side(draw, batches, beside), strict=True):
+        episodes |= zip(rows, drawn, strict=True)
+        on_rows(len(rows))
+        on_episodes(drawn)
     return [
         Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)
     ]

@@ -99,7 +99,8 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
         for directory in (path, *path.absolute().parents[1:2]):
             if os.path.isdir(directory / "checkpoints") and os.path.isfile(directory / "config.toml"):
                 own = load_config(file=directory / "config.toml")
-                return {"preset": own.preset, "dtype": own.dtype, "sampling": own.sampling.model_dump()}
+                drawn = own.sampling.model_dump(exclude={"rows"})  # that is the machine's, not the model's
+                return {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
     if model == EMBEDDED:
         return {}
     try:
@@ -143,7 +144,8 @@ def load_policy(model: str, adapter: str | None, config: Config) -> UnifiedModel
         WeightsError: when its files are missing or do not fit.
     """
     found, own_adapter = find_checkpoint(model)
-    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype])
+    strip = config.sampling.decode_strip
+    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype], decode_strip=strip)
     policy.network.requires_grad_(False)
     for name in (own_adapter, adapter):
         if name is not None:

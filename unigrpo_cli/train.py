@@ -18,13 +18,14 @@ from torch import Tensor
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.advantage import combined_advantage
-from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
+from unigrpo_cli.algo.objective import Loss, Objective, Scores, unigrpo_loss
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import RefusedUpdateError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
-from unigrpo_cli.models import Policy
-from unigrpo_cli.models.sharding import gathered
+from unigrpo_cli.lanes import at_once, side_by_side
+from unigrpo_cli.models.sharding import gathered, is_sharded
+from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.ranks import ALONE, Ranks, local
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
 from unigrpo_cli.rewards.overlap import Scoring, taken
@@ -53,12 +54,33 @@ class Step:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Episodes of one backward pass, with all that stays fixed while they are trained on."""
+    """Episodes of one backward pass, with all that stays fixed while they are trained on.
+
+    `old` is None where the policy has not moved since it drew them: then it is what the pass itself says.
+    """
 
     batch: Batch
     advantage_B: Tensor
-    old: Scores
+    old: Scores | None
     reference: Scores | None
+
+    @property
+    def old_apart(self) -> Scores:
+        """Of one whose old scores had a pass of their own."""
+        assert self.old is not None
+        return self.old
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step: all ranks' terms and statistics, and this rank's micro-batches with their old scores."""
+
+    terms: dict[str, float]
+    replayed: list[tuple[Batch, Scores]]
+
+
+RATIO_CHECKED = 16
+"""Steps between those in which the first update has old scores of their own, to see that its ratio is exactly 1."""
 
 
 def train(
@@ -101,22 +123,23 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
 
     own = ranks.share(range(len(advantage_B)), config.train.updates)
+    apart = config.train.old_scores == "replay" or config.train.epochs > 1 or step % RATIO_CHECKED == 0
     with _timed(seconds, "old"):
-        shares = replay_fixed(policy, flatten(groups), advantage_B[own], config, objective, ranks)
-        replayed = [m for share in shares for m in share]
+        shares = replay_fixed(policy, flatten(groups), advantage_B[own], config, objective, ranks, apart)
         metrics = standing.rollout_metrics(groups, scored, advantage_B)
-        metrics |= standing.drift([(m.batch, m.old) for m in replayed])
-    updates: list[dict[str, float]] = []
+    updates: list[Update] = []
     skipped = None
     with _timed(seconds, "update"):
         try:
             with ranks.together():
-                refusal.check_batch(groups, [(m.batch, m.old, m.reference) for m in replayed])
+                refusal.check_batch(groups, [(m.batch, m.old, m.reference) for share in shares for m in share])
             for share in shares * config.train.epochs:
                 updates.append(optimizer_step(state, share, objective, config))
         except RefusedUpdateError as refused:  # updates made before it stay: docs/decisions/0014
             skipped = f"update {len(updates) + 1} of {len(shares) * config.train.epochs}: {refused}"
-    metrics |= standing.over_updates(updates) | standing.memory()
+    later = [(m.batch, m.old) for share in shares for m in share if m.old is not None]
+    metrics |= standing.drift(later if apart else [r for u in updates[:1] for r in u.replayed] + later)
+    metrics |= standing.over_updates([u.terms for u in updates], ratio_checked=apart) | standing.memory()
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     scored = {name: taken(s, own) for name, s in scored.items()}
     return Step(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
@@ -211,12 +234,13 @@ def combination(rewards: RewardSet, config: Config) -> str:
 
 
 def replay_fixed(
-    policy: Policy,
+    policy: UnifiedModel,
     episodes: Sequence[Episode],
     advantage_B: Tensor,
     config: Config,
     objective: Objective,
     ranks: Ranks = ALONE,
+    apart: bool = True,
 ) -> list[list[MicroBatch]]:
     """Micro-batches of each update with the scores that stay fixed: the old policy's and the reference's.
 
@@ -224,32 +248,42 @@ def replay_fixed(
     the new ones will. So the first ratio is exactly 1 by equality of computation, not by tolerance, and the
     rollout's own log-probabilities serve only to measure drift. All ranks have equally many micro-batches, for a
     pass through sharded weights takes all of them.
+
+    Args:
+        apart: False leaves out the old scores of the first update, which are what its own passes say.
     """
     paints = objective.image_weight > 0
     needs_reference = objective.text_kl > 0 or (paints and objective.penalty != "none")
     each = len(episodes) // config.train.updates
-    shares = []
+    parts = []
     for start in range(0, len(episodes), each):
-        share = []
-        indices = range(start, start + each)
-        parts = micro_batches(episodes, indices, config.train.micro_batch, config.train.micro_tokens)
-        for own in split_up(parts, ranks.most(len(parts))):
-            batch = collate([episodes[k] for k in own], policy.device)
-            reference = None
-            with torch.no_grad():
-                old = replay(policy, batch, coupling=config.objective.coupling, image=paints)
-                if needs_reference:
-                    with policy.reference() as beginning:
-                        reference = replay(beginning, batch, image=paints, text=objective.text_kl > 0)
-            share.append(MicroBatch(batch, advantage_B[own].to(policy.device), old, reference))
-        shares.append(share)
-    return shares
+        own = micro_batches(
+            episodes, range(start, start + each), config.train.micro_batch, config.train.micro_tokens
+        )
+        parts.append(split_up(own, ranks.most(len(own))))
+    batches = [collate([episodes[k] for k in part], policy.device) for share in parts for part in share]
+
+    @torch.no_grad()  # which threads do not inherit
+    def score_old(batch: Batch) -> Scores:
+        return replay(policy, batch, coupling=config.objective.coupling, image=paints)
+
+    @torch.no_grad()
+    def score_reference(batch: Batch) -> Scores:
+        return replay(beginning, batch, image=paints, text=objective.text_kl > 0)
+
+    beside = _beside(policy, len(batches))
+    old: list[Scores | None] = [None] * (0 if apart else len(parts[0]))
+    old += side_by_side(score_old, batches[len(old) :], beside)
+    reference: list[Scores | None] = [None] * len(batches)
+    if needs_reference:
+        with policy.reference() as beginning:
+            reference = list(side_by_side(score_reference, batches, beside))
+    fixed = zip(batches, old, reference, strict=True)
+    return [[_fixed(*next(fixed), advantage_B[own].to(policy.device)) for own in share] for share in parts]
 
 
-def optimizer_step(
-    state: TrainState, share: Sequence[MicroBatch], objective: Objective, config: Config
-) -> dict[str, float]:
-    """Replay, objective and backward for each micro-batch, then one step. Returns all ranks' terms and statistics.
+def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Objective, config: Config) -> Update:
+    """Replay, objective and backward for each micro-batch, then one step.
 
     Raises:
         RefusedUpdateError: when loss or gradient is not finite, or the gradient explodes. Then nothing has moved.
@@ -261,16 +295,29 @@ def optimizer_step(
     every: list[torch.nn.Parameter] = [p for parameters in trained.values() for p in parameters]
     facts = state.facts.setdefault("watch", {})
     terms: dict[str, float] = {}
+    replayed: list[tuple[Batch, Scores]] = []
+    beside = _beside(state.policy, len(share))
+
+    def learn(m: MicroBatch) -> tuple[Scores, Loss, Sequence[Tensor | None]]:
+        new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
+        old = m.old or new.detached()
+        loss = unigrpo_loss(m.batch.actions, new, old, m.reference, m.advantage_B, objective, episodes=episodes)
+        if beside == 1:
+            loss.total.backward()
+            return old, loss, ()
+        # Gradients of their own, to be added in order; laid out as `backward` does, for norms sum in that order.
+        found = torch.autograd.grad(loss.total, every, allow_unused=True)
+        return old, loss, [None if g is None else g.contiguous() for g in found]
+
     try:
-        for m in share:
-            new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
-            loss = unigrpo_loss(
-                m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=episodes
-            )
+        for m, (old, loss, gradients) in zip(share, side_by_side(learn, share, beside), strict=True):
             with ranks.together():
                 refusal.check_loss(loss.total)
-            loss.total.backward()
+            for parameter, gradient in zip(every, gradients, strict=False):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             standing.add_terms(terms, loss)
+            replayed.append((m.batch, old))
         ranks.sum_gradients(every)
         norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
         refusal.check_gradient(norms, facts, config.watch.explosion)
@@ -286,7 +333,16 @@ def optimizer_step(
         refusal.check_weights([local(p) for p in every], state.step)
     terms = ranks.summed(terms)
     terms |= {f"{expert}/grad_norm": value for expert, value in norms.items()}
-    return terms | {"grad_clipped": float(norm > config.train.grad_clip)}
+    return Update(terms | {"grad_clipped": float(norm > config.train.grad_clip)}, replayed)
+
+
+def _fixed(batch: Batch, old: Scores | None, reference: Scores | None, advantage_B: Tensor) -> MicroBatch:
+    return MicroBatch(batch, advantage_B, old, reference)
+
+
+def _beside(policy: UnifiedModel, batches: int) -> int:
+    """How many micro-batches are replayed at the same time; one where ranks make their passes together."""
+    return 1 if is_sharded(policy.network) else at_once(batches, policy.device)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
-from unigrpo_cli.config import Config
+from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.doctor import examine_at_start
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, NotFetchedError, UnigrpoError, UsageError, WeightsError, suggest
-from unigrpo_cli.estimate import batch_of
+from unigrpo_cli.estimate import batch_of, left_open
 from unigrpo_cli.evaluate import (
     NO_NOISE,
     Evaluation,
@@ -35,7 +35,8 @@ from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.release import read_release, weights_digest
 from unigrpo_cli.models.sharding import gathered, is_sharded
 from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.plan import Plan, plan_of, refuse_too_large
+from unigrpo_cli.outgrown import outgrown
+from unigrpo_cli.plan import Plan, plan_of, refuse_too_large, said_of_sizes
 from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.grammar import RewardChoice
 from unigrpo_cli.rewards.registry import Plugins
@@ -47,7 +48,13 @@ from unigrpo_cli.runtime.display import Display
 from unigrpo_cli.runtime.durable import locked, point
 from unigrpo_cli.runtime.generators import put_generators, read_generators, seed_generators
 from unigrpo_cli.runtime.interrupts import DroppedError, Interrupts
-from unigrpo_cli.runtime.resume import choose_checkpoint, not_comparable, refuse_changes, set_later_aside
+from unigrpo_cli.runtime.resume import (
+    choose_checkpoint,
+    not_comparable,
+    refuse_changes,
+    set_later_aside,
+    with_kept_sizes,
+)
 from unigrpo_cli.runtime.run import Run, fresh_directory, scratch_directory
 from unigrpo_cli.runtime.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.runtime.state import (
@@ -128,8 +135,29 @@ def go_on(
 def plan(config: Config, checkpoint: Path | None) -> Plan:
     """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing."""
     if checkpoint is not None:
-        refuse_changes(read_state(checkpoint), checkpoint, config)
+        content = read_state(checkpoint)
+        config = with_kept_sizes(content, config)
+        refuse_changes(content, checkpoint, config)
     return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True)
+
+
+def with_sizes(
+    config: Config,
+    checkpoint: Path | None,
+    prompts: Sequence[Prompt],
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> Config:
+    """The configuration with numbers for the sizes of batches that it leaves open: those that fit every rank."""
+    if not left_open(config):
+        return config
+    with ranks.together():
+        pictures = any(prompt.image for prompt in prompts)
+        planned = plan_of(config, *_origin(config, checkpoint), pictures=pictures)
+    every = ranks.gather(planned.sizes)
+    sizes = {key: min(own[key] for own in every) for key in planned.sizes}
+    say(said_of_sizes(sizes, planned.free))
+    return with_values(config, sizes)
 
 
 def _run(
@@ -160,8 +188,10 @@ def _run(
     _refuse_what_ranks_cannot_share(config, prompts, ranks)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     content = None if checkpoint is None else read_state(checkpoint)
+    config = with_kept_sizes(content, config)
     if content is not None and checkpoint is not None:
         _say_changes(refuse_changes(content, checkpoint, config), display)
+    config = with_sizes(config, checkpoint, [*prompts, *suite], display.say, ranks)
     state, reference, _ = prepare(config, checkpoint, content, display.warn, ranks)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
@@ -422,7 +452,9 @@ class _Session:
                         self.checkpoint()
                     return bool(self.interrupts)
 
-                train(state, self.prompts, self.rewards, config, after_step)
+                micro = min(config.train.micro_batch, batch_of(config).each)
+                with outgrown("replays or an update", "train.micro_batch", micro):  # rollouts have their own
+                    train(state, self.prompts, self.rewards, config, after_step)
         except DiskError:  # another checkpoint would not find room either
             raise
         except (Exception, KeyboardInterrupt) as error:

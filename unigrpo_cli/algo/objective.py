@@ -63,6 +63,12 @@ class Scores:
     entropy_BL: Tensor
     velocities: tuple[Tensor, ...]
 
+    def detached(self) -> Scores:
+        """The same numbers, through which nothing is learnt."""
+        return Scores(
+            self.log_prob_BL.detach(), self.entropy_BL.detach(), tuple(v.detach() for v in self.velocities)
+        )
+
 
 @dataclass(frozen=True)
 class Objective:

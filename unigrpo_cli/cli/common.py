@@ -107,7 +107,7 @@ def _said(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}; {PLACE_REMEDIES.get(error.errno or 0, 'choose another place')}"
     if "No space left on device" in str(error) or "File too large" in str(error):  # safetensors' own errors
         return f"{error}; {PLACE_REMEDIES[errno.ENOSPC]}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
         return f"out of memory ({error}); smaller sampling.rows, train.micro_batch or images need less"
     return f"{type(error).__name__}: {error} (`unigrpo --debug ...` shows where)"
 

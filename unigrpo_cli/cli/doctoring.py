@@ -72,11 +72,12 @@ def _examined(settings: Config, plugins: Plugins, display: Display) -> list[Find
     from unigrpo_cli.doctor import findings, gather
     from unigrpo_cli.session import is_embedded, open_rewards, reward_choices
     from unigrpo_cli.suites import training_prompts
-    from unigrpo_cli.training_run import prepare
+    from unigrpo_cli.training_run import prepare, with_sizes
 
     plugins.call("unigrpo_configure", config=settings)
     choices = reward_choices(settings)
     asked = training_prompts(settings.prompts)
+    settings = with_sizes(settings, None, asked, display.say)
     state, _, plan = prepare(settings, None, None, display.warn)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
         rewards.check_needs([p.metadata for p in asked], has_reasoning=settings.sampling.think, split="train")

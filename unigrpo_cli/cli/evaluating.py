@@ -57,6 +57,7 @@ def evaluate(
     shapes suite, eval.rewards. Writes --out: eval.json, images/.
     """
     from unigrpo_cli.evaluate import compare, limited
+    from unigrpo_cli.plan import with_rows
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
     from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
@@ -84,11 +85,13 @@ def evaluate(
     plugins.call("unigrpo_configure", config=settings)
     choices = _choices(settings, only_these=bool(reward))
     _refuse_unknown_gates(gates, [choice.alias for choice in choices])
-    policy = load_policy(model_of(settings), settings.adapter, settings)
-    other = None if against is None else load_policy(against, None, settings)
     suites = SuiteRegistry()
     plugins.call("unigrpo_register_suites", registry=suites)
     prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
+    models = 1 + (against is not None)
+    settings = with_rows(settings, prompts, settings.eval.samples, display.say, models=models)
+    policy = load_policy(model_of(settings), settings.adapter, settings)
+    other = None if against is None else load_policy(against, None, settings)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(policy)) as rewards:
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
         run = Run(fresh_directory(out, "eval"))

@@ -58,6 +58,7 @@ def generate(
     from unigrpo_cli.evaluate import NO_NOISE, eval_sampling
     from unigrpo_cli.intake import refuse_odd_text
     from unigrpo_cli.models.pictures import read_picture
+    from unigrpo_cli.plan import with_rows
     from unigrpo_cli.rollout import rollout
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import new_directory
@@ -91,6 +92,8 @@ def generate(
     if image is not None:
         read_picture(image)
         wanted = [replace(prompt, image=str(image)) for prompt in wanted]
+    if not answer:
+        settings = with_rows(settings, wanted, samples, display.say)
     policy = load_policy(model_of(settings), settings.adapter, settings)
     if any(prompt.image for prompt in wanted):
         policy.need_vision()

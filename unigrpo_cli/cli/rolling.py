@@ -58,6 +58,7 @@ def rollout(
     from unigrpo_cli.episode import load_episodes, save_episodes
     from unigrpo_cli.errors import RewardError, UsageError
     from unigrpo_cli.evaluate import samples_of
+    from unigrpo_cli.plan import with_rows
     from unigrpo_cli.rewards.grammar import parse_rewards
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, new_directory
@@ -97,6 +98,7 @@ def rollout(
         embedded = settings.model == "embedded"
     else:
         chosen = training_prompts(settings.prompts)[: limit or PROMPTS]
+        settings = with_rows(settings, chosen, settings.train.group_size, display.say)
         policy = load_policy(model_of(settings), settings.adapter, settings)
         embedded = is_embedded(policy)
     with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:

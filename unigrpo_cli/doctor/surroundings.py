@@ -61,4 +61,4 @@ def _from_wide(e: Evidence) -> float:
     wide = replace(e.policy, network=copy.deepcopy(e.policy.network).float(), frozen=None)
     scores = train.replay(wide, m.batch, image=False)
     mask = m.batch.actions.mask_BL
-    return float((scores.log_prob_BL - m.old.log_prob_BL)[mask].abs().max())
+    return float((scores.log_prob_BL - m.old_apart.log_prob_BL)[mask].abs().max())

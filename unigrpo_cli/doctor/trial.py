@@ -26,6 +26,7 @@ from unigrpo_cli.doctor.witness import Account, Witness
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
 from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of
+from unigrpo_cli.lanes import in_turn
 from unigrpo_cli.plan import Plan
 from unigrpo_cli.rewards.batch import Sample
 from unigrpo_cli.rewards.scoring import OpenReward, RewardSet, waits_elsewhere
@@ -82,7 +83,7 @@ def gather(
     chosen = train.prompts_for(prompts, small, state.step)
     witness = Witness(state.policy)
     trouble: dict[str, str] = {}
-    with _generators_untouched(), _undisturbed(rewards):
+    with _generators_untouched(), _undisturbed(rewards), in_turn():
         drawn, scored = _draw(witness, chosen, rewards, small, state.step, thorough)
         judged = _judge(drawn, scored, rewards, small, state.step, thorough)
         replayed = _replay(witness, drawn, judged, small, trouble)
@@ -104,6 +105,7 @@ def trial_config(config: Config) -> Config:
         "updates": updates,
         "epochs": 1,
         "micro_batch": size,
+        "old_scores": "replay",
     }
     return config.model_copy(update={"train": t.model_copy(update=own)})
 
@@ -225,7 +227,7 @@ def _replay(
         pushes += [_pushes(m, objective) for share in own for m in share]
         by_term |= _by_term(witness, own[0][0], objective, config)
         for share in own:
-            terms.append(train.optimizer_step(_trial(witness, looked), share, objective, config))
+            terms.append(train.optimizer_step(_trial(witness, looked), share, objective, config).terms)
     except torch.OutOfMemoryError:
         raise
     except (DivergedError, ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:
@@ -242,11 +244,11 @@ def _replay(
 def _pushes(m: MicroBatch, objective: Objective) -> Pushes:
     """The derivative of the loss by what the policy says of each action; the network is not asked again."""
     plain = replace(objective, penalty="none", text_kl=0.0)
-    said = m.old.log_prob_BL.clone().requires_grad_()
-    velocities = tuple(v.clone().requires_grad_() for v in m.old.velocities)
-    new = replace(m.old, log_prob_BL=said, velocities=velocities)
+    said = m.old_apart.log_prob_BL.clone().requires_grad_()
+    velocities = tuple(v.clone().requires_grad_() for v in m.old_apart.velocities)
+    new = replace(m.old_apart, log_prob_BL=said, velocities=velocities)
     actions, rows = m.batch.actions, len(m.advantage_B)
-    loss = train.unigrpo_loss(actions, new, m.old, m.reference, m.advantage_B, plain, episodes=rows)
+    loss = train.unigrpo_loss(actions, new, m.old_apart, m.reference, m.advantage_B, plain, episodes=rows)
     by_text, *by_image = torch.autograd.grad(
         loss.total, [said, *velocities], allow_unused=True, materialize_grads=True
     )

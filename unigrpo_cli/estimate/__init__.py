@@ -1,5 +1,6 @@
 """What a run asks of a machine, before anything is loaded: batches, bytes, FLOP and seconds. Imports no torch."""
 
+from unigrpo_cli.estimate.batches import ROWS, left_open, sampling_rows, training_sizes
 from unigrpo_cli.estimate.memory import Memory, memory, needs
 from unigrpo_cli.estimate.moments import Item, Phase
 from unigrpo_cli.estimate.seconds import ACCELERATOR, Part, Rates, step_parts
@@ -8,6 +9,7 @@ from unigrpo_cli.estimate.workload import Batch, Workload, batch_of, of_each_ran
 
 __all__ = [
     "ACCELERATOR",
+    "ROWS",
     "Batch",
     "Item",
     "Memory",
@@ -17,9 +19,12 @@ __all__ = [
     "Sent",
     "Workload",
     "batch_of",
+    "left_open",
     "memory",
     "needs",
     "of_each_rank",
+    "sampling_rows",
     "step_parts",
     "traffic",
+    "training_sizes",
 ]

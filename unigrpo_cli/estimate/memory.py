@@ -6,7 +6,7 @@ Not counted: memory that the allocator cannot use because it lies in pieces, rew
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from unigrpo_cli.config import Config, Sampling, Train
@@ -58,6 +58,19 @@ def memory(work: Workload) -> Memory:
     )
 
 
+def generating(work: Workload, adapted: bool) -> Memory:
+    """Memory where nothing is trained: of an evaluation, say, by phase and item.
+
+    Args:
+        adapted: with adapters in the network.
+    """
+    frozen = work.config.train.model_copy(update={"tune": "lora", "also": ()})
+    work = replace(work, config=work.config.model_copy(update={"train": frozen}))
+    weights, _, adapters = _weights(work)
+    always = some(weights, adapters if adapted else None, *_surroundings(work))
+    return Memory(always, sampling(work, adapted), ())
+
+
 def needs(model: MoTConfig, autoencoder: AutoencoderConfig | None) -> dict[str, float]:
     """GiB to generate, to train adapters, and to train all weights of the layers.
 
@@ -72,9 +85,7 @@ def needs(model: MoTConfig, autoencoder: AutoencoderConfig | None) -> dict[str, 
         train = Train(tune=tune, micro_batch=1, activation_checkpointing=True, prompts_per_step=2, group_size=2)
         return Workload(model, autoencoder, Config(dtype="bfloat16", sampling=painting, train=train))
 
-    frozen = work("lora")
-    weights = Item("weights", frozen.stored(), "")
-    alone = Memory((weights, *_surroundings(frozen)), sampling(frozen, adapted=False), ())
+    alone = generating(work("lora"), adapted=False)
     trained = {"LoRA": work("lora"), "full fine-tuning": work("full")}
     return {"generate": alone.need} | {name: memory(own).need for name, own in trained.items()}
 

@@ -8,7 +8,7 @@ Letters in formulas: C hidden width, I width inside the MLP, Q width of keys, V 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from unigrpo_cli.estimate.workload import WIDE, Workload
@@ -48,16 +48,34 @@ def some(*items: Item | None) -> tuple[Item, ...]:
     return tuple(item for item in items if item is not None and item.bytes)
 
 
+def _each(work: Workload, *items: Item | None) -> tuple[Item, ...]:
+    """What every batch has of its own, times the batches that are computed at the same time."""
+    own = some(*items)
+    if work.at_once == 1:
+        return own
+    return tuple(
+        replace(item, bytes=work.at_once * item.bytes, formula=f"{work.at_once} at once x ({item.formula})")
+        for item in own
+    )
+
+
 def training(work: Workload) -> tuple[Phase, ...]:
     """All phases of a training step."""
-    phases = (
-        *sampling(work, adapted=work.lora),
+    return (*sampling(work, adapted=work.lora), *replaying(work), *some_phases(_step(work)))
+
+
+def replaying(work: Workload) -> tuple[Phase, ...]:
+    """Phases of old and reference scores and of the updates, all of which go by micro-batches."""
+    return some_phases(
         _scoring(work, IMAGE),
         _scoring(work, TEXT),
         _update(work, TEXT),
         _update(work, IMAGE),
-        _step(work),
     )
+
+
+def some_phases(*phases: Phase) -> tuple[Phase, ...]:
+    """Those in which there is anything."""
     return tuple(phase for phase in phases if phase.items)
 
 
@@ -70,8 +88,7 @@ def sampling(work: Workload, adapted: bool) -> tuple[Phase, ...]:
     Args:
         adapted: with adapters in the network.
     """
-    phases = (_writing(work), _painting(work, adapted), _decoding(work))
-    return tuple(phase for phase in phases if phase.items)
+    return some_phases(_writing(work), _painting(work, adapted), _decoding(work))
 
 
 def _cache(work: Workload, tokens: int, what: str) -> Item:
@@ -122,9 +139,12 @@ def _writing(work: Workload) -> Phase:
         "rollout, words",
         some(
             _gathered(work),
-            _cache(work, work.text + work.given, "text, and once more what is given"),
-            max(logits, halves, key=lambda item: item.bytes),  # batches get smaller between words
-            _cast(work),
+            *_each(
+                work,
+                _cache(work, work.text + work.given, "text, and once more what is given"),
+                max(logits, halves, key=lambda item: item.bytes),  # batches get smaller between words
+                _cast(work),
+            ),
         ),
     )
 
@@ -137,15 +157,18 @@ def _painting(work: Workload, adapted: bool) -> Phase:
         "rollout, image",
         some(
             _gathered(work),
-            _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
-            _own_cache(work, tokens),
-            _pass(work, tokens, adapted),
-            Item(
-                "latents",
-                latents * WIDE * (3 * work.copies + 4),
-                f"{work.rows} images of {s.height} x {s.width} px x (3 x {work.copies} recorded + 4) in fp32",
+            *_each(
+                work,
+                _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
+                _own_cache(work, tokens),
+                _pass(work, tokens, adapted),
+                Item(
+                    "latents",
+                    latents * WIDE * (3 * work.copies + 4),
+                    f"{work.rows} images of {s.height} x {s.width} px x (3 x {work.copies} recorded + 4) in fp32",
+                ),
+                _cast(work),
             ),
-            _cast(work),
         ),
     )
 
@@ -181,25 +204,52 @@ def _cast(work: Workload) -> Item | None:
 
 
 def _decoding(work: Workload) -> Phase:
-    """One picture at a time through the decoder; its worst moment is a norm of the widest level there is."""
+    """One picture at a time through the decoder, as a whole or in strips."""
     if work.autoencoder is None:
         return Phase("rollout, pixels", ())
-    s, widths = work.config.sampling, work.autoencoder.widths
-    pixels, last = s.height * s.width, len(widths) - 1
-    numbers = max(widths[min(level + 1, last)] * pixels // 4**level for level in range(last + 1))
+    s = work.config.sampling
+    pixels = s.height * s.width
     return Phase(
         "rollout, pixels",
         some(
             _gathered(work),
-            _cache(work, work.text, "text"),
-            Item("decoder", 3 * WIDE * numbers, f"3 maps x {numbers:,} x 4 B, one picture at a time"),
-            Item(
-                "pictures",
-                2 * work.rows * 3 * pixels * WIDE,
-                f"{work.rows} x {s.height} x {s.width} x 3 x 2 in fp32",
+            *_each(
+                work,
+                _cache(work, work.text, "text"),
+                _strips(work) if s.decode_strip else _whole_maps(work),
+                Item(
+                    "pictures",
+                    2 * work.rows * 3 * pixels * WIDE,
+                    f"{work.rows} x {s.height} x {s.width} x 3 x 2 in fp32",
+                ),
             ),
         ),
     )
+
+
+def _whole_maps(work: Workload) -> Item:
+    """The worst moment of a whole picture is a norm of the widest level there is."""
+    assert work.autoencoder is not None
+    s, widths = work.config.sampling, work.autoencoder.widths
+    pixels, last = s.height * s.width, len(widths) - 1
+    numbers = max(widths[min(level + 1, last)] * pixels // 4**level for level in range(last + 1))
+    return Item("decoder", 3 * WIDE * numbers, f"3 maps x {numbers:,} x 4 B, one picture at a time")
+
+
+def _strips(work: Workload) -> Item:
+    """In strips a block's input and output are whole; of a strip its input, its output and the one before."""
+    assert work.autoencoder is not None
+    s, widths = work.config.sampling, work.autoencoder.widths
+    pixels, last = s.height * s.width, len(widths) - 1
+    worst = (0, 0)
+    for level, width in enumerate(widths):
+        share = min(max(1, s.decode_strip // 2**level) + 2, s.height // 2**level) / s.height * 2**level
+        larger = 4 ** (level > 0)  # a level but the last is made twice as large at its end
+        for into, times in ((widths[min(level + 1, last)], 1), (width, larger)):
+            maps = (into + width * times) * pixels // 4**level
+            worst = max(worst, (maps, int((into + 2 * width) * times * share * pixels) // 4**level))
+    numbers = sum(worst)
+    return Item("decoder", WIDE * numbers, f"{worst[0]:,} of two maps + {worst[1]:,} of strips, x 4 B")
 
 
 # ----- old and reference scores
@@ -253,17 +303,22 @@ def _scoring(work: Workload, kind: str) -> Phase:
     if kind == TEXT:
         logits = _logits(work)
         at_hand = _layer_at_hand(work, gradients=False)
-        items = () if logits is None else some(_recorded(work), _text_cache(work), logits, at_hand)
-        return Phase("replays, words", items)
+        if logits is None:
+            return Phase("replays, words", ())
+        own = _each(work, _text_cache(work), logits)
+        return Phase("replays, words", some(_recorded(work), *own, at_hand))
     tokens = _image_tokens(work)
     return Phase(
         "replays, layers",
         some(
             _recorded(work),
-            _text_cache(work),
-            _own_cache(work, tokens) if tokens else None,
-            _pass(work, max(tokens, work.micro * work.text), work.lora),
-            _cast(work),
+            *_each(
+                work,
+                _text_cache(work),
+                _own_cache(work, tokens) if tokens else None,
+                _pass(work, max(tokens, work.micro * work.text), work.lora),
+                _cast(work),
+            ),
             _layer_at_hand(work, gradients=False),
             _streamed(work),
         ),
@@ -275,6 +330,17 @@ def _scoring(work: Workload, kind: str) -> Phase:
 
 def _gradients(work: Workload) -> Item:
     return Item("gradients", WIDE * work.trained_here, f"{work.trained_here:,} x 4 B")
+
+
+def _own_gradients(work: Workload) -> Item | None:
+    """Micro-batches that are computed at the same time each have gradients of their own until these are added."""
+    if work.at_once == 1:
+        return None
+    return Item(
+        "each micro-batch's gradients",
+        work.at_once * WIDE * work.trained_here,
+        f"{work.at_once} at once x {work.trained_here:,} x 4 B",
+    )
 
 
 def saved_per_token(work: Workload, stream: str) -> int:
@@ -345,10 +411,11 @@ def _update(work: Workload, kind: str) -> Phase:
     """Forward and backward of a micro-batch: at the logits, or in the backward pass of a layer."""
     if kind == TEXT:
         logits = _logits(work)
-        own = () if logits is None else (_text_cache(work), logits)
+        if logits is None:
+            return Phase("update, words", ())
+        own = _each(work, *_kept(work), _text_cache(work), logits)
         at_hand = _layer_at_hand(work, gradients=False)
-        items = some(_recorded(work), _gradients(work), *_kept(work), *own, at_hand) if own else ()
-        return Phase("update, words", items)
+        return Phase("update, words", some(_recorded(work), _gradients(work), _own_gradients(work), *own, at_hand))
     m = work.model
     tokens = max(_image_tokens(work), work.micro * work.text)
     again: tuple[Item, ...] = ()
@@ -367,13 +434,19 @@ def _update(work: Workload, kind: str) -> Phase:
         some(
             _recorded(work),
             _gradients(work),
-            *_kept(work),
-            *again,
-            _layer_at_hand(work, gradients=True),
-            Item("derivatives", inner, f"{tokens} tokens x 2 I x {work.narrow} B"),
-            Item(
-                "a matrix's gradient", (work.narrow + WIDE) * _largest(work), "of the largest, before it is added"
+            _own_gradients(work),
+            *_each(
+                work,
+                *_kept(work),
+                *again,
+                Item("derivatives", inner, f"{tokens} tokens x 2 I x {work.narrow} B"),
+                Item(
+                    "a matrix's gradient",
+                    (work.narrow + WIDE) * _largest(work),
+                    "of the largest, before it is added",
+                ),
             ),
+            _layer_at_hand(work, gradients=True),
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 from unigrpo_cli.config import Config
@@ -101,6 +101,12 @@ def of_each_rank(config: Config, world: int) -> Config:
     return config.model_copy(update={"train": own})
 
 
+@cache
+def _shapes(model: MoTConfig) -> Shapes:
+    """Made once: sizes of batches are found by planning the same model many times."""
+    return network_shapes(model)
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is trained on what, by one rank.
@@ -112,6 +118,7 @@ class Workload:
         given: tokens of a prompt with its system prompt.
         adapter_rank: of adapters that are there already; None takes the configuration's.
         world: ranks that train together.
+        at_once: batches of a rollout, or micro-batches, that are computed at the same time.
     """
 
     model: MoTConfig
@@ -121,6 +128,7 @@ class Workload:
     given: int = GIVEN
     adapter_rank: int | None = None
     world: int = 1
+    at_once: int = 1
 
     # ----- ranks
 
@@ -143,9 +151,9 @@ class Workload:
 
     # ----- weights
 
-    @cached_property
+    @property
     def shapes(self) -> Shapes:
-        return network_shapes(self.model)
+        return _shapes(self.model)
 
     @property
     def narrow(self) -> int:

@@ -63,6 +63,10 @@ class Policy(Protocol):
         """Read text or a given picture into the context, then give velocities of noisy images in it."""
         ...
 
+    def copies_at_once(self, image: NoisyImage) -> int:
+        """How many noisy copies of each row's image one pass should take: by shapes and device alone."""
+        ...
+
     def see(self, view_BHWC: Tensor) -> Tensor:
         """Given pictures, uint8, as `forward` takes them."""
         ...

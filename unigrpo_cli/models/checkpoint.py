@@ -44,8 +44,12 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    decode_strip: int = 0,
 ) -> UnifiedModel:
     """Load a policy from a model directory (or its weights file by path), a hub id, or the embedded one.
+
+    Args:
+        decode_strip: rows of pixels that its autoencoder decodes at a time; 0 for all.
 
     Raises:
         WeightsError: when files are missing, truncated, or do not fit the configuration.
@@ -57,9 +61,8 @@ def load_model(
     network.load_state_dict(network_weights(release, device, dtype), strict=True, assign=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in TABLES)
-    return UnifiedModel(
-        network.eval(), tokenizer, load_codec(release, device), release.system_prompt, release=release
-    )
+    codec = load_codec(release, device, decode_strip)
+    return UnifiedModel(network.eval(), tokenizer, codec, release.system_prompt, release=release)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -81,11 +84,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ) from error
 
 
-def load_codec(release: Release, device: torch.device | str) -> Codec:
+def load_codec(release: Release, device: torch.device | str, decode_strip: int = 0) -> Codec:
     """The release's autoencoder, or none for a model that paints pixels."""
     if release.autoencoder is None:
         return PixelCodec()
-    return Autoencoder(release.directory / AUTOENCODER, release.autoencoder, device)
+    return Autoencoder(release.directory / AUTOENCODER, release.autoencoder, device, decode_strip)
 
 
 def network_weights(release: Release, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:

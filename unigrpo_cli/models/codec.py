@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.models.sizes import AutoencoderConfig
+from unigrpo_cli.models.strips import decode_in_strips
 
 
 class Codec(Protocol):
@@ -40,11 +41,17 @@ class Autoencoder:
     Images go through it one at a time: at 1024 px one alone fills gigabytes, and so a batch changes no picture.
     """
 
-    def __init__(self, path: Path, config: AutoencoderConfig, device: torch.device | str = "cpu"):
-        """`path`: weights by FLUX's names, which diffusers converts."""
+    def __init__(
+        self, path: Path, config: AutoencoderConfig, device: torch.device | str = "cpu", decode_strip: int = 0
+    ):
+        """Weights by FLUX's names, which diffusers converts.
+
+        Args:
+            decode_strip: rows of pixels that are decoded at a time; 0 for all.
+        """
         from diffusers import AutoencoderKL
 
-        self.config = config
+        self.config, self.decode_strip = config, decode_strip
         levels = len(config.widths)
         form = {
             "_class_name": "AutoencoderKL",
@@ -82,7 +89,9 @@ class Autoencoder:
     def raw(self, latent_BChw: Tensor) -> Tensor:
         """The decoder's own output [B, 3, H, W], about -1 to 1, not clamped."""
         z = latent_BChw.to(self.network.device).float() / self.config.scale + self.config.shift
-        return torch.cat([self.network.decode(one[None]).sample for one in z])
+        if not self.decode_strip:
+            return torch.cat([self.network.decode(one[None]).sample for one in z])
+        return torch.cat([decode_in_strips(self.network.decoder, one[None], self.decode_strip) for one in z])
 
     def decode(self, latent_BChw: Tensor) -> Tensor:
         """uint8 images; fractions of a grey level are cut off, as the official code does."""

@@ -26,6 +26,13 @@ from unigrpo_cli.models.vision import patchify
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 EDGES = ("<|vision_start|>", "<|vision_end|>")
 UNKNOWN = "<unk>"
+LOOK_BYTES = 12 * 2**20
+"""Bytes of the widest activation of a look at noisy images on a CPU.
+
+glibc asks the kernel anew for everything of 32 MiB and more and gives it back at once, and what is smaller where
+much of it comes free together. Every page of such tensors is made and cleared again, which took up to a tenth of a
+replay (docs/log.md); below this few are.
+"""
 
 PLAN_FIRST = (
     "You should first think about the planning process in the mind and then generate the image. \nThe planning "
@@ -147,6 +154,22 @@ class UnifiedModel:
             detach_context=detach_context,
             keep_image=keep_image,
         )
+
+    def copies_at_once(self, image: NoisyImage) -> int:
+        """How many noisy copies of each row's image one pass should take.
+
+        On a CPU as many as keep the widest activation, the MLP's, within `LOOK_BYTES`, at least one. On a GPU all,
+        for there torch keeps freed memory; all too where layers are sharded, for every rank must then make equally
+        many passes, and their rows may differ. Nothing is timed and no text counts, so runs repeat to the bit.
+        """
+        from unigrpo_cli.models.sharding import is_sharded
+
+        rows, copies, latents, _ = image.x_BKND.shape
+        if self.device.type != "cpu" or is_sharded(self.network):
+            return max(1, copies)
+        tokens = rows * (latents + len(self.network.edge_ids))
+        each = tokens * self.network.config.intermediate_size * self.network.dtype.itemsize
+        return max(1, LOOK_BYTES // each)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits; ids that the tokenizer does not have (a padded head has some) are impossible."""

@@ -87,6 +87,7 @@ def small() -> UnifiedModel:
 
 SMALL = (
     "threads=1",
+    "train.old_scores=replay",
     "sampling.max_new_tokens=6",
     "sampling.height=16",
     "sampling.width=16",
@@ -143,7 +144,7 @@ RUNS = {
         1e-6,
     ),
     "embedded": Run(
-        ("threads=1", "train.prompts_per_step=4", "train.group_size=6", "train.steps=3"),
+        ("threads=1", "train.old_scores=replay", "train.prompts_per_step=4", "train.group_size=6", "train.steps=3"),
         lambda: load_model("embedded"),
         5e-3,
     ),

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from unigrpo_cli.errors import RewardError
+from unigrpo_cli.lanes import Pending
 from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardBatch, Sample
-from unigrpo_cli.rewards.lane import Pending
 from unigrpo_cli.rewards.scoring import OpenReward, RewardSet, Scored, waits_elsewhere
 
 

@@ -26,10 +26,10 @@ from pydantic import BaseModel, ValidationError
 from unigrpo_cli.credentials import from_environment, names_secret
 from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.jsontext import to_json
+from unigrpo_cli.lanes import Lane, Pending
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.grammar import RewardChoice
-from unigrpo_cli.rewards.lane import Lane, Pending
 from unigrpo_cli.rewards.registry import Plugins
 
 RECENT = 512  # samples over which the share of abstentions is taken
@@ -130,7 +130,9 @@ class RewardSet:
         made = [(choice, *_construct(choice, plugins)) for choice in choices]
         try:
             for choice, address, reward in made:
-                opened = OpenReward(choice, address, reward, _range_of(choice, reward), Lane(choice.alias))
+                opened = OpenReward(
+                    choice, address, reward, _range_of(choice, reward), Lane(f"reward {choice.alias}")
+                )
                 if here and hasattr(reward, "setup"):
                     self._call(opened, partial(reward.setup, context), "setup")
                     opened.range = _range_of(choice, reward)  # some learn it there, e.g. from a server

@@ -21,11 +21,11 @@ class Effect(Enum):
 
 _NONE = (
     "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_every "
-    "train.samples_every train.drift_limit eval.every eval.best reward.timeout_s reward.setup_timeout_s "
-    "reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
+    "train.samples_every train.drift_limit train.old_scores eval.every eval.best reward.timeout_s "
+    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
 )
 _ROUNDING = (
-    "device threads sampling.rows train.micro_batch train.micro_tokens train.reference_on "
+    "device threads sampling.rows sampling.decode_strip train.micro_batch train.micro_tokens train.reference_on "
     "train.activation_checkpointing"
 )
 _MEASURED = (
@@ -87,18 +87,19 @@ def changes(old: dict[str, Any], new: Config) -> list[Change]:
 
     Keys that only one of them knows are of another version, and pass.
     """
-    before, after = _flat(old), _flat(new.model_dump(mode="json"))
+    before, after = flat(old), flat(new.model_dump(mode="json"))
     return [Change(key, before[key], value) for key, value in after.items() if before.get(key, value) != value]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A kept configuration by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "options":
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 def _said(value: Any) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unigrpo_cli.config import Config
+from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.estimate import left_open
 from unigrpo_cli.rewards.scoring import RewardIdentity
-from unigrpo_cli.runtime.changes import Change, Effect, changes
+from unigrpo_cli.runtime.changes import Change, Effect, changes, flat
 from unigrpo_cli.runtime.durable import damage, set_aside
 from unigrpo_cli.runtime.run import is_begun, nothing_in
 from unigrpo_cli.runtime.state import (
@@ -131,6 +132,18 @@ def set_later_aside(run: Path, checkpoint: Path | None, why: str, warn: Say) -> 
     for path in checkpoints(run):
         if step_of(path) > step:
             warn(f"{path} is set aside as {set_aside(path, why).name}: the run goes on from step {step}")
+
+
+def with_kept_sizes(content: dict[str, Any] | None, config: Config) -> Config:
+    """The configuration with a checkpoint's sizes of batches where it leaves them open: they are found once a run.
+
+    Args:
+        content: of the checkpoint; None for a run that begins.
+    """
+    if content is None:
+        return config
+    before = flat(content["config"])
+    return with_values(config, {key: before[key] for key in left_open(config) if before.get(key)})
 
 
 def refuse_changes(content: dict[str, Any], checkpoint: Path, config: Config) -> list[Change]:

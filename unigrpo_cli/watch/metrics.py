@@ -111,18 +111,22 @@ def add_terms(terms: dict[str, float], loss: Loss) -> None:
         terms[name] = _larger(terms.get(name, 0.0), value.item())
 
 
-def over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+def over_updates(updates: Sequence[dict[str, float]], *, ratio_checked: bool = True) -> dict[str, float]:
     """Statistics of a step from those of its updates: means, maxima of maxima, and what the first ones were.
 
     Before the first update policy and old policy are one, so `first_max_abs_log_ratio` must be 0; and from the
     second step on policy and reference are two, so a penalty's `first_` must not.
+
+    Args:
+        ratio_checked: whether the first update's old scores were computed apart; else that ratio is no finding.
     """
     found: dict[str, float] = {}
     for name in updates[0] if updates else ():
         values = [u[name] for u in updates if name in u]
         if "max_abs" in name:
             found[name] = reduce(_larger, values)
-            found[name.replace("max_abs", "first_max_abs")] = values[0]
+            if ratio_checked:
+                found[name.replace("max_abs", "first_max_abs")] = values[0]
         elif name.endswith("/log_ratio_square"):  # moments add up, a deviation does not
             mean = sum(u[name.replace("square", "mean")] for u in updates) / len(updates)
             spread = sum(values) / len(values) - mean**2

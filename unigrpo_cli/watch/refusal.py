@@ -22,7 +22,7 @@ RECENT = 32  # accepted updates whose median a new norm is compared with
 ENOUGH = 8  # of them, before there is a rule: the first updates, warm-up say, are like no others
 
 
-def check_batch(groups: Sequence[Group], replayed: Sequence[tuple[Batch, Scores, Scores | None]]) -> None:
+def check_batch(groups: Sequence[Group], fixed: Sequence[tuple[Batch, Scores | None, Scores | None]]) -> None:
     """Before any backward pass: are all recorded actions finite, and all scores that stay fixed?
 
     Raises:
@@ -35,7 +35,7 @@ def check_batch(groups: Sequence[Group], replayed: Sequence[tuple[Batch, Scores,
             f"latents or log-probabilities of the rollout are not finite (first for prompt "
             f"{bad[0].prompt.text!r}, member {bad[0].member}; {len(bad)} of {len(episodes)} episodes)"
         )
-    for batch, old, reference in replayed:
+    for batch, old, reference in fixed:
         for whose, scores in (("old policy's", old), ("reference's", reference)):
             if scores is not None and not _finite(scores, batch.actions.mask_BL):
                 raise RefusedUpdateError(f"the {whose} scores of the recorded actions are not finite")

@@ -1,0 +1,143 @@
+"""Batches computed at the same time: in order, to the bit as alone, and nothing left running."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.test_training_step import PROMPTS, SETTINGS
+from unigrpo_cli import RewardContext, reward, train
+from unigrpo_cli.config import load_config
+from unigrpo_cli.episode import flatten
+from unigrpo_cli.evaluate import train_sampling
+from unigrpo_cli.lanes import at_once, in_turn, side_by_side
+from unigrpo_cli.rebuild.model import build_model
+from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.rollout import rollout
+from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def _lanes() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_parts_run_at_the_same_time_and_come_in_order(four_threads: None) -> None:
+    meeting = threading.Barrier(2, timeout=20)
+
+    def meet(part: int) -> tuple[int, int, bool]:
+        meeting.wait()  # breaks unless two are here
+        return part, torch.get_num_threads(), torch.is_grad_enabled()
+
+    with torch.no_grad():  # which threads do not inherit: callers that need it say so themselves
+        found = list(side_by_side(meet, range(6), 2))
+    assert found == [(part, 2, True) for part in range(6)]
+    assert torch.get_num_threads() == 4
+    for thread in _lanes():
+        thread.join(timeout=20)
+    assert not _lanes()
+
+
+def test_one_beside_none_runs_here_and_when_asked_for() -> None:
+    begun: list[int] = []
+    results = side_by_side(lambda part: begun.append(part) or threading.current_thread(), range(3), 1)
+    assert next(results) is threading.current_thread()
+    assert begun == [0]
+
+
+def test_the_first_failure_is_raised_and_what_has_not_begun_is_left_out() -> None:
+    begun: list[int] = []
+    done = threading.Event()
+
+    def work(part: int) -> int:
+        begun.append(part)
+        if part == 1:
+            raise ValueError("part 1")
+        if part == 2:
+            done.wait(20)
+        return part
+
+    results = side_by_side(work, range(100), 2)
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="part 1"):
+        next(results)
+    done.set()
+    for thread in _lanes():
+        thread.join(timeout=20)
+    assert len(begun) < 100
+    assert not _lanes()
+
+
+def test_how_many_at_once(four_threads: None) -> None:
+    assert [at_once(n, CPU) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
+    assert at_once(9, torch.device("cuda")) == 1
+    with in_turn():
+        assert at_once(9, CPU) == 1
+    assert at_once(9, CPU) == 4
+
+
+@pytest.mark.parametrize("settings", [(), ("train.tune=lora", "train.lora_rank=2"), ("objective.text_kl=0.1",)])
+def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[str, ...]) -> None:
+    """Episodes, scores, metrics and weights after two updates; adapters are off for the reference alone."""
+    own = ("train.updates=2", "train.micro_batch=2", "sampling.rows=4", "seed=5", *settings)
+    config = load_config(overrides=[*SETTINGS, *own])
+    left = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
+        state = TrainState(policy, make_optimizer(policy, config))
+        with RewardSet(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
+            torch.set_num_threads(threads)
+            try:
+                for _ in range(2):  # in the second the reference is not the policy
+                    step = train.training_step(state, PROMPTS, rewards, config)
+                    state.step += 1
+            finally:
+                torch.set_num_threads(before)
+        metrics = {k: v for k, v in step.metrics.items() if not k.startswith(("seconds/", "memory/"))}
+        assert metrics["image/velocity-mse"] > 0
+        left.append((metrics, {n: p.detach().clone() for n, p in policy.network.named_parameters()}))
+    for metrics, weights in left[1:]:
+        assert metrics == left[0][0]
+        assert all(torch.equal(weights[n], p) for n, p in left[0][1].items())
+
+
+def _contrast() -> Plugins:
+    @reward("contrast")
+    def contrast(pixels):
+        return [float(picture.std()) for picture in pixels]
+
+    plugins = Plugins()
+    plugins.rewards.add("contrast", contrast)
+    return plugins
+
+
+def test_a_rollout_tells_of_its_batches_in_order(four_threads: None) -> None:
+    config = load_config(overrides=[*SETTINGS, "sampling.rows=3"])
+    told: list[str] = []
+    groups = rollout(
+        build_model(seed=3, width=32, layers=2),
+        PROMPTS,
+        6,
+        replace(train_sampling(config), rows=3),
+        train.window_of(config, 0),
+        0,
+        on_episodes=lambda drawn: told.extend(f"{e.prompt.id}{e.member}" for e in drawn),
+    )
+    assert told == [f"{e.prompt.id}{e.member}" for e in flatten(groups)]

@@ -1,0 +1,149 @@
+"""Threads that are handed calls: one for each reward, and one for each batch that is computed beside others.
+
+A reward has a thread of its own, so that one that hangs can be left behind and one that waits keeps nobody
+waiting. Batches have one each on a CPU, because operators on small tensors gain next to nothing from the threads
+inside them: two cores are used by two batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Pending:
+    """A call that was handed to a lane; `answer` is whether it came back, and its result or its exception."""
+
+    function: Callable[[], Any]
+    done: threading.Event = field(default_factory=threading.Event)
+    answer: tuple[bool, Any] = (False, None)
+
+
+class Lane:
+    """A thread that makes calls in the order in which they were handed over.
+
+    One thread for all calls: torch starts a new pool of workers for every new thread that computes, and gives
+    it as many as there are cores whatever the main thread was told.
+    """
+
+    def __init__(self, name: str, threads: int = 0):
+        """`threads`: inside torch's operators; 0 for as many as the thread that asks has."""
+        self.name = name
+        torch = sys.modules.get("torch")
+        self._limit = None if torch is None else partial(_limit_threads, threads or torch.get_num_threads())
+        self._asked: queue.Queue[Pending | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self.lost = False
+
+    def _work(self) -> None:
+        if self._limit is not None:
+            self._limit()
+        while True:
+            call = self._asked.get()
+            if call is None:
+                return
+            try:
+                call.answer = (True, call.function())
+            except BaseException as error:  # a reward may even call sys.exit
+                call.answer = (False, error)
+            call.done.set()
+            del call  # or this thread would keep the reward alive until it is asked again
+
+    def submit(self, function: Callable[[], Any]) -> Pending:
+        """Hand over a call without waiting for it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name=self.name)
+            self._thread.start()
+        call = Pending(function)
+        self._asked.put(call)
+        return call
+
+    def drop(self) -> None:
+        """Forget the calls that have not begun; who waits for one of them waits for ever."""
+        with suppress(queue.Empty):
+            while True:
+                self._asked.get_nowait()
+
+    def close(self) -> None:
+        """No more calls: the thread ends when it has made those it was handed."""
+        self._asked.put(None)
+
+    def wait(self, call: Pending, timeout_s: float | None) -> tuple[bool, Any]:
+        """Whether it came back, and its result or its exception.
+
+        Raises:
+            TimeoutError: when it did not come back in time; the lane is then lost.
+        """
+        if not call.done.wait(timeout_s):
+            self.lost = True
+            raise TimeoutError
+        return call.answer
+
+
+def _limit_threads(count: int) -> None:
+    """Torch's threads of the thread that calls this, and of threads that are new."""
+    import torch
+
+    torch.get_num_threads()  # a thread's first use sets its number to the latest that anyone has asked for
+    torch.set_num_threads(count)
+
+
+_in_turn = ContextVar("in_turn", default=False)
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Inside, batches are computed one after the other: for who watches what a policy is asked."""
+    token = _in_turn.set(True)
+    try:
+        yield
+    finally:
+        _in_turn.reset(token)
+
+
+def at_once(batches: int, device: torch.device) -> int:
+    """How many batches are computed at the same time: on a CPU one for each of torch's threads, else one."""
+    import torch
+
+    return 1 if device.type != "cpu" or _in_turn.get() else max(1, min(batches, torch.get_num_threads()))
+
+
+def side_by_side(function: Callable[[Part], Result], parts: Sequence[Part], beside: int) -> Iterator[Result]:
+    """`function` of each part, in their order, `beside` of them at the same time; one alone when it is asked for.
+
+    Torch's threads are shared out, so a result is the same to the bit whatever is computed beside it. The first
+    exception is raised here; parts that have not begun are then left out, those that have run to their end.
+    """
+    if beside == 1:
+        yield from map(function, parts)
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    lanes = [Lane(f"batches {k}", max(1, threads // beside)) for k in range(beside)]
+    try:
+        calls = [lanes[k % beside].submit(partial(function, part)) for k, part in enumerate(parts)]
+        for k, call in enumerate(calls):
+            ok, answer = lanes[k % beside].wait(call, None)
+            if not ok:
+                raise answer
+            yield answer
+    finally:
+        for lane in lanes:
+            lane.drop()
+            lane.close()
+        _limit_threads(threads)
