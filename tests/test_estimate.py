@@ -432,7 +432,8 @@ def test_rows_of_an_evaluation_hold_whole_prompts() -> None:
 
 def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
     """All of a rollout twice; of an update all but what episodes and weights have once, and gradients for each."""
-    once, twice = small("train.tune=lora"), replace(small("train.tune=lora"), at_once=2)
+    once = small("train.tune=lora", "sampling.rows=2", "train.micro_batch=1")
+    twice = replace(once, at_once=2)
     one, two = memory(once), memory(twice)
     assert one.always == two.always
     for phase in one.phases:
@@ -443,6 +444,17 @@ def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
         if phase.name == "optimizer step":
             own = 0
         assert two.phase(phase.name).bytes == phase.bytes + own + extra, phase.name
+
+
+def test_no_more_batches_at_the_same_time_than_there_are() -> None:
+    """Four episodes, of which each of two updates takes two; sharded weights are passed by all ranks together."""
+    found = replace(small("sampling.rows=2", "train.micro_batch=1"), at_once=9)
+    assert (found.rows_at_once, found.scored_at_once, found.micro_at_once) == (2, 4, 2)
+    assert replace(found, drawn=7).rows_at_once == 4
+    sharded = replace(found, world=2)
+    assert (sharded.rows_at_once, sharded.scored_at_once, sharded.micro_at_once) == (2, 1, 1)
+    whole = replace(small("train.micro_batch=2"), at_once=9)
+    assert (whole.rows_at_once, whole.scored_at_once, whole.micro_at_once) == (1, 2, 1)
 
 
 # ----- FLOP

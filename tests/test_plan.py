@@ -202,6 +202,7 @@ def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
 def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     """Adapters as they are there; nothing is added to the run, and what cannot change is refused here, too."""
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
+    small += ["--set", "threads=1"]  # two would share out the batches
     lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"
     left_open = ["--set", "sampling.rows=0", "--set", "train.micro_batch=0"]

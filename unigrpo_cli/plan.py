@@ -81,9 +81,19 @@ class Plan:
         return self.memory.need <= self.available
 
 
-def batches_at_once(config: Config, *, cpu: bool) -> int:
-    """How many batches of a rollout, or micro-batches of an update, a process computes at the same time."""
-    return 1
+def batches_at_once(config: Config, *, cpu: bool, here: bool = True) -> int:
+    """The most batches of a rollout, or micro-batches, that a process computes at the same time (see lanes.py).
+
+    Args:
+        here: on this machine; of another one only the configuration tells the threads.
+    """
+    if not cpu:
+        return 1
+    if config.threads or not here:
+        return config.threads or 1
+    import torch
+
+    return torch.get_num_threads()
 
 
 def plan_of(
@@ -104,7 +114,8 @@ def plan_of(
     """
     network, autoencoder, published = _sizes(base, fetch=not elsewhere)
     _refuse_size(network, config)
-    if elsewhere and config.memory_gb:
+    here = not (elsewhere and config.memory_gb)
+    if not here:
         cpu, present, free = config.device == "cpu", None, config.memory_gb
         device = "a CPU" if cpu else "an accelerator"
     else:
@@ -121,7 +132,7 @@ def plan_of(
         cpu=cpu,
         adapter_rank=_rank(adapter),
         world=world,
-        at_once=batches_at_once(config, cpu=cpu),
+        at_once=batches_at_once(config, cpu=cpu, here=here),
     )
     sizes = training_sizes(_with_pictures(work) if pictures else work, TIGHT * free)
     work = changed(work, sizes)
@@ -152,8 +163,15 @@ def with_rows(
     _refuse_size(network, config)
     device = device_of(config)
     free, cpu = config.memory_gb or _free_on(device), device.type == "cpu"
-    work = Workload(network, autoencoder, config, cpu=cpu, adapter_rank=_rank(adapter))
-    work = replace(work, at_once=batches_at_once(config, cpu=cpu))
+    work = Workload(
+        network,
+        autoencoder,
+        config,
+        cpu=cpu,
+        adapter_rank=_rank(adapter),
+        at_once=batches_at_once(config, cpu=cpu),
+        drawn=len(prompts) * samples,
+    )
     if any(prompt.image for prompt in prompts):
         work = _with_pictures(work)
     found = sampling_rows(work, TIGHT * free, len(prompts), samples, adapted=adapter is not None, models=models)

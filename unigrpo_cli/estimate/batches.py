@@ -59,8 +59,9 @@ def sampling_rows(work: Workload, gib: float, prompts: int, samples: int, *, ada
     fits = _fitting(work, ROWS, lambda work: sampling(work, adapted), room)
     most = _most(fits, prompts * samples)
     if most < samples:
-        return evenly(samples, most)
-    return samples * evenly(prompts, most // samples)  # an evaluation takes all samples of a prompt together
+        return evenly(samples, most, work.at_once)
+    # An evaluation takes all samples of a prompt together.
+    return samples * evenly(prompts, most // samples, work.at_once)
 
 
 def _episodes(work: Workload) -> int:

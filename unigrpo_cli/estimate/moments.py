@@ -48,14 +48,13 @@ def some(*items: Item | None) -> tuple[Item, ...]:
     return tuple(item for item in items if item is not None and item.bytes)
 
 
-def _each(work: Workload, *items: Item | None) -> tuple[Item, ...]:
+def _each(at_once: int, *items: Item | None) -> tuple[Item, ...]:
     """What every batch has of its own, times the batches that are computed at the same time."""
     own = some(*items)
-    if work.at_once == 1:
+    if at_once == 1:
         return own
     return tuple(
-        replace(item, bytes=work.at_once * item.bytes, formula=f"{work.at_once} at once x ({item.formula})")
-        for item in own
+        replace(item, bytes=at_once * item.bytes, formula=f"{at_once} at once x ({item.formula})") for item in own
     )
 
 
@@ -140,7 +139,7 @@ def _writing(work: Workload) -> Phase:
         some(
             _gathered(work),
             *_each(
-                work,
+                work.rows_at_once,
                 _cache(work, work.text + work.given, "text, and once more what is given"),
                 max(logits, halves, key=lambda item: item.bytes),  # batches get smaller between words
                 _cast(work),
@@ -158,7 +157,7 @@ def _painting(work: Workload, adapted: bool) -> Phase:
         some(
             _gathered(work),
             *_each(
-                work,
+                work.rows_at_once,
                 _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
                 _own_cache(work, tokens),
                 _pass(work, tokens, adapted),
@@ -214,7 +213,7 @@ def _decoding(work: Workload) -> Phase:
         some(
             _gathered(work),
             *_each(
-                work,
+                work.rows_at_once,
                 _cache(work, work.text, "text"),
                 _strips(work) if s.decode_strip else _whole_maps(work),
                 Item(
@@ -305,7 +304,7 @@ def _scoring(work: Workload, kind: str) -> Phase:
         at_hand = _layer_at_hand(work, gradients=False)
         if logits is None:
             return Phase("replays, words", ())
-        own = _each(work, _text_cache(work), logits)
+        own = _each(work.scored_at_once, _text_cache(work), logits)
         return Phase("replays, words", some(_recorded(work), *own, at_hand))
     tokens = _image_tokens(work)
     return Phase(
@@ -313,7 +312,7 @@ def _scoring(work: Workload, kind: str) -> Phase:
         some(
             _recorded(work),
             *_each(
-                work,
+                work.scored_at_once,
                 _text_cache(work),
                 _own_cache(work, tokens) if tokens else None,
                 _pass(work, max(tokens, work.micro * work.text), work.lora),
@@ -334,12 +333,12 @@ def _gradients(work: Workload) -> Item:
 
 def _own_gradients(work: Workload) -> Item | None:
     """Micro-batches that are computed at the same time each have gradients of their own until these are added."""
-    if work.at_once == 1:
+    if work.micro_at_once == 1:
         return None
     return Item(
         "each micro-batch's gradients",
-        work.at_once * WIDE * work.trained_here,
-        f"{work.at_once} at once x {work.trained_here:,} x 4 B",
+        work.micro_at_once * WIDE * work.trained_here,
+        f"{work.micro_at_once} at once x {work.trained_here:,} x 4 B",
     )
 
 
@@ -413,7 +412,7 @@ def _update(work: Workload, kind: str) -> Phase:
         logits = _logits(work)
         if logits is None:
             return Phase("update, words", ())
-        own = _each(work, *_kept(work), _text_cache(work), logits)
+        own = _each(work.micro_at_once, *_kept(work), _text_cache(work), logits)
         at_hand = _layer_at_hand(work, gradients=False)
         return Phase("update, words", some(_recorded(work), _gradients(work), _own_gradients(work), *own, at_hand))
     m = work.model
@@ -436,7 +435,7 @@ def _update(work: Workload, kind: str) -> Phase:
             _gradients(work),
             _own_gradients(work),
             *_each(
-                work,
+                work.micro_at_once,
                 *_kept(work),
                 *again,
                 Item("derivatives", inner, f"{tokens} tokens x 2 I x {work.narrow} B"),

@@ -118,7 +118,8 @@ class Workload:
         given: tokens of a prompt with its system prompt.
         adapter_rank: of adapters that are there already; None takes the configuration's.
         world: ranks that train together.
-        at_once: batches of a rollout, or micro-batches, that are computed at the same time.
+        at_once: most batches of a rollout, or micro-batches, that are computed at the same time.
+        drawn: episodes of a rollout; None: those of a training step.
     """
 
     model: MoTConfig
@@ -129,6 +130,7 @@ class Workload:
     adapter_rank: int | None = None
     world: int = 1
     at_once: int = 1
+    drawn: int | None = None
 
     # ----- ranks
 
@@ -264,6 +266,24 @@ class Workload:
     def rows(self) -> int:
         """Episodes sampled together, in training or in an evaluation."""
         return self.config.sampling.rows
+
+    @property
+    def rows_at_once(self) -> int:
+        """Batches of a rollout that are computed at the same time."""
+        episodes = self.batch.episodes if self.drawn is None else self.drawn
+        return max(1, min(self.at_once, -(-episodes // self.rows)))
+
+    @property
+    def micro_at_once(self) -> int:
+        """Micro-batches of an update that are computed at the same time: one where ranks make passes together."""
+        return 1 if self.sharded else min(self.at_once, -(-self.batch.each // self.micro))
+
+    @property
+    def scored_at_once(self) -> int:
+        """The same of old and reference scores, which are made for all updates of a rollout."""
+        if self.sharded:
+            return 1
+        return min(self.at_once, self.config.train.updates * -(-self.batch.each // self.micro))
 
     @property
     def micro(self) -> int:
