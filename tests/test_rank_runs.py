@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.test_ranks import finished, launch
@@ -159,3 +161,40 @@ def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str],
     assert done.returncode == 0, done.stderr
     assert "2 ranks, the layers sharded over them: each draws 2 prompts x 2 = 4 episodes" in done.stdout
     assert steps_in(run) == [1]
+
+
+def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
+    """Three prompts on two ranks, two pictures each: the same report and pictures, said and written once."""
+    suite = tmp_path / "three.txt"
+    suite.write_text("a red circle\na blue star above a red ring\ntwo green squares\n")
+    reward = ["--reward", "jpeg,geneval"]
+    command = ["eval", "--suite", str(suite), *reward, "--samples", "2", "--set", "eval.steps=2", "--json"]
+    pair = launch(2, *PROGRAM, *command, "--out", str(tmp_path / "two"))
+    alone = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "one"), "--set", "threads=1"])
+    assert alone.exit_code == 0, alone.output
+    (code, output, errors), (other, silent, _) = finished(pair, 120)
+    assert code == other == 0, errors
+    assert silent == "", "one rank speaks"
+    one, two = json.loads(alone.stdout), json.loads(output)
+    assert json.loads((tmp_path / "two" / "eval.json").read_text()) == two
+    assert one.pop("run") != two.pop("run")
+    assert one["n"] == 6
+    assert one["scores"]["jpeg"]["mean"] == pytest.approx(two["scores"]["jpeg"]["mean"], rel=1e-3)
+    assert one["scores"]["geneval"] == two["scores"]["geneval"]
+    pictures = [{p.name: Image.open(p) for p in (tmp_path / name / "images").glob("*.png")} for name in ("one", "two")]
+    assert sorted(pictures[0]) == sorted(pictures[1]) == [f"{k:05d}.png" for k in range(6)]
+    for name, picture in pictures[0].items():
+        assert picture.text["prompt"] == pictures[1][name].text["prompt"]
+        grey = [np.asarray(x[name], dtype=int) for x in pictures]
+        assert abs(grey[0] - grey[1]).max() <= 1
+    more = ["--fail-under", "jpeg=1.1", "--out", str(tmp_path / "gate")]
+    ended = finished(launch(2, *PROGRAM, *command, *more), 120)
+    assert sorted(code for code, _, _ in ended) == [0, 4]
+    (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
+    assert "under --fail-under jpeg=1.1" in line
+
+
+def test_a_command_of_one_process_says_so(tmp_path: Path) -> None:
+    ended = finished(launch(1, *PROGRAM, "generate", "a red circle", "--out", str(tmp_path / "g"), WORLD_SIZE="2"), 60)
+    assert ended[0][0] == 2
+    assert "run in several processes; start this without a launcher" in ended[0][2]

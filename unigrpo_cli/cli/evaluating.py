@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,13 +11,16 @@ import typer
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
 from unigrpo_cli.errors import GateError, UsageError, suggest
+from unigrpo_cli.peers import launched
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
     from unigrpo_cli.episode import Group, Prompt
     from unigrpo_cli.evaluate import Evaluation
     from unigrpo_cli.models.unified import UnifiedModel
+    from unigrpo_cli.ranks import Ranks
     from unigrpo_cli.rewards.grammar import RewardChoice
+    from unigrpo_cli.rewards.registry import Plugins
     from unigrpo_cli.rewards.scoring import RewardSet, Scored
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run
@@ -56,65 +60,96 @@ def evaluate(
     Rewards: --reward, or else those of the configuration (reward.use, geneval where there is none) and, on the
     shapes suite, eval.rewards. Writes --out: eval.json, images/.
     """
+    from unigrpo_cli.ranks import joined
+    from unigrpo_cli.runtime.display import Display
+
+    rank, _, _ = launched()
+    display = Display(json=json, quiet=quiet, rank=rank)
+    with joined() as ranks:
+        with ranks.together():
+            settings = common.resolve_config(
+                preset=preset,
+                config=config,
+                overrides=overrides,
+                named={
+                    "model": model,
+                    "weights_file": weights_file,
+                    "adapter": adapter,
+                    "eval.suite": suite,
+                    "eval.samples": samples,
+                    "eval.limit": limit,
+                    "eval.seed": seed,
+                },
+                reward=reward,
+                reward_opt=reward_opt,
+            )
+            gates = [_gate(text) for text in fail_under or []]
+            plugins = common.load_plugins(plugin, plugins_dir, display)
+            plugins.call("unigrpo_configure", config=settings)
+            choices = _choices(settings, only_these=bool(reward))
+            _refuse_unknown_gates(gates, [choice.alias for choice in choices])
+        report = _report(settings, plugins, choices, against, out, display, ranks)
+    if rank > 0:
+        return
+    _table(display, settings, report)
+    display.say(f"written to {report['run']}")
+    if json:
+        common.print_json(report)
+    _check_gates(gates, report)
+
+
+def _report(
+    settings: Config,
+    plugins: Plugins,
+    choices: list[RewardChoice],
+    against: str | None,
+    out: Path | None,
+    display: Display,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """One model's evaluation, or that of two and their difference, on all ranks; the first one writes it."""
     from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.plan import with_rows
-    from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run, fresh_directory
     from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import SuiteRegistry
 
-    display = Display(json=json, quiet=quiet)
-    settings = common.resolve_config(
-        preset=preset,
-        config=config,
-        overrides=overrides,
-        named={
-            "model": model,
-            "weights_file": weights_file,
-            "adapter": adapter,
-            "eval.suite": suite,
-            "eval.samples": samples,
-            "eval.limit": limit,
-            "eval.seed": seed,
-        },
-        reward=reward,
-        reward_opt=reward_opt,
-    )
-    gates = [_gate(text) for text in fail_under or []]
-    plugins = common.load_plugins(plugin, plugins_dir, display)
-    plugins.call("unigrpo_configure", config=settings)
-    choices = _choices(settings, only_these=bool(reward))
-    _refuse_unknown_gates(gates, [choice.alias for choice in choices])
     suites = SuiteRegistry()
-    plugins.call("unigrpo_register_suites", registry=suites)
-    prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
-    models = 1 + (against is not None)
-    settings = with_rows(settings, prompts, settings.eval.samples, display.say, models=models)
-    policy = load_policy(model_of(settings), settings.adapter, settings)
-    other = None if against is None else load_policy(against, None, settings)
-    with open_rewards(choices, plugins, settings, embedded=is_embedded(policy)) as rewards:
-        rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
-        run = Run(fresh_directory(out, "eval"))
+    with ranks.together():
+        plugins.call("unigrpo_register_suites", registry=suites)
+        prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
+        models = 1 + (against is not None)
+        settings = with_rows(settings, prompts, settings.eval.samples, display.say, models=models)
+        policy = load_policy(model_of(settings), settings.adapter, settings)
+        other = None if against is None else load_policy(against, None, settings)
+    with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:
+        with ranks.together():
+            rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
+            place = fresh_directory(out, "eval") if ranks.first else None
+        run = Run(Path(ranks.from_first(str(place))))
         report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}
         try:
-            first = _evaluate(settings, settings.model, policy, prompts, rewards, display, run)
+            first = _evaluate(settings, settings.model, policy, prompts, rewards, display, run, ranks)
         except BaseException:
-            run.remove_if_only_described()
+            if ranks.first:
+                run.remove_if_only_described()
             raise
         report |= first.report()
-        run.write_json("eval.json", report)
+        _write(run, report, ranks)
         if other is not None:
-            second = _evaluate(settings, str(against), other, prompts, rewards, display, None)
+            second = _evaluate(settings, str(against), other, prompts, rewards, display, None, ranks)
             report |= {
                 "compare": {"model": against} | second.report(),
                 "difference": compare(first, second, settings.eval.seed),
             }
+            _write(run, report, ranks)
+    return report
+
+
+def _write(run: Run, report: dict[str, Any], ranks: Ranks) -> None:
+    with ranks.together():
+        if ranks.first:
             run.write_json("eval.json", report)
-    _table(display, settings, report)
-    display.say(f"written to {run.directory}")
-    if json:
-        common.print_json(report)
-    _check_gates(gates, report)
 
 
 def _choices(config: Config, only_these: bool) -> list[RewardChoice]:
@@ -142,39 +177,39 @@ def _evaluate(
     rewards: RewardSet,
     display: Display,
     run: Run | None,
+    ranks: Ranks,
 ) -> Evaluation:
-    """One model on the prompts, its pictures saved when `run` is given."""
+    """One model on the prompts, its pictures saved when `run` is given, each by the rank that painted it."""
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.evaluate import eval_sampling, evaluate
     from unigrpo_cli.runtime.pictures import save_png
     from unigrpo_cli.session import warn_of_unknown_words
 
     warn_of_unknown_words(policy, prompts, display.warn)
-    done = 0
+    each = config.eval.samples
+    places = iter([prompt * each + k for prompt in ranks.stretch(range(len(prompts))) for k in range(each)])
 
     def save(groups: list[Group], scored: dict[str, Scored]) -> None:
-        nonlocal done
         assert run is not None
-        episodes = flatten(groups)
-        for k, episode in enumerate(episodes):
+        for k, (episode, place) in enumerate(zip(flatten(groups), places, strict=False)):
             story = {
                 "prompt": episode.prompt.text,
                 "reasoning": episode.reasoning,
                 "scores": {n: float(s.scores[k]) for n, s in scored.items() if s.valid[k]},
                 "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
             }
-            save_png(episode.pixels.numpy(), run.directory / "images" / f"{done + k:05d}.png", story)
-        done += len(episodes)
+            save_png(episode.pixels.numpy(), run.directory / "images" / f"{place:05d}.png", story)
 
-    with display.progress(len(prompts) * config.eval.samples, f"evaluating {model}") as advance:
+    with display.progress(len(prompts) * each, f"evaluating {model}") as advance:
         return evaluate(
             policy,
             prompts,
             rewards,
             eval_sampling(config),
-            samples=config.eval.samples,
+            samples=each,
             seed=config.eval.seed,
-            on_rows=advance,
+            ranks=ranks,
+            on_rows=lambda rows: advance(rows * ranks.world),
             on_groups=save if run is not None else lambda groups, scored: None,
         )
 
