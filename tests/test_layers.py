@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(layers, "SMALL", 0)  # also of the small ones used here
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -79,20 +78,6 @@ def test_other_dtypes_go_the_common_way() -> None:
         assert (
             "OneDNN" not in type(linear(_random(7, 5).to(dtype), _random(11, 5).to(dtype), None).grad_fn).__name__
         )
-
-
-def test_small_products_are_bit_for_bit_those_of_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows at a time go through MKL, where they are decoded; many through oneDNN, where they are replayed."""
-    monkeypatch.undo()
-    if not layers.onednn_is_faster():
-        pytest.skip("one library for both")
-    layer, x = Linear(128, 344), _random(300, 128).detach()
-    assert "OneDNN" in type(layer(x).grad_fn).__name__
-    for rows in (4, 5, 8, 17):
-        few = layer(x[:rows])
-        assert "OneDNN" not in type(few.grad_fn).__name__
-        assert torch.equal(few, layer(x)[:rows])
-    assert "OneDNN" in type(layer(x[:3]).grad_fn).__name__
 
 
 def _rotated_by_complex_numbers(x_BLHE: Tensor, position_BL: Tensor, theta: float) -> Tensor:

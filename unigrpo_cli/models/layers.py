@@ -46,17 +46,6 @@ def onednn_is_faster() -> bool:
     return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-SMALL, EXACT = 2**20, 128
-"""Multiplications up to which MKL is faster all the same, for a call of oneDNN takes 14 us before it multiplies.
-And inputs up to which both round alike, from four rows on: what few rows decode is replayed to the bit.
-"""
-
-
-def _is_small(x: Tensor, weight: Tensor) -> bool:
-    rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
-    return inputs <= EXACT and 4 <= rows <= SMALL // weight.numel()
-
-
 def _onednn(a_MK: Tensor, b_NK: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b^T + bias."""
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, bias, "none", [], "")
@@ -89,7 +78,7 @@ class _OneDNNLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b by the faster of torch's two libraries; `F.linear` in all but speed."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
-    if plain and onednn_is_faster() and not _is_small(x, weight):
+    if plain and onednn_is_faster():
         if not torch.is_grad_enabled():
             return _onednn(x, weight, bias)
         return _OneDNNLinear.apply(x, weight, bias)
