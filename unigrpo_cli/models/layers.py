@@ -171,12 +171,10 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. Without gradients a CPU writes into `gate`, which nobody else has."""
-    if gate.device.type != "cpu":
-        return F.silu(gate) * up
-    if torch.is_grad_enabled():
-        return _Gated.apply(gate, up)
-    return F.silu(gate, inplace=True).mul_(up)
+    """silu(gate) * up. Without gradients it is written into `gate`, which nobody else has."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate, inplace=True).mul_(up)
+    return _Gated.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
 
 
 class MLP(nn.Module):
