@@ -41,11 +41,20 @@ class Pass:
         return self.rows * (self.text + self.copies * (self.image + EDGES * bool(self.copies)))
 
     @property
+    def edges(self) -> int:
+        """Boundary tokens of all images."""
+        return self.rows * self.copies * EDGES
+
+    @property
+    def seen(self) -> int:
+        """Keys that a token of an image sees."""
+        return self.past + self.text + self.image + EDGES
+
+    @property
     def pairs(self) -> int:
         """Queries times keys, in one layer."""
-        said = self.past + self.text
-        own = self.image + EDGES
-        return self.rows * (self.text * said + self.copies * own * (said + own))
+        latents = self.rows * self.copies * self.image
+        return self.rows * self.text * (self.past + self.text) + (latents + self.edges) * self.seen
 
 
 def products(config: MoTConfig) -> dict[str, tuple[int, int]]:
@@ -73,11 +82,27 @@ def adapter_weights(config: MoTConfig, rank: int) -> int:
     return rank * sum(into + out for into, out in products(config).values())
 
 
+def after_attention(config: MoTConfig, rank: int) -> tuple[int, int]:
+    """Weights of one expert's matrices that follow attention in a layer, and of their adapters."""
+    own = [shape for name, shape in products(config).items() if name not in ("q", "k", "v")]
+    return sum(into * out for into, out in own), rank * sum(into + out for into, out in own)
+
+
+def layers_flops(config: MoTConfig, p: Pass) -> int:
+    """Operations of all layers. The last one makes nothing of boundary tokens but their keys and values."""
+    layer = expert_weights(config) + adapter_weights(config, p.rank)
+    all_layers = config.num_hidden_layers * (2 * p.tokens * layer + attention_flops(config, p))
+    return all_layers - 2 * p.edges * sum(after_attention(config, p.rank)) - edge_attention_flops(config, p)
+
+
+def edge_attention_flops(config: MoTConfig, p: Pass) -> int:
+    """Operations of the boundary tokens' attention, in one layer."""
+    return 4 * config.hidden_size * p.edges * p.seen
+
+
 def forward_flops(config: MoTConfig, p: Pass) -> int:
     """Operations of a pass without gradients."""
-    layer = expert_weights(config) + adapter_weights(config, p.rank)
-    layers = config.num_hidden_layers * (2 * p.tokens * layer + attention_flops(config, p))
-    return layers + head_flops(config, p) + latent_flops(config, p)
+    return layers_flops(config, p) + head_flops(config, p) + latent_flops(config, p)
 
 
 def attention_flops(config: MoTConfig, p: Pass) -> int:
@@ -104,12 +129,13 @@ def update_flops(config: MoTConfig, p: Pass) -> int:
     """
     frozen, adapters = expert_weights(config), adapter_weights(config, p.rank)
     first = sum(into * (out + p.rank) for into, out in (products(config)[name] for name in ("q", "k", "v")))
-    forward = config.num_hidden_layers * (2 * p.tokens * (frozen + adapters) + attention_flops(config, p))
+    after, after_adapters = after_attention(config, p.rank)
     backward = config.num_hidden_layers * (
         2 * p.tokens * (frozen + 2 * adapters) + int(FUSED_BACKWARD * attention_flops(config, p))
     )
+    backward -= 2 * p.edges * (after + 2 * after_adapters) + int(FUSED_BACKWARD * edge_attention_flops(config, p))
     ends = 2 * head_flops(config, p) + latent_flops(config, p) * 3 // 2
-    return 2 * forward + backward - 2 * p.tokens * first + ends
+    return 2 * layers_flops(config, p) + backward - 2 * p.tokens * first + ends
 
 
 def decode_bytes(config: MoTConfig, rows: int, past: int, bytes_each: int, rank: int) -> int:

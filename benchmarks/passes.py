@@ -15,13 +15,15 @@ from benchmarks import plain
 from benchmarks.cases import Cases, Comparison
 from benchmarks.clock import ratio
 from benchmarks.flops import (
-    EDGES,
     FUSED_BACKWARD,
     Pass,
+    after_attention,
     attention_flops,
+    edge_attention_flops,
     expert_weights,
     head_flops,
     latent_flops,
+    layers_flops,
     products,
 )
 from benchmarks.report import RELATIVE, Goal, Row
@@ -152,16 +154,16 @@ def measure_replay(bench: Comparison, shape: str, copies: int, context: int) -> 
 def operations(shape: MoTConfig, context: int, copies: int, image: int, scored: int) -> int:
     """Forward and backward of one episode whose layers learn.
 
-    A matrix makes two gradients, its own and its input's, but what the last layer makes of boundary tokens, and of
-    words where none are scored, has none. Attention costs 2.5 times as much backward as forward. Head and
-    projections are frozen and only pass a gradient on.
+    A matrix makes two gradients, its own and its input's, but what the last layer makes of words where none are
+    scored has none, and of boundary tokens it makes keys and values alone. Attention costs 2.5 times as much
+    backward as forward. Head and projections are frozen and only pass a gradient on.
     """
     p = Pass(1, text=context, copies=copies, image=image, scored=scored)
-    q, k, v = (math.prod(products(shape)[name]) for name in "qkv")
-    after_attention = expert_weights(shape) - q - k - v
+    q, (after, _) = math.prod(products(shape)["q"]), after_attention(shape, 0)
     idle = 0 if scored else context
-    unlearned = (copies * EDGES + idle) * after_attention + idle * q
-    matrices = 3 * p.tokens * expert_weights(shape) * shape.num_hidden_layers - 2 * unlearned
-    attention = (1 + FUSED_BACKWARD) * attention_flops(shape, p) * shape.num_hidden_layers
-    attention -= FUSED_BACKWARD * attention_flops(shape, Pass(1, text=idle))
-    return int(2 * matrices + attention + 2 * head_flops(shape, p) + 1.5 * latent_flops(shape, p))
+    unlearned = (p.edges + idle) * (after + q)
+    matrices = p.tokens * expert_weights(shape) * shape.num_hidden_layers - unlearned
+    attention = attention_flops(shape, p) * shape.num_hidden_layers - edge_attention_flops(shape, p)
+    attention -= attention_flops(shape, Pass(1, text=idle))
+    backward = 4 * matrices + FUSED_BACKWARD * attention
+    return int(layers_flops(shape, p) + backward + 2 * head_flops(shape, p) + 1.5 * latent_flops(shape, p))

@@ -1,4 +1,4 @@
-"""The linear layer: oneDNN's product is `F.linear` in all but speed."""
+"""Layers whose arithmetic a CPU does in its own way are the plain ones in all but speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unigrpo_cli.models import layers
-from unigrpo_cli.models.layers import Linear, linear
+from unigrpo_cli.models.layers import Linear, RMSNorm, gated, linear, rotate, rotation
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -78,3 +78,57 @@ def test_other_dtypes_go_the_common_way() -> None:
         assert (
             "OneDNN" not in type(linear(_random(7, 5).to(dtype), _random(11, 5).to(dtype), None).grad_fn).__name__
         )
+
+
+def _rotated_by_complex_numbers(x_BLHE: Tensor, position_BL: Tensor, theta: float) -> Tensor:
+    """The textbook's rotation: a + i b times exp(i angle)."""
+    half = x_BLHE.shape[-1] // 2
+    angle = position_BL[:, :, None, None].float() * theta ** -(torch.arange(half) / half)
+    turned = torch.complex(x_BLHE[..., :half], x_BLHE[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+@pytest.mark.parametrize("shared", [True, False, None])
+def test_norm_and_rotation_with_their_gradients(shared: bool | None) -> None:
+    """Against torch's own norm and complex numbers, in fp64; one position for all tokens, one for each, or none."""
+    x = _random(3, 5, 2, 8).detach().double().requires_grad_()
+    norm = RMSNorm(8, 1e-3).double()
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    upstream = _random(3, 5, 2, 8, seed=2).detach().double()
+    position = torch.tensor([[4], [0], [7]]) + (torch.arange(5) if not shared else torch.zeros(1, dtype=torch.long))
+    expected = F.rms_norm(x, (8,), norm.weight, 1e-3)
+    turned = None
+    if shared is not None:
+        turned = rotation(position, 8, 100.0)
+        expected = _rotated_by_complex_numbers(expected, position, 100.0)
+    found = norm(x, turned)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if turned else 1e-13)  # fp32 angles
+    if turned is not None:
+        expected = rotate(F.rms_norm(x, (8,), norm.weight, 1e-3), turned)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    given = (x, norm.weight)
+    gradients = torch.autograd.grad(found, given, upstream)
+    for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-12)
+
+
+def test_a_gate_and_its_gradients() -> None:
+    gate, up = _random(4, 6), _random(4, 6, seed=1)
+    wide = [t.detach().double().requires_grad_() for t in (gate, up)]
+    found, expected = gated(gate, up), F.silu(wide[0]) * wide[1]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    upstream = _random(4, 6, seed=2).detach()
+    gradients = torch.autograd.grad(found, (gate, up), upstream)
+    for own, other in zip(gradients, torch.autograd.grad(expected, wide, upstream.double()), strict=True):
+        torch.testing.assert_close(own.double(), other, rtol=0, atol=1e-6)
+
+
+def test_gradients_change_no_bit() -> None:
+    """Old scores are made without, new ones with: their ratio is 1 only if both are the same numbers."""
+    norm, turned = RMSNorm(32, 1e-6), rotation(torch.arange(14).view(2, 7), 32, 1e4)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x, up, w = _random(2, 7, 3, 32), _random(2, 7, 3, 32, seed=1), _random(11, 32, seed=2)
+    for layer in (norm, lambda x: norm(x, turned), lambda x: gated(x.clone(), up), lambda x: linear(x, w, None)):
+        with torch.no_grad():
+            without = layer(x)
+        assert layer(x).requires_grad and torch.equal(layer(x), without)

@@ -159,7 +159,6 @@ def _painting(work: Workload, adapted: bool) -> Phase:
             *_each(
                 work.rows_at_once,
                 _cache(work, work.text + poorer, "text" + (", and the two contexts of guidance" if poorer else "")),
-                _own_cache(work, tokens),
                 _pass(work, tokens, adapted),
                 Item(
                     "latents",
@@ -172,14 +171,9 @@ def _painting(work: Workload, adapted: bool) -> Phase:
     )
 
 
-def _own_cache(work: Workload, tokens: int) -> Item:
-    """A pass collects the keys and values of its images from all layers, although only clean ones are kept."""
-    return Item("keys and values", tokens * work.cached_token, f"{tokens} image tokens x {work.cached_token:,} B")
-
-
 def _pass(work: Workload, tokens: int, adapted: bool) -> Item:
-    """The worst moment of a layer without gradients, inside the MLP."""
-    m, inner = work.model, 4 if adapted else 3
+    """The worst moment of a layer without gradients, inside the MLP: gate and up, the second with its adapter."""
+    m, inner = work.model, 4 if adapted else 2
     keys = m.num_key_value_heads * m.head_dim
     per_token = (inner * m.intermediate_size + 5 * m.hidden_size + 2 * keys) * work.narrow
     return Item(
@@ -314,7 +308,6 @@ def _scoring(work: Workload, kind: str) -> Phase:
             *_each(
                 work.scored_at_once,
                 _text_cache(work),
-                _own_cache(work, tokens) if tokens else None,
                 _pass(work, max(tokens, work.micro * work.text), work.lora),
                 _cast(work),
             ),
@@ -348,14 +341,14 @@ def saved_per_token(work: Workload, stream: str) -> int:
     width, inner, keys = m.hidden_size, m.intermediate_size, m.num_key_value_heads * m.head_dim
     given = work.keys
     attention = 8 if work.cpu and stream == TEXT else b
-    unfused = 2 if work.cpu and not work.lora else 1
+    gated = 2 if work.cpu else 3  # gate and up; elsewhere the activation too
     inputs = (3 * width + inner) * b + (7 * work.rank * b if work.lora else 0)
     return (
         inputs
-        + (3 * width + keys) * WIDE * unfused
+        + (3 * width + keys) * WIDE
         + (2 * width + 2 * given) * attention
         + WIDE * m.num_attention_heads
-        + 3 * inner * b
+        + gated * inner * b
     )
 
 

@@ -127,11 +127,19 @@ def head(load: Workload, tokens: float) -> Work:
     return Work(wide=2 * load.model.vocab_size * load.model.hidden_size * tokens)
 
 
+def _unread(load: Workload, tokens: float, keys: float, adapted: bool) -> float:
+    """FLOP that the last layer leaves out: of boundary tokens it needs what comes before attention, and no more."""
+    shapes = [s for name, s in load.in_one_layer(TEXT).items() if ".o_proj" in name or ".mlp." in name]
+    elements = sum(map(prod, shapes)) + (load.rank * sum(map(sum, shapes)) if adapted and load.lora else 0)
+    return 2 * elements * tokens + attention(load, tokens, keys) / load.model.num_hidden_layers
+
+
 def denoise(load: Workload, seen: float, adapted: bool | None = None) -> Work:
     """One noisy image after a context of `seen` tokens: latents, two edges, and in fp32 projections and time."""
     m = load.model
     adapted = load.lora if adapted is None else adapted
     narrow = _matrices(load, IMAGE, load.latents, adapted) + _matrices(load, TEXT, 2, adapted)
+    narrow -= _unread(load, 2, seen + load.image, adapted)
     time = 2 * (TIME_WAVES + m.hidden_size) * m.hidden_size
     projections = 4 * load.latents * m.token_dim * m.hidden_size
     return Work(narrow + attention(load, load.image, seen + load.image), time + projections)

@@ -113,8 +113,8 @@ class Workload:
 
     Args:
         config: of this rank's share; see `of_each_rank`.
-        cpu: the device is a CPU: attention over words is in fp64 there, norms keep what others recompute, and the
-            optimizer goes tensor by tensor.
+        cpu: the device is a CPU: attention over words is in fp64 there, gates keep less, and the optimizer
+            goes tensor by tensor.
         given: tokens of a prompt with its system prompt.
         adapter_rank: of adapters that are there already; None takes the configuration's.
         world: ranks that train together.

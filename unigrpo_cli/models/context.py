@@ -85,4 +85,4 @@ def append(stored: Tensor, used: int, new: Tensor) -> Tensor:
     if stored.shape[2] >= end and not torch.is_grad_enabled():
         stored[:, :, used:end] = new
         return stored
-    return torch.cat([stored[:, :, :used], new], dim=2)
+    return torch.cat([stored[:, :, :used], new], dim=2) if used else new

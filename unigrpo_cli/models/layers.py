@@ -79,8 +79,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b by the faster of torch's two libraries; `F.linear` in all but speed."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
     if plain and onednn_is_faster():
+        if not torch.is_grad_enabled():
+            return _onednn(x, weight, bias)
         return _OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its root mean square along the last axis, and one over that."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
+
+
+def _turned(normed: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Times the weight, then rotated as `rotate` does it; weight and angles are multiplied first, being small."""
+    if cos is None or sin is None:
+        return normed * weight
+    half = normed.shape[-1] // 2
+    return (normed * (cos * weight)).addcmul_(normed.roll(half, -1), sin * weight.roll(half))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Norm over the last axis, then perhaps a rotation, in few passes over memory: what a CPU's time goes into.
+
+    Torch has no kernel for either there. All gradients can be had from the normed numbers, so nothing else of that
+    size is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+        normed, scale = _normed(x, eps)
+        ctx.save_for_backward(normed, scale, weight, cos, sin)
+        return _turned(normed, weight, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        normed, scale, weight, cos, sin = ctx.saved_tensors
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        if cos is not None:  # back by the same angle: the sine of the other half has the other sign
+            grad = (grad * cos).addcmul_(grad.roll(grad.shape[-1] // 2, -1), sin.to(grad.dtype), value=-1)
+        product = grad * normed
+        gradient = None
+        if of_x:
+            along = (product @ weight).mul_(1 / normed.shape[-1]).unsqueeze(-1)
+            gradient = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return gradient, product.flatten(0, -2).sum(0) if of_weight else None, None, None, None
 
 
 class RMSNorm(nn.Module):
@@ -91,8 +135,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(widen(x), x.shape[-1:], widen(self.weight), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The norm of x [..., size]; with `turned` (see `rotation`) of heads [B, L, H, size], then rotated."""
+        wide, weight = widen(x), widen(self.weight)
+        if x.device.type == "cpu":
+            angles = turned or (None, None)
+            if torch.is_grad_enabled():
+                return _RMSNorm.apply(wide, weight, *angles, self.eps).to(x.dtype)
+            return _turned(_normed(wide, self.eps)[0], weight, *angles).to(x.dtype)
+        normed = F.rms_norm(wide, x.shape[-1:], weight, self.eps)
+        return (normed if turned is None else rotate(normed, turned)).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -102,6 +154,27 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(widen(x), self.normalized_shape, widen(self.weight), widen(self.bias), self.eps).to(
             x.dtype
         )
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up in one piece of memory; the activation is made again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Without gradients it is written into `gate`, which nobody else has."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate, inplace=True).mul_(up)
+    return _Gated.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -114,22 +187,26 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, L, head_dim / 2] of the rotary embedding, in fp32, for every layer of a pass."""
+    """Cosines and sines [B, L, 1, head_dim] of the rotary embedding, in fp32, for every layer of a pass.
+
+    The two halves of a head turn together, by the same angles, so each number is there twice: the sines once with
+    either sign, as `rotate` takes them.
+    """
     half = head_dim // 2
     frequency = theta ** -(torch.arange(half, device=position_BL.device, dtype=torch.float32) / half)
-    angle = position_BL[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
+    angle = position_BL[:, :, None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x_BHLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding on the two halves of each head, in fp32."""
+def rotate(x_BLHE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding on the two halves of each head: (a, b) to (a cos - b sin, b cos + a sin)."""
     cos, sin = turned
-    a, b = widen(x_BHLE).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BHLE.dtype)
+    return x_BLHE * cos + x_BLHE.roll(x_BLHE.shape[-1] // 2, -1) * sin
 
 
 class TimeEmbedder(nn.Module):

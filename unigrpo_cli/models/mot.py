@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigrpo_cli.models.context import Context, append
-from unigrpo_cli.models.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotate, rotation, widen
+from unigrpo_cli.models.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotation, widen
 from unigrpo_cli.models.sizes import MoTConfig
 from unigrpo_cli.models.vision import Connector, VisionTower
 
@@ -54,11 +54,11 @@ class Attention(nn.Module):
 
         def heads(name: str) -> Tensor:
             flat = getattr(self, f"{name}_proj{expert}")(x_BLC)
-            return flat.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            return flat.unflatten(-1, (-1, self.config.head_dim))
 
-        q = rotate(getattr(self, f"q_norm{expert}")(heads("q")), turned)
-        k = rotate(getattr(self, f"k_norm{expert}")(heads("k")), turned)
-        return q, k, heads("v")
+        q = getattr(self, f"q_norm{expert}")(heads("q"), turned)
+        k = getattr(self, f"k_norm{expert}")(heads("k"), turned)
+        return q.transpose(1, 2), k.transpose(1, 2), heads("v").transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
         """Softmax attention over keys, heads merged: [B, L, H*E]. Scores scaled by 1/sqrt(E)."""
@@ -132,11 +132,14 @@ class MoTLayer(nn.Module):
         used: int,
         masks: _Masks,
         detach_context: bool,
+        keep_image: bool,
+        last: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Both streams through one layer.
 
         Returns the new text, latent and edge states, the context keys and values with the text appended,
-        and the image's own keys and values (which join the context only when the image is a clean one).
+        and with `keep_image` the image's own keys and values. After the last layer nobody reads the edges: there
+        they say what they have to say to the latents, and have no states.
         """
         if text_BLC is not None:
             assert text_turned is not None
@@ -158,26 +161,27 @@ class MoTLayer(nn.Module):
                 # The boundary tokens are the text expert's too, so all it says to the latents is cut here.
                 past_k, past_v, k_edge, v_edge = (x.detach() for x in (past_k, past_v, k_edge, v_edge))
             # One position for the whole image, so the order of its keys does not matter: latents, then edges.
-            own_k, own_v = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
-            copies = latent_RNC.shape[0] // past_k.shape[0]
+            if keep_image:
+                own_k, own_v = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
             attended = self.self_attn.attend(
-                torch.cat([q, q_edge], dim=2),
-                _after(past_k, own_k, copies),
-                _after(past_v, own_v, copies),
+                q if last else torch.cat([q, q_edge], dim=2),
+                _after(past_k, k, k_edge),
+                _after(past_v, v, v_edge),
                 causal=False,
                 mask=masks.image,
             )
             latent_RNC = self._residual(latent_RNC, attended[:, :latents], "_moe_gen")
-            edge_REC = self._residual(edge_REC, attended[:, latents:], "")
+            edge_REC = None if last else self._residual(edge_REC, attended[:, latents:], "")
         return text_BLC, latent_RNC, edge_REC, keys, values, own_k, own_v
 
 
-def _after(past: Tensor, own: Tensor, copies: int) -> Tensor:
+def _after(past: Tensor, *own: Tensor) -> Tensor:
     """Keys or values [R, H, S + N, E] that an image's copies see: their row's past [B, H, S, E], then their own."""
+    copies = own[0].shape[0] // past.shape[0]
     if copies == 1:
-        return torch.cat([past, own], dim=2)
+        return torch.cat([past, *own], dim=2)
     shared = past[:, None].expand(-1, copies, -1, -1, -1)
-    return torch.cat([shared, own.unflatten(0, (-1, copies))], dim=3).flatten(0, 1)
+    return torch.cat([shared, *(x.unflatten(0, (-1, copies)) for x in own)], dim=3).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -329,10 +333,11 @@ class MoT(nn.Module):
         keys, values, kept = [], [], []
         for index, layer in enumerate(model.layers):
             given = (text, text_turned, latent, edge, image_turned, *context.layer(index), context.used, masks)
+            how = (detach_context, keep_image, index + 1 == len(model.layers))
             if self.activation_checkpointing and torch.is_grad_enabled():
-                out = checkpoint(layer, *given, detach_context, use_reentrant=False)
+                out = checkpoint(layer, *given, *how, use_reentrant=False)
             else:
-                out = layer(*given, detach_context)
+                out = layer(*given, *how)
             text, latent, edge, k, v, own_k, own_v = out
             keys.append(k)
             values.append(v)
