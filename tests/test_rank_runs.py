@@ -165,7 +165,8 @@ def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str],
 
 def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
     """A prompt of each task, two pictures each, on two ranks: the same report and pictures, told once."""
-    command = ["eval", "--limit", "1", "--samples", "2", "--reward", "jpeg,geneval", "--set", "eval.steps=2", "--json"]
+    command = ["eval", "--limit", "1", "--samples", "2", "--reward", "jpeg,geneval", "--json"]
+    command += ["--set", "eval.steps=2"]
     pair = launch(2, *PROGRAM, *command, "--out", str(tmp_path / "two"))
     alone = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "one"), "--set", "threads=1"])
     assert alone.exit_code == 0, alone.output
@@ -177,9 +178,10 @@ def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
     assert one.pop("run") != two.pop("run")
     assert one["scores"]["jpeg"]["mean"] == pytest.approx(two["scores"]["jpeg"]["mean"], rel=1e-3)
     assert one["scores"]["geneval"] == two["scores"]["geneval"]
-    pictures = [{p.name: Image.open(p) for p in (tmp_path / name / "images").glob("*.png")} for name in ("one", "two")]
+    folders = [tmp_path / name / "images" for name in ("one", "two")]
+    pictures = [{path.name: Image.open(path) for path in folder.glob("*.png")} for folder in folders]
     assert sorted(pictures[0]) == sorted(pictures[1]) == [f"{k:05d}.png" for k in range(one["n"])]
-    for name, picture in pictures[0].items():
+    for name in pictures[0]:
         stories = [json.loads(x[name].text["unigrpo"]) for x in pictures]
         assert all(stories[0][key] == stories[1][key] for key in ("prompt", "reasoning"))
         grey = [np.asarray(x[name], dtype=int) for x in pictures]
@@ -192,6 +194,7 @@ def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
 
 
 def test_a_command_of_one_process_says_so(tmp_path: Path) -> None:
-    ended = finished(launch(1, *PROGRAM, "generate", "a red circle", "--out", str(tmp_path / "g"), WORLD_SIZE="2"), 60)
-    assert ended[0][0] == 2
-    assert "run in several processes; start this without a launcher" in ended[0][2]
+    command = ["generate", "a red circle", "--out", str(tmp_path / "pictures")]
+    ((code, _, errors),) = finished(launch(1, *PROGRAM, *command, WORLD_SIZE="2"), 60)
+    assert code == 2
+    assert "run in several processes; start this without a launcher" in errors
