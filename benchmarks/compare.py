@@ -86,7 +86,8 @@ def main(given: Sequence[str] | None = None) -> Report:
             gc.collect()
     report.write()
     if arguments.markdown:
-        put_into(arguments.markdown, f"{arguments.size} on cpu", report.markdown())
+        threads = "" if alone else f", {arguments.threads} threads"
+        put_into(arguments.markdown, f"{arguments.size} on cpu{threads}", report.markdown())
     return report
 
 

@@ -3,8 +3,8 @@
 One episode at a time, as BAGEL's official inference does it: the prompt is read into a key-value cache of the
 episode's own, words are drawn and fed one by one, and each denoising step is one call for one image in that cache.
 For that, nothing of `rollout.py`, `context.py` or of the network's `forward` is used: only the layers' weights by
-their names, multiplied by torch's own `F.linear`, and the functions that say what an action is (`algo`, `seeds`),
-so that both draw the same episodes.
+their names, in torch's own `F.linear` and `F.rms_norm`, and the functions that say what an action is (`algo`,
+`seeds`), so that both draw the same episodes.
 
 Shape letters: L tokens of a text, S slots of the cache, N image tokens of D numbers, H heads of E numbers, C width.
 A leading 1 is the batch.
@@ -62,17 +62,21 @@ def _times(matrix: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, matrix.weight, matrix.bias)
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+
+
 def _projected(
     layer: nn.Module, x_1LC: Tensor, turned: tuple[Tensor, Tensor], expert: str, head: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, H, L, E] of one expert ("" for words, "_moe_gen" for latents)."""
     own = layer.self_attn
-    normed = getattr(layer, f"input_layernorm{expert}")(x_1LC)
+    normed = _normed(getattr(layer, f"input_layernorm{expert}"), x_1LC)
     q, k, v = (
         _times(getattr(own, f"{name}_proj{expert}"), normed).unflatten(-1, (-1, head)).transpose(1, 2)
         for name in "qkv"
     )
-    q, k = getattr(own, f"q_norm{expert}")(q), getattr(own, f"k_norm{expert}")(k)
+    q, k = _normed(getattr(own, f"q_norm{expert}"), q), _normed(getattr(own, f"k_norm{expert}"), k)
     return _rotate(q, turned), _rotate(k, turned), v
 
 
@@ -80,7 +84,8 @@ def _after(layer: nn.Module, x_1LC: Tensor, attended_1HLE: Tensor, expert: str) 
     """The rest of a layer after its attention."""
     merged = attended_1HLE.transpose(1, 2).flatten(2)
     x_1LC = x_1LC + _times(getattr(layer.self_attn, f"o_proj{expert}"), merged)
-    normed, mlp = getattr(layer, f"post_attention_layernorm{expert}")(x_1LC), getattr(layer, f"mlp{expert}")
+    norm, mlp = getattr(layer, f"post_attention_layernorm{expert}"), getattr(layer, f"mlp{expert}")
+    normed = _normed(norm, x_1LC)
     return x_1LC + _times(mlp.down_proj, F.silu(_times(mlp.gate_proj, normed)) * _times(mlp.up_proj, normed))
 
 
@@ -104,7 +109,7 @@ def read(network: MoT, cache: Cache, ids: Sequence[int]) -> Tensor:
         )
         x_1LC = _after(layer, x_1LC, attended, "")
     cache.length += new
-    return model.norm(x_1LC)[0]
+    return _normed(model.norm, x_1LC)[0]
 
 
 def velocity(network: MoT, cache: Cache, x_ND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -125,7 +130,7 @@ def velocity(network: MoT, cache: Cache, x_ND: Tensor, t: Tensor, grid: tuple[in
         )
         latent = _after(layer, latent, attended[:, :, :tokens], "_moe_gen")
         edges = _after(layer, edges, attended[:, :, tokens:], "")
-    out_ND = network.llm2vae(model.norm_moe_gen(latent))[0]
+    out_ND = network.llm2vae(_normed(model.norm_moe_gen, latent))[0]
     return out_ND if config.prediction == "velocity" else (x_ND - out_ND) / t.clamp_min(1e-3)
 
 

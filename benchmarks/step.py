@@ -17,6 +17,7 @@ import unigrpo_cli.train as algorithm
 from benchmarks.cases import Comparison
 from benchmarks.report import Goal, Row
 from unigrpo_cli.config import Config, load_config
+from unigrpo_cli.lanes import in_turn
 from unigrpo_cli.models.mot import MoT
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.rewards.batch import RewardBatch
@@ -136,7 +137,8 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
             stack.enter_context(marked(owner, name, mark))
         seen = stack.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CPU]))
         began = time.perf_counter()
-        run()
+        with in_turn():
+            run()
         whole_us = 1e6 * (time.perf_counter() - began)
     spent: dict[tuple[str, str], list[float]] = {}
     here = thread_of(NETWORK, seen.events())
