@@ -65,6 +65,11 @@ class Sampling(Section):
         description="rows of pixels that the autoencoder decodes at a time: half the memory, the same picture but "
         "for rounding; 0: all",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile the layers while episodes are drawn: fewer calls per word and denoising step, "
+        "for a wait at the start; replays are as without",
+    )
 
 
 class Objective(Section):

@@ -53,6 +53,7 @@ class Sampling:
         shift: of the time grid; above 1 spends more steps at high noise.
         kernel, noise_level: the stochastic transition inside the window.
         rows: episodes in one batch. Changes speed and memory, no sample.
+        compiled: by `Policy.compiled`.
         guidance: off in training.
     """
 
@@ -67,6 +68,7 @@ class Sampling:
     noise_level: float
     rows: int
     guidance: Guidance = NO_GUIDANCE
+    compiled: bool = False
 
 
 @torch.no_grad()
@@ -88,6 +90,8 @@ def rollout(
     Args:
         on_rows, on_episodes: told after each batch how many, and given them.
     """
+    if sampling.compiled:
+        policy = policy.compiled()
     asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
     alike: dict[tuple, list[tuple[int, int]]] = {}
     for k, (_, given) in enumerate(asked):

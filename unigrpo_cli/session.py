@@ -99,7 +99,7 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
         for directory in (path, *path.absolute().parents[1:2]):
             if os.path.isdir(directory / "checkpoints") and os.path.isfile(directory / "config.toml"):
                 own = load_config(file=directory / "config.toml")
-                drawn = own.sampling.model_dump(exclude={"rows"})  # that is the machine's, not the model's
+                drawn = own.sampling.model_dump(exclude={"rows", "compile"})  # those are the machine's
                 return {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
     if model == EMBEDDED:
         return {}

@@ -107,7 +107,8 @@ def trial_config(config: Config) -> Config:
         "micro_batch": size,
         "old_scores": "replay",
     }
-    return config.model_copy(update={"train": t.model_copy(update=own)})
+    drawn = config.sampling.model_copy(update={"compile": False})  # the witness sees calls, not a compiled graph's
+    return config.model_copy(update={"train": t.model_copy(update=own), "sampling": drawn})
 
 
 # ----- episodes and their rewards

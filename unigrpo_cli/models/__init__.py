@@ -63,6 +63,10 @@ class Policy(Protocol):
         """Read text or a given picture into the context, then give velocities of noisy images in it."""
         ...
 
+    def compiled(self) -> Policy:
+        """The same policy, its layers compiled. Rounds otherwise, so replays are of the policy as it is."""
+        ...
+
     def copies_at_once(self, image: NoisyImage) -> int:
         """How many noisy copies of each row's image one pass should take: by shapes and device alone."""
         ...

@@ -16,7 +16,7 @@ from unigrpo_cli.models.sizes import TIME_WAVES
 
 def widen(x: Tensor) -> Tensor:
     """fp32 for anything narrower; fp64 stays, so that tests can look closer."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 class Linear(nn.Linear):
@@ -78,7 +78,7 @@ class _OneDNNLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b by the faster of torch's two libraries; `F.linear` in all but speed."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
-    if plain and onednn_is_faster():
+    if plain and not torch.compiler.is_compiling() and onednn_is_faster():
         if not torch.is_grad_enabled():
             return _onednn(x, weight, bias)
         return _OneDNNLinear.apply(x, weight, bias)

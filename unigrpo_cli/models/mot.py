@@ -20,13 +20,17 @@ N image tokens of D latent numbers each, C hidden width, H heads, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.context import Context, append
 from unigrpo_cli.models.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotation, widen
 from unigrpo_cli.models.sizes import MoTConfig
@@ -175,6 +179,30 @@ class MoTLayer(nn.Module):
         return text_BLC, latent_RNC, edge_REC, keys, values, own_k, own_v
 
 
+KINDS = 64
+"""Kinds of passes for which layers are compiled, more than torch's own limit: words or images, with a mask or
+without, one row or several, the last layer. Lengths and numbers of rows are inputs, and so are weights.
+"""
+
+
+@cache
+def _compiled_forward() -> Callable[..., Any]:
+    """One for all layers of all networks."""
+    return torch.compile(MoTLayer.forward, fullgraph=True, dynamic=True)
+
+
+def _by_compiled(layer: nn.Module, *given: Any) -> Any:
+    from torch._dynamo import config, exc  # takes a second to import
+
+    if config.recompile_limit < KINDS:  # each thread has a limit of its own
+        config.recompile_limit = KINDS
+    try:
+        return _compiled_forward()(layer, *given)
+    except exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"layers cannot be compiled here ({reason}); give sampling.compile=false") from error
+
+
 def _after(past: Tensor, *own: Tensor) -> Tensor:
     """Keys or values [R, H, S + N, E] that an image's copies see: their row's past [B, H, S, E], then their own."""
     copies = own[0].shape[0] // past.shape[0]
@@ -296,6 +324,7 @@ class MoT(nn.Module):
         seen_BNC: Tensor | None = None,
         detach_context: bool = False,
         keep_image: bool = False,
+        compiled: bool = False,
     ) -> MoTOutput:
         """Read text or a given picture into the context, then look at images in it.
 
@@ -308,9 +337,13 @@ class MoT(nn.Module):
             detach_context: no gradient from images into the text expert, neither through the context nor through
                 the boundary tokens.
             keep_image: append the image (K = 1, clean, t = 0) to the context and advance its position by one.
+            compiled: take compiled layers, where no gradient is asked for.
 
         Returns:
             Hidden states of the text, velocities v = noise - data of the images (fp32), the new context.
+
+        Raises:
+            UsageError: when layers cannot be compiled here.
         """
         model = self.language_model.model
         read = None
@@ -336,6 +369,8 @@ class MoT(nn.Module):
             how = (detach_context, keep_image, index + 1 == len(model.layers))
             if self.activation_checkpointing and torch.is_grad_enabled():
                 out = checkpoint(layer, *given, *how, use_reentrant=False)
+            elif compiled and not torch.is_grad_enabled():
+                out = _by_compiled(layer, *given, *how)
             else:
                 out = layer(*given, *how)
             text, latent, edge, k, v, own_k, own_v = out

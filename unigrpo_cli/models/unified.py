@@ -73,6 +73,7 @@ class UnifiedModel:
         frozen: a copy of the starting weights when all weights are trained; None when adapters are, for
             then the reference is the same network with its adapters off.
         release: the directory it came from; None for one made here.
+        compiles: passes without gradients take compiled layers.
     """
 
     network: MoT
@@ -81,6 +82,7 @@ class UnifiedModel:
     system_prompt: str | None = ""
     frozen: MoT | None = None
     release: Release | None = None
+    compiles: bool = False
 
     # ----- words
 
@@ -153,7 +155,11 @@ class UnifiedModel:
             seen_BNC=seen_BNC,
             detach_context=detach_context,
             keep_image=keep_image,
+            compiled=self.compiles,
         )
+
+    def compiled(self) -> UnifiedModel:
+        return replace(self, compiles=True)
 
     def copies_at_once(self, image: NoisyImage) -> int:
         """How many noisy copies of each row's image one pass should take.

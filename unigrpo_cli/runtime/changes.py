@@ -25,8 +25,8 @@ _NONE = (
     "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
 )
 _ROUNDING = (
-    "device threads sampling.rows sampling.decode_strip train.micro_batch train.micro_tokens train.reference_on "
-    "train.activation_checkpointing"
+    "device threads sampling.rows sampling.decode_strip sampling.compile train.micro_batch train.micro_tokens "
+    "train.reference_on train.activation_checkpointing"
 )
 _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
