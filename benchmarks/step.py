@@ -235,12 +235,14 @@ def measure_waiting(bench: Comparison) -> None:
         for known in (sampled_s, left_s, shares):
             known.clear()
         bench.clock.repeated(run, bench.cases.share_s)
-    batches = -(-episodes // bench.cases.waiting_rows)
+    rows, beside = bench.cases.waiting_rows, torch.get_num_threads()
+    batches = -(-episodes // rows)
     bench.report.add(WAITING, "waiting in all", alone_s, f"{episodes} samples, as long as sampling them alone")
-    note = f"in {batches} batches of {bench.cases.waiting_rows}, {len(shares)} steps"
+    note = f"in {batches} batches of {rows}, the last two in halves, {len(shares)} steps"
     bench.report.add(WAITING, "rollout", statistics.median(sampled_s), note)
     bench.report.add(WAITING, "waiting after it", statistics.median(left_s))
-    note = f"at most {1 - 1 / batches:.0%}: the last batch is judged when sampling has ended"
+    most = 1 - beside * rows / 2 / episodes
+    note = f"at most {most:.0%}: each thread's last half of a batch is judged when sampling has ended"
     bench.report.add(WAITING, "hidden", 100 * statistics.median(shares), note)
 
 

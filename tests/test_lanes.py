@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ import torch
 from tests.test_training_step import PROMPTS, SETTINGS
 from unigrpo_cli import RewardContext, reward, train
 from unigrpo_cli.config import load_config
-from unigrpo_cli.episode import flatten
+from unigrpo_cli.episode import Prompt, flatten
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.lanes import at_once, in_turn, side_by_side
+from unigrpo_cli.models import Policy
 from unigrpo_cli.rebuild.model import build_model
+from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.grammar import parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.rollout import rollout
+from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
@@ -141,3 +144,51 @@ def test_a_rollout_tells_of_its_batches_in_order(four_threads: None) -> None:
         on_episodes=lambda drawn: told.extend(f"{e.prompt.id}{e.member}" for e in drawn),
     )
     assert told == [f"{e.prompt.id}{e.member}" for e in flatten(groups)]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_step_tapers_its_rollout_where_a_reward_begins_early(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        range = (0.0, 255.0)
+        concurrency = int(waits)
+
+        def __init__(self, _options: object):
+            pass
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            return [float(picture.mean()) for picture in batch.pixels]
+
+    plugins, asked = Plugins(), []
+    plugins.rewards.add("elsewhere", Elsewhere)
+    own = train.rollout
+
+    def watched(
+        policy: Policy, prompts: Sequence[Prompt], members: int, sampling: Sampling, *rest: Any, **more: Any
+    ):
+        asked.append(sampling.tapered)
+        return own(policy, prompts, members, sampling, *rest, **more)
+
+    monkeypatch.setattr(train, "rollout", watched)
+    config = load_config(overrides=[*SETTINGS])
+    policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
+    with RewardSet(parse_rewards(["elsewhere"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
+        train.training_step(TrainState(policy, make_optimizer(policy, config)), PROMPTS, rewards, config)
+    assert asked == [waits]
+
+
+def test_tapered_rollouts_end_in_halves() -> None:
+    """Little is left to judge then; the episodes are the same."""
+    config = load_config(overrides=[*SETTINGS])
+    drawn = {}
+    for tapered, expected in ((False, [5, 5, 5, 5, 4]), (True, [5, 5, 5, 3, 2, 2, 2])):
+        sizes: list[int] = []
+        sampling = replace(train_sampling(config), rows=5, tapered=tapered)
+        policy = build_model(seed=3, width=32, layers=2)
+        groups = rollout(policy, PROMPTS, 24 // len(PROMPTS), sampling, train.window_of(config, 0), 0, sizes.append)
+        assert sizes == expected
+        drawn[tapered] = flatten(groups)
+    for a, b in zip(*drawn.values(), strict=True):
+        assert (a.prompt, a.member, a.reasoning) == (b.prompt, b.member, b.reasoning)
+        torch.testing.assert_close(a.images[-1].latent, b.images[-1].latent, rtol=0, atol=1e-4)

@@ -174,7 +174,7 @@ def evaluate(
     told = ranks.gather({name: np.concatenate([*parts, []]).tolist() for name, parts in values.items()})
     joined = {name: np.concatenate([np.asarray(own[name]) for own in told]) for name in values}
     noise = {"seed": seed, "samples": samples} | asdict(sampling)
-    for name in ("rows", "compiled", "kernel", "noise_level"):  # no part of what Euler steps draw
+    for name in ("rows", "compiled", "tapered", "kernel", "noise_level"):  # no part of what Euler steps draw
         noise.pop(name)
     return summarise(joined, tasks, ids, texts, noise)
 

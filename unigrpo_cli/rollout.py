@@ -54,6 +54,8 @@ class Sampling:
         kernel, noise_level: the stochastic transition inside the window.
         rows: episodes in one batch. Changes speed and memory, no sample.
         compiled: by `Policy.compiled`.
+        tapered: the last two batches are drawn in halves, for whoever takes up finished ones: little is left to do
+            when the last is drawn, also where several are drawn side by side.
         guidance: off in training.
     """
 
@@ -69,6 +71,7 @@ class Sampling:
     rows: int
     guidance: Guidance = NO_GUIDANCE
     compiled: bool = False
+    tapered: bool = False
 
 
 @torch.no_grad()
@@ -96,9 +99,9 @@ def rollout(
     alike: dict[tuple, list[tuple[int, int]]] = {}
     for k, (_, given) in enumerate(asked):
         alike.setdefault(structure(given), []).extend((k, member) for member in range(members))
-    batches = [
-        todo[at : at + sampling.rows] for todo in alike.values() for at in range(0, len(todo), sampling.rows)
-    ]
+    batches = [part for todo in alike.values() for part in _cut(todo, sampling.rows)]
+    if sampling.tapered:
+        batches[-2:] = [half for batch in batches[-2:] for half in _cut(batch, -(-len(batch) // 2))]
 
     @torch.no_grad()  # which threads do not inherit
     def draw(rows: list[tuple[int, int]]) -> list[Episode]:
@@ -114,6 +117,10 @@ def rollout(
     return [
         Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)
     ]
+
+
+def _cut(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 Given = tuple[GivenText | GivenImage, ...]

@@ -113,7 +113,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
             sampler,
             ranks.share(prompts_P, config.train.updates),
             config.train.group_size,
-            train_sampling(config),
+            replace(train_sampling(config), tapered=scoring.begins_early),
             window_of(config, step),
             seed,
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),

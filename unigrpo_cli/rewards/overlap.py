@@ -49,6 +49,11 @@ class Scoring:
         early = [] if rewards.on_first else [r for r in rewards.asked(split) if begins_early(r, overlap)]
         self._early: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in early}
 
+    @property
+    def begins_early(self) -> bool:
+        """Whether anything is judged before all is sampled."""
+        return bool(self._early)
+
     def add(self, samples: Sequence[Sample]) -> None:
         """Hand over finished episodes; whoever can begins to judge them."""
         self._samples += samples
