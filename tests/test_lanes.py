@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import signal
+import subprocess
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,8 +58,6 @@ def test_parts_run_at_the_same_time_and_come_in_order(four_threads: None) -> Non
         found = list(side_by_side(meet, range(6), 2))
     assert found == [(part, 2, True) for part in range(6)]
     assert torch.get_num_threads() == 4
-    for thread in _lanes():
-        thread.join(timeout=20)
     assert not _lanes()
 
 
@@ -66,25 +70,68 @@ def test_one_beside_none_runs_here_and_when_asked_for() -> None:
 
 def test_the_first_failure_is_raised_and_what_has_not_begun_is_left_out() -> None:
     begun: list[int] = []
-    done = threading.Event()
+    ended: list[int] = []
 
     def work(part: int) -> int:
         begun.append(part)
         if part == 1:
             raise ValueError("part 1")
-        if part == 2:
-            done.wait(20)
+        time.sleep(0.2 if part else 0)
+        ended.append(part)
         return part
 
     results = side_by_side(work, range(100), 2)
     assert next(results) == 0
     with pytest.raises(ValueError, match="part 1"):
         next(results)
-    done.set()
-    for thread in _lanes():
-        thread.join(timeout=20)
-    assert len(begun) < 100
+    assert len(begun) < 6
+    assert sorted([*ended, 1]) == sorted(begun), "what runs is waited for"
     assert not _lanes()
+
+
+def test_results_are_not_kept() -> None:
+    """Gradients, say: those that wait to be asked for, the one in use, and no others."""
+
+    class Held:
+        pass
+
+    alive: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def work(part: int) -> Held:
+        alive.add(found := Held())
+        return found
+
+    for _ in side_by_side(work, range(20), 2):
+        time.sleep(0.01)
+        gc.collect()
+        assert len(alive) <= 4  # two that wait, the one here, the one of the round before until it is rebound
+
+
+INTERRUPTED = """
+import sys, time, torch
+from unigrpo_cli.lanes import side_by_side
+torch.set_num_threads(2)
+x = torch.randn(900, 900)
+def work(part):
+    if part == 0:
+        print("begun", flush=True)
+    for _ in range(60):
+        x @ x
+try:
+    list(side_by_side(work, range(50), 2))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_a_process_that_is_interrupted_amid_batches_ends_as_it_says() -> None:
+    """And not by a crash of a thread that is still inside an operator."""
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"")
 
 
 def test_how_many_at_once(four_threads: None) -> None:
@@ -119,6 +166,25 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
     for metrics, weights in left[1:]:
         assert metrics == left[0][0]
         assert all(torch.equal(weights[n], p) for n, p in left[0][1].items())
+
+
+@pytest.mark.parametrize(("threads", "members", "updates"), [(2, 3, 2), (4, 3, 2), (4, 6, 1)])
+def test_the_first_ratio_is_one_on_any_number_of_cores(threads: int, members: int, updates: int) -> None:
+    """Old and new scores of an update have equally many threads: with others three rows are rounded otherwise."""
+    own = (
+        f"train.updates={updates}",
+        f"train.group_size={members}",
+        "train.micro_batch=3",
+        "train.old_scores=replay",
+    )
+    config = load_config(overrides=[*SETTINGS, "train.prompts_per_step=2", *own])
+    policy = prepare_policy(build_model(seed=3, width=128, layers=2), config)
+    state = TrainState(policy, make_optimizer(policy, config))
+    with RewardSet(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
+        torch.set_num_threads(threads)
+        step = train.training_step(state, PROMPTS[:2], rewards, config)
+    assert step.metrics["image/first_max_abs_log_ratio"] == step.metrics["text/first_max_abs_log_ratio"] == 0
+    assert step.metrics["image/velocity-mse"] >= 0
 
 
 def _contrast() -> Plugins:

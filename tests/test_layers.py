@@ -10,21 +10,20 @@ from torch import Tensor
 from unigrpo_cli.models import layers
 from unigrpo_cli.models.layers import Linear, RMSNorm, gated, linear, rotate, rotation
 
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-    reason="this torch has no oneDNN",
-)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+of_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN")
 
 
 @pytest.fixture(autouse=True)
 def _by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(layers, "onednn_is_faster", lambda: ONEDNN)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
+@of_onednn
 @pytest.mark.parametrize("shape", [(1, 5), (7, 5), (2, 3, 5), (2, 1, 4, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_linear(shape: tuple[int, ...], bias: bool) -> None:
@@ -42,6 +41,7 @@ def test_values_and_gradients_are_those_of_linear(shape: tuple[int, ...], bias: 
         torch.testing.assert_close(own.double(), other, rtol=0, atol=1e-5)
 
 
+@of_onednn
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_what_is_frozen_gets_no_gradient_and_holds_no_memory(frozen: str) -> None:
     tensors = {"x": _random(7, 5), "weight": _random(11, 5, seed=1), "bias": _random(11, seed=2)}
@@ -53,12 +53,14 @@ def test_what_is_frozen_gets_no_gradient_and_holds_no_memory(frozen: str) -> Non
     assert [name for name, t in tensors.items() if t.grad is None] == [frozen]
 
 
+@of_onednn
 def test_views_transposed_and_strided_inputs() -> None:
     x, w = _random(2, 5, 3), _random(11, 10, seed=1)
     turned, sliced = x.transpose(1, 2), w[:, ::2]
     torch.testing.assert_close(linear(turned, sliced, None), F.linear(turned, sliced), rtol=0, atol=3e-6)
 
 
+@of_onednn
 def test_rows_do_not_depend_on_how_many_come_together() -> None:
     """So that decoding and replay agree: from two rows on to the bit, alone to rounding."""
     layer, x = Linear(128, 344), _random(300, 128).detach()
@@ -69,10 +71,12 @@ def test_rows_do_not_depend_on_how_many_come_together() -> None:
         torch.testing.assert_close(layer(x[:1]), together[:1], rtol=0, atol=1e-5)
 
 
+@of_onednn
 def test_nothing_to_multiply() -> None:
     assert linear(torch.zeros(2, 0, 5), _random(11, 5), None).shape == (2, 0, 11)
 
 
+@of_onednn
 def test_other_dtypes_go_the_common_way() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         assert (
@@ -88,12 +92,15 @@ def _rotated_by_complex_numbers(x_BLHE: Tensor, position_BL: Tensor, theta: floa
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
+@pytest.mark.parametrize("frozen", ["", "x", "weight"])
 @pytest.mark.parametrize("shared", [True, False, None])
-def test_norm_and_rotation_with_their_gradients(shared: bool | None) -> None:
+def test_norm_and_rotation_with_their_gradients(shared: bool | None, frozen: str) -> None:
     """Against torch's own norm and complex numbers, in fp64; one position for all tokens, one for each, or none."""
     x = _random(3, 5, 2, 8).detach().double().requires_grad_()
     norm = RMSNorm(8, 1e-3).double()
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_(frozen != "x")
+    norm.weight.requires_grad_(frozen != "weight")
     upstream = _random(3, 5, 2, 8, seed=2).detach().double()
     position = torch.tensor([[4], [0], [7]]) + (torch.arange(5) if not shared else torch.zeros(1, dtype=torch.long))
     expected = F.rms_norm(x, (8,), norm.weight, 1e-3)
@@ -106,7 +113,7 @@ def test_norm_and_rotation_with_their_gradients(shared: bool | None) -> None:
     if turned is not None:
         expected = rotate(F.rms_norm(x, (8,), norm.weight, 1e-3), turned)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    given = (x, norm.weight)
+    given = [t for name, t in (("x", x), ("weight", norm.weight)) if name != frozen]
     gradients = torch.autograd.grad(found, given, upstream)
     for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-12)

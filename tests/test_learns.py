@@ -42,6 +42,7 @@ SETTINGS = [
 ]
 WORDS, LIGHT = 0.4, 0.015  # gains that count as learning; five seeds gave 0.65 and 0.035 or more
 STILL_WORDS, STILL_LIGHT = 0.1, 0.01  # and as not learning; the controls gave 0.05 and 0.008 or less
+HALF = 24
 PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars", "a heart", "a cross above a square")]
 
 
@@ -95,6 +96,10 @@ def test_one_advantage_teaches_words_and_pixels() -> None:
     words, brightness = _course(steps)
     assert _gain(words) > WORDS, words
     assert _gain(brightness) > LIGHT, brightness
+    assert _gain(words[:HALF]) > WORDS and _gain(brightness[:HALF]) > LIGHT, (
+        "half a run is enough to tell a control"
+    )
+    assert all(f"{kind}/first_max_abs_log_ratio" in steps[0].metrics for kind in ("text", "image"))
     assert all(step.metrics.get("text/first_max_abs_log_ratio", 0) == 0 for step in steps)
     assert all(step.metrics.get("image/first_max_abs_log_ratio", 0) == 0 for step in steps)
     assert max(step.metrics["text/drift_max"] for step in steps) < 1e-5
@@ -130,7 +135,9 @@ def test_without_a_learning_rate_nothing_moves() -> None:
 
 def test_shuffled_advantages_teach_nothing() -> None:
     """Half of three runs: each is a random walk. Of twelve whole ones one found the word all the same (0.46)."""
-    courses = [_course(_train("advantage.shuffle=true", "train.steps=24", f"seed={seed}")[0]) for seed in (1, 2, 3)]
+    courses = [
+        _course(_train("advantage.shuffle=true", f"train.steps={HALF}", f"seed={seed}")[0]) for seed in (1, 2, 3)
+    ]
     words, brightness = np.median([[_gain(own) for own in course] for course in courses], axis=0)
     assert words < STILL_WORDS
     assert brightness < STILL_LIGHT

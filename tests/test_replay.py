@@ -399,3 +399,8 @@ def test_replayed_tokens_are_those_the_network_is_fed(tiny: UnifiedModel) -> Non
         copies, latents = turn.image.x_BKND.shape[1:3]
         fed = turn.ids_BS.shape[1] + copies * (latents + len(tiny.network.edge_ids))
         assert replayed_tokens(episode) == fed
+
+
+def test_a_size_that_was_left_open_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train.micro_batch=0: .* give the number"):
+        micro_batches([], [], 0)

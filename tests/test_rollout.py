@@ -227,3 +227,8 @@ def test_damaged_episodes_are_refused(tiny: UnifiedModel, tmp_path: Path, damage
             text.write_text(json.dumps(json.loads(text.read_text()) | {"format": 99}))
     with pytest.raises(UsageError, match=DAMAGES[damage]):
         load_episodes(tmp_path)
+
+
+def test_a_size_that_was_left_open_is_refused(tiny: UnifiedModel) -> None:
+    with pytest.raises(ValueError, match=r"sampling.rows=0: .* give the number"):
+        _roll(tiny, rows=0)

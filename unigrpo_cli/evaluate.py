@@ -158,6 +158,8 @@ def evaluate(
         on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
     """
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.asked("eval")}
+    if sampling.rows > samples:  # whole prompts, so that batches are the same however many are drawn at once
+        sampling = replace(sampling, rows=sampling.rows // samples * samples)
     chunk = max(1, sampling.rows // samples) * at_once(len(prompts), policy.device)
     share = ranks.stretch(prompts)
     for k in range(ranks.most(-(-len(share) // chunk))):

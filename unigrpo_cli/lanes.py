@@ -10,11 +10,14 @@ from __future__ import annotations
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -40,11 +43,10 @@ class Lane:
     it as many as there are cores whatever the main thread was told.
     """
 
-    def __init__(self, name: str, threads: int = 0):
-        """`threads`: inside torch's operators; 0 for as many as the thread that asks has."""
+    def __init__(self, name: str):
         self.name = name
         torch = sys.modules.get("torch")
-        self._limit = None if torch is None else partial(_limit_threads, threads or torch.get_num_threads())
+        self._limit = None if torch is None else partial(_limit_threads, torch.get_num_threads())
         self._asked: queue.Queue[Pending | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self.lost = False
@@ -71,12 +73,6 @@ class Lane:
         call = Pending(function)
         self._asked.put(call)
         return call
-
-    def drop(self) -> None:
-        """Forget the calls that have not begun; who waits for one of them waits for ever."""
-        with suppress(queue.Empty):
-            while True:
-                self._asked.get_nowait()
 
     def close(self) -> None:
         """No more calls: the thread ends when it has made those it was handed."""
@@ -125,25 +121,25 @@ def at_once(batches: int, device: torch.device) -> int:
 def side_by_side(function: Callable[[Part], Result], parts: Sequence[Part], beside: int) -> Iterator[Result]:
     """`function` of each part, in their order, `beside` of them at the same time; one alone when it is asked for.
 
-    Torch's threads are shared out, so a result is the same to the bit whatever is computed beside it. The first
-    exception is raised here; parts that have not begun are then left out, those that have run to their end.
+    Torch's threads are shared out, so a result is the same to the bit whatever is computed beside it, where as many
+    are. At most `beside` results wait to be asked for. The first exception is raised here. However this ends, what
+    has not begun is left out, and what runs is waited for: a process that ends amid torch's operators crashes.
     """
     if beside == 1:
         yield from map(function, parts)
         return
     import torch
 
-    threads = torch.get_num_threads()
-    lanes = [Lane(f"batches {k}", max(1, threads // beside)) for k in range(beside)]
+    threads, todo = torch.get_num_threads(), iter(parts)
+    own_threads = partial(_limit_threads, max(1, threads // beside))
+    pool = ThreadPoolExecutor(beside, "batches", initializer=own_threads)
     try:
-        calls = [lanes[k % beside].submit(partial(function, part)) for k, part in enumerate(parts)]
-        for k, call in enumerate(calls):
-            ok, answer = lanes[k % beside].wait(call, None)
-            if not ok:
-                raise answer
-            yield answer
+        handed = deque(pool.submit(function, part) for part in islice(todo, beside))
+        while handed:
+            result = handed.popleft().result()
+            handed += [pool.submit(function, part) for part in islice(todo, 1)]
+            yield result
+            del result  # or it would live until the next is there
     finally:
-        for lane in lanes:
-            lane.drop()
-            lane.close()
+        pool.shutdown(cancel_futures=True)
         _limit_threads(threads)

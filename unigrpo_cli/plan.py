@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -224,10 +225,12 @@ def _memory_of(device: torch.device) -> float:
 
 
 def _free_on(device: torch.device) -> float:
-    """GiB of a device that nobody uses now."""
+    """GiB of a device that nobody uses now; of a machine's memory, this rank's part."""
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else _memory_of(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GIB
+    return _memory_of(device) / int(os.environ.get("LOCAL_WORLD_SIZE", launched()[1]))
 
 
 def _rank(adapter: str | None) -> int | None:

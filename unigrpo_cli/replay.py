@@ -75,7 +75,12 @@ def micro_batches(
 
     With `tokens` a part has at most that many, padding counted (or one episode, which may have more). The longest
     come first then, so that those that are padded together are of a length; else the order stays.
+
+    Raises:
+        ValueError: when `size` was left open.
     """
+    if size < 1:
+        raise ValueError(f"train.micro_batch={size}: a run finds a size for 0; here give the number of episodes")
     alike: dict[tuple, list[int]] = {}
     for k in indices:
         alike.setdefault(structure(episodes[k].segments), []).append(k)
@@ -284,7 +289,7 @@ def replay(
             entropies.append(_scatter(scored.entropy, turn.mask_BL))
         if looks:
             others = [policy.forward(out.context, image=look, detach_context=detach) for look in looks[1:]]
-            velocities.append(_side_by_side([out, *others]))
+            velocities.append(_all_copies([out, *others]))
         context = out.context
         if turn.latent_BND is not None and k + 1 < len(batch.turns):
             context = look(policy, context, turn.latent_BND, turn.grid, turn.view_BHWC)
@@ -305,7 +310,7 @@ def _shared_out(image: NoisyImage, copies: int) -> list[NoisyImage]:
     return [NoisyImage(x_BKND, t_BK, image.grid) for x_BKND, t_BK in parts]
 
 
-def _side_by_side(passes: list[MoTOutput]) -> Tensor:
+def _all_copies(passes: list[MoTOutput]) -> Tensor:
     """Velocities [B, K, N, D] of all noisy states."""
     found = [out.velocity_BKND for out in passes if out.velocity_BKND is not None]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -92,7 +92,12 @@ def rollout(
 
     Args:
         on_rows, on_episodes: told after each batch how many, and given them.
+
+    Raises:
+        ValueError: when `sampling.rows` was left open.
     """
+    if sampling.rows < 1:
+        raise ValueError(f"sampling.rows={sampling.rows}: a command finds a size for 0; here give the number")
     if sampling.compiled:
         policy = policy.compiled()
     asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]

@@ -261,7 +261,7 @@ def replay_fixed(
             episodes, range(start, start + each), config.train.micro_batch, config.train.micro_tokens
         )
         parts.append(split_up(own, ranks.most(len(own))))
-    batches = [collate([episodes[k] for k in part], policy.device) for share in parts for part in share]
+    batches = [[collate([episodes[k] for k in part], policy.device) for part in share] for share in parts]
 
     @torch.no_grad()  # which threads do not inherit
     def score_old(batch: Batch) -> Scores:
@@ -271,15 +271,21 @@ def replay_fixed(
     def score_reference(batch: Batch) -> Scores:
         return replay(beginning, batch, image=paints, text=objective.text_kl > 0)
 
-    beside = _beside(policy, len(batches))
-    old: list[Scores | None] = [None] * (0 if apart else len(parts[0]))
-    old += side_by_side(score_old, batches[len(old) :], beside)
-    reference: list[Scores | None] = [None] * len(batches)
+    def scored(score: Callable[[Batch], Scores], share: list[Batch]) -> list[Scores | None]:
+        """An update's batches beside each other, as they will be learnt from: with as many threads for each."""
+        return list(side_by_side(score, share, _beside(policy, len(share))))
+
+    nothing: list[list[Scores | None]] = [[None] * len(share) for share in batches]
+    old = [scored(score_old, share) if apart or k else nothing[k] for k, share in enumerate(batches)]
+    reference = nothing
     if needs_reference:
         with policy.reference() as beginning:
-            reference = list(side_by_side(score_reference, batches, beside))
-    fixed = zip(batches, old, reference, strict=True)
-    return [[_fixed(*next(fixed), advantage_B[own].to(policy.device)) for own in share] for share in parts]
+            reference = [scored(score_reference, share) for share in batches]
+    shares = []
+    for share in zip(parts, batches, old, reference, strict=True):
+        each_batch = zip(*share, strict=True)
+        shares.append([MicroBatch(b, advantage_B[own].to(policy.device), o, r) for own, b, o, r in each_batch])
+    return shares
 
 
 def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Objective, config: Config) -> Update:
@@ -334,10 +340,6 @@ def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Ob
     terms = ranks.summed(terms)
     terms |= {f"{expert}/grad_norm": value for expert, value in norms.items()}
     return Update(terms | {"grad_clipped": float(norm > config.train.grad_clip)}, replayed)
-
-
-def _fixed(batch: Batch, old: Scores | None, reference: Scores | None, advantage_B: Tensor) -> MicroBatch:
-    return MicroBatch(batch, advantage_B, old, reference)
 
 
 def _beside(policy: UnifiedModel, batches: int) -> int:

@@ -36,6 +36,7 @@ from unigrpo_cli.models.release import read_release, weights_digest
 from unigrpo_cli.models.sharding import gathered, is_sharded
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.outgrown import outgrown
+from unigrpo_cli.peers import launched
 from unigrpo_cli.plan import Plan, plan_of, refuse_too_large, said_of_sizes
 from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.grammar import RewardChoice
@@ -133,7 +134,13 @@ def go_on(
 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
-    """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing."""
+    """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing.
+
+    Raises:
+        UsageError: when groups cannot be shared out among the ranks.
+    """
+    rank, world, here = launched()
+    Ranks(rank, world, here).refuse_uneven(config.train.prompts_per_step, config.train.updates)
     if checkpoint is not None:
         content = read_state(checkpoint)
         config = with_kept_sizes(content, config)

@@ -24,7 +24,7 @@ def examine_at_start(
     """Examine a run that is about to begin, as `doctor.at_start` says.
 
     Weights, optimizer and global generators are afterwards as they were, so the run is the same with and without.
-    A resumed run is not examined again: it was when it began, and each step's ratios are watched.
+    A resumed run is not examined again: it was when it began, and the ratios of every 16th step are watched.
 
     Raises:
         FaultError: on a fault, with `at_start = "stop"`; nothing has been trained then.

@@ -1,7 +1,7 @@
 """Sizes of batches by the memory there is, where the configuration leaves them open. Arithmetic; imports no torch.
 
-`sampling.rows` and `train.micro_batch` of 0 become the largest numbers whose predicted memory fits, and no larger
-than there are episodes; then as small as the same number of batches allows, so that the batches are of one size.
+`sampling.rows` and `train.micro_batch` of 0 become the largest numbers whose predicted memory fits, among those
+that make batches of one size.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ def left_open(config: Config) -> tuple[str, ...]:
     return tuple(key for key, is_open in open_.items() if is_open)
 
 
-def evenly(count: int, most: int, at_once: int = 1) -> int:
-    """The size of batches of `count` episodes: at most `most`, in as few turns of `at_once` batches as that allows.
+def even_sizes(count: int, at_once: int = 1) -> list[int]:
+    """Sizes of batches of `count` episodes, in the order in which they are tried.
 
-    All batches but the last are of that size, and no smaller one makes do with as few.
+    First those of one turn of `at_once` batches, of two, and so on, which get smaller; then larger ones, of which
+    fewer are computed at the same time, so that they may take less. All batches but the last are of that size, and
+    no smaller one makes do with as few.
     """
-    turns = -(-count // (most * at_once))
-    return -(-count // (turns * at_once))
+    turns = sorted({-(-count // (turns * at_once)) for turns in range(1, count + 1)}, reverse=True)
+    return turns + sorted({-(-count // batches) for batches in range(1, at_once)} - set(turns))
 
 
 def training_sizes(work: Workload, gib: float) -> dict[str, int]:
-    """The sizes that a training step leaves open, by dotted key: what fits into `gib`, or else 1."""
+    """The sizes that a training step leaves open, by dotted key: the largest that fit, or those that need least."""
     found = {}
     always = memory(_sized(work, {ROWS: 1, MICRO_BATCH: 1})).always
     room = GIB * gib - sum(item.bytes for item in always)
@@ -42,13 +44,12 @@ def training_sizes(work: Workload, gib: float) -> dict[str, int]:
         (MICRO_BATCH, replaying, _episodes(work) // work.config.train.updates),
     ):
         if key in left_open(work.config):
-            most = _most(_fitting(work, key, phases, room), count)
-            found[key] = evenly(count, most, work.at_once)
+            found[key] = _first(even_sizes(count, work.at_once), _bytes_of(work, key, phases), room)
     return found
 
 
 def sampling_rows(work: Workload, gib: float, prompts: int, samples: int, *, adapted: bool, models: int = 1) -> int:
-    """`sampling.rows` for `samples` pictures of each prompt, where nothing is trained: what fits into `gib`, or 1.
+    """`sampling.rows` for `samples` pictures of each prompt, where nothing is trained: what fits into `gib`.
 
     Args:
         adapted: with adapters in the network.
@@ -56,12 +57,10 @@ def sampling_rows(work: Workload, gib: float, prompts: int, samples: int, *, ada
     """
     always = generating(_sized(work, {ROWS: 1, MICRO_BATCH: 1}), adapted).always
     room = GIB * gib - models * sum(item.bytes for item in always)
-    fits = _fitting(work, ROWS, lambda work: sampling(work, adapted), room)
-    most = _most(fits, prompts * samples)
-    if most < samples:
-        return evenly(samples, most, work.at_once)
-    # An evaluation takes all samples of a prompt together.
-    return samples * evenly(prompts, most // samples, work.at_once)
+    # An evaluation takes all samples of a prompt together, where they fit.
+    sizes = [samples * size for size in even_sizes(prompts, work.at_once)]
+    sizes += [size for size in even_sizes(samples, work.at_once) if size < samples]
+    return _first(sizes, _bytes_of(work, ROWS, lambda work: sampling(work, adapted)), room)
 
 
 def _episodes(work: Workload) -> int:
@@ -73,22 +72,16 @@ def _sized(work: Workload, sizes: dict[str, int]) -> Workload:
     return replace(work, config=with_values(work.config, sizes))
 
 
-def _fitting(
-    work: Workload, key: str, phases: Callable[[Workload], Sequence[Phase]], room: float
-) -> Callable[[int], bool]:
-    """Whether the phases that a setting decides fit into `room` bytes with a value of it."""
+def _bytes_of(work: Workload, key: str, phases: Callable[[Workload], Sequence[Phase]]) -> Callable[[int], int]:
+    """The bytes of the largest phase that a setting decides, by its value."""
 
-    def fits(size: int) -> bool:
+    def largest(size: int) -> int:
         sized = _sized(work, {ROWS: 1, MICRO_BATCH: 1} | {key: size})
-        return all(phase.bytes <= room for phase in phases(sized))
+        return max((phase.bytes for phase in phases(sized)), default=0)
 
-    return fits
+    return largest
 
 
-def _most(fits: Callable[[int], bool], upper: int) -> int:
-    """The largest of 1 to `upper` that fits, by halves, where what fits leaves room for less; 1 where none does."""
-    least, beyond = 1, upper + 1
-    while beyond - least > 1:
-        middle = (least + beyond) // 2
-        least, beyond = (middle, beyond) if fits(middle) else (least, middle)
-    return least
+def _first(sizes: Sequence[int], takes: Callable[[int], int], room: float) -> int:
+    """The first size that fits; where none does, the one that takes least."""
+    return next((size for size in sizes if takes(size) <= room), None) or min(sizes, key=takes)

@@ -298,7 +298,7 @@ def _scoring(work: Workload, kind: str) -> Phase:
         at_hand = _layer_at_hand(work, gradients=False)
         if logits is None:
             return Phase("replays, words", ())
-        own = _each(work.scored_at_once, _text_cache(work), logits)
+        own = _each(work.micro_at_once, _text_cache(work), logits)
         return Phase("replays, words", some(_recorded(work), *own, at_hand))
     tokens = _image_tokens(work)
     return Phase(
@@ -306,7 +306,7 @@ def _scoring(work: Workload, kind: str) -> Phase:
         some(
             _recorded(work),
             *_each(
-                work.scored_at_once,
+                work.micro_at_once,
                 _text_cache(work),
                 _pass(work, max(tokens, work.micro * work.text), work.lora),
                 _cast(work),
@@ -325,13 +325,14 @@ def _gradients(work: Workload) -> Item:
 
 
 def _own_gradients(work: Workload) -> Item | None:
-    """Micro-batches that are computed at the same time each have gradients of their own until these are added."""
+    """Micro-batches that are computed at the same time have gradients of their own, and so has the one added up."""
     if work.micro_at_once == 1:
         return None
+    sets = work.micro_at_once + 1
     return Item(
         "each micro-batch's gradients",
-        work.micro_at_once * WIDE * work.trained_here,
-        f"{work.micro_at_once} at once x {work.trained_here:,} x 4 B",
+        sets * WIDE * work.trained_here,
+        f"({work.micro_at_once} at once + 1) x {work.trained_here:,} x 4 B",
     )
 
 

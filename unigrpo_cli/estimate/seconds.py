@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-from unigrpo_cli.estimate.workload import WIDE, Workload
+from unigrpo_cli.estimate.workload import WIDE, Workload, old_share
 from unigrpo_cli.models.sizes import LAYERS, TIME_WAVES, AutoencoderConfig, autoencoder_shapes
 
 TEXT, IMAGE = "text", "image"
@@ -67,7 +67,7 @@ class Part:
 
 def step_parts(load: Workload) -> tuple[Part, ...]:
     """The parts of a training step, in order; those that are not done are left out."""
-    batch = load.batch
+    batch, old = load.batch, old_share(load.config)
     words = load.words + 2
     parts = [
         Part("read prompts", _prefill(load), f"{batch.reads} prompts x {load.given} tokens x 2 W"),
@@ -85,7 +85,9 @@ def step_parts(load: Workload) -> tuple[Part, ...]:
             f"{batch.episodes} episodes x {batch.denoise_calls} calls x {load.latents} latents x 2 W + attention",
         ),
         Part("decode pixels", _pixels(load), f"{batch.episodes} pictures through the autoencoder, in fp32"),
-        Part("old replay", _replays(load, load.lora), f"{batch.episodes} episodes, {_shown(load)}"),
+        Part(
+            "old replay", _replays(load, load.lora).times(old), f"{old * batch.episodes:g} episodes, {_shown(load)}"
+        ),
         Part(
             "reference replay",
             _replays(load, False) + _from_host(load),

@@ -31,7 +31,7 @@ class Batch:
 
     `each` is episodes per optimizer step, `micro_batches` backward passes per optimizer step (`at_least`, where a
     budget of tokens may ask for more), `rollouts` batches of sampling, `reads` how often a prompt is read for them.
-    The calls are passes through the network per episode.
+    The calls are passes through the network per episode, `replays` those without gradients on average.
     """
 
     prompts: int
@@ -45,7 +45,7 @@ class Batch:
     reads: int
     word_calls: int
     denoise_calls: int
-    replays: int
+    replays: float
     backwards: int
 
     def lines(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Batch:
             f"step = {self.prompts} prompts x {self.group} episodes = {self.episodes} episodes, "
             f"{self.optimizer_steps} optimizer steps on {self.each}, {micro}",
             f"sampled in {self.rollouts} batches: up to {self.word_calls} calls of the network for the words of "
-            f"each, {self.denoise_calls} for its images; then {self.replays} replays without gradients, "
+            f"each, {self.denoise_calls} for its images; then {self.replays:g} replays without gradients, "
             f"{self.backwards} with",
         )
 
@@ -69,6 +69,12 @@ def needs_reference(config: Config) -> bool:
     """Whether replay asks the reference."""
     o = config.objective
     return o.text_kl > 0 or (paints(config) and o.penalty != "none" and o.penalty_weight > 0)
+
+
+def old_share(config: Config) -> float:
+    """The share of episodes whose old scores have a pass of their own, but for the few steps that check others."""
+    t = config.train
+    return 1 if t.old_scores == "replay" or t.epochs > 1 else 1 - 1 / t.updates
 
 
 def batch_of(config: Config) -> Batch:
@@ -90,7 +96,7 @@ def batch_of(config: Config) -> Batch:
         reads=reads,
         word_calls=s.max_new_tokens + 2 if s.think else 0,
         denoise_calls=s.steps,
-        replays=1 + needs_reference(config),
+        replays=old_share(config) + needs_reference(config),
         backwards=t.epochs,
     )
 
@@ -119,7 +125,7 @@ class Workload:
         adapter_rank: of adapters that are there already; None takes the configuration's.
         world: ranks that train together.
         at_once: most batches of a rollout, or micro-batches, that are computed at the same time.
-        drawn: episodes of a rollout; None: those of a training step.
+        drawn: episodes of a rollout where nothing is trained; None in training, which has evaluations too.
     """
 
     model: MoTConfig
@@ -269,21 +275,13 @@ class Workload:
 
     @property
     def rows_at_once(self) -> int:
-        """Batches of a rollout that are computed at the same time."""
-        episodes = self.batch.episodes if self.drawn is None else self.drawn
-        return max(1, min(self.at_once, -(-episodes // self.rows)))
+        """Batches of a rollout that are computed at the same time; evaluations of a run have as many as may be."""
+        return self.at_once if self.drawn is None else max(1, min(self.at_once, -(-self.drawn // self.rows)))
 
     @property
     def micro_at_once(self) -> int:
         """Micro-batches of an update that are computed at the same time: one where ranks make passes together."""
-        return 1 if self.sharded else min(self.at_once, -(-self.batch.each // self.micro))
-
-    @property
-    def scored_at_once(self) -> int:
-        """The same of old and reference scores, which are made for all updates of a rollout."""
-        if self.sharded:
-            return 1
-        return min(self.at_once, self.config.train.updates * -(-self.batch.each // self.micro))
+        return 1 if self.sharded else max(1, min(self.at_once, -(-self.batch.each // self.micro)))
 
     @property
     def micro(self) -> int:

@@ -198,7 +198,7 @@ def _by_compiled(layer: nn.Module, *given: Any) -> Any:
         config.recompile_limit = KINDS
     try:
         return _compiled_forward()(layer, *given)
-    except exc.TorchDynamoException as error:
+    except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"layers cannot be compiled here ({reason}); give sampling.compile=false") from error
 

@@ -22,11 +22,11 @@ class Effect(Enum):
 _NONE = (
     "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_every "
     "train.samples_every train.drift_limit train.old_scores eval.every eval.best reward.timeout_s "
-    "reward.setup_timeout_s reward.max_abstain reward.strict reward.overlap reward.offload reward.on"
+    "reward.setup_timeout_s reward.max_abstain reward.strict reward.offload"
 )
 _ROUNDING = (
     "device threads sampling.rows sampling.decode_strip sampling.compile train.micro_batch train.micro_tokens "
-    "train.reference_on train.activation_checkpointing"
+    "train.reference_on train.activation_checkpointing reward.overlap reward.on"
 )
 _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "

@@ -53,7 +53,7 @@ def _finite(scores: Scores, mask_BL: Tensor) -> bool:
 
 
 def check_loss(total: Tensor) -> None:
-    """Before a backward pass.
+    """Before gradients are added.
 
     Raises:
         RefusedUpdateError: when the loss is not finite.

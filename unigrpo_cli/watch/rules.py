@@ -81,7 +81,8 @@ def _asked(course: Course) -> tuple[str, ...]:
 
 
 def _stale(course: Course, kind: str) -> str | None:
-    value = course.now(f"{kind}/first_max_abs_log_ratio", 0.0)
+    told = [v for v in course.series(f"{kind}/first_max_abs_log_ratio") if not math.isnan(v)]
+    value = told[-1] if told else 0.0  # most steps do not tell
     return f"the {kind} log-ratio of the first update is {value:.3g}, not exactly 0" if value else None
 
 
