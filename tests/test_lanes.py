@@ -168,23 +168,17 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
         assert all(torch.equal(weights[n], p) for n, p in left[0][1].items())
 
 
-@pytest.mark.parametrize(("threads", "members", "updates"), [(2, 3, 2), (4, 3, 2), (4, 6, 1)])
-def test_the_first_ratio_is_one_on_any_number_of_cores(threads: int, members: int, updates: int) -> None:
+@pytest.mark.parametrize("threads", [2, 4])
+def test_the_first_ratio_is_one_on_any_number_of_cores(threads: int) -> None:
     """Old and new scores of an update have equally many threads: with others three rows are rounded otherwise."""
-    own = (
-        f"train.updates={updates}",
-        f"train.group_size={members}",
-        "train.micro_batch=3",
-        "train.old_scores=replay",
-    )
-    config = load_config(overrides=[*SETTINGS, "train.prompts_per_step=2", *own])
-    policy = prepare_policy(build_model(seed=3, width=128, layers=2), config)
+    own = ("train.updates=2", "train.group_size=3", "train.micro_batch=3", "train.old_scores=replay")
+    config = load_config(preset="embedded", overrides=["train.prompts_per_step=2", "sampling.rows=6", *own])
+    policy = prepare_policy(build_model(seed=3, width=128, layers=6), config)
     state = TrainState(policy, make_optimizer(policy, config))
     with RewardSet(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
         torch.set_num_threads(threads)
-        step = train.training_step(state, PROMPTS[:2], rewards, config)
+        step = train.training_step(state, PROMPTS, rewards, config)
     assert step.metrics["image/first_max_abs_log_ratio"] == step.metrics["text/first_max_abs_log_ratio"] == 0
-    assert step.metrics["image/velocity-mse"] >= 0
 
 
 def _contrast() -> Plugins:
