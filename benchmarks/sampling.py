@@ -69,11 +69,11 @@ def large_policy(size: Size) -> UnifiedModel:
 
 
 def asked(bench: Comparison, model: str) -> tuple[UnifiedModel, Prompt, Sampling]:
-    """A model, its prompt, and how it is sampled but for the size of batches."""
+    """A model, its prompt, and how it is sampled: in batches of the whole group."""
     if model == EMBEDDED:
         config = settings(bench)
         policy = load_policy(config.model, None, config)
-        return policy, training_prompts(config.prompts)[0], train_sampling(config)
+        return policy, training_prompts(config.prompts)[0], replace(train_sampling(config), rows=2**10)
     size = bench.cases.large
     return large_policy(size), Prompt("benchmark", prompt_text(size)), sampling_of(size)
 
@@ -89,13 +89,8 @@ def sampling_of(size: Size) -> Sampling:
         shift=3.0,
         kernel="flow",
         noise_level=0.8,
-        rows=1,
+        rows=2**10,
     )
-
-
-def in_batches(sampling: Sampling, members: int) -> Sampling:
-    """A group in one batch for each of torch's threads, which are computed side by side."""
-    return replace(sampling, rows=-(-members // torch.get_num_threads()))
 
 
 def brief(sampling: Sampling) -> Sampling:
@@ -113,7 +108,7 @@ def measure_sampling(bench: Comparison, model: str) -> None:
     drawn: dict[str, Sequence[Episode]] = {}
 
     def ours(how: Sampling = sampling) -> None:
-        (group,) = stages.rollout(policy, [prompt], members, in_batches(how, members), WINDOW, SEED)
+        (group,) = stages.rollout(policy, [prompt], members, how, WINDOW, SEED)
         drawn["ours"] = group.episodes
 
     def one_by_one(how: Sampling = sampling) -> None:
@@ -138,9 +133,8 @@ def measure_sampling(bench: Comparison, model: str) -> None:
     bench.report.add(part, "one at a time", statistics.median(times["plain"]) / members, note)
     bench.report.add(part, "in one batch", statistics.median(times["ours"]) / members)
     bench.report.add(part, "times faster", ratio(times, "plain", "ours"))
-    beside = torch.get_num_threads()  # batches, whose seconds are all in the sum
-    bench.report.add(part, "thinking, times faster", beside * plain_s["write"] / own_s["write_text"])
-    bench.report.add(part, "painting, times faster", beside * plain_s["paint"] / own_s["paint"])
+    bench.report.add(part, "thinking, times faster", plain_s["write"] / own_s["write_text"])
+    bench.report.add(part, "painting, times faster", plain_s["paint"] / own_s["paint"])
     bench.agree(part, "latents differ", difference_of(drawn["ours"], drawn["plain"]), LATENTS[model])
 
 
@@ -173,7 +167,7 @@ def measure_groups(bench: Comparison, model: str) -> None:
     part, groups = growth_part(model), bench.cases.groups
 
     def run(group: int, how: Sampling = sampling) -> None:
-        stages.rollout(policy, [prompt], group, in_batches(how, group), WINDOW, SEED)
+        stages.rollout(policy, [prompt], group, how, WINDOW, SEED)
 
     run(groups[0], brief(sampling))
     runs = {str(group): (lambda group=group: run(group)) for group in groups}
