@@ -22,7 +22,6 @@ from unigrpo_cli.algo.objective import Actions, Scores, unigrpo_loss
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.lanes import side_by_side
 from unigrpo_cli.models.unified import OPEN, UnifiedModel
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, write_text
@@ -94,15 +93,8 @@ class OwnSteps:
     @torch.no_grad()
     def write(self) -> list[Episode]:
         seeds = [derive(self.steps, "text-only", k) for k in range(len(self.at))]
-        rows, beside = range(len(seeds)), torch.get_num_threads()
-
-        @torch.no_grad()  # which threads do not inherit
-        def part(own: range) -> list[TextActions]:
-            context = read_given(self.policy, self.given).select(self.at[own.start : own.stop])
-            return write_text(self.policy, context, self.sampling, [seeds[k] for k in own])[1]
-
-        parts = [rows[k * len(rows) // beside : (k + 1) * len(rows) // beside] for k in range(beside)]
-        texts = [text for found in side_by_side(part, parts, beside) for text in found]
+        context = read_given(self.policy, self.given).select(self.at)
+        _, texts = write_text(self.policy, context, self.sampling, seeds)
         prompts = [Prompt(str(k), "") for k in self.at.tolist()]
         return [
             Episode(prompt, row % self.members, seeds[row], (*self.given[self.at[row]], text))
