@@ -223,6 +223,8 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     adapters = {i["item"]: i["formula"] for i in json.loads(result.stdout)["memory"]["always"]}["adapters"]
     assert "rank 3 " in adapters
     assert sorted(run.rglob("*")) == before
+    again = _run("train", "--resume", run, "--steps", "0", *left_open)
+    assert "sampling.rows=4, train.micro_batch=2: found when this run began; type a number" in again.stdout
 
 
 def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: Path, unread: Path) -> None:

@@ -26,7 +26,11 @@ def outgrown(what: str, key: str, size: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        smaller = f"give {key}={size // 2}" if size > 1 else "give dtype=bfloat16 or a smaller sampling.height"
+        smaller = (
+            f"give {key}={size // 2}"
+            if size > 1
+            else "give a smaller sampling.height, or dtype=bfloat16 if it is not"
+        )
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TooLargeError(f"out of memory in {what} with {key}={size}: {smaller} ({reason})") from error
 

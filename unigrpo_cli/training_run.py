@@ -44,7 +44,7 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.batches import save_bad_step
-from unigrpo_cli.runtime.changes import Change, Effect
+from unigrpo_cli.runtime.changes import Change, Effect, flat
 from unigrpo_cli.runtime.display import Display
 from unigrpo_cli.runtime.durable import locked, point
 from unigrpo_cli.runtime.generators import put_generators, read_generators, seed_generators
@@ -195,7 +195,11 @@ def _run(
     _refuse_what_ranks_cannot_share(config, prompts, ranks)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     content = None if checkpoint is None else read_state(checkpoint)
-    config = with_kept_sizes(content, config)
+    asked, config = left_open(config), with_kept_sizes(content, config)
+    if content is not None and asked:
+        values = flat(config.model_dump())
+        kept = ", ".join(f"{key}={values[key]}" for key in asked)
+        display.say(f"{kept}: found when this run began; type a number to change it")
     if content is not None and checkpoint is not None:
         _say_changes(refuse_changes(content, checkpoint, config), display)
     config = with_sizes(config, checkpoint, [*prompts, *suite], display.say, ranks)
