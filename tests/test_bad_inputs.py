@@ -52,9 +52,11 @@ def _run(*arguments: object) -> Result:
 
 
 def _tree(folder: Path) -> dict[str, str]:
-    """Every path below a folder, and what is in it."""
+    """Every path below a folder, and what is in it; Python's own caches beside a plugin's file do not count."""
     found = {}
     for path in sorted(folder.rglob("*")):
+        if "__pycache__" in path.relative_to(folder).parts:
+            continue
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = f"-> {os.readlink(path)}"
