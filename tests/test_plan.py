@@ -33,7 +33,7 @@ from unigrpo_cli.models.sizes import (
     network_shapes,
 )
 from unigrpo_cli.outgrown import outgrown
-from unigrpo_cli.plan import Plan, changed, plan_of, rates_of, refuse_too_large, relief
+from unigrpo_cli.plan import Plan, _free_on, changed, plan_of, rates_of, refuse_too_large, relief
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.runtime.display import Display
 from unigrpo_cli.session import model_defaults
@@ -262,6 +262,24 @@ def test_what_is_left_open_is_found_and_said(bagel: Path, unread: Path) -> None:
     config = load_config(preset="paper", overrides=[*left_open, "memory_gb=80"])
     edits = plan_of(config, str(bagel), None, elsewhere=True, pictures=True)
     assert edits.sizes["sampling.rows"] < rows
+
+
+def test_ranks_that_cannot_share_the_prompts_are_refused(
+    bagel: Path, unread: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    sets = [x for s in (*LORA, "memory_gb=80", "train.prompts_per_step=4") for x in ("--set", s)]
+    result = _run("train", "--model", bagel, "--dry-run", *sets)
+    assert result.exit_code == 2
+    assert "8 ranks x train.updates=2 must divide it" in " ".join(result.stderr.split())
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unigrpo_cli.plan._memory_of", lambda device: 12.0)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert _free_on(torch.device("cpu")) == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert _free_on(torch.device("cpu")) == 3
 
 
 def test_memory_that_does_not_suffice_names_the_smaller_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,6 +297,13 @@ def test_limits_are_the_configurations() -> None:
     assert _names(_after(0, 3, text__drift_mean=0.03), "train.drift_limit=0.1") == []
 
 
+def test_steps_that_do_not_tell_the_ratio_heal_nothing() -> None:
+    """Most have no first ratio of their own: a fault stands until a step that has one says otherwise."""
+    stale, silent, well = ([{"text/first_max_abs_log_ratio": value}] for value in (0.1, math.nan, 0.0))
+    assert _names([*stale, *silent * 15, *stale]) == ["stale-old-policy"]
+    assert _names([*stale, *silent * 6, *well, *silent * 6, *stale]) == ["stale-old-policy"] * 2
+
+
 def test_said_again_only_after_five_quiet_steps() -> None:
     bad, quiet = _after(0, 3, text__truncated=0.9), [{}]
     assert _names([*bad, *quiet * 4, *bad]) == ["text-truncated"]
