@@ -188,9 +188,35 @@ def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
         assert abs(grey[0] - grey[1]).max() <= 1
     more = ["--fail-under", "jpeg=1.1", "--out", str(tmp_path / "gate")]
     ended = finished(launch(2, *PROGRAM, *command, *more), 120)
-    assert sorted(code for code, _, _ in ended) == [0, 4]
+    assert sorted(code for code, _, _ in ended) == [0, 4], ended
     (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
     assert "under --fail-under jpeg=1.1" in line
+
+
+DISMANTLED = """
+import atexit
+
+class Late:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+def command(**how):
+    atexit.register(print, "said at the end")
+    return app(**how)
+
+late = Late()
+from unigrpo_cli import cli
+app, cli.app = cli.app, command
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("asked", "code"), [("--version", 0), ("--verzion", 2)])
+def test_one_of_several_ends_before_python_takes_itself_apart(asked: str, code: int) -> None:
+    """Its threads may still want Python, which aborts; one process alone ends as any program."""
+    for world, last in ((2, "said at the end"), (1, "taken apart")):
+        ((found, output, _),) = finished(launch(1, "-c", DISMANTLED, asked, WORLD_SIZE=str(world)), 60)
+        assert (found, output.splitlines()[-1]) == (code, last)
 
 
 def test_a_command_of_one_process_says_so(tmp_path: Path) -> None:

@@ -241,6 +241,29 @@ def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
         assert "judge is down" in found["error"]
 
 
+LEFT = """
+import os
+from unigrpo_cli.ranks import joined
+
+def threads():
+    tasks = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in tasks)
+
+with joined() as ranks:
+    ranks.wait()
+    import torch._dynamo  # with it comes torch.distributed.nn
+    print("inside", threads() > 0)
+print("left", threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of libraries are read from /proc")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """One that asks for Python while the process ends aborts it: seen once in some hundred evaluations by two."""
+    for code, output, errors in finished(launch(2, "-c", LEFT), 60):
+        assert (code, output.split("\n")[:2]) == (0, ["inside True", "left 0"]), errors
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, tune: str) -> None:
     """Two ranks' checkpoint in one process and the other way round: files of the same names and tensors."""

@@ -8,6 +8,7 @@ Writes what it found as OUT/<scene>.<rank>.json and tensors as .safetensors; wit
 from __future__ import annotations
 
 import json
+import os
 import math
 import sys
 import time
@@ -305,3 +306,4 @@ def main(out: Path, scenes: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2:])
+    os._exit(0)  # as the command does: see `unigrpo_cli.cli.main`

@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     import torch
 
+LAST_CALL_S = 1.0
+"""How long a lane that is closed is waited for; a call that an interrupt left behind may take longer."""
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -75,8 +78,10 @@ class Lane:
         return call
 
     def close(self) -> None:
-        """No more calls: the thread ends when it has made those it was handed."""
+        """No more calls: the thread ends when it has made those it was handed, and most have made them all."""
         self._asked.put(None)
+        if self._thread is not None and not self.lost:
+            self._thread.join(LAST_CALL_S)
 
     def wait(self, call: Pending, timeout_s: float | None) -> tuple[bool, Any]:
         """Whether it came back, and its result or its exception.

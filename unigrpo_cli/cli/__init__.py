@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 
@@ -49,6 +50,18 @@ def main() -> None:
     """Entry point: sub-commands of installed plugins first, then ours."""
     from unigrpo_cli.cli.common import plugin_commands
 
+    code = 1
+
+    def end_at_once() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # One of several processes ends before Python takes itself apart: torch's threads let go of the last
+        # collective's tensors a little after it, and one that asks for Python by then aborts the process
+        # (pytorch/pytorch#179291). What is registered first is called last, so nothing else is left out.
+        atexit.register(end_at_once)
     # OpenMP reads this when torch loads. Threads that spin while they wait halve the speed of small tensors as
     # soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
