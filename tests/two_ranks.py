@@ -8,8 +8,8 @@ Writes what it found as OUT/<scene>.<rank>.json and tensors as .safetensors; wit
 from __future__ import annotations
 
 import json
-import os
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
