@@ -77,12 +77,16 @@ FIELDS = {
 NUMBERS = ["train.updates=1", "train.epochs=2", "train.micro_batch=2", "train.warmup=5", "advantage.clamp=0.5"]
 
 
+ALONE = ("advantage.shuffle=true", "sampling.compile=true")
+"""Of what is combined one learns nothing, and one takes ten seconds and is `test_compiled.py`'s concern."""
+
+
 def _combinations(wanted: int) -> list[tuple[str, ...]]:
     """Random settings of all fields at once, those that the configuration and the tuning accept."""
     draw, found = random.Random(3), []
     while len(found) < wanted:
         settings = [draw.choice(choices) for choices in FIELDS.values()]
-        settings = [s for s in settings if not s.startswith("train.also") and s != "advantage.shuffle=true"]
+        settings = [s for s in settings if not s.startswith("train.also") and s not in ALONE]
         settings.append(f"train.epochs={draw.choice((1, 2))}")
         if not {"sampling.think=false", "train.experts=text"} <= set(settings):
             found.append(tuple(settings))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from itertools import combinations
 
@@ -132,7 +133,7 @@ def train_prompts(count: int = 2048, seed: int = 0) -> list[dict]:
 
     A task with few requests (six shapes make six single objects) runs dry early and is then passed over.
     """
-    return _distinct("train", count, seed, per_tag=count)
+    return deepcopy(list(_distinct("train", count, seed, per_tag=count)))
 
 
 def held_out_prompts(per_tag: int = 40, seed: int = 0) -> list[dict]:
@@ -141,7 +142,7 @@ def held_out_prompts(per_tag: int = 40, seed: int = 0) -> list[dict]:
     With the default 40 there are 240 rows, more than 200 of them distinct; a task with fewer distinct
     prompts repeats them (each row has its own noise), so that the six tasks weigh the same.
     """
-    rows = _distinct("held_out", per_tag * len(TAGS), seed, per_tag)
+    rows = deepcopy(list(_distinct("held_out", per_tag * len(TAGS), seed, per_tag)))
     suite = []
     for tag in TAGS:
         own = [row for row in rows if row["tag"] == tag]
@@ -149,7 +150,8 @@ def held_out_prompts(per_tag: int = 40, seed: int = 0) -> list[dict]:
     return suite
 
 
-def _distinct(split: str, count: int, seed: int, per_tag: int) -> list[dict]:
+@cache
+def _distinct(split: str, count: int, seed: int, per_tag: int) -> tuple[dict, ...]:
     rows: dict[str, dict] = {}
     of_tag = dict.fromkeys(TAGS, 0)
     misses = dict.fromkeys(TAGS, 0)
@@ -163,7 +165,7 @@ def _distinct(split: str, count: int, seed: int, per_tag: int) -> list[dict]:
                 of_tag[tag] += 1
                 misses[tag] = 0
         if len(rows) == count or all(misses[t] >= 200 or of_tag[t] >= per_tag for t in TAGS):
-            return list(rows.values())
+            return tuple(rows.values())
     raise AssertionError("the stream is endless")
 
 
