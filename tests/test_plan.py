@@ -89,6 +89,7 @@ def unread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr("unigrpo_cli.models.checkpoint.read_tensors", forbidden)
     monkeypatch.setattr("unigrpo_cli.models.checkpoint.load_tokenizer", forbidden)
+    monkeypatch.setattr("unigrpo_cli.preparation.load_policy", forbidden)
     monkeypatch.setattr("unigrpo_cli.training_run.open_rewards", forbidden)
     monkeypatch.setattr("unigrpo_cli.training_run.fresh_directory", forbidden)
     monkeypatch.chdir(tmp_path)

@@ -243,7 +243,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(
 def test_an_interrupt_while_loading(
     tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr("unigrpo_cli.training_run.load_policy", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("unigrpo_cli.preparation.load_policy", lambda *_: signal.raise_signal(number))
     stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
     assert stopped.stderr.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run").exists()

@@ -70,9 +70,9 @@ def doctor(
 def _examined(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
     """All checks on what a training run of these settings would begin with."""
     from unigrpo_cli.doctor import findings, gather
+    from unigrpo_cli.preparation import prepare, with_sizes
     from unigrpo_cli.session import is_embedded, open_rewards, reward_choices
     from unigrpo_cli.suites import training_prompts
-    from unigrpo_cli.training_run import prepare, with_sizes
 
     plugins.call("unigrpo_configure", config=settings)
     choices = reward_choices(settings)

@@ -87,14 +87,14 @@ def train(
         return resolved(config or run / "config.toml"), run, wanted
 
     with interrupts() as listener:
-        from unigrpo_cli import training_run
+        from unigrpo_cli import preparation, training_run
         from unigrpo_cli.ranks import joined
         from unigrpo_cli.runtime.resume import checkpoint_to_plan, run_to_resume
 
         if dry_run:
             settings, run, wanted = chosen()
             if rank == 0:
-                _dry_run(training_run.plan(settings, run and checkpoint_to_plan(run, wanted)), display, json)
+                _dry_run(preparation.plan(settings, run and checkpoint_to_plan(run, wanted)), display, json)
             return
         with joined() as ranks:
             with ranks.together():
