@@ -160,6 +160,7 @@ def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str],
     done = subprocess.run([*lines[launcher], *own], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "2 ranks, the layers sharded over them: each draws 2 prompts x 2 = 4 episodes" in done.stdout
+    assert "warning:" not in done.stderr
     assert steps_in(run) == [1]
 
 

@@ -8,6 +8,7 @@ process computes. A pass through a sharded network is a collective: all ranks mu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,9 @@ def shard(network: MoT, world: int) -> None:
 
     Gradients of several ranks are added, not averaged: the objective divides by the episodes of all ranks.
     """
+    # Keys and values of a text that nothing came before are views. The cache is written in place without gradients
+    # only, so what this warning is about cannot happen.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(network.device.type, (world,))
     layers = network.language_model.model.layers
     for layer in layers:
