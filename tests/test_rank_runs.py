@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.test_ranks import finished, launch
+from tests.test_ranks import finished, free_port, launch
 from unigrpo_cli.cli import app
 
 SMALL = [
@@ -128,6 +129,50 @@ def test_a_judge_that_fails_on_one_rank_is_one_line_and_loses_no_step(tmp_path: 
     assert line.startswith("error: rank 1: reward 'bright'")
     assert "OSError: gone" in line
     assert (run / "checkpoints" / "step_000002" / "state.json").is_file()
+
+
+ONE_SIDED = """
+import os
+from unigrpo_cli import hookimpl
+
+@hookimpl
+def unigrpo_combine_rewards(rewards):
+    if os.environ.get("RANK") == "0":
+        raise OSError("no advantages here")
+"""
+
+
+def test_when_the_first_rank_fails_alone_the_other_ends_as_it_does(tmp_path: Path, judge: list[str]) -> None:
+    """The place where ranks meet goes with it, so it stays until it was heard: one line, one code, no noise."""
+    hook = tmp_path / "hook.py"
+    hook.write_text(ONE_SIDED)
+    more = ["--plugin", str(hook), "--out", str(tmp_path / "run"), "--steps", "1", "--set", "doctor.at_start=off"]
+    ended = finished(launch(2, *PROGRAM, *SMALL, *judge, *more), 120)
+    (code, _, errors), (other, _, silent) = ended
+    assert code == other == 3, ended
+    (line,) = error_lines(errors)
+    assert line.startswith("error: rank 0:") and "no advantages here" in line
+    assert not silent
+
+
+def test_who_waits_for_the_others_can_be_interrupted() -> None:
+    """They meet outside Python, where no signal is seen; another rank may take half an hour to come."""
+    port = free_port()
+    (process,) = launch(1, *PROGRAM, "train", WORLD_SIZE="2", MASTER_PORT=str(port))
+
+    def meets() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(meets)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
 
 
 @long

@@ -37,9 +37,10 @@ SCENES = (
     "refused",
     "uneven_texts",
     "failing_judge",
+    "abstaining_judge",
     *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
 )
-CONTROLS = (*SCENES[:3], *RESUMED)
+CONTROLS = (*SCENES[:3], "abstaining_judge", *RESUMED)
 STEPS = 3
 TOLERANCE = 1e-5
 """Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
@@ -239,6 +240,14 @@ def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
         found = told(played, "failing_judge", 2, rank)
         assert found["everywhere"] and found["error"].startswith("rank 1: reward 'bright'")
         assert "judge is down" in found["error"]
+
+
+def test_abstentions_are_counted_over_all_ranks(played: Path) -> None:
+    """A quarter of all, which may be, is half of one rank's: no rank stops, and each knows of all."""
+    alone = told(played, "abstaining_judge", 1, 0)["abstained"]
+    assert sum(alone) * 4 == len(alone) == 12 * STEPS
+    for rank in range(2):
+        assert told(played, "abstaining_judge", 2, rank)["abstained"] == alone
 
 
 LEFT = """

@@ -137,8 +137,8 @@ def trained(ranks: Ranks, *settings: str) -> Found:
                     "scores": done.scored["bright"].scores.tolist(),
                 }
             )
-        asked = judges.rewards[0].reward.asked
-    return weights_of(state), {"steps": steps, "asked": asked, "setups": Bright.setups}
+        asked, abstained = judges.rewards[0].reward.asked, judges.recent()["bright"]
+    return weights_of(state), {"steps": steps, "asked": asked, "setups": Bright.setups, "abstained": abstained}
 
 
 def lora(ranks: Ranks, _out: Path) -> Found:
@@ -206,6 +206,22 @@ def failing_judge(ranks: Ranks, _out: Path) -> Found:
     finally:
         Bright.score = original
     raise AssertionError("the judge's failure passed unseen")
+
+
+def abstaining_judge(ranks: Ranks, _out: Path) -> Found:
+    """A reward that abstains on one prompt of four: no more than it may of all, more than it may of one rank's."""
+    original = Bright.score
+
+    def score(self: Any, batch: Any) -> list[float]:
+        found = original(self, batch)
+        return [math.nan if s.prompt == PROMPTS[0].text else x for s, x in zip(batch.samples, found, strict=True)]
+
+    Bright.score = score
+    try:
+        weights, told = trained(ranks, "train.tune=lora")
+    finally:
+        Bright.score = original
+    return weights, told
 
 
 def uneven_texts(ranks: Ranks, _out: Path) -> Found:
@@ -281,6 +297,7 @@ SCENES = {
         judged_on_first,
         refused,
         failing_judge,
+        abstaining_judge,
         uneven_texts,
     )
 }

@@ -57,8 +57,8 @@ class Sampling(Section):
     window_every: Positive = Field(25, description="training steps between moves of a sliding window")
     rows: Count = Field(
         0,
-        description="episodes sampled in one batch; changes speed, no sample; 0: as many as fit the memory, in "
-        "batches of one size",
+        description="episodes sampled in one batch; changes speed, and in fp32 no sample (in bf16 another rounding "
+        "may draw another word); 0: as many as fit the memory, in batches of one size",
     )
     decode_strip: Count = Field(
         0,
@@ -294,7 +294,11 @@ class Config(Section):
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="CPU threads, each for a batch of its own where there are several; 0 leaves it to torch"
     )
-    memory_gb: Rate = Field(0.0, description="memory that a run may fill, GiB; 0 asks the device")
+    memory_gb: Rate = Field(
+        0.0,
+        description="memory that a run may fill, GiB; 0 asks the device. A dry run is then for another machine: an "
+        "accelerator, or with device=cpu a CPU of `threads` cores",
+    )
     sampling: Sampling = Sampling()
     objective: Objective = Objective()
     advantage: Advantage = Advantage()

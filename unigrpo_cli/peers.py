@@ -31,6 +31,8 @@ GRACE = 5.0
 """Seconds that a rank has to end by itself after another one failed."""
 FAREWELL = 10.0
 """Seconds that the first rank waits for the others to leave before it."""
+HEARING = 3 * BEAT
+"""Seconds that a rank that fails waits for the others to hear of it: the place where they would may go with it."""
 
 
 def launched() -> tuple[int, int, int]:
@@ -54,10 +56,15 @@ def launched() -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class End:
-    """That and why another rank is gone."""
+    """That and why another rank is gone.
+
+    Args:
+        told: the user knows; nobody else needs to say it.
+    """
 
     text: str
     code: int
+    told: bool = False
 
 
 class Peers:
@@ -83,13 +90,23 @@ class Peers:
             self._over.set()
             thread.join()  # a thread inside the store while Python ends would abort the process
 
-    def report(self, text: str, code: int) -> None:
+    def report(self, text: str, code: int, told: bool = False) -> None:
         """Tell the others that this rank fails; the first report counts."""
         if self._add("reports", 1) == 1:
-            self._set("report", json.dumps({"text": text, "code": code}))
+            self._set("report", json.dumps({"text": text, "code": code, "told": told}))
+
+    def be_heard(self) -> None:
+        """After a report: until the others have read it, each within a beat, or fail themselves, or cannot."""
+        until = time.monotonic() + HEARING
+        heard = self._add("heard", 1)
+        while self._contact and heard < self.world and time.monotonic() < until:
+            time.sleep(BEAT / 20)
+            heard = self._add("heard", 0)
 
     def may_tell(self) -> bool:
         """Whether nobody has told the user yet: then it is for this rank to do so."""
+        if self._found is not None and self._found.told:
+            return False
         count = self._add("told", 1)
         return count == 1 or (count == 0 and self._speaks_without_store())
 
@@ -123,6 +140,7 @@ class Peers:
                 last, heard = beat, time.monotonic()
             report = self._read("report")
             if report is not None:
+                self._add("heard", 1)
                 self._found = End(**json.loads(report))
             elif not self._contact:
                 self._found = End("rank 0 or its launcher is gone: nobody answers at the place where ranks meet", 1)

@@ -20,6 +20,7 @@ from unigrpo_cli.ranks import ALONE, Ranks
 from unigrpo_cli.runtime.resume import refuse_changes, with_kept_sizes
 from unigrpo_cli.runtime.state import Reference, TrainState, read_state, restore_state
 from unigrpo_cli.session import find_checkpoint, load_policy, model_of
+from unigrpo_cli.suites import training_prompts
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 
@@ -35,7 +36,8 @@ def plan(config: Config, checkpoint: Path | None) -> Plan:
         content = read_state(checkpoint)
         config = with_kept_sizes(content, config)
         refuse_changes(content, checkpoint, config)
-    return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True)
+    pictures = any(prompt.image for prompt in training_prompts(config.prompts))
+    return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True, pictures=pictures)
 
 
 def with_sizes(

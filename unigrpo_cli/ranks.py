@@ -13,11 +13,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -294,16 +297,10 @@ def joined() -> Iterator[Ranks]:
     if world == 1:
         yield ALONE
         return
-    gpu = torch.cuda.is_available()
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(here % torch.cuda.device_count())
     try:
-        store = next(rendezvous("env://", timeout=PATIENCE))[0]
-        # The watch has a connection of its own: one that is used by two threads lets each wait for the other.
-        peers = Peers(store.clone(), rank, world)
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        group = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=PATIENCE)
+        peers = _interruptible(partial(_meet, rank, world))
     except (ValueError, RuntimeError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UsageError(
@@ -322,6 +319,38 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def _meet(rank: int, world: int) -> Peers:
+    """Wait for all ranks at the place that the launcher names, and make their group."""
+    store = next(rendezvous("env://", timeout=PATIENCE))[0]
+    # The watch has a connection of its own: one that is used by two threads lets each wait for the other.
+    peers = Peers(store.clone(), rank, world)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=PATIENCE)
+    return peers
+
+
+def _interruptible(function: Callable[[], T]) -> T:
+    """A call that waits outside Python, made by a thread: signals reach only a main thread that is in Python."""
+    answer: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answer.put((function(), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="meeting").start()
+    while True:
+        try:
+            result, error = answer.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+
 def _leave(error: BaseException, ranks: Ranks, peers: Peers) -> None:
     """End with an error that all ranks know, or tell them, or find out whose end this one comes from.
 
@@ -330,19 +359,18 @@ def _leave(error: BaseException, ranks: Ranks, peers: Peers) -> None:
         RankError: in place of an error of this rank alone, or the echo of another rank's end.
     """
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    text = f"rank {ranks.rank}: {said(error)}"
-    if getattr(error, "everywhere", False):
+    text, gone, known = f"rank {ranks.rank}: {said(error)}", None, getattr(error, "everywhere", False)
+    if known:
         ranks.wait()  # a launcher that sees one exit ends the others, which may still be saving
         text = ""
-    else:
-        gone = peers.wait_for_an_end() if _is_of_the_network(error) else None
-        if gone is None:
-            peers.report(text, code)
-        else:
-            text, code = gone.text, gone.code
+    elif _is_of_the_network(error) and (gone := peers.wait_for_an_end()) is not None:
+        text, code = gone.text, gone.code
     tells = peers.may_tell()
-    if not text:
+    if known:
         peers.part()
+    elif gone is None:
+        peers.report(text, code, told=True)
+        peers.be_heard()
     if not tells:
         raise EndedElsewhereError(code) from error
     if text and not isinstance(error, KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 
 import typer
@@ -82,4 +83,7 @@ def main() -> None:
             where = context.command_path if context is not None else "unigrpo"
             print(f"error: {error.format_message()} (see `{where} --help`)", file=sys.stderr)
         code = UsageError.exit_code
+    if code == 130:
+        for number in (signal.SIGINT, signal.SIGTERM):  # who asks twice gets the same answer
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

@@ -82,7 +82,10 @@ class Scoring:
             return _on_first(self.rewards, own, self.ranks, parts, step=self.step, split=self.split)
         with self.ranks.together():
             results = self._of_own(order)
-        return _of_all(results, self.ranks, parts)
+        results = _of_all(results, self.ranks, parts)
+        with self.ranks.together():
+            self.rewards.watch({alias: scored.valid for alias, scored in results.items()})
+        return results
 
     def _of_own(self, order: Sequence[int]) -> dict[str, Scored]:
         added = [sample for batch in self._batches for sample in batch.samples]
@@ -111,7 +114,14 @@ def scores_of(
         everyone = _on_first(rewards, samples, ranks, None, step=step, split=split)
         return {name: taken(scored, range(begin, begin + len(samples))) for name, scored in everyone.items()}
     with ranks.together():
-        return rewards.score(samples, step=step, split=split) if samples else {}
+        own = rewards.score(samples, step=step, split=split, watched=False) if samples else {}
+    told = ranks.gather({name: scored.valid.tolist() for name, scored in own.items()})
+    with ranks.together():
+        names = dict.fromkeys(name for row in told for name in row)
+        rewards.watch(
+            {name: np.array([v for row in told for v in row.get(name, ())], dtype=bool) for name in names}
+        )
+    return own
 
 
 def _on_first(

@@ -13,7 +13,7 @@ import math
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -233,8 +233,13 @@ class RewardSet:
             if self.here and hasattr(opened.reward, "check_metadata"):
                 self._call(opened, partial(opened.reward.check_metadata, metadata), "check_metadata")
 
-    def score(self, samples: Sequence[Sample], *, step: int = 0, split: str = "train") -> dict[str, Scored]:
+    def score(
+        self, samples: Sequence[Sample], *, step: int = 0, split: str = "train", watched: bool = True
+    ) -> dict[str, Scored]:
         """Scores of every reward that is asked in this split, by alias. Those that wait for others wait together.
+
+        Args:
+            watched: False leaves it to the caller to `watch`, when it has the scores of all ranks.
 
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often.
@@ -243,6 +248,8 @@ class RewardSet:
         asked = self.asked(split)
         waiting = {r.alias: self.submit(r, batch) for r in asked if waits_elsewhere(r)}
         results = {r.alias: self.collect(r, waiting.get(r.alias) or self.submit(r, batch)) for r in asked}
+        if watched:
+            self.watch({alias: scored.valid for alias, scored in results.items()})
         self.announce(batch, results)
         return results
 
@@ -292,12 +299,9 @@ class RewardSet:
         """What a reward said of the batches it was handed, checked.
 
         Raises:
-            RewardError: when it failed, broke its contract or abstained too often.
+            RewardError: when it failed or broke its contract.
         """
-        parts = [self._read(opened, self._wait(opened, call, "score", n), n) for n, call in calls]
-        scored = _join(parts)
-        self._watch(opened, scored)
-        return scored
+        return _join([self._read(opened, self._wait(opened, call, "score", n), n) for n, call in calls])
 
     def _call(self, opened: OpenReward, function: Callable[[], Any], what: str) -> Any:
         return self._wait(opened, opened.lane.submit(function), what)
@@ -372,15 +376,21 @@ class RewardSet:
                 warnings.warn(message, stacklevel=2)
         return Scored(np.where(valid, scores, math.nan), valid, components, info)
 
-    def _watch(self, opened: OpenReward, scored: Scored) -> None:
-        opened.recent.extend((~scored.valid).tolist())
-        share = sum(opened.recent) / len(opened.recent)
-        if share > self.policy.max_abstain:
-            raise RewardError(
-                f"reward {opened.alias!r} ({opened.address}) abstained (NaN) on {share:.0%} of the last "
-                f"{len(opened.recent)} samples, more than reward.max_abstain={self.policy.max_abstain:g}; "
-                f"look into it with `unigrpo rewards test {opened.choice.name}`"
-            )
+    def watch(self, valid: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Count on which samples rewards abstained, by alias; ranks count each other's too, so all stop as one.
+
+        Raises:
+            RewardError: when one abstained too often.
+        """
+        for opened in self.rewards:
+            opened.recent.extend((~valid.get(opened.alias, np.ones(0, dtype=bool))).tolist())
+            share = sum(opened.recent) / max(len(opened.recent), 1)
+            if opened.alias in valid and share > self.policy.max_abstain:
+                raise RewardError(
+                    f"reward {opened.alias!r} ({opened.address}) abstained (NaN) on {share:.0%} of the last "
+                    f"{len(opened.recent)} samples, more than reward.max_abstain={self.policy.max_abstain:g}; "
+                    f"look into it with `unigrpo rewards test {opened.choice.name}`"
+                )
 
 
 def waits_elsewhere(opened: OpenReward) -> bool:
