@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -198,6 +199,17 @@ def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
     result = _run("train", "--out", tmp_path / "r", "--steps", "0", "--set", "memory_gb=1000000", *small)
     assert result.exit_code == 0, result.output
     assert "memory_gb=1e+06, but there are only" in result.stderr
+
+
+def test_pictures_that_come_with_prompts_take_room_in_the_plan(bagel: Path, unread: Path) -> None:
+    """As the run finds its sizes: an edit is as large as its picture, and the context holds that picture."""
+    Image.new("RGB", (16, 16)).save("a.png")
+    Path("words.jsonl").write_text('{"prompt": "a red circle"}\n')
+    Path("edits.jsonl").write_text('{"prompt": "make it red", "image": "a.png"}\n')
+    more = ("train.tune=lora", "dtype=bfloat16", "train.activation_checkpointing=true", "memory_gb=60")
+    words, edits = (_dry(bagel, *more, f"prompts={name}.jsonl")[1]["sizes"] for name in ("words", "edits"))
+    assert edits["sampling.rows"] < words["sampling.rows"]
+    assert edits["train.micro_batch"] <= words["train.micro_batch"]
 
 
 def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
