@@ -268,7 +268,7 @@ print("left", threads())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of libraries are read from /proc")
 def test_no_thread_of_the_group_outlives_it() -> None:
-    """One that asks for Python while the process ends aborts it: seen once in some hundred evaluations by two."""
+    """One that asks for Python while the process ends aborts it: seen once, in an evaluation by two."""
     for code, output, errors in finished(launch(2, "-c", LEFT), 60):
         assert (code, output.split("\n")[:2]) == (0, ["inside True", "left 0"]), errors
 

@@ -1,4 +1,4 @@
-"""Threads that are handed calls: one for each reward, and one for each batch that is computed beside others.
+"""Threads that are handed calls: for each reward, for the meeting of ranks, for each batch that is beside others.
 
 A reward has a thread of its own, so that one that hangs can be left behind and one that waits keeps nobody
 waiting. Batches have one each on a CPU, because operators on small tensors gain next to nothing from the threads
@@ -78,7 +78,7 @@ class Lane:
         return call
 
     def close(self) -> None:
-        """No more calls: the thread ends when it has made those it was handed, and most have made them all."""
+        """No more calls: the thread ends when it has made those it was handed; it is waited for, not for long."""
         self._asked.put(None)
         if self._thread is not None and not self.lost:
             self._thread.join(LAST_CALL_S)

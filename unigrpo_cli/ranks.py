@@ -13,14 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from unigrpo_cli import errors
 from unigrpo_cli.errors import EndedElsewhereError, RankError, UnigrpoError, UsageError
+from unigrpo_cli.lanes import Lane
 from unigrpo_cli.peers import Peers, launched
 
 T = TypeVar("T")
@@ -300,7 +299,12 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(here % torch.cuda.device_count())
     try:
-        peers = _interruptible(partial(_meet, rank, world))
+        meeting = Lane("meeting")  # which waits outside Python, where no signal would reach the main thread
+        met, answer = meeting.wait(meeting.submit(partial(_meet, rank, world)), None)
+        meeting.close()
+        if not met:
+            raise answer
+        peers: Peers = answer
     except (ValueError, RuntimeError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UsageError(
@@ -328,27 +332,6 @@ def _meet(rank: int, world: int) -> Peers:
     group = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=PATIENCE)
     return peers
-
-
-def _interruptible(function: Callable[[], T]) -> T:
-    """A call that waits outside Python, made by a thread: signals reach only a main thread that is in Python."""
-    answer: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answer.put((function(), None))
-        except Exception as error:
-            answer.put((None, error))
-
-    threading.Thread(target=work, daemon=True, name="meeting").start()
-    while True:
-        try:
-            result, error = answer.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if error is not None:
-            raise error
-        return cast(T, result)
 
 
 def _leave(error: BaseException, ranks: Ranks, peers: Peers) -> None:

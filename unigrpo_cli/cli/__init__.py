@@ -58,7 +58,7 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code or 0)
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         # One of several processes ends before Python takes itself apart: torch's threads let go of the last
         # collective's tensors a little after it, and one that asks for Python by then aborts the process
         # (pytorch/pytorch#179291). What is registered first is called last, so nothing else is left out.

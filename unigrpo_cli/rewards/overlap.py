@@ -117,10 +117,9 @@ def scores_of(
         own = rewards.score(samples, step=step, split=split, watched=False) if samples else {}
     told = ranks.gather({name: scored.valid.tolist() for name, scored in own.items()})
     with ranks.together():
-        names = dict.fromkeys(name for row in told for name in row)
-        rewards.watch(
-            {name: np.array([v for row in told for v in row.get(name, ())], dtype=bool) for name in names}
-        )
+        names = {name for row in told for name in row}  # a rank without samples knows of none
+        valid = {name: [flag for row in told for flag in row.get(name, ())] for name in names}
+        rewards.watch({name: np.array(flags, dtype=bool) for name, flags in valid.items()})
     return own
 
 
