@@ -107,8 +107,8 @@ def drawn(policy: UnifiedModel, size: Size, context: int, copies: int) -> Episod
 def measure_replay(bench: Comparison, shape: str, copies: int, context: int) -> None:
     """Gradients in all weights of the layers, of random pulls at all words and velocities, three ways.
 
-    A pass for the words and one for every noisy image is what two losses, written one after the other, do. K passes,
-    the first of which scores the words too, are the least that can be done without packing.
+    A pass for the words and one for every noisy image is what two losses, written one after the other, do. K
+    passes, the first of which scores the words too, are the least that can be done without packing.
     """
     size, part = sizes(bench.cases)[shape], part_of(shape, copies, context)
     policy = random_policy(size, torch.device("cpu"), torch.float32)

@@ -30,6 +30,7 @@ EMBEDDED, LARGE = "embedded", "100M"
 MODELS = (EMBEDDED, LARGE)
 DENOISING = "denoising against diffusers' loop, 100M"
 SEED, WINDOW = 0, Window(1, 3)
+STAGES = {"thinking": "write_text", "painting": "paint"}
 LATENTS = {EMBEDDED: 1e-4, LARGE: 1e-5}
 """The embedded model predicts data, and v = (x - data) / t divides its rounding by small t."""
 
@@ -56,6 +57,7 @@ def rows(cases: Cases) -> list[Row]:
         ]
         found += [Row(growth_part(model), f"group of {group}", "s/sample") for group in cases.groups]
         found.append(Row(growth_part(model), "largest to smallest", "x", Goal(0.5)))
+        found += [Row(growth_part(model), f"{stage}, largest to smallest", "x") for stage in STAGES]
     found += [Row(DENOISING, name, "s") for name in ("diffusers' loop", "ours")]
     return [*found, Row(DENOISING, "times faster", "x"), Row(DENOISING, "latents differ", RELATIVE)]
 
@@ -165,18 +167,26 @@ def measure_groups(bench: Comparison, model: str) -> None:
     """What a sample costs in groups of several sizes, the sizes in turn."""
     policy, prompt, sampling = asked(bench, model)
     part, groups = growth_part(model), bench.cases.groups
+    spent: dict[int, dict[str, float]] = {group: {} for group in groups}
 
-    def run(group: int, how: Sampling = sampling) -> None:
-        stages.rollout(policy, [prompt], group, how, WINDOW, SEED)
+    def run(group: int) -> None:
+        with ExitStack() as stack:
+            for name in STAGES.values():
+                stack.enter_context(bench.clock.watching(stages, name, spent[group]))
+            stages.rollout(policy, [prompt], group, sampling, WINDOW, SEED)
 
-    run(groups[0], brief(sampling))
+    stages.rollout(policy, [prompt], groups[0], brief(sampling), WINDOW, SEED)
     runs = {str(group): (lambda group=group: run(group)) for group in groups}
     times = bench.clock.side_by_side(runs, bench.cases.share_s, warm=True)
     for group in groups:
         bench.report.add(part, f"group of {group}", statistics.median(times[str(group)]) / group)
-    small, large = str(groups[0]), str(groups[-1])
-    shrinks = ratio(times, large, small) * groups[0] / groups[-1]
-    bench.report.add(part, "largest to smallest", shrinks, f"cost per sample, {len(times[small])} rounds")
+    small, large = groups[0], groups[-1]
+    shrinks = ratio(times, str(large), str(small)) * small / large
+    bench.report.add(part, "largest to smallest", shrinks, f"cost per sample, {len(times[str(small)])} rounds")
+    for stage, name in STAGES.items():
+        own = spent[large][name] / spent[small][name] * small / large
+        share = spent[small][name] / sum(times[str(small)])
+        bench.report.add(part, f"{stage}, largest to smallest", own, f"{share:.0%} of the smallest's seconds")
 
 
 # ----- denoising

@@ -42,6 +42,7 @@ CALLS = {
 """The phases of `training_step`, each by the one call that it is."""
 LEAST_SHARE = 0.02
 NETWORK, HEAD, BACKWARD, OPTIMIZER, REWARD, REST = "network", "head", "backward", "optimizer", "reward", "rest"
+BETWEEN = "Python, between operators"
 MOVES = (
     "copy",
     "cat",
@@ -148,11 +149,15 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
             own = spent.setdefault((event.name, place), [0.0, 0])
             own[0] += event.self_cpu_time_total
             own[1] += 1
-    between = whole_us - sum(us for (_, place), (us, _) in spent.items() if place != REWARD)
+    ranges = [e.cpu_time_total for e in seen.events() if e.is_user_annotation and e.name in (NETWORK, HEAD)]
+    between = {NETWORK: sum(ranges), REST: whole_us - sum(ranges)}
+    for (_, place), (us, _) in spent.items():
+        if place != REWARD:
+            between[NETWORK if place in (NETWORK, HEAD) else REST] -= us
     arithmetic = sum(us for (name, place), (us, _) in spent.items() if is_arithmetic(name, place))
     bench.report.add(STEP, "model arithmetic", 100 * arithmetic / whole_us, "of a step that is profiled, so slower")
     lines = [(us, name, place, str(int(n)), is_arithmetic(name, place)) for (name, place), (us, n) in spent.items()]
-    lines.append((between, "Python, between operators", "everywhere", "", False))
+    lines += [(us, BETWEEN, place, "", False) for place, us in between.items()]
     for us, name, place, calls, counts in sorted(lines, reverse=True):
         if us / whole_us > LEAST_SHARE:
             line = {"operator": f"`{name}`", "called by": place, "share, %": 100 * us / whole_us, "calls": calls}
