@@ -24,7 +24,7 @@ class Cases:
         replayed_pixels: side of that image.
         proportioned: a random network with the proportions of BAGEL's layers, for the replay too.
         prompts: of a text-only step, each with the first of the small one's groups.
-        waiting_rows: episodes per batch while a reward waits.
+        waiting_rows: episodes per batch while a reward waits, one after the other.
         curves: what the costs of the small network are followed over.
         budget_s, share_s: seconds for everything, unless the command says otherwise, and for the rounds of one
             measurement; there is always one.
@@ -40,7 +40,7 @@ class Cases:
     replayed_pixels: int
     proportioned: Size
     prompts: int
-    waiting_rows: int
+    waiting_rows: tuple[int, ...]
     curves: dict[str, tuple[int, ...]]
     budget_s: float
     share_s: float
@@ -93,7 +93,7 @@ CASES = {
             groups=(8,),
         ),
         prompts=2,
-        waiting_rows=16,
+        waiting_rows=(48, 16),  # the preset's own, and small ones
         curves={
             "group size": (4, 8, 32),
             "thinking, tokens": (32, 128, 512),
@@ -148,7 +148,7 @@ CASES = {
             rank=2,
         ),
         prompts=2,
-        waiting_rows=2,
+        waiting_rows=(2,),
         curves={"K": (2,)},
         budget_s=1500,
         share_s=0,

@@ -32,7 +32,8 @@ def measurements(bench: Comparison) -> Iterator[tuple[list[str], Callable[[], No
     """Parts of the report and how they are filled, in order."""
     cases = bench.cases
     yield [step.STEP, step.OPERATORS], partial(step.measure_step, bench)
-    yield [step.WAITING], partial(step.measure_waiting, bench)
+    for own in cases.waiting_rows:
+        yield [step.waiting_part(own)], partial(step.measure_waiting, bench, own)
     yield [words.WORDS, words.AGAINST], partial(words.measure_words, bench)
     for model in sampling.MODELS:
         yield [sampling.sampling_part(model, cases)], partial(sampling.measure_sampling, bench, model)

@@ -25,7 +25,7 @@ from unigrpo_cli.models.context import Context
 from unigrpo_cli.models.unified import UnifiedModel
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, window_of
+from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, weighed, window_of
 from unigrpo_cli.tuning import make_optimizer
 
 NETWORK, CEILINGS, IN_ALL = "network", "ceilings", "in all"
@@ -338,8 +338,9 @@ def updates(bench: Benchmark, micro_batch: int, episodes: list[Episode]) -> tupl
     advantage_B = torch.ones(len(episodes))
     advantage_B[::2] = -1.0
     began = clock.now()
-    shares = replay_fixed(bench.policy, episodes, advantage_B, config, objective)
+    fixed = replay_fixed(bench.policy, episodes, config, objective)
     fixed_s = clock.now() - began
+    shares = weighed(fixed, advantage_B)
     steps: list[tuple[float, float]] = []
     try:
         while len(steps) < 2 and (not steps or steps[-1][0] < clock.left_s):

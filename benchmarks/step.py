@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 import unigrpo_cli.train as algorithm
-from benchmarks.cases import Comparison
+from benchmarks.cases import Cases, Comparison
 from benchmarks.report import Goal, Row
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.lanes import in_turn
@@ -30,7 +30,7 @@ from unigrpo_cli.suites import training_prompts
 from unigrpo_cli.train import prompts_for, training_step
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
-STEP, WAITING = "embedded: training step", "embedded: a reward that waits"
+STEP = "embedded: training step"
 OPERATORS = "Operators of a training step of the embedded model, those above 2 % of its time"
 WHOLE = "whole step"
 CALLS = {
@@ -61,15 +61,17 @@ MOVES = (
 """Parts of the names of operators that only move numbers: no arithmetic wherever they are."""
 
 
-def rows(_cases: object) -> list[Row]:
-    phases = [Row(STEP, name, "s") for name in (*CALLS, WHOLE)]
-    waiting = [
-        Row(WAITING, "waiting in all", "s"),
-        Row(WAITING, "rollout", "s"),
-        Row(WAITING, "waiting after it", "s"),
-        Row(WAITING, "hidden", "%", Goal(70, at_most=False)),
-    ]
-    return [*phases, Row(STEP, "model arithmetic", "%"), *waiting]
+def waiting_part(rows: int) -> str:
+    return f"embedded: a reward that waits, batches of {rows}"
+
+
+def rows(cases: Cases) -> list[Row]:
+    found = [*(Row(STEP, name, "s") for name in (*CALLS, WHOLE)), Row(STEP, "model arithmetic", "%")]
+    for part in map(waiting_part, cases.waiting_rows):
+        found += [Row(part, "waiting in all", "s"), Row(part, "sampling", "s")]
+        found.append(Row(part, "hidden behind sampling", "%"))
+        found.append(Row(part, "hidden", "%", Goal(70, at_most=False)))
+    return found
 
 
 def settings(bench: Comparison, **more: Any) -> Config:
@@ -208,67 +210,68 @@ class Waiting:
         return [float(p.mean()) / 255 for p in batch.pixels]
 
 
-def measure_waiting(bench: Comparison) -> None:
-    """How much of a judge's time lies before the end of sampling, by the wall; it takes as long as sampling."""
+def measure_waiting(bench: Comparison, rows: int) -> None:
+    """How much of a judge's time lies before training waits for it, by the wall; it takes as long as sampling."""
     rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
-    config = settings(bench, sampling__rows=bench.cases.waiting_rows, **rates)
+    config = settings(bench, sampling__rows=rows, **rates)
     state, prompts = prepared(config), training_prompts(config.prompts)
     plugins = Plugins()
     plugins.rewards.add("waiting", Waiting)
     episodes = config.train.prompts_per_step * config.train.group_size
-    sampled_s: list[float] = []
-    shares: list[float] = []
-    left_s: list[float] = []
+    found: dict[str, list[float]] = {}
     with open_rewards([RewardChoice("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
         judge = rewards.rewards[0].reward
 
         def run() -> None:
             judge.calls.clear()
-            sampled = sampling_of(
+            own = moments_of(
                 lambda: training_step(state, prompts_for(prompts, config, state.step), rewards, config)
             )
             busy_s = sum(end - began for began, end in judge.calls)
-            later_s = sum(end - max(began, min(end, sampled.end)) for began, end in judge.calls)
-            sampled_s.append(sampled.end - sampled.began)
-            left_s.append(later_s)
-            shares.append(1 - later_s / busy_s)
+
+            def before(moment: float) -> float:
+                """The share of the judge's time that lies before it."""
+                return sum(min(end, moment) - min(began, moment) for began, end in judge.calls) / busy_s
+
+            found.setdefault("sampling", []).append(own.sampled - own.began)
+            found.setdefault("hidden by sampling", []).append(before(own.sampled))
+            found.setdefault("hidden", []).append(before(own.idle))
 
         for _ in range(4):
             run()
-        alone_s = statistics.median(sampled_s[1:])
+        alone_s = statistics.median(found["sampling"][1:])
         judge.seconds_each = alone_s / episodes
-        for known in (sampled_s, left_s, shares):
-            known.clear()
+        found.clear()
         bench.clock.repeated(run, bench.cases.share_s)
-    rows, beside = bench.cases.waiting_rows, torch.get_num_threads()
-    batches = -(-episodes // rows)
-    bench.report.add(WAITING, "waiting in all", alone_s, f"{episodes} samples, as long as sampling them alone")
-    note = f"in {batches} batches of {rows}, the last two in halves, {len(shares)} steps"
-    bench.report.add(WAITING, "rollout", statistics.median(sampled_s), note)
-    bench.report.add(WAITING, "waiting after it", statistics.median(left_s))
-    most = 1 - beside * rows / 2 / episodes
-    note = f"at most {most:.0%}: each thread's last half of a batch is judged when sampling has ended"
-    bench.report.add(WAITING, "hidden", 100 * statistics.median(shares), note)
+    part, middle = waiting_part(rows), {name: statistics.median(values) for name, values in found.items()}
+    bench.report.add(part, "waiting in all", alone_s, f"{episodes} samples, as long as sampling them alone")
+    note = f"in {-(-episodes // rows)} batches, the last two in halves, {len(found['hidden'])} steps"
+    bench.report.add(part, "sampling", middle["sampling"], note)
+    bench.report.add(part, "hidden behind sampling", 100 * middle["hidden by sampling"])
+    bench.report.add(part, "hidden", 100 * middle["hidden"], "behind sampling and the replay of what stays fixed")
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """When the rollout of a step began and ended, seconds of the wall."""
+class Moments:
+    """When a training step began, had sampled, and had nothing to do but wait for rewards; seconds of the wall."""
 
     began: float
-    end: float
+    sampled: float
+    idle: float
 
 
-def sampling_of(step: Callable[[], object]) -> Sampled:
-    """A training step, and when it sampled: from its beginning until it asks for what is still to be scored."""
-    ends: list[float] = []
-    own = Scoring.finish
+def moments_of(step: Callable[[], object]) -> Moments:
+    found = [time.perf_counter()]
+    ask, finish = Scoring.ask, Scoring.finish
 
-    def finish(scoring: Scoring, ids: Sequence[str], **more: Any) -> Any:
-        ends.append(time.perf_counter())
-        return own(scoring, ids, **more)
+    def asked(scoring: Scoring, *given: Any) -> None:
+        found.append(time.perf_counter())
+        ask(scoring, *given)
 
-    began = time.perf_counter()
-    with patch.object(Scoring, "finish", finish):
+    def finished(scoring: Scoring, **more: Any) -> Any:
+        found.append(time.perf_counter())
+        return finish(scoring, **more)
+
+    with patch.object(Scoring, "ask", asked), patch.object(Scoring, "finish", finished):
         step()
-    return Sampled(began, ends[0])
+    return Moments(*found)

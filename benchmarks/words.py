@@ -27,7 +27,7 @@ from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, write_text
 from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.seeds import derive
-from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed
+from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, weighed
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 WORDS, AGAINST = "text-only GRPO", "text-only GRPO against TRL"
@@ -109,7 +109,8 @@ class OwnSteps:
         reward_PG = torch.tensor([reward_of(text.ids) for text in texts]).view(self.prompts, -1)
         spread = reward_PG.std(dim=1, keepdim=True) + 1e-4
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / spread).flatten()
-        shares = replay_fixed(self.policy, episodes, advantage_B, self.config, self.objective, apart=False)
+        fixed = replay_fixed(self.policy, episodes, self.config, self.objective, apart=False)
+        shares = weighed(fixed, advantage_B)
         replayed = self.clock.now()
         optimizer_step(self.state, shares[0], self.objective, self.config)
         ended = self.clock.now()

@@ -37,7 +37,7 @@ from unigrpo_cli.models.sizes import (
 from unigrpo_cli.models.unified import PLAN_FIRST, UnifiedModel
 from unigrpo_cli.replay import collate, micro_batches, replay
 from unigrpo_cli.rollout import Sampling, read_given, rollout
-from unigrpo_cli.train import replay_fixed
+from unigrpo_cli.train import replay_fixed, weighed
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 from unigrpo_cli.watch import drift
 
@@ -324,7 +324,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     episodes = flatten(rollout(policy, prompts, 3, SAMPLING, WINDOW, seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
     advantage_B = torch.linspace(-1, 1, len(episodes))
-    (share,) = replay_fixed(policy, episodes, advantage_B, config, objective)
+    (share,) = weighed(replay_fixed(policy, episodes, config, objective), advantage_B)
     facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
     for step in range(steps):
         for m in share:

@@ -23,7 +23,7 @@ from benchmarks.shapes import SIZES, random_policy
 from unigrpo_cli.models.sizes import network_shapes
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed
+from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, weighed
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +168,8 @@ def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None
         counted = _counted(lambda: replay(bench.policy, batch))
     assert forward_flops(size.network, work) == pytest.approx(counted, rel=0.01)
     state, objective = TrainState(bench.policy, make_optimizer(bench.policy, config)), objective_of(config)
-    shares = replay_fixed(bench.policy, episodes, torch.tensor([1.0, -1.0]), config, objective)
+    fixed = replay_fixed(bench.policy, episodes, config, objective)
+    shares = weighed(fixed, torch.tensor([1.0, -1.0]))
     counted = _counted(lambda: optimizer_step(state, shares[0], objective, config))
     assert update_flops(size.network, work) == pytest.approx(counted, rel=0.01)
 

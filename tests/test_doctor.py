@@ -612,13 +612,12 @@ def test_a_flipped_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_micro_batches_with_the_advantages_of_others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows counted within a micro-batch instead of over all."""
-    fixed = train.replay_fixed
+    own = train.weighed
 
-    def faulty(policy, episodes, advantage_B, *given):
-        shares = fixed(policy, episodes, advantage_B, *given)
-        return [[replace(m, advantage_B=advantage_B[: len(m.advantage_B)]) for m in share] for share in shares]
+    def faulty(fixed, advantage_B):
+        return own([[replace(f, rows=list(range(len(f.rows)))) for f in share] for share in fixed], advantage_B)
 
-    monkeypatch.setattr(train, "replay_fixed", faulty)
+    monkeypatch.setattr(train, "weighed", faulty)
     assert _faults(_examine()) == {"advantages"}
 
 
@@ -871,7 +870,8 @@ def test_rows_of_a_micro_batch_are_known_by_their_actions(tiny: UnifiedModel) ->
     episodes = flatten(rollout.rollout(tiny, PROMPTS, 4, train_sampling(config), flow.Window(0, 2), 0))
     order = [5, 2, 7, 0, 1, 3, 4, 6]
     objective_of = replace(train.objective_of(config), penalty="none")
-    shares = train.replay_fixed(tiny, [episodes[k] for k in order], torch.arange(8.0), config, objective_of)
+    fixed = train.replay_fixed(tiny, [episodes[k] for k in order], config, objective_of)
+    shares = train.weighed(fixed, torch.arange(8.0))
     rows = [k for share in shares for m in share for k in rows_of(m, episodes)]
     assert rows == order
 

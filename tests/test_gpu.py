@@ -15,7 +15,7 @@ from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.mot import NoisyImage
 from unigrpo_cli.replay import replay
 from unigrpo_cli.rollout import Sampling, rollout
-from unigrpo_cli.train import replay_fixed
+from unigrpo_cli.train import replay_fixed, weighed
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 from unigrpo_cli.watch import drift
 
@@ -67,7 +67,7 @@ def test_the_first_ratio_is_exactly_one(tune: str, dtype: str, checkpointing: st
     optimizer = make_optimizer(policy, config)
     episodes = flatten(rollout(policy, PROMPTS, 3, SAMPLING, flow.Window(1, 3), seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
-    (share,) = replay_fixed(policy, episodes, torch.linspace(-1, 1, 6), config, objective)
+    (share,) = weighed(replay_fixed(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
     for m in share:
         new = replay(policy, m.batch)
         loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=6)

@@ -8,17 +8,24 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
+from unigrpo_cli import train
+from unigrpo_cli.config import load_config
+from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.lanes import Lane
+from unigrpo_cli.rebuild.model import build_model
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.grammar import RewardChoice
 from unigrpo_cli.rewards.overlap import Scoring, begins_early
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scoring import OpenReward, Policy, RewardSet
+from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 CONTEXT = RewardContext("cpu", 0, True, True)
 
@@ -75,7 +82,8 @@ def test_scores_come_in_the_order_that_is_asked_for(overlap: str, attributes: di
         scoring = Scoring(rewards, step=3, overlap=overlap)
         for part in ((4, 5), (0, 1, 2), (3,)):
             scoring.add(samples(*part))
-        scored = scoring.finish(ORDER)["judge"]
+        scoring.ask(ORDER)
+        scored = scoring.finish()["judge"]
         assert scored.scores.tolist() == list(range(6))
         assert scored.components["half"].tolist() == [i / 2 for i in range(6)]
         assert [row["id"] for row in scored.info] == ORDER
@@ -91,7 +99,8 @@ def test_what_wants_the_whole_rollout_gets_it_in_one_call() -> None:
         scoring = Scoring(rewards, step=0, overlap="all")
         scoring.add(samples(1, 0))
         scoring.add(samples(2))
-        scoring.finish(["0", "1", "2"])
+        scoring.ask(["0", "1", "2"])
+        scoring.finish()
         assert judge.seen == [["0", "1", "2"]]
 
 
@@ -105,7 +114,8 @@ def test_waiting_is_hidden_behind_sampling() -> None:
             for k in range(4):
                 time.sleep(0.1)
                 scoring.add(samples(k))
-            scoring.finish(["0", "1", "2", "3"])
+            scoring.ask(["0", "1", "2", "3"])
+            scoring.finish()
             return time.perf_counter() - began
 
     together = min(seconds("auto") for _ in range(3))
@@ -116,6 +126,29 @@ def test_waiting_is_hidden_behind_sampling() -> None:
         apart = time.perf_counter() - began
     assert apart > 0.8
     assert together < 0.7
+
+
+@pytest.mark.parametrize("overlap", ["auto", "all", "none"])
+@pytest.mark.parametrize("scope", ["sample", "group"])
+def test_judges_elsewhere_work_when_all_is_there(scope: str, overlap: str) -> None:
+    """Also those that want the whole rollout; without `finish` nobody waits for them, so training can go on."""
+    heard = threading.Event()
+
+    class Elsewhere(Judge):
+        concurrency = 1
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            heard.set()
+            return [1.0] * len(batch)
+
+    plugins = Plugins()
+    plugins.rewards.add("judge", type("Judge", (Elsewhere,), {"scope": scope}))
+    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        scoring = Scoring(rewards, step=0, overlap=overlap)
+        scoring.add(samples(0, 1))
+        scoring.ask(["1", "0"])
+        assert heard.wait(0.2 if overlap == "none" else 5) is (overlap != "none")
+        assert scoring.finish()["judge"].scores.tolist() == [1.0, 1.0]
 
 
 def test_rewards_that_wait_elsewhere_wait_together() -> None:
@@ -149,8 +182,9 @@ def test_a_failure_while_sampling_stops_the_step() -> None:
     with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
         scoring = Scoring(rewards, step=0)
         scoring.add(samples(0))
+        scoring.ask(["0"])
         with pytest.raises(RewardError, match="ValueError: no judge"):
-            scoring.finish(["0"])
+            scoring.finish()
 
 
 def test_rewards_rest_between_scorings_where_that_is_asked_for() -> None:
@@ -209,3 +243,41 @@ def test_a_failing_farewell_does_not_keep_a_reward_open() -> None:
         with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
             rewards.score(samples(0))
     assert closed == ["judge"]
+
+
+@pytest.mark.parametrize("scope", ["sample", "group"])
+def test_a_training_step_replays_while_a_judge_works(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old and the reference policy's scores need no reward: here the judge answers once they are being made."""
+    replays = threading.Event()
+
+    class Elsewhere(Judge):
+        concurrency = 1
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            assert replays.wait(10), "training waited for the judge"
+            return [float(pixels.mean()) for pixels in batch.pixels]
+
+    fixed = train.replay_fixed
+
+    def replay_fixed(*given: Any) -> Any:
+        replays.set()
+        return fixed(*given)
+
+    monkeypatch.setattr(train, "replay_fixed", replay_fixed)
+    sampling = ["max_new_tokens=4", "height=16", "width=16", "steps=4", "window_within=[0, 3]", "window_size=2"]
+    config = load_config(
+        overrides=[
+            *(f"sampling.{s}" for s in sampling),
+            "train.prompts_per_step=1",
+            "train.group_size=2",
+            "train.updates=1",
+        ]
+    )
+    policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
+    plugins = Plugins()
+    plugins.rewards.add("judge", type("Judge", (Elsewhere,), {"scope": scope, "range": (0.0, 255.0)}))
+    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        state = TrainState(policy, make_optimizer(policy, config))
+        done = train.training_step(state, [Prompt("a", "a red circle")], rewards, config)
+    assert done.skipped is None
+    assert done.advantage_B.abs().min() > 0

@@ -31,6 +31,7 @@ from unigrpo_cli.train import (
     optimizer_step,
     replay_fixed,
     training_step,
+    weighed,
 )
 from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
@@ -70,7 +71,7 @@ def _episodes(policy: UnifiedModel, config: Config) -> list[Group]:
 def _shares(state: TrainState, config: Config) -> list[list[MicroBatch]]:
     advantage_B = torch.linspace(-1, 1, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]
     episodes = flatten(_episodes(state.policy, config))
-    return replay_fixed(state.policy, episodes, advantage_B, config, objective_of(config))
+    return weighed(replay_fixed(state.policy, episodes, config, objective_of(config)), advantage_B)
 
 
 def _step(config: Config, state: TrainState | None = None) -> tuple[TrainState, dict[str, float], dict]:

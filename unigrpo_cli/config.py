@@ -219,8 +219,8 @@ class Rewards(Section):
     strict: bool = Field(False, description="a score outside the declared range is an error, not a warning")
     overlap: Literal["auto", "all", "none"] = Field(
         "auto",
-        description="judge episodes while others are still sampled (sampling.rows at a time, the last in halves): "
-        "rewards that wait for an endpoint, all that take batches, or none",
+        description="judge episodes while others are still sampled (sampling.rows at a time, the last in halves) "
+        "or replayed: rewards that wait for an endpoint, all that take batches, or none",
     )
     offload: bool = Field(False, description="move rewards' models to host memory between scorings")
     on: Literal["each", "first"] = Field(

@@ -1,7 +1,8 @@
 """UniGRPO: prompts, rollout, rewards, advantage, replay, objective, step.
 
 One advantage per episode moves both kinds of its actions: the words of the reasoning and the stochastic steps
-of the painting. `training_step` is the algorithm; `train` is the run around it.
+of the painting. `training_step` is the algorithm; `train` is the run around it. Rewards that are computed elsewhere
+begin during the rollout and are waited for after the old and the reference policy's replay, which needs none.
 
 Shape letters: P prompts, G members of a group, B = P * G episodes.
 """
@@ -53,11 +54,21 @@ class Step:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Episodes of one backward pass, with all that stays fixed while they are trained on.
+class Fixed:
+    """Episodes of one backward pass, `rows` of a rank's own, with the scores that stay while they are trained on.
 
     `old` is None where the policy has not moved since it drew them: then it is what the pass itself says.
     """
+
+    batch: Batch
+    rows: list[int]
+    old: Scores | None
+    reference: Scores | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`Fixed` with the advantages of its episodes: all that one backward pass learns from."""
 
     batch: Batch
     advantage_B: Tensor
@@ -118,15 +129,17 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
             seed,
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
         )
+        scoring.ask([s.id for s in samples_of(groups, step)])
+    apart = config.train.old_scores == "replay" or config.train.epochs > 1 or step % RATIO_CHECKED == 0
+    with _timed(seconds, "old"):
+        fixed = replay_fixed(policy, flatten(groups), config, objective, ranks, apart)
     with _timed(seconds, "reward"):
-        scored = scoring.finish([s.id for s in samples_of(groups, step)], parts=config.train.updates)
+        scored = scoring.finish(parts=config.train.updates)
     advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
 
     own = ranks.share(range(len(advantage_B)), config.train.updates)
-    apart = config.train.old_scores == "replay" or config.train.epochs > 1 or step % RATIO_CHECKED == 0
-    with _timed(seconds, "old"):
-        shares = replay_fixed(policy, flatten(groups), advantage_B[own], config, objective, ranks, apart)
-        metrics = standing.rollout_metrics(groups, scored, advantage_B)
+    shares = weighed(fixed, advantage_B[own])
+    metrics = standing.rollout_metrics(groups, scored, advantage_B)
     updates: list[Update] = []
     skipped = None
     with _timed(seconds, "update"):
@@ -236,12 +249,11 @@ def combination(rewards: RewardSet, config: Config) -> str:
 def replay_fixed(
     policy: UnifiedModel,
     episodes: Sequence[Episode],
-    advantage_B: Tensor,
     config: Config,
     objective: Objective,
     ranks: Ranks = ALONE,
     apart: bool = True,
-) -> list[list[MicroBatch]]:
+) -> list[list[Fixed]]:
     """Micro-batches of each update with the scores that stay fixed: the old policy's and the reference's.
 
     Updates share out whole groups. Old scores come from the same packed replay, on the same micro-batch, as
@@ -281,11 +293,14 @@ def replay_fixed(
     if needs_reference:
         with policy.reference() as beginning:
             reference = [scored(score_reference, share) for share in batches]
-    shares = []
-    for share in zip(parts, batches, old, reference, strict=True):
-        each_batch = zip(*share, strict=True)
-        shares.append([MicroBatch(b, advantage_B[own].to(policy.device), o, r) for own, b, o, r in each_batch])
-    return shares
+    updates = zip(batches, parts, old, reference, strict=True)
+    return [[Fixed(*own) for own in zip(*update, strict=True)] for update in updates]
+
+
+def weighed(fixed: Sequence[Sequence[Fixed]], advantage_B: Tensor) -> list[list[MicroBatch]]:
+    """The micro-batches of each update, each row with the advantage of its episode."""
+    advantage_B = advantage_B.to(fixed[0][0].batch.actions.mask_BL.device)
+    return [[MicroBatch(f.batch, advantage_B[f.rows], f.old, f.reference) for f in share] for share in fixed]
 
 
 def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Objective, config: Config) -> Update:

@@ -127,7 +127,8 @@ def _draw(
 
     groups = drawn(seed, on_episodes=lambda new: scoring.add([sample_of(e, step) for e in new]))
     accounts, _ = witness.take()
-    scored = scoring.finish([s.id for s in samples_of(groups, step)])
+    scoring.ask([s.id for s in samples_of(groups, step)])
+    scored = scoring.finish()
     again, other = (drawn(seed), drawn(derive(seed, "other"))) if thorough else (None, None)
     witness.take()
     return Drawn(groups, window, accounts, again, other), scored
@@ -211,7 +212,8 @@ def _replay(
     """The second half of a training step up to its gradients; what fails in it is a finding, not a stop."""
     episodes, objective = drawn.episodes, train.objective_of(config)
     try:
-        shares = train.replay_fixed(witness.as_policy, episodes, judged.advantage_B, config, objective)
+        fixed = train.replay_fixed(witness.as_policy, episodes, config, objective)
+        shares = train.weighed(fixed, judged.advantage_B)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:

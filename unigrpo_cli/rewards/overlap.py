@@ -1,4 +1,4 @@
-"""Scoring that begins while the rollout still samples: on-policy still, for it judges the same episodes earlier."""
+"""Scoring that begins while the step still samples or replays: it judges the same episodes, only earlier."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def begins_early(opened: OpenReward, overlap: str) -> bool:
 
 
 class Scoring:
-    """The scoring of one rollout: `add` samples as they come, `finish` when all are there.
+    """The scoring of one rollout: `add` samples as they come, `ask` when all are there, `finish` when it is needed.
 
     Over several ranks `finish` gives everybody's scores to everybody, for what is learnt from them looks at all.
     """
@@ -44,10 +44,13 @@ class Scoring:
         ranks: Ranks = ALONE,
     ):
         self.rewards, self.step, self.split, self.ranks = rewards, step, split, ranks
+        self.overlap = overlap
         self._samples: list[Sample] = []
         self._batches: list[RewardBatch] = []
+        self._order: list[int] = []
         early = [] if rewards.on_first else [r for r in rewards.asked(split) if begins_early(r, overlap)]
         self._early: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in early}
+        self._whole: dict[str, list[tuple[int, Pending]]] = {}
 
     @property
     def begins_early(self) -> bool:
@@ -65,37 +68,49 @@ class Scoring:
             if opened.alias in self._early:
                 self._early[opened.alias] += self.rewards.submit(opened, batch)
 
-    def finish(self, ids: Sequence[str], parts: int = 1) -> dict[str, Scored]:
-        """Scores of all that was added by alias, in the order of `ids`; all ranks' as `Ranks.joined` has them.
+    def ask(self, ids: Sequence[str]) -> None:
+        """All is there, in this order of ids: rewards that wait elsewhere and want the whole rollout begin now."""
+        at = {sample.id: k for k, sample in enumerate(self._samples)}
+        self._order = [at[i] for i in ids]
+        if self.rewards.on_first or self.overlap == "none":
+            return
+        for opened in self.rewards.asked(self.split):
+            if opened.alias not in self._early and waits_elsewhere(opened):
+                self._whole[opened.alias] = self.rewards.submit(opened, self._batch())
+
+    def finish(self, parts: int = 1) -> dict[str, Scored]:
+        """Scores of all that was added by alias, in the order asked for; all ranks' as `Ranks.joined` has them.
 
         Args:
-            ids: of this rank's own samples.
-            parts: in which they were shared out.
+            parts: in which samples were shared out.
 
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
         """
-        at = {sample.id: k for k, sample in enumerate(self._samples)}
-        order = [at[i] for i in ids]
         if self.rewards.on_first:
-            own = [self._samples[k] for k in order]
+            own = [self._samples[k] for k in self._order]
             return _on_first(self.rewards, own, self.ranks, parts, step=self.step, split=self.split)
         with self.ranks.together():
-            results = self._of_own(order)
+            results = self._of_own()
         results = _of_all(results, self.ranks, parts)
         with self.ranks.together():
             self.rewards.watch({alias: scored.valid for alias, scored in results.items()})
         return results
 
-    def _of_own(self, order: Sequence[int]) -> dict[str, Scored]:
+    def _batch(self) -> RewardBatch:
+        """All samples as rewards see them, in the order asked for."""
         added = [sample for batch in self._batches for sample in batch.samples]
-        whole = replace(self._batches[0], samples=tuple(added[k] for k in order))
+        return replace(self._batches[0], samples=tuple(added[k] for k in self._order))
+
+    def _of_own(self) -> dict[str, Scored]:
+        whole = self._batch()
         results = {}
         for opened in self.rewards.asked(self.split):
             if opened.alias in self._early:
-                results[opened.alias] = taken(self.rewards.collect(opened, self._early[opened.alias]), order)
+                results[opened.alias] = taken(self.rewards.collect(opened, self._early[opened.alias]), self._order)
             else:
-                results[opened.alias] = self.rewards.collect(opened, self.rewards.submit(opened, whole))
+                calls = self._whole.get(opened.alias) or self.rewards.submit(opened, whole)
+                results[opened.alias] = self.rewards.collect(opened, calls)
         self.rewards.announce(whole, results)
         return results
 
