@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from tests.test_ranks import finished, free_port, launch
 from unigrpo_cli.cli import app
+from unigrpo_cli.episode import flatten, load_episodes, save_episodes
 
 SMALL = [
     "train",
@@ -93,6 +95,48 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(tmp_path: Path, ju
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["steps"] == done + 1
     assert steps_in(run) == list(range(1, done + 2))
+
+
+def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
+    """Three groups on two ranks, and a saved one, of which the first has none: the same episodes and rewards."""
+    command = ["rollout", "--limit", "3", "--group-size", "2", "--reward", "jpeg,length:0", "--json"]
+    command += ["--set", "sampling.steps=6"]
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    pair = launch(2, *PROGRAM, *command, "--out", str(two))
+    alone = CliRunner().invoke(app, [*command, "--out", str(one), "--set", "threads=1"])
+    assert alone.exit_code == 0, alone.output
+    (code, output, errors), (other, silent, _) = finished(pair, 120)
+    assert code == other == 0, errors
+    assert silent == "", "one rank speaks"
+    summary = json.loads(output)
+    assert (summary["episodes"], summary["groups"]) == (6, 3)
+    assert sorted(p.name for p in (two / "images").iterdir()) == sorted(p.name for p in (one / "images").iterdir())
+    rows = [json.loads((folder / "rewards.json").read_text()) for folder in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        assert a.pop("rewards") == pytest.approx(b.pop("rewards"), rel=1e-3)
+        del a["components"], b["components"]
+        assert a == b
+    drawn = [flatten(load_episodes(folder)) for folder in (one, two)]
+    for mine, theirs in zip(*drawn, strict=True):
+        assert mine.prompt == theirs.prompt
+        torch.testing.assert_close(mine.images[0].latent, theirs.images[0].latent, rtol=1e-4, atol=1e-4)
+    first = load_episodes(two)[:1]
+    save_episodes(first, tmp_path / "first")
+    scoring = ["rollout", "--from", str(tmp_path / "first"), "--reward", "jpeg,length:0", "--out", str(again)]
+    ended = finished(launch(2, *PROGRAM, *scoring), 120)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert json.loads((again / "rewards.json").read_text()) == json.loads((two / "rewards.json").read_text())[:2]
+    assert [e.seed for e in flatten(load_episodes(again))] == [e.seed for e in flatten(first)]
+
+
+@pytest.mark.parametrize("command", ["generate", "doctor"])
+def test_commands_for_one_process_say_so(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, spoken in (("0", f"error: unigrpo {command} is for one process, and 2 were launched"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        done = CliRunner().invoke(app, [command, *(["a red circle"] if command == "generate" else [])])
+        assert done.exit_code == 2
+        assert done.stderr.startswith(spoken) if spoken else not done.stderr
 
 
 @long

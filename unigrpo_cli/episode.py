@@ -175,8 +175,8 @@ def flatten(groups: Sequence[Group]) -> list[Episode]:
     return [episode for group in groups for episode in group.episodes]
 
 
-def save_episodes(groups: Sequence[Group], directory: Path) -> None:
-    """Write `episodes.json` and `episodes.safetensors` into a directory; the inverse of `load_episodes`."""
+def packed(groups: Sequence[Group]) -> tuple[str, dict[str, Tensor]]:
+    """Groups as JSON and the tensors that it names; the inverse of `unpacked`."""
     tensors: dict[str, Tensor] = {}
     rows = []
     for g, group in enumerate(groups):
@@ -194,9 +194,19 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
         prompt = group.prompt
         asked = {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "image": prompt.image}
         rows.append(asked | {"episodes": members})
+    return json.dumps({"format": FORMAT, "groups": rows}, indent=1), tensors
+
+
+def unpacked(text: str, tensors: dict[str, Tensor]) -> list[Group]:
+    """Groups from what `packed` made of them."""
+    return list(_groups(json.loads(text)["groups"], tensors, finite=False))
+
+
+def save_episodes(groups: Sequence[Group], directory: Path) -> None:
+    """Write `episodes.json` and `episodes.safetensors` into a directory; the inverse of `load_episodes`."""
+    text, tensors = packed(groups)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "episodes.safetensors")
-    text = json.dumps({"format": FORMAT, "groups": rows}, indent=1)
     (directory / "episodes.json").write_text(text + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.peers import launched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from unigrpo_cli.config import Config
     from unigrpo_cli.episode import Group, Prompt
     from unigrpo_cli.models.unified import UnifiedModel
+    from unigrpo_cli.ranks import Ranks
+    from unigrpo_cli.rewards.registry import Plugins
     from unigrpo_cli.rewards.scoring import Scored
     from unigrpo_cli.runtime.display import Display
     from unigrpo_cli.runtime.run import Run
@@ -55,77 +59,107 @@ def rollout(
 
     Writes --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
     """
-    from unigrpo_cli.episode import load_episodes, save_episodes
-    from unigrpo_cli.errors import RewardError, UsageError
-    from unigrpo_cli.evaluate import samples_of
-    from unigrpo_cli.plan import with_rows
-    from unigrpo_cli.rewards.grammar import parse_rewards
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.ranks import joined
     from unigrpo_cli.runtime.display import Display
-    from unigrpo_cli.runtime.run import Run, new_directory
-    from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
-    from unigrpo_cli.suites import training_prompts
 
-    display = Display(json=json, quiet=quiet)
-    plugins = common.load_plugins(plugin, plugins_dir, display)
-    settings = common.resolve_config(
-        preset=preset,
-        config=config,
-        overrides=overrides,
-        named={
-            "model": model,
-            "weights_file": weights_file,
-            "adapter": adapter,
-            "prompts": prompts,
-            "train.group_size": group_size,
-            "seed": seed,
-        },
-        reward=reward,
-        reward_opt=reward_opt,
-    )
-    plugins.call("unigrpo_configure", config=settings)
-    if not settings.reward.use:
-        raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
-    choices = parse_rewards(settings.reward.use, settings.reward.options)
-    groups: list[Group]
-    if source is not None:
-        groups = load_episodes(source)
-        idle = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
-        idle["--weights-file"] = weights_file
-        idle = {name: value for name, value in idle.items() if value is not None}
-        if idle:
-            raise UsageError(f"--from scores saved episodes and samples nothing: leave out {', '.join(idle)}")
-        chosen = [group.prompt for group in groups]
-        embedded = settings.model == "embedded"
-    else:
-        chosen = training_prompts(settings.prompts)[: limit or PROMPTS]
-        settings = with_rows(settings, chosen, settings.train.group_size, display.say)
-        policy = load_policy(model_of(settings), settings.adapter, settings)
-        embedded = is_embedded(policy)
-    with open_rewards(choices, plugins, settings, embedded=embedded) as rewards:
-        thinks = settings.sampling.think if source is None else _all_think(groups)
-        rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
-        with new_directory(out, "rollout") as directory:
-            run = Run(directory)
-            if source is None:
-                groups = _sampled(policy, chosen, settings, display)
-        run.describe(settings)
-        save_episodes(groups, run.directory)
-        try:
-            scored = rewards.score(samples_of(groups), split="train")
-        except RewardError:
-            display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")
-            raise
-    summary = _record(run, groups, scored)
+    rank, _, _ = launched()
+    display = Display(json=json, quiet=quiet, rank=rank)
+    with joined() as ranks:
+        with ranks.together():
+            plugins = common.load_plugins(plugin, plugins_dir, display)
+            settings = common.resolve_config(
+                preset=preset,
+                config=config,
+                overrides=overrides,
+                named={
+                    "model": model,
+                    "weights_file": weights_file,
+                    "adapter": adapter,
+                    "prompts": prompts,
+                    "train.group_size": group_size,
+                    "seed": seed,
+                },
+                reward=reward,
+                reward_opt=reward_opt,
+            )
+            plugins.call("unigrpo_configure", config=settings)
+            if not settings.reward.use:
+                raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
+            idle = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
+            idle["--weights-file"] = weights_file
+            given = [name for name, value in idle.items() if value is not None]
+            if source is not None and given:
+                raise UsageError(f"--from scores saved episodes and samples nothing: leave out {', '.join(given)}")
+        summary = _drawn_and_judged(settings, plugins, source, limit or PROMPTS, out, display, ranks)
+    if rank > 0:
+        return
     words = ", ".join(
         f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in summary["rewards"].items()
     )
-    display.say(f"{summary['episodes']} episodes in {len(groups)} groups: {words}\nwritten to {run.directory}")
+    counts = f"{summary['episodes']} episodes in {summary['groups']} groups"
+    display.say(f"{counts}: {words}\nwritten to {summary['run']}")
     if json:
         common.print_json(summary)
 
 
-def _sampled(policy: UnifiedModel, prompts: Sequence[Prompt], settings: Config, display: Display) -> list[Group]:
-    """Groups as the first training step would draw them of these prompts."""
+def _drawn_and_judged(
+    settings: Config,
+    plugins: Plugins,
+    source: Path | None,
+    limit: int,
+    out: Path | None,
+    display: Display,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Whole groups, sampled or saved, shared out among ranks; the first one writes them and has the summary."""
+    from unigrpo_cli.episode import load_episodes, save_episodes
+    from unigrpo_cli.errors import RewardError
+    from unigrpo_cli.evaluate import samples_of
+    from unigrpo_cli.plan import with_rows
+    from unigrpo_cli.rewards.grammar import parse_rewards
+    from unigrpo_cli.rewards.overlap import scores_of_all
+    from unigrpo_cli.runtime.batches import groups_of_all
+    from unigrpo_cli.runtime.run import Run, new_directory
+    from unigrpo_cli.session import is_embedded, load_policy, model_of, open_rewards
+    from unigrpo_cli.suites import training_prompts
+
+    with ranks.together():
+        choices = parse_rewards(settings.reward.use, settings.reward.options)
+        if source is not None:
+            saved = load_episodes(source)
+            chosen = [group.prompt for group in saved]
+            embedded, thinks = settings.model == "embedded", _all_think(saved)
+        else:
+            chosen = training_prompts(settings.prompts)[:limit]
+            settings = with_rows(settings, chosen, settings.train.group_size, display.say)
+            policy = load_policy(model_of(settings), settings.adapter, settings)
+            embedded, thinks = is_embedded(policy), settings.sampling.think
+    with open_rewards(choices, plugins, settings, embedded=embedded, ranks=ranks) as rewards, ExitStack() as held:
+        with ranks.together():
+            rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
+            run = Run(held.enter_context(new_directory(out, "rollout"))) if ranks.first else None
+        with ranks.together():
+            own = ranks.stretch(saved) if source is not None else _sampled(policy, chosen, settings, display, ranks)
+        groups = groups_of_all(own, ranks)
+        with ranks.together():
+            if run is not None:
+                run.describe(settings)
+                save_episodes(groups, run.directory)
+        try:
+            scored = scores_of_all(rewards, samples_of(own), ranks, split="train")
+        except RewardError:
+            if run is not None:
+                display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")
+            raise
+        with ranks.together():
+            return {} if run is None else _record(run, groups, scored)
+
+
+def _sampled(
+    policy: UnifiedModel, prompts: Sequence[Prompt], settings: Config, display: Display, ranks: Ranks
+) -> list[Group]:
+    """This rank's own groups of those that the first training step would draw of these prompts."""
     from unigrpo_cli.evaluate import train_sampling
     from unigrpo_cli.rollout import rollout as sample
     from unigrpo_cli.train import window_of
@@ -133,7 +167,15 @@ def _sampled(policy: UnifiedModel, prompts: Sequence[Prompt], settings: Config, 
     members = settings.train.group_size
     with display.progress(len(prompts) * members, "sampling") as advance:
         window = window_of(settings, 0)
-        return sample(policy, prompts, members, train_sampling(settings), window, settings.seed, advance)
+        return sample(
+            policy,
+            ranks.stretch(prompts),
+            members,
+            train_sampling(settings),
+            window,
+            settings.seed,
+            lambda rows: advance(rows * ranks.world),
+        )
 
 
 def _record(run: Run, groups: Sequence[Group], scored: dict[str, Scored]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,23 @@ def scores_of(
     return own
 
 
+def scores_of_all(
+    rewards: RewardSet, samples: Sequence[Sample], ranks: Ranks = ALONE, *, step: int = 0, split: str
+) -> dict[str, Scored]:
+    """Scores of all ranks' samples, one rank's after the other's, on every rank; all ranks must ask.
+
+    Raises:
+        RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
+    """
+    if rewards.on_first:
+        return _on_first(rewards, samples, ranks, None, step=step, split=split)
+    own = scores_of(rewards, samples, ranks, step=step, split=split)
+    if ranks.alone:
+        return own
+    told = [rows for rows in ranks.gather({name: _told(scored) for name, scored in own.items()}) if rows]
+    return {name: _heard(_joined([rows[name] for rows in told], _chained)) for name in told[0]}
+
+
 def _on_first(
     rewards: RewardSet, own: Sequence[Sample], ranks: Ranks, parts: int | None, *, step: int, split: str
 ) -> dict[str, Scored]:
@@ -150,7 +168,7 @@ def _on_first(
     sent = samples_of_all(own, ranks)
     with ranks.together():
         if ranks.first:
-            whole = [s for share in sent for s in share] if parts is None else ranks.joined(sent, parts)
+            whole = _chained(sent) if parts is None else ranks.joined(sent, parts)
             scored = rewards.score(whole, step=step, split=split) if whole else {}
             rows = {name: _told(own) for name, own in scored.items()}
     return {name: _heard(row) for name, row in ranks.from_first(rows).items()}
@@ -205,15 +223,21 @@ def _of_all(own: dict[str, Scored], ranks: Ranks, parts: int) -> dict[str, Score
     if ranks.alone:
         return own
     told = ranks.gather({name: _told(scored) for name, scored in own.items()})
-    return {name: _heard(_joined([rows[name] for rows in told], ranks, parts)) for name in own}
+    return {
+        name: _heard(_joined([rows[name] for rows in told], partial(ranks.joined, parts=parts))) for name in own
+    }
 
 
-def _joined(rows: Sequence[dict[str, Any]], ranks: Ranks, parts: int) -> dict[str, Any]:
+def _chained(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    return [row for share in shares for row in share]
+
+
+def _joined(rows: Sequence[dict[str, Any]], join: Callable[[list[list[Any]]], list[Any]]) -> dict[str, Any]:
     components = {}
     for name in dict.fromkeys(name for row in rows for name in row["components"]):  # one may have parts of its own
         known = [row["components"].get(name, [float("nan")] * len(row["scores"])) for row in rows]
-        components[name] = ranks.joined(known, parts)
-    whole = {key: ranks.joined([row[key] for row in rows], parts) for key in ("scores", "valid", "info")}
+        components[name] = join(known)
+    whole = {key: join([row[key] for row in rows]) for key in ("scores", "valid", "info")}
     return whole | {"components": components}
 
 

@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from unigrpo_cli.episode import BAD_STEP, Group, save_episodes
+from unigrpo_cli.episode import BAD_STEP, Group, packed, save_episodes, unpacked
 from unigrpo_cli.jsontext import to_json
+from unigrpo_cli.ranks import Ranks
 from unigrpo_cli.rewards.scoring import Scored
 from unigrpo_cli.runtime.durable import new_directory
 
+WORDS = "json"
+"""The name, among tensors that are sent, of what is none."""
 KEPT = 3  # bad steps on disk: those of one stop
 
 
@@ -40,6 +45,22 @@ def reward_rows(groups: Sequence[Group], scored: dict[str, Scored]) -> list[dict
                 }
             )
     return rows
+
+
+def groups_of_all(own: Sequence[Group], ranks: Ranks) -> list[Group]:
+    """All ranks' groups, one rank's after the other's, on the first rank; on the others nothing. All must ask."""
+    if ranks.alone:
+        return list(own)
+    found: list[list[Group]] = [[] for _ in range(ranks.world)]
+    for k in range(ranks.most(len(own))):  # one of each at a time, so that no message is large
+        with ranks.together():
+            text, tensors = packed(own[k : k + 1])
+            words = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            sent = torch.frombuffer(bytearray(save(tensors | {WORDS: words})), dtype=torch.uint8)
+        for share, data in zip(found, ranks.to_first(sent), strict=False):
+            held = load(data.numpy().tobytes())
+            share += unpacked(held.pop(WORDS).numpy().tobytes().decode(), held)
+    return [group for share in found for group in share]
 
 
 def save_bad_step(
