@@ -129,16 +129,6 @@ def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
     assert [e.seed for e in flatten(load_episodes(again))] == [e.seed for e in flatten(first)]
 
 
-@pytest.mark.parametrize("command", ["generate", "doctor"])
-def test_commands_for_one_process_say_so(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, spoken in (("0", f"error: unigrpo {command} is for one process, and 2 were launched"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
-        done = CliRunner().invoke(app, [command, *(["a red circle"] if command == "generate" else [])])
-        assert done.exit_code == 2
-        assert done.stderr.startswith(spoken) if spoken else not done.stderr
-
-
 @long
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, judge: list[str]) -> None:
     run = tmp_path / "run"

@@ -58,7 +58,7 @@ def device_of(config: Config, *, planned: bool = False) -> torch.device:
 def _device_of_rank(config: Config, here: int) -> torch.device:
     """Of several processes each takes the accelerator of its number on its machine."""
     if not torch.distributed.is_initialized():
-        raise UsageError("only `train` and `eval` run in several processes; start this without a launcher")
+        raise UsageError("only train, eval and rollout run in several processes; start this without a launcher")
     if ":" in config.device:
         raise UsageError(f"device={config.device} is one for all ranks; give device=cuda, and each takes its own")
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from unigrpo_cli.credentials import redacted
-from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, UsageError, one_line
-from unigrpo_cli.peers import launched
+from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, one_line
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -72,22 +71,6 @@ PLACE_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_RO
     (errno.EACCES, errno.EPERM, errno.EROFS), _NOT_OURS
 )
 """What to do about a file that the system refuses, by its reason."""
-
-
-def for_one_process(command: str) -> None:
-    """Refuse to do the same work several times.
-
-    Raises:
-        UsageError: when several processes were launched; the first one says so.
-    """
-    rank, world, _ = launched()
-    if world > 1 and rank > 0:
-        raise EndedElsewhereError(UsageError.exit_code)
-    if world > 1:
-        raise UsageError(
-            f"unigrpo {command} is for one process, and {world} were launched: start it without "
-            "`accelerate launch` or torchrun (WORLD_SIZE); train, eval and rollout share their work out"
-        )
 
 
 def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,7 +41,6 @@ def doctor(
     from unigrpo_cli.errors import FaultError
     from unigrpo_cli.runtime.display import Display
 
-    common.for_one_process("doctor")
     display = Display(json=json, quiet=quiet)
     plugins = common.load_plugins(plugin, plugins_dir, display)
     settings = common.resolve_config(

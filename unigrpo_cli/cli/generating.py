@@ -65,7 +65,6 @@ def generate(
     from unigrpo_cli.session import load_policy, model_of, warn_of_unknown_words
     from unigrpo_cli.suites import as_prompts, read_prompts, typed_prompt
 
-    common.for_one_process("generate")
     display = Display(json=json, quiet=quiet)
     settings = common.resolve_config(
         preset=preset,

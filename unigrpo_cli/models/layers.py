@@ -20,6 +20,11 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype. `Tensor.to` takes a microsecond to find nothing to do, thousands of times a rollout."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class Linear(nn.Linear):
     """Computes in its input's dtype, whatever its weights are kept in.
 
@@ -27,8 +32,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        bias = None if self.bias is None else cast(self.bias, x.dtype)
+        return linear(x, cast(self.weight, x.dtype), bias)
 
 
 @functools.cache
@@ -144,8 +149,8 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu":
             angles = turned or (None, None)
             if torch.is_grad_enabled():
-                return _RMSNorm.apply(wide, weight, *angles, self.eps).to(x.dtype)
-            return _turned(_normed(wide, self.eps)[0], weight, *angles).to(x.dtype)
+                return cast(_RMSNorm.apply(wide, weight, *angles, self.eps), x.dtype)
+            return cast(_turned(_normed(wide, self.eps)[0], weight, *angles), x.dtype)
         normed = F.rms_norm(wide, x.shape[-1:], weight, self.eps)
         return (normed if turned is None else rotate(normed, turned)).to(x.dtype)
 
