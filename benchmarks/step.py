@@ -24,6 +24,7 @@ from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.grammar import RewardChoice
 from unigrpo_cli.rewards.overlap import Scoring
 from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scoring import RewardSet
 from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.session import load_policy, open_rewards, reward_choices
 from unigrpo_cli.suites import training_prompts
@@ -118,12 +119,12 @@ def measure_step(bench: Comparison) -> None:
 
 
 @contextmanager
-def marked(owner: Any, name: str, mark: str) -> Iterator[None]:
-    """Calls of `owner.name` as a range of that name in a profile."""
+def marked(owner: Any, name: str, mark: Callable[..., str]) -> Iterator[None]:
+    """Calls of `owner.name` as a range in a profile, of the name that `mark` makes of what they are given."""
     own: Callable[..., Any] = getattr(owner, name)
 
     def call(*given: Any, **named: Any) -> Any:
-        with record_function(mark):
+        with record_function(mark(*given)):
             return own(*given, **named)
 
     setattr(owner, name, call)
@@ -136,8 +137,9 @@ def marked(owner: Any, name: str, mark: str) -> Iterator[None]:
 def profile(bench: Comparison, run: Callable[[], object]) -> None:
     """Where a call's time goes: operators by who called them, and what no operator accounts for."""
     with ExitStack() as stack:
-        for owner, name, mark in ((MoT, "forward", NETWORK), (UnifiedModel, "logits", HEAD)):
-            stack.enter_context(marked(owner, name, mark))
+        stack.enter_context(marked(MoT, "forward", lambda *_: NETWORK))
+        stack.enter_context(marked(UnifiedModel, "logits", lambda *_: HEAD))
+        stack.enter_context(marked(RewardSet, "collect", lambda _, opened, *__: f"{REWARD} {opened.alias}"))
         seen = stack.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CPU]))
         began = time.perf_counter()
         with in_turn():
@@ -151,8 +153,13 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
             own = spent.setdefault((event.name, place), [0.0, 0])
             own[0] += event.self_cpu_time_total
             own[1] += 1
-    ranges = [e.cpu_time_total for e in seen.events() if e.is_user_annotation and e.name in (NETWORK, HEAD)]
-    between = {NETWORK: sum(ranges), REST: whole_us - sum(ranges)}
+    ranges: dict[str, float] = {}
+    for event in seen.events():
+        if event.is_user_annotation:
+            ranges[event.name] = ranges.get(event.name, 0.0) + event.cpu_time_total
+    waited = {name: us for name, us in ranges.items() if name.startswith(f"{REWARD} ")}
+    inside = ranges[NETWORK] + ranges[HEAD]
+    between = {NETWORK: inside, REST: whole_us - inside - sum(waited.values())}
     for (_, place), (us, _) in spent.items():
         if place != REWARD:
             between[NETWORK if place in (NETWORK, HEAD) else REST] -= us
@@ -160,6 +167,7 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
     bench.report.add(STEP, "model arithmetic", 100 * arithmetic / whole_us, "of a step that is profiled, so slower")
     lines = [(us, name, place, str(int(n)), is_arithmetic(name, place)) for (name, place), (us, n) in spent.items()]
     lines += [(us, BETWEEN, place, "", False) for place, us in between.items()]
+    lines += [(us, "all of it", name, "1", False) for name, us in waited.items()]
     for us, name, place, calls, counts in sorted(lines, reverse=True):
         if us / whole_us > LEAST_SHARE:
             line = {"operator": f"`{name}`", "called by": place, "share, %": 100 * us / whole_us, "calls": calls}
