@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +76,12 @@ class Lane:
         call = Pending(function)
         self._asked.put(call)
         return call
+
+    def drop(self) -> None:
+        """Forget calls that have not begun."""
+        with suppress(queue.Empty):
+            while True:
+                self._asked.get_nowait()
 
     def close(self) -> None:
         """No more calls: the thread ends when it has made those it was handed; it is waited for, not for long."""

@@ -129,12 +129,13 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
             seed,
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
         )
-        scoring.ask([s.id for s in samples_of(groups, step)])
+    with _timed(seconds, "reward"):
+        scoring.ask([s.id for s in samples_of(groups, step)], parts=config.train.updates)
     apart = config.train.old_scores == "replay" or config.train.epochs > 1 or step % RATIO_CHECKED == 0
     with _timed(seconds, "old"):
         fixed = replay_fixed(policy, flatten(groups), config, objective, ranks, apart)
     with _timed(seconds, "reward"):
-        scored = scoring.finish(parts=config.train.updates)
+        scored = scoring.finish()
     advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
 
     own = ranks.share(range(len(advantage_B)), config.train.updates)
@@ -364,6 +365,7 @@ def _beside(policy: UnifiedModel, batches: int) -> int:
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds up: rewards take their time in two places."""
     began = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - began
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began

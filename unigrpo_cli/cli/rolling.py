@@ -139,9 +139,11 @@ def _drawn_and_judged(
         with ranks.together():
             rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
             run = Run(held.enter_context(new_directory(out, "rollout"))) if ranks.first else None
-        with ranks.together():
-            own = ranks.stretch(saved) if source is not None else _sampled(policy, chosen, settings, display, ranks)
-        groups = groups_of_all(own, ranks)
+        if source is not None:
+            groups, own = saved, ranks.stretch(saved)
+        else:
+            own = _sampled(policy, chosen, settings, display, ranks)
+            groups = groups_of_all(own, ranks)
         with ranks.together():
             if run is not None:
                 run.describe(settings)
@@ -165,7 +167,7 @@ def _sampled(
     from unigrpo_cli.train import window_of
 
     members = settings.train.group_size
-    with display.progress(len(prompts) * members, "sampling") as advance:
+    with display.progress(len(prompts) * members, "sampling") as advance, ranks.together():
         window = window_of(settings, 0)
         return sample(
             policy,

@@ -21,7 +21,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in that dtype. `Tensor.to` takes a microsecond to find nothing to do, thousands of times a rollout."""
+    """x in that dtype. To ask first is ten times faster than `Tensor.to` where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -45,13 +45,16 @@ class Scoring:
         ranks: Ranks = ALONE,
     ):
         self.rewards, self.step, self.split, self.ranks = rewards, step, split, ranks
-        self.overlap = overlap
         self._samples: list[Sample] = []
         self._batches: list[RewardBatch] = []
-        self._order: list[int] = []
-        early = [] if rewards.on_first else [r for r in rewards.asked(split) if begins_early(r, overlap)]
+        self._order: list[int] | None = None
+        self._parts = 1
+        asked = rewards.asked(split)
+        early = [] if rewards.on_first else [r for r in asked if begins_early(r, overlap)]
         self._early: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in early}
-        self._whole: dict[str, list[tuple[int, Pending]]] = {}
+        away = [] if rewards.on_first or overlap == "none" else [r for r in asked if waits_elsewhere(r)]
+        self._away: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in away}
+        self._known: dict[str, Scored] = {}
 
     @property
     def begins_early(self) -> bool:
@@ -69,51 +72,66 @@ class Scoring:
             if opened.alias in self._early:
                 self._early[opened.alias] += self.rewards.submit(opened, batch)
 
-    def ask(self, ids: Sequence[str]) -> None:
-        """All is there, in this order of ids: rewards that wait elsewhere and want the whole rollout begin now."""
-        at = {sample.id: k for k, sample in enumerate(self._samples)}
-        self._order = [at[i] for i in ids]
-        if self.rewards.on_first or self.overlap == "none":
-            return
-        for opened in self.rewards.asked(self.split):
-            if opened.alias not in self._early and waits_elsewhere(opened):
-                self._whole[opened.alias] = self.rewards.submit(opened, self._batch())
-
-    def finish(self, parts: int = 1) -> dict[str, Scored]:
-        """Scores of all that was added by alias, in the order asked for; all ranks' as `Ranks.joined` has them.
+    def ask(self, ids: Sequence[str], parts: int = 1) -> None:
+        """All is there: rewards that compute here judge it now, and rest; those elsewhere begin at the latest now.
 
         Args:
-            parts: in which samples were shared out.
+            ids: of this rank's own samples, in the order that scores are wanted in.
+            parts: in which they were shared out.
+
+        Raises:
+            RewardError: when a reward that computes here fails or breaks its contract, on any rank.
+        """
+        at = {sample.id: k for k, sample in enumerate(self._samples)}
+        self._order, self._parts = [at[i] for i in ids], parts
+        if self.rewards.on_first:
+            own = [self._samples[k] for k in self._order]
+            self._known = _on_first(self.rewards, own, self.ranks, parts, step=self.step, split=self.split)
+            return
+        with self.ranks.together():
+            whole, asked = self._whole(), self.rewards.asked(self.split)
+            for opened in asked:
+                if opened.alias in self._away:
+                    self._away[opened.alias] = self._early.get(opened.alias) or self.rewards.submit(opened, whole)
+            for opened in asked:
+                if opened.alias not in self._away:
+                    calls = self._early.get(opened.alias) or self.rewards.submit(opened, whole)
+                    self._known[opened.alias] = self._in_order(opened, calls)
+            self.rewards.rest([r for r in self.rewards.rewards if r.alias not in self._away])
+
+    def finish(self) -> dict[str, Scored]:
+        """Scores of all that was added by alias, in the order asked for; all ranks' as `Ranks.joined` has them.
 
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
+            ValueError: before `ask`.
         """
+        if self._order is None:
+            raise ValueError("scores are finished before they are asked for")
         if self.rewards.on_first:
-            own = [self._samples[k] for k in self._order]
-            return _on_first(self.rewards, own, self.ranks, parts, step=self.step, split=self.split)
+            return self._known
         with self.ranks.together():
-            results = self._of_own()
-        results = _of_all(results, self.ranks, parts)
+            asked = self.rewards.asked(self.split)
+            away = {r.alias: self._in_order(r, self._away[r.alias]) for r in asked if r.alias in self._away}
+            results = {r.alias: (self._known | away)[r.alias] for r in asked}
+            self.rewards.announce(self._whole(), results)
+            self.rewards.rest([r for r in self.rewards.rewards if r.alias in self._away])
+        results = _of_all(results, self.ranks, self._parts)
         with self.ranks.together():
             self.rewards.watch({alias: scored.valid for alias, scored in results.items()})
         return results
 
-    def _batch(self) -> RewardBatch:
+    def _whole(self) -> RewardBatch:
         """All samples as rewards see them, in the order asked for."""
+        assert self._order is not None
         added = [sample for batch in self._batches for sample in batch.samples]
         return replace(self._batches[0], samples=tuple(added[k] for k in self._order))
 
-    def _of_own(self) -> dict[str, Scored]:
-        whole = self._batch()
-        results = {}
-        for opened in self.rewards.asked(self.split):
-            if opened.alias in self._early:
-                results[opened.alias] = taken(self.rewards.collect(opened, self._early[opened.alias]), self._order)
-            else:
-                calls = self._whole.get(opened.alias) or self.rewards.submit(opened, whole)
-                results[opened.alias] = self.rewards.collect(opened, calls)
-        self.rewards.announce(whole, results)
-        return results
+    def _in_order(self, opened: OpenReward, calls: list[tuple[int, Pending]]) -> Scored:
+        """What a reward said, in the order asked for; batches that began early were in their own."""
+        assert self._order is not None
+        scored = self.rewards.collect(opened, calls)
+        return taken(scored, self._order) if opened.alias in self._early else scored
 
 
 def scores_of(

@@ -140,16 +140,20 @@ class RewardSet:
                 if here:
                     plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
         except BaseException:
-            self.__exit__()
+            self.__exit__(None)
             raise
 
     def __enter__(self) -> RewardSet:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Tear down all but those left hanging; what goes wrong now is a warning."""
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Tear down all but those left hanging; what goes wrong now is a warning. After an error nobody waits for
+        judgements that have not begun.
+        """
         opened_rewards, self.rewards = self.rewards, []
         for opened in opened_rewards:
+            if kind is not None:
+                opened.lane.drop()
             for close in (self._say_farewell, self._tear_down) if self.here else ():
                 try:
                     close(opened)
@@ -251,6 +255,7 @@ class RewardSet:
         if watched:
             self.watch({alias: scored.valid for alias, scored in results.items()})
         self.announce(batch, results)
+        self.rest(self.rewards)
         return results
 
     def prepare(self, samples: Sequence[Sample], *, step: int, split: str) -> RewardBatch:
@@ -265,15 +270,18 @@ class RewardSet:
         return changed
 
     def announce(self, batch: RewardBatch, results: dict[str, Scored]) -> None:
-        """Tell observers, and give the device back until the next scoring where that is asked for."""
+        """Tell observers."""
         for alias, scored in results.items():
             try:
                 self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=scored)
             except RewardError as error:  # an observer's fault is not the run's
                 warnings.warn(str(error), stacklevel=2)
+
+    def rest(self, those: Sequence[OpenReward]) -> None:
+        """Give the device back until the next scoring where that is asked for."""
         if self.policy.offload:
             self._resting = True
-            for opened in self.rewards:
+            for opened in those:
                 if hasattr(opened.reward, "offload"):
                     self._call(opened, opened.reward.offload, "offload")
             self.context.shared.move("cpu")

@@ -57,9 +57,11 @@ def groups_of_all(own: Sequence[Group], ranks: Ranks) -> list[Group]:
             text, tensors = packed(own[k : k + 1])
             words = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
             sent = torch.frombuffer(bytearray(save(tensors | {WORDS: words})), dtype=torch.uint8)
-        for share, data in zip(found, ranks.to_first(sent), strict=False):
-            held = load(data.numpy().tobytes())
-            share += unpacked(held.pop(WORDS).numpy().tobytes().decode(), held)
+        held = ranks.to_first(sent)
+        with ranks.together():
+            for share, data in zip(found, held, strict=False):
+                tensors = load(data.numpy().tobytes())
+                share += unpacked(tensors.pop(WORDS).numpy().tobytes().decode(), tensors)
     return [group for share in found for group in share]
 
 
