@@ -36,7 +36,7 @@ OPERATORS = "Operators of a training step of the embedded model, those above 2 %
 WHOLE = "whole step"
 CALLS = {
     "rollout": (algorithm, "rollout"),
-    "reward": (Scoring, "finish"),
+    "reward": (Scoring, "ask"),  # where those judge that compute here; `finish` waits for others
     "old": (algorithm, "replay_fixed"),
     "update": (algorithm, "optimizer_step"),
 }
