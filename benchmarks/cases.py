@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.clock import Clock
@@ -44,6 +44,11 @@ class Cases:
     curves: dict[str, tuple[int, ...]]
     budget_s: float
     share_s: float
+
+    @property
+    def wordy(self) -> Size:
+        """The large network with twice the words and images of four ninths of the tokens."""
+        return replace(self.large, thinking=2 * self.large.thinking, pixels=self.large.pixels * 2 // 3 // 16 * 16)
 
 
 def _size(shape: MoTConfig, autoencoder: AutoencoderConfig, **task: Any) -> Size:

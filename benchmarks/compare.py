@@ -37,7 +37,7 @@ def measurements(bench: Comparison) -> Iterator[tuple[list[str], Callable[[], No
     yield [words.WORDS, words.AGAINST], partial(words.measure_words, bench)
     for model in sampling.MODELS:
         yield [sampling.sampling_part(model, cases)], partial(sampling.measure_sampling, bench, model)
-    for model in sampling.MODELS:
+    for model in sampling.GROUPED:
         yield [sampling.growth_part(model)], partial(sampling.measure_groups, bench, model)
     yield [sampling.DENOISING], partial(sampling.measure_denoising, bench)
     sampling.large_policy.cache_clear()

@@ -26,8 +26,9 @@ from unigrpo_cli.rollout import Sampling
 from unigrpo_cli.session import load_policy
 from unigrpo_cli.suites import training_prompts
 
-EMBEDDED, LARGE = "embedded", "100M"
+EMBEDDED, LARGE, WORDY = "embedded", "100M", "100M, long texts and small images"
 MODELS = (EMBEDDED, LARGE)
+GROUPED = (*MODELS, WORDY)
 DENOISING = "denoising against diffusers' loop, 100M"
 SEED, WINDOW = 0, Window(1, 3)
 STAGES = {"thinking": "write_text", "painting": "paint"}
@@ -55,6 +56,7 @@ def rows(cases: Cases) -> list[Row]:
             Row(part, "painting, times faster", "x"),
             Row(part, "latents differ", RELATIVE),
         ]
+    for model in GROUPED:
         found += [Row(growth_part(model), f"group of {group}", "s/sample") for group in cases.groups]
         found.append(Row(growth_part(model), "largest to smallest", "x", Goal(0.5)))
         found += [Row(growth_part(model), f"{stage}, largest to smallest", "x") for stage in STAGES]
@@ -76,7 +78,7 @@ def asked(bench: Comparison, model: str) -> tuple[UnifiedModel, Prompt, Sampling
         config = settings(bench)
         policy = load_policy(config.model, None, config)
         return policy, training_prompts(config.prompts)[0], replace(train_sampling(config), rows=2**10)
-    size = bench.cases.large
+    size = bench.cases.large if model == LARGE else bench.cases.wordy
     return large_policy(size), Prompt("benchmark", prompt_text(size)), sampling_of(size)
 
 
