@@ -167,8 +167,11 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
             between[NETWORK if place in (NETWORK, HEAD) else REST] -= us
     arithmetic = sum(us for (name, place), (us, _) in spent.items() if is_arithmetic(name, place))
     bench.report.add(STEP, "model arithmetic", 100 * arithmetic / whole_us, "of a step that is profiled, so slower")
-    own = {kind: told for kind, told in spent.items() if kind[1] != REWARD}  # of rewards what they are waited for
-    lines = [(us, name, place, str(int(n)), is_arithmetic(name, place)) for (name, place), (us, n) in own.items()]
+    lines = [
+        (us, name, place, str(int(n)), is_arithmetic(name, place))
+        for (name, place), (us, n) in spent.items()
+        if place != REWARD  # of rewards counts what they are waited for
+    ]
     lines += [(us, BETWEEN, place, "", False) for place, us in between.items()]
     lines += [(us, "all of it", name, "1", False) for name, us in waited.items()]
     for us, name, place, calls, counts in sorted(lines, reverse=True):

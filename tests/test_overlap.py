@@ -333,9 +333,10 @@ def test_after_an_error_nobody_waits_for_what_has_not_begun() -> None:
         scoring = Scoring(rewards, step=0)
         scoring.add(samples(*range(8)))
         scoring.ask([str(k) for k in range(8)])
-        time.sleep(0.05)
+        while not judge.seen:
+            time.sleep(0.01)
         fails()
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 1  # all eight take 1.6
     assert len(judge.seen) == 1
 
 

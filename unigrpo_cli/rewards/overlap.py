@@ -80,7 +80,7 @@ class Scoring:
             parts: in which they were shared out.
 
         Raises:
-            RewardError: when a reward that computes here fails or breaks its contract, on any rank.
+            RewardError: when a reward that computes here, or on the first rank, fails or breaks its contract.
         """
         at = {sample.id: k for k, sample in enumerate(self._samples)}
         self._order, self._parts = [at[i] for i in ids], parts
