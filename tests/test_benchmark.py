@@ -10,16 +10,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bagel, parts, report
 from benchmarks.clock import Clock
 from benchmarks.flops import Pass, decode_bytes, forward_flops, update_flops
 from benchmarks.shapes import SIZES, random_policy
+from tests.torch_flops import count_flops
 from unigrpo_cli.models.sizes import network_shapes
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.runtime.state import TrainState
@@ -124,21 +123,11 @@ def bench() -> parts.Benchmark:
     return parts.Benchmark(size, policy, "float32", clock, report.Report({"nominal_tflops": None}, rows, None), 1)
 
 
-def _counted(run: Callable[[], object]) -> int:
-    # PyTorch's counter does not know oneDNN's products.
-    with (
-        patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False),
-        FlopCounterMode(display=False) as counter,
-    ):
-        run()
-    return counter.get_total_flops()
-
-
 @pytest.mark.parametrize("adapters", [False, True])
 def test_operations_of_a_denoise_call(bench: parts.Benchmark, adapters: bool) -> None:
     with torch.no_grad(), nullcontext() if adapters else bench.policy.reference():
         run, context = parts.denoise_call(bench, 3, differing=True)
-        counted = _counted(run)
+        counted = count_flops(run)
     rank = bench.size.rank if adapters else 0
     work = Pass(3, past=context.used, copies=1, image=bench.size.image_tokens, rank=rank)
     assert forward_flops(bench.size.network, work) == pytest.approx(counted, rel=0.01)
@@ -148,7 +137,7 @@ def test_operations_of_a_written_token(bench: parts.Benchmark) -> None:
     policy = bench.policy
     with torch.no_grad():
         context = parts.reading(bench, 3, differing=False)
-        counted = _counted(
+        counted = count_flops(
             lambda: policy.logits(policy.forward(context, torch.zeros(3, 1).long()).hidden_BLC[:, -1])
         )
     work = Pass(3, text=1, past=context.used, scored=3, rank=bench.size.rank)
@@ -165,12 +154,12 @@ def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None
     assert length == size.reading()
     work = Pass(2, text=length, copies=3, image=size.image_tokens, scored=scored, rank=size.rank)
     with torch.no_grad():
-        counted = _counted(lambda: replay(bench.policy, batch))
+        counted = count_flops(lambda: replay(bench.policy, batch))
     assert forward_flops(size.network, work) == pytest.approx(counted, rel=0.01)
     state, objective = TrainState(bench.policy, make_optimizer(bench.policy, config)), objective_of(config)
     fixed = replay_fixed(bench.policy, episodes, config, objective)
     shares = weighed(fixed, torch.tensor([1.0, -1.0]))
-    counted = _counted(lambda: optimizer_step(state, shares[0], objective, config))
+    counted = count_flops(lambda: optimizer_step(state, shares[0], objective, config))
     assert update_flops(size.network, work) == pytest.approx(counted, rel=0.01)
 
 

@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, growth, passes, plain, report, sampling, step, words
 from benchmarks.cases import CASES, Comparison
 from benchmarks.clock import Clock, ratio
 from benchmarks.shapes import random_policy
+from tests.torch_flops import count_flops
 from unigrpo_cli.replay import Batch, collate, replay
 
 ROOT = Path(__file__).parents[1]
@@ -133,17 +132,15 @@ def _episode_batch(context: int, copies: int) -> tuple[Any, Batch]:
 @pytest.mark.parametrize(("text", "image"), [(True, True), (False, True), (True, False)])
 def test_operations_of_a_pass_are_torchs_count(text: bool, image: bool) -> None:
     policy, batch = _episode_batch(60, 3)
-    # PyTorch's counter does not know oneDNN's products.
-    with (
-        patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False),
-        FlopCounterMode(display=False) as counter,
-    ):
+
+    def forward_and_backward() -> None:
         scores = replay(policy, batch, text=text, image=image)
         pulls = [*([scores.log_prob_BL] if text else []), *scores.velocities]
         torch.stack([pull.sum() for pull in pulls]).sum().backward()
+
     scored = int(batch.actions.mask_BL.sum()) if text else 0
     counted = passes.operations(TINY.small.network, 60, 3 if image else 0, 64, scored)
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert counted == pytest.approx(count_flops(forward_and_backward), rel=0.01)
 
 
 def test_drawn_episodes_are_as_long_as_asked() -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
+from tests.torch_flops import count_flops
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.config import Config, load_config, with_values
 from unigrpo_cli.episode import Prompt, flatten
@@ -480,9 +480,8 @@ def test_no_more_batches_at_the_same_time_than_there_are() -> None:
 
 def counted(action: Any) -> int:
     """By PyTorch's own counter, with attention as products of matrices."""
-    with sdpa_kernel(SDPBackend.MATH), no_onednn(), FlopCounterMode(display=False) as counter:
-        action()
-    return counter.get_total_flops()
+    with sdpa_kernel(SDPBackend.MATH):
+        return count_flops(action)
 
 
 def flops(work: speed.Work) -> float:
