@@ -25,8 +25,7 @@ def attention_backward_flops(
     return 2 * pairs * (3 * query[-1] + 2 * value[-1])
 
 
-# torch has formulas for a GPU's fused attention. What a CPU's counts as depends on the torch: as nothing, or as what
-# it is decomposed into.
+# torch has formulas for a GPU's fused attention. What it counts for a CPU's depends on its version.
 FUSED_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
