@@ -24,9 +24,9 @@ from benchmarks import parts
 from benchmarks.clock import Clock
 from benchmarks.report import Report, put_into, surroundings
 from benchmarks.shapes import SIZES, Size, random_policy
-from unigrpo_cli.models.sizes import network_shapes
+from unigrpo_cli.models.mot.config import network_shapes
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.tuning import prepare_policy
+from unigrpo_cli.training.optimizer import prepare_policy
 
 PROFILE = "profile"
 SHARES = 40
@@ -42,9 +42,9 @@ def measurements(bench: parts.Benchmark) -> Iterator[tuple[str, Callable[[], Non
         for part in parts.denoise_variants(group):
             yield part, partial(parts.measure_denoise, bench, group, part)
 
-    def updating(micro_batch: int) -> Iterator[tuple[str, Callable[[], None]]]:
-        for part in parts.update_variants(micro_batch):
-            yield part, partial(parts.measure_update, bench, micro_batch, part)
+    def updating(micro_batch_size: int) -> Iterator[tuple[str, Callable[[], None]]]:
+        for part in parts.update_variants(micro_batch_size):
+            yield part, partial(parts.measure_update, bench, micro_batch_size, part)
 
     yield parts.NETWORK, partial(parts.measure_network, bench)
     yield parts.CEILINGS, partial(parts.measure_ceilings, bench)
@@ -55,8 +55,8 @@ def measurements(bench: parts.Benchmark) -> Iterator[tuple[str, Callable[[], Non
     yield parts.IN_ALL, partial(parts.measure_all, bench)
     for group in smaller:
         yield from denoising(group)
-    for micro_batch in others:
-        yield from updating(micro_batch)
+    for micro_batch_size in others:
+        yield from updating(micro_batch_size)
 
 
 # ----- operators
@@ -88,13 +88,13 @@ def profile(bench: parts.Benchmark, title: str, run: Callable[[], object]) -> No
 
 def profile_all(bench: parts.Benchmark) -> None:
     """A denoise call of the largest group, then a replay of the first micro-batch; texts of differing length."""
-    group, micro_batch = max(bench.size.groups), bench.size.micro_batches[0]
+    group, micro_batch_size = max(bench.size.groups), bench.size.micro_batches[0]
     with torch.no_grad():
         run, _ = parts.denoise_call(bench, group, differing=True)
     profile(bench, f"a denoise call of {group} rows", run)
-    own = parts.episodes_of(bench, micro_batch, parts.DIFFERING)[:micro_batch]
+    own = parts.episodes_of(bench, micro_batch_size, parts.DIFFERING)[:micro_batch_size]
     batch = collate(own, bench.policy.device)
-    profile(bench, f"a replay of {micro_batch} episodes", lambda: replay(bench.policy, batch))
+    profile(bench, f"a replay of {micro_batch_size} episodes", lambda: replay(bench.policy, batch))
 
 
 # ----- the command
@@ -123,16 +123,12 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What BAGEL's shape costs on this machine, with random weights.")
     parser.add_argument("--size", choices=list(SIZES), default="7b")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a card, else float32"
-    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a card, else float32")
     parser.add_argument("--json", type=Path, help="write the report there, after every row")
     parser.add_argument("--markdown", type=Path, help="put the table into that document, e.g. docs/performance.md")
     parser.add_argument("--profile", action="store_true", help="also the operators of a denoise call and a replay")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for everything")
-    parser.add_argument(
-        "--no-cudnn-attention", action="store_true", help="to compare: it plans every new length anew"
-    )
+    parser.add_argument("--no-cudnn-attention", action="store_true", help="to compare: it plans every new length anew")
     arguments = parser.parse_args(given)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")

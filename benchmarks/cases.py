@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.clock import Clock
 from benchmarks.report import Report
 from benchmarks.shapes import Size, bagel_shape
-from unigrpo_cli.models.sizes import AutoencoderConfig, MoTConfig
+from unigrpo_cli.models.mot.config import AutoencoderConfig, MoTConfig
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ CASES = {
     ),
     "tiny": Cases(
         embedded={
-            "reward.use": ["fidelity"],  # of the two defaults one takes seconds to load
+            "reward.names": ["fidelity"],  # of the two defaults one takes seconds to load
             "sampling.max_new_tokens": 8,
             "sampling.steps": 6,
             "train.prompts_per_step": 2,
             "train.group_size": 4,
-            "train.micro_batch": 4,
+            "train.micro_batch_size": 4,
         },
         groups=(2, 4),
         compared=2,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.flops import products
-from unigrpo_cli.models.sizes import MoTConfig
+from unigrpo_cli.models.mot.config import MoTConfig
 
 GIB = 2**30
 CARDS = (("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0))
@@ -76,7 +76,7 @@ class Clock:
             times.append(self.once(run))
         return times
 
-    def side_by_side(
+    def parallel_map(
         self, runs: dict[str, Callable[[], object]], share_s: float, most: int = 5, *, warm: bool = False
     ) -> dict[str, list[float]]:
         """Seconds of every call, the variants in turn: what disturbs the machine then disturbs all alike.

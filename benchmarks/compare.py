@@ -50,9 +50,7 @@ def measurements(bench: Comparison) -> Iterator[tuple[list[str], Callable[[], No
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Our speed on this machine's CPU beside that of plainer ways.")
     parser.add_argument("--size", choices=list(CASES), default="full")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="of torch; with one, seconds are those of the processor"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch; with one, seconds are those of the processor")
     parser.add_argument("--json", type=Path, help="write the report there, after every row")
     parser.add_argument("--markdown", type=Path, help="put the tables into that document, e.g. docs/performance.md")
     parser.add_argument("--only", default="", help="only parts whose name has this in it")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unigrpo_cli.models.sizes import TIME_WAVES, MoTConfig
+from unigrpo_cli.models.mot.config import TIME_WAVES, MoTConfig
 
-EDGES = 2  # boundary tokens around an image; the text expert's
+BOUNDARY = 2  # boundary tokens around an image; the text expert's
 FUSED_BACKWARD = 2.5  # of attention's forward: four products, and the scores once more
 
 
@@ -38,17 +38,17 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        return self.rows * (self.text + self.copies * (self.image + EDGES * bool(self.copies)))
+        return self.rows * (self.text + self.copies * (self.image + BOUNDARY * bool(self.copies)))
 
     @property
     def edges(self) -> int:
         """Boundary tokens of all images."""
-        return self.rows * self.copies * EDGES
+        return self.rows * self.copies * BOUNDARY
 
     @property
     def seen(self) -> int:
         """Keys that a token of an image sees."""
-        return self.past + self.text + self.image + EDGES
+        return self.past + self.text + self.image + BOUNDARY
 
     @property
     def pairs(self) -> int:

@@ -24,7 +24,7 @@ from benchmarks.cases import CASES, Comparison
 from benchmarks.clock import Clock
 from benchmarks.report import Report
 from benchmarks.shapes import Size, random_policy
-from unigrpo_cli.tuning import prepare_policy
+from unigrpo_cli.training.optimizer import prepare_policy
 
 MICRO_BATCH = 8
 

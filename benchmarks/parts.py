@@ -21,18 +21,18 @@ from benchmarks.shapes import Size, prompt_text
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions, flatten
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.models.context import Context
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.context import Context
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, weighed, window_of
-from unigrpo_cli.tuning import make_optimizer
+from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed, window_of
+from unigrpo_cli.training.optimizer import make_optimizer
+from unigrpo_cli.training.state import TrainState
 
 NETWORK, CEILINGS, IN_ALL = "network", "ceilings", "in all"
 DIFFERING = ", texts of differing length"
 
 
-def configuration(size: Size, dtype: str, micro_batch: int) -> Config:
+def configuration(size: Size, dtype: str, micro_batch_size: int) -> Config:
     """The paper's settings at this size, with adapters."""
     settings = {
         "dtype": dtype,
@@ -41,14 +41,14 @@ def configuration(size: Size, dtype: str, micro_batch: int) -> Config:
         "sampling.width": size.pixels,
         "sampling.steps": size.calls,
         "sampling.window_size": size.copies,
-        "sampling.window_within": (0, max(5, size.copies)),
-        "sampling.rows": max(size.groups),
-        "train.tune": "lora",
+        "sampling.window_range": (0, max(5, size.copies)),
+        "sampling.batch_size": max(size.groups),
+        "train.finetune": "lora",
         "train.lora_rank": size.rank,
         "train.lora_alpha": float(2 * size.rank),
         "train.activation_checkpointing": True,
-        "train.updates": 1,
-        "train.micro_batch": micro_batch,
+        "train.minibatches": 1,
+        "train.micro_batch_size": micro_batch_size,
     }
     return load_config(preset="paper", named=settings)
 
@@ -58,7 +58,7 @@ class Benchmark:
     """What measurements share: the policy with its adapters, the clock, the report, and the episodes so far."""
 
     size: Size
-    policy: UnifiedModel
+    policy: MoTPolicy
     dtype: str
     clock: Clock
     report: Report
@@ -66,8 +66,8 @@ class Benchmark:
     episodes: list[Episode] = field(default_factory=list)
     state: TrainState | None = None
 
-    def config(self, micro_batch: int = 1) -> Config:
-        return configuration(self.size, self.dtype, micro_batch)
+    def config(self, micro_batch_size: int = 1) -> Config:
+        return configuration(self.size, self.dtype, micro_batch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -125,8 +125,8 @@ def rows_of(size: Size, *, goals: bool, nominal: bool) -> list[Row]:
         memory = [("peak memory thinking", "GiB"), ("peak memory painting", "GiB")]
         rows = [*stage_rows, *writing, ("share of bandwidth", "%"), *memory]
         part(rollout_part(group), rows, {"rollout": Goal(3)} if group == largest else {})
-    for micro_batch in size.micro_batches:
-        for variant in update_variants(micro_batch):
+    for micro_batch_size in size.micro_batches:
+        for variant in update_variants(micro_batch_size):
             replays = [("old replay", "s/sample"), *rate("old replay: "), ("reference replay", "s/sample")]
             learning = [("old and reference", "s/sample"), ("forward and backward", "s/sample")]
             learning += [*rate("forward and backward: "), ("optimizer step", "s"), ("update", "s/sample")]
@@ -147,8 +147,8 @@ def rollout_part(group: int) -> str:
     return f"rollout, group of {group}"
 
 
-def update_variants(micro_batch: int) -> list[str]:
-    part = f"update, micro-batch {micro_batch}"
+def update_variants(micro_batch_size: int) -> list[str]:
+    part = f"update, micro-batch {micro_batch_size}"
     return [part, part + DIFFERING]
 
 
@@ -222,7 +222,7 @@ def watched_rollout(bench: Benchmark, group: int, config: Config) -> Rolled:
     with ExitStack() as stack:
         for name in ("read_given", "write_text", "paint"):
             stack.enter_context(clock.watching(stages, name, seconds, peaks))
-        stack.enter_context(clock.watching(UnifiedModel, "decode_pixels", seconds))
+        stack.enter_context(clock.watching(MoTPolicy, "decode_pixels", seconds))
         began = clock.now()
         groups = stages.rollout(bench.policy, [prompt], group, sampling, window_of(config, 0), seed=0)
         total = clock.now() - began
@@ -261,9 +261,7 @@ def measure_rollout(bench: Benchmark, group: int) -> None:
     middle = size.reading() - size.thinking // 2
     moved = max(lengths) * decode_bytes(size.network, group, middle, each, size.rank)
     rate = moved / seconds["write_text"] / 1e9
-    report.add(
-        part, "share of bandwidth", 100 * rate / bench.ceiling("GB/s"), f"{rate:.0f} GB/s of weights and cache"
-    )
+    report.add(part, "share of bandwidth", 100 * rate / bench.ceiling("GB/s"), f"{rate:.0f} GB/s of weights and cache")
     report.add(part, "peak memory thinking", run.peaks["write_text"])
     report.add(part, "peak memory painting", run.peaks["paint"])
 
@@ -281,64 +279,66 @@ def shortened(episodes: Sequence[Episode]) -> list[Episode]:
     ]
 
 
-def episodes_of(bench: Benchmark, micro_batch: int, part: str) -> list[Episode]:
+def episodes_of(bench: Benchmark, micro_batch_size: int, part: str) -> list[Episode]:
     """Episodes of an update: two micro-batches where there are so many.
 
     Raises:
         NotMeasuredError: when no rollout left enough.
     """
-    count = min(2, len(bench.episodes) // micro_batch) * micro_batch
+    count = min(2, len(bench.episodes) // micro_batch_size) * micro_batch_size
     if not count:
-        raise NotMeasuredError(f"needs {micro_batch} episodes, and rollouts left {len(bench.episodes)}")
+        raise NotMeasuredError(f"needs {micro_batch_size} episodes, and rollouts left {len(bench.episodes)}")
     own = bench.episodes[:count]
     return shortened(own) if part.endswith(DIFFERING) else own
 
 
-def measure_update(bench: Benchmark, micro_batch: int, part: str) -> None:
+def measure_update(bench: Benchmark, micro_batch_size: int, part: str) -> None:
     """Replays under the old and the reference policy, and the update of the adapters, per episode."""
     clock, report, policy, size = bench.clock, bench.report, bench.policy, bench.size
-    episodes = episodes_of(bench, micro_batch, part)
-    batch = collate(episodes[:micro_batch], policy.device)
+    episodes = episodes_of(bench, micro_batch_size, part)
+    batch = collate(episodes[:micro_batch_size], policy.device)
     scored = int(batch.actions.mask_BL.sum())
     length = max(batch.turns[0].length_B)
     work = Pass(
-        micro_batch, text=length, copies=size.copies, image=size.image_tokens, scored=scored, rank=size.rank
+        micro_batch_size, text=length, copies=size.copies, image=size.image_tokens, scored=scored, rank=size.rank
     )
     clock.forget_peak()
     with torch.no_grad():
         old_s = clock.median(lambda: replay(policy, batch), bench.share_s)
-        report.add(part, "old replay", old_s / micro_batch)
+        report.add(part, "old replay", old_s / micro_batch_size)
         bench.add_rate(part, "old replay: ", forward_flops(size.network, work), old_s)
         with policy.reference() as beginning:
             reference_s = clock.median(lambda: replay(beginning, batch), bench.share_s)
-        report.add(part, "reference replay", reference_s / micro_batch)
+        report.add(part, "reference replay", reference_s / micro_batch_size)
     report.add(part, "peak memory replay", clock.peak_gib())
-    clock.need(7 * old_s * len(episodes) / micro_batch)
+    clock.need(7 * old_s * len(episodes) / micro_batch_size)
 
     clock.forget_peak()
-    fixed_s, steps = updates(bench, micro_batch, episodes)
+    fixed_s, steps = updates(bench, micro_batch_size, episodes)
     total_s, optimizer_s = steps[-1]
     learning_s = (total_s - optimizer_s) / len(episodes)
     note = "" if len(steps) > 1 else "the first, not warmed up"
     report.add(part, "old and reference", fixed_s / len(episodes))
     report.add(part, "forward and backward", learning_s, note)
-    flops = update_flops(size.network, work) / micro_batch
+    flops = update_flops(size.network, work) / micro_batch_size
     bench.add_rate(part, "forward and backward: ", flops, learning_s)
     report.add(part, "optimizer step", optimizer_s, note)
     report.add(part, "update", (fixed_s + total_s) / len(episodes), f"{len(episodes)} episodes")
     report.add(part, "peak memory update", clock.peak_gib())
 
 
-def updates(bench: Benchmark, micro_batch: int, episodes: list[Episode]) -> tuple[float, list[tuple[float, float]]]:
+def updates(
+    bench: Benchmark, micro_batch_size: int, episodes: list[Episode]
+) -> tuple[float, list[tuple[float, float]]]:
     """Seconds of `replay_fixed`; then of each `optimizer_step`, in all and of the optimizer's own part."""
-    clock, config = bench.clock, bench.config(micro_batch)
+    clock, config = bench.clock, bench.config(micro_batch_size)
     if bench.state is None:
         bench.state = TrainState(bench.policy, make_optimizer(bench.policy, config))
     state, objective = bench.state, objective_of(config)
     advantage_B = torch.ones(len(episodes))
     advantage_B[::2] = -1.0
     began = clock.now()
-    fixed = replay_fixed(bench.policy, episodes, config, objective)
+    fixed = score_old_and_reference(bench.policy, episodes, config, objective)
     fixed_s = clock.now() - began
     shares = weighed(fixed, advantage_B)
     steps: list[tuple[float, float]] = []

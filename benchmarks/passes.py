@@ -31,8 +31,8 @@ from benchmarks.report import RELATIVE, Goal, Row
 from benchmarks.shapes import Size, random_policy
 from unigrpo_cli.algo import flow
 from unigrpo_cli.episode import Episode, GivenText, ImageActions, Prompt, TextActions
-from unigrpo_cli.models.sizes import MoTConfig
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.config import MoTConfig
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import Batch, collate, replay
 
 SEPARATE, LEAN, PACKED = "a text pass, K image passes", "K passes, one of them scores words", "packed"
@@ -70,7 +70,7 @@ def rows(cases: Cases) -> list[Row]:
     return found
 
 
-def drawn(policy: UnifiedModel, size: Size, context: int, copies: int) -> Episode:
+def drawn(policy: MoTPolicy, size: Size, context: int, copies: int) -> Episode:
     """An episode of that many tokens of context and K noisy images, its numbers random."""
     generator = torch.Generator().manual_seed(0)
     words = size.network.vocab_size // 2  # any of them but the special ones, which come first
@@ -93,7 +93,7 @@ def drawn(policy: UnifiedModel, size: Size, context: int, copies: int) -> Episod
         grid=grid,
         times=flow.time_grid(3 * copies, 3.0),
         window=flow.Window(0, copies),
-        kernel="flow",
+        sde="flow",
         noise_level=0.8,
         before=before,
         after=after,
@@ -148,7 +148,7 @@ def measure_replay(bench: Comparison, shape: str, copies: int, context: int) -> 
             back(plain.one_step(batch, k), pull_BKND[:, k : k + 1], text=False)
         keep(SEPARATE)
 
-    times = bench.clock.side_by_side({SEPARATE: separate, LEAN: lean, PACKED: packed}, bench.cases.share_s)
+    times = bench.clock.parallel_map({SEPARATE: separate, LEAN: lean, PACKED: packed}, bench.cases.share_s)
     bench.report.add(part, SEPARATE, statistics.median(times[SEPARATE]), f"{len(times[PACKED])} rounds")
     bench.report.add(part, LEAN, statistics.median(times[LEAN]))
     bench.report.add(part, PACKED, statistics.median(times[PACKED]))

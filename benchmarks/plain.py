@@ -22,15 +22,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenText, ImageActions, Prompt, TextActions
-from unigrpo_cli.models.context import Context
-from unigrpo_cli.models.mot import MoT, NoisyImage
-from unigrpo_cli.models.sizes import MoTConfig
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.config import MoTConfig
+from unigrpo_cli.models.mot.context import Context
+from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import Batch
 from unigrpo_cli.rollout import Sampling
-from unigrpo_cli.seeds import derive, normal, uniform
 
 # ----- the network, one episode at a time
 
@@ -52,8 +52,8 @@ def _rotation(config: MoTConfig, position_L: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def _rotate(x_1HLE: Tensor, turned: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = turned
+def _rotate(x_1HLE: Tensor, rotated: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotated
     a, b = x_1HLE.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -67,17 +67,16 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _projected(
-    layer: nn.Module, x_1LC: Tensor, turned: tuple[Tensor, Tensor], expert: str, head: int
+    layer: nn.Module, x_1LC: Tensor, rotated: tuple[Tensor, Tensor], expert: str, head: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, H, L, E] of one expert ("" for words, "_moe_gen" for latents)."""
     own = layer.self_attn
     normed = _normed(getattr(layer, f"input_layernorm{expert}"), x_1LC)
     q, k, v = (
-        _times(getattr(own, f"{name}_proj{expert}"), normed).unflatten(-1, (-1, head)).transpose(1, 2)
-        for name in "qkv"
+        _times(getattr(own, f"{name}_proj{expert}"), normed).unflatten(-1, (-1, head)).transpose(1, 2) for name in "qkv"
     )
     q, k = _normed(getattr(own, f"q_norm{expert}"), q), _normed(getattr(own, f"k_norm{expert}"), k)
-    return _rotate(q, turned), _rotate(k, turned), v
+    return _rotate(q, rotated), _rotate(k, rotated), v
 
 
 def _after(layer: nn.Module, x_1LC: Tensor, attended_1HLE: Tensor, expert: str) -> Tensor:
@@ -93,10 +92,10 @@ def read(network: MoT, cache: Cache, ids: Sequence[int]) -> Tensor:
     """Feed tokens, which join the cache; their final states [L, C]."""
     model, config, past, new = network.language_model.model, network.config, cache.length, len(ids)
     x_1LC = model.embed_tokens(torch.tensor([ids]))
-    turned = _rotation(config, torch.arange(past, past + new))
+    rotated = _rotation(config, torch.arange(past, past + new))
     mask = torch.ones(new, past + new, dtype=torch.bool).tril(past) if past and new > 1 else None
     for index, layer in enumerate(model.layers):
-        q, k, v = _projected(layer, x_1LC, turned, "", config.head_dim)
+        q, k, v = _projected(layer, x_1LC, rotated, "", config.head_dim)
         cache.keys[index] = torch.cat([cache.keys[index], k], dim=2)
         cache.values[index] = torch.cat([cache.values[index], v], dim=2)
         attended = F.scaled_dot_product_attention(
@@ -116,12 +115,12 @@ def velocity(network: MoT, cache: Cache, x_ND: Tensor, t: Tensor, grid: tuple[in
     """v_ND of one noisy image after the text in the cache, which stays as it is."""
     model, config = network.language_model.model, network.config
     latent = network.vae2llm(x_ND) + network.time_embedder(t[None]) + network.latent_pos_embed(*grid)
-    latent, edges = latent[None], model.embed_tokens(torch.tensor([network.edge_ids]))
-    turned = _rotation(config, torch.tensor([cache.length]))
+    latent, edges = latent[None], model.embed_tokens(torch.tensor([network.boundary_ids]))
+    rotated = _rotation(config, torch.tensor([cache.length]))
     tokens = len(x_ND)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        q, k, v = _projected(layer, latent, turned, "_moe_gen", config.head_dim)
-        q_edge, k_edge, v_edge = _projected(layer, edges, turned, "", config.head_dim)
+        q, k, v = _projected(layer, latent, rotated, "_moe_gen", config.head_dim)
+        q_edge, k_edge, v_edge = _projected(layer, edges, rotated, "", config.head_dim)
         attended = F.scaled_dot_product_attention(
             torch.cat([q, q_edge], dim=2),
             torch.cat([keys, k, k_edge], dim=2),
@@ -139,14 +138,14 @@ def velocity(network: MoT, cache: Cache, x_ND: Tensor, t: Tensor, grid: tuple[in
 
 @torch.no_grad()
 def rollout(
-    policy: UnifiedModel, prompt: Prompt, members: int, sampling: Sampling, window: flow.Window, seed: int
+    policy: MoTPolicy, prompt: Prompt, members: int, sampling: Sampling, window: flow.Window, seed: int
 ) -> list[Episode]:
     """`members` episodes of a prompt, one after the other; the same that the package's `rollout` draws."""
     return [_episode(policy, prompt, member, sampling, window, seed) for member in range(members)]
 
 
 def _episode(
-    policy: UnifiedModel, prompt: Prompt, member: int, sampling: Sampling, window: flow.Window, seed: int
+    policy: MoTPolicy, prompt: Prompt, member: int, sampling: Sampling, window: flow.Window, seed: int
 ) -> Episode:
     own, cache = derive(seed, prompt.id, member), Cache(policy.network.config)
     given = policy.preamble(prompt, sampling.think)
@@ -155,7 +154,7 @@ def _episode(
     return Episode(prompt, member, own, (*given, *text, paint(policy, cache, sampling, window, own)))
 
 
-def write(policy: UnifiedModel, cache: Cache, sampling: Sampling, seed: int) -> TextActions:
+def write(policy: MoTPolicy, cache: Cache, sampling: Sampling, seed: int) -> TextActions:
     """One text, word by word, until the stop token or the end of the budget."""
     draws = uniform(derive(seed, "text"), sampling.max_new_tokens)
     hidden_LC = read(policy.network, cache, [policy.open_id])
@@ -181,7 +180,7 @@ def write(policy: UnifiedModel, cache: Cache, sampling: Sampling, seed: int) -> 
     )
 
 
-def paint(policy: UnifiedModel, cache: Cache, sampling: Sampling, window: flow.Window, seed: int) -> ImageActions:
+def paint(policy: MoTPolicy, cache: Cache, sampling: Sampling, window: flow.Window, seed: int) -> ImageActions:
     """One image, step by step, and its pixels."""
     grid = policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
@@ -194,7 +193,7 @@ def paint(policy: UnifiedModel, cache: Cache, sampling: Sampling, window: flow.W
             x = flow.euler(x, v, t, t_next)
             continue
         own = {"noise_level": sampling.noise_level, "t_second": times[1], "noise": noise_KND[k - window.start]}
-        action = flow.step(sampling.kernel, x, v, t, t_next, **own)
+        action = flow.step(sampling.sde, x, v, t, t_next, **own)
         before.append(x)
         after.append(action.x_next)
         log_probs.append(action.log_prob)
@@ -203,7 +202,7 @@ def paint(policy: UnifiedModel, cache: Cache, sampling: Sampling, window: flow.W
         grid=grid,
         times=times,
         window=window,
-        kernel=sampling.kernel,
+        kernel=sampling.sde,
         noise_level=sampling.noise_level,
         before=torch.stack(before),
         after=torch.stack(after),
@@ -214,9 +213,7 @@ def paint(policy: UnifiedModel, cache: Cache, sampling: Sampling, window: flow.W
 
 
 @torch.no_grad()
-def pipeline(
-    policy: UnifiedModel, context: Context, sampling: Sampling, seeds: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def pipeline(policy: MoTPolicy, context: Context, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Final latents [B, N, D] and pixels by diffusers' scheduler around the package's network.
 
     The loop is that of diffusers' pipelines of flow models: evenly spaced sigmas, shifted by the scheduler, and for

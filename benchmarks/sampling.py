@@ -21,9 +21,9 @@ from benchmarks.step import settings
 from unigrpo_cli.algo.flow import Window
 from unigrpo_cli.episode import Episode, Prompt, TextActions
 from unigrpo_cli.evaluate import NO_NOISE, train_sampling
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rollout import Sampling
-from unigrpo_cli.session import load_policy
+from unigrpo_cli.run.setup import load_policy
 from unigrpo_cli.suites import training_prompts
 
 EMBEDDED, LARGE, WORDY = "embedded", "100M", "100M, long texts and small images"
@@ -68,16 +68,16 @@ def rows(cases: Cases) -> list[Row]:
 
 
 @cache
-def large_policy(size: Size) -> UnifiedModel:
+def large_policy(size: Size) -> MoTPolicy:
     return random_policy(size, torch.device("cpu"), torch.float32)
 
 
-def asked(bench: Comparison, model: str) -> tuple[UnifiedModel, Prompt, Sampling]:
+def asked(bench: Comparison, model: str) -> tuple[MoTPolicy, Prompt, Sampling]:
     """A model, its prompt, and how it is sampled: in batches of the whole group."""
     if model == EMBEDDED:
         config = settings(bench)
         policy = load_policy(config.model, None, config)
-        return policy, training_prompts(config.prompts)[0], replace(train_sampling(config), rows=2**10)
+        return policy, training_prompts(config.prompts)[0], replace(train_sampling(config), batch_size=2**10)
     size = bench.cases.large if model == LARGE else bench.cases.wordy
     return large_policy(size), Prompt("benchmark", prompt_text(size)), sampling_of(size)
 
@@ -93,7 +93,7 @@ def sampling_of(size: Size) -> Sampling:
         shift=3.0,
         kernel="flow",
         noise_level=0.8,
-        rows=2**10,
+        batch_size=2**10,
     )
 
 
@@ -129,7 +129,7 @@ def measure_sampling(bench: Comparison, model: str) -> None:
         ):
             for name in names:
                 stack.enter_context(clock.watching(owner, name, seconds))
-        times = clock.side_by_side({"ours": ours, "plain": one_by_one}, bench.cases.share_s, warm=True)
+        times = clock.parallel_map({"ours": ours, "plain": one_by_one}, bench.cases.share_s, warm=True)
 
     texts = [s for e in drawn["plain"] for s in e.segments if isinstance(s, TextActions)]
     length = statistics.mean(len(text.ids) for text in texts)
@@ -179,7 +179,7 @@ def measure_groups(bench: Comparison, model: str) -> None:
 
     stages.rollout(policy, [prompt], groups[0], brief(sampling), WINDOW, SEED)
     runs = {str(group): (lambda group=group: run(group)) for group in groups}
-    times = bench.clock.side_by_side(runs, bench.cases.share_s, warm=True)
+    times = bench.clock.parallel_map(runs, bench.cases.share_s, warm=True)
     for group in groups:
         bench.report.add(part, f"group of {group}", statistics.median(times[str(group)]) / group)
     small, large = groups[0], groups[-1]
@@ -210,7 +210,7 @@ def measure_denoising(bench: Comparison) -> None:
     def theirs() -> None:
         latents["theirs"], _ = plain.pipeline(policy, context, sampling, seeds)
 
-    times = bench.clock.side_by_side({"ours": ours, "theirs": theirs}, bench.cases.share_s, warm=True)
+    times = bench.clock.parallel_map({"ours": ours, "theirs": theirs}, bench.cases.share_s, warm=True)
     note = f"{members} images, {sampling.steps} calls, {len(times['ours'])} rounds"
     bench.report.add(DENOISING, "diffusers' loop", statistics.median(times["theirs"]), note)
     bench.report.add(DENOISING, "ours", statistics.median(times["ours"]))

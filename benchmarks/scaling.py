@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.estimate import ACCELERATOR, Rates, Workload, memory, of_each_rank, step_parts, traffic
-from unigrpo_cli.models.sizes import BAGEL_AUTOENCODER, BAGEL_NETWORK
+from unigrpo_cli.models.mot.config import BAGEL_AUTOENCODER, BAGEL_NETWORK
+from unigrpo_cli.run.memory import ACCELERATOR, Rates, Workload, memory, of_each_rank, step_parts, traffic
 
 PER_NODE = 8
 BETWEEN_CARDS, BETWEEN_NODES = 2.0e11, 2.5e10
@@ -43,9 +43,14 @@ class Projected:
         return 3600 * self.episodes / self.ranks / self.seconds
 
 
-def settings(tune: str, prompts: int) -> Config:
+def settings(finetune: str, prompts: int) -> Config:
     """The paper's on cards of 80 GB."""
-    own = [f"train.tune={tune}", f"train.prompts_per_step={prompts}", "train.micro_batch=4", "sampling.rows=16"]
+    own = [
+        f"train.finetune={finetune}",
+        f"train.prompts_per_step={prompts}",
+        "train.micro_batch_size=4",
+        "sampling.batch_size=16",
+    ]
     return load_config(preset="paper", overrides=[*own, "dtype=bfloat16", "train.activation_checkpointing=true"])
 
 
@@ -76,10 +81,13 @@ def table(title: str, rows: Sequence[Projected]) -> str:
 
 
 def main() -> None:
-    for tune, name in (("lora", "adapters, whole weights on every rank"), ("full", "all weights, layers sharded")):
-        own = [projected(settings(tune, 32), ranks) for ranks in PAPER]
+    for finetune, name in (
+        ("lora", "adapters, whole weights on every rank"),
+        ("full", "all weights, layers sharded"),
+    ):
+        own = [projected(settings(finetune, 32), ranks) for ranks in PAPER]
         print(table(f"{name}, the paper's 32 prompts", own), end="\n\n")
-        grown = [projected(settings(tune, 4 * ranks), ranks) for ranks in LARGER]
+        grown = [projected(settings(finetune, 4 * ranks), ranks) for ranks in LARGER]
         print(table(f"{name}, 4 prompts for each rank", grown), end="\n\n")
 
 

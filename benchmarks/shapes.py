@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from unigrpo_cli.models.codec import Autoencoder
-from unigrpo_cli.models.layers import PositionTable
-from unigrpo_cli.models.mot import MoT
-from unigrpo_cli.models.sizes import TABLES, AutoencoderConfig, MoTConfig, autoencoder_shapes
-from unigrpo_cli.models.unified import CLOSE, EDGES, OPEN, UNKNOWN, UnifiedModel, edge_ids
+from unigrpo_cli.models.mot.codec import Autoencoder
+from unigrpo_cli.models.mot.config import TABLES, AutoencoderConfig, MoTConfig, autoencoder_shapes
+from unigrpo_cli.models.mot.layers import PositionTable
+from unigrpo_cli.models.mot.network import MoT
+from unigrpo_cli.models.mot.policy import BOUNDARY, CLOSE, OPEN, UNKNOWN, MoTPolicy, boundary_ids
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ SIZES = {
 }
 
 
-def random_policy(size: Size, device: torch.device, dtype: torch.dtype) -> UnifiedModel:
+def random_policy(size: Size, device: torch.device, dtype: torch.dtype) -> MoTPolicy:
     """A policy of that shape whose weights are drawn on the device: the host never holds them."""
     tokenizer = made_up_tokenizer(size.network.vocab_size)
     system = " ".join(f"w{k}" for k in range(size.given - size.given // 3))
     network = random_network(size.network, tokenizer, device, dtype)
-    return UnifiedModel(network, tokenizer, random_autoencoder(size.autoencoder, device), system)
+    return MoTPolicy(network, tokenizer, random_autoencoder(size.autoencoder, device), system)
 
 
 def prompt_text(size: Size) -> str:
@@ -125,7 +125,7 @@ def prompt_text(size: Size) -> str:
 def made_up_tokenizer(vocabulary: int, spare: int | None = None) -> Tokenizer:
     """One token per made-up word; `spare` ids of the head stay without one, as some of BAGEL's do."""
     spare = max(1, vocabulary // 400) if spare is None else spare
-    special = [OPEN, CLOSE, *EDGES, UNKNOWN]
+    special = [OPEN, CLOSE, *BOUNDARY, UNKNOWN]
     count = vocabulary - spare - len(special)
     words = {word: k for k, word in enumerate([*special, *(f"w{k}" for k in range(count))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
@@ -137,7 +137,7 @@ def made_up_tokenizer(vocabulary: int, spare: int | None = None) -> Tokenizer:
 def random_network(config: MoTConfig, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> MoT:
     """Frozen weights scaled so that states keep their size through the layers."""
     with torch.device("meta"):
-        network = MoT(config, edge_ids(tokenizer)).to(dtype)
+        network = MoT(config, boundary_ids(tokenizer)).to(dtype)
     network = network.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in network.named_parameters():

@@ -17,19 +17,19 @@ import unigrpo_cli.train as algorithm
 from benchmarks.cases import Cases, Comparison
 from benchmarks.report import Goal, Row
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.lanes import in_turn
-from unigrpo_cli.models.mot import MoT
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.network import MoT
+from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.parallel.workers import in_turn
+from unigrpo_cli.rewards.async_scoring import Scoring
 from unigrpo_cli.rewards.batch import RewardBatch
-from unigrpo_cli.rewards.grammar import RewardChoice
-from unigrpo_cli.rewards.overlap import Scoring
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.session import load_policy, open_rewards, reward_choices
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import RewardSpec
+from unigrpo_cli.run.setup import load_policy, open_rewards, reward_choices
 from unigrpo_cli.suites import training_prompts
 from unigrpo_cli.train import prompts_for, training_step
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 STEP = "embedded: training step"
 OPERATORS = "Operators of a training step of the embedded model, those above 2 % of its time"
@@ -140,7 +140,7 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
     """Where a call's time goes: operators by who called them, and what no operator accounts for."""
     with ExitStack() as stack:
         stack.enter_context(marked(MoT, "forward", lambda *_: NETWORK))
-        stack.enter_context(marked(UnifiedModel, "logits", lambda *_: HEAD))
+        stack.enter_context(marked(MoTPolicy, "logits", lambda *_: HEAD))
         stack.enter_context(marked(RewardSet, "collect", lambda _, opened, *__: f"{REWARD} {opened.alias}"))
         seen = stack.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CPU]))
         began = time.perf_counter()
@@ -227,20 +227,18 @@ class Waiting:
 def measure_waiting(bench: Comparison, rows: int) -> None:
     """How much of a judge's time lies before training waits for it, by the wall; it takes as long as sampling."""
     rates = {"train__lr_text": 0.0, "train__lr_image": 0.0}  # the same episodes every time
-    config = settings(bench, sampling__rows=rows, **rates)
+    config = settings(bench, sampling__batch_size=rows, **rates)
     state, prompts = prepared(config), training_prompts(config.prompts)
     plugins = Plugins()
     plugins.rewards.add("waiting", Waiting)
     episodes = config.train.prompts_per_step * config.train.group_size
     found: dict[str, list[float]] = {}
-    with open_rewards([RewardChoice("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
+    with open_rewards([RewardSpec("waiting", "waiting", 1.0, {})], plugins, config, embedded=True) as rewards:
         judge = rewards.rewards[0].reward
 
         def run() -> None:
             judge.calls.clear()
-            own = moments_of(
-                lambda: training_step(state, prompts_for(prompts, config, state.step), rewards, config)
-            )
+            own = moments_of(lambda: training_step(state, prompts_for(prompts, config, state.step), rewards, config))
             busy_s = sum(end - began for began, end in judge.calls)
 
             def before(moment: float) -> float:

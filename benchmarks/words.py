@@ -19,21 +19,19 @@ from benchmarks.clock import NotMeasuredError
 from benchmarks.report import RELATIVE, Goal, Row
 from benchmarks.shapes import Size, made_up_tokenizer, random_policy
 from unigrpo_cli.algo.objective import Actions, Scores, unigrpo_loss
+from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.models.unified import OPEN, UnifiedModel
+from unigrpo_cli.models.mot.policy import OPEN, MoTPolicy
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, write_text
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.seeds import derive
-from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, weighed
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 WORDS, AGAINST = "text-only GRPO", "text-only GRPO against TRL"
-INSTALL = (
-    "TRL is not installed: `python -m pip install trl`, or beside this environment as docs/performance.md says"
-)
+INSTALL = "TRL is not installed: `python -m pip install trl`, or beside this environment as docs/performance.md says"
 
 
 def rows(_cases: Cases) -> list[Row]:
@@ -109,7 +107,7 @@ class OwnSteps:
         reward_PG = torch.tensor([reward_of(text.ids) for text in texts]).view(self.prompts, -1)
         spread = reward_PG.std(dim=1, keepdim=True) + 1e-4
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / spread).flatten()
-        fixed = replay_fixed(self.policy, episodes, self.config, self.objective, apart=False)
+        fixed = score_old_and_reference(self.policy, episodes, self.config, self.objective, apart=False)
         shares = weighed(fixed, advantage_B)
         replayed = self.clock.now()
         optimizer_step(self.state, shares[0], self.objective, self.config)
@@ -125,12 +123,12 @@ def configuration(size: Size, prompts: int) -> Config:
             "sampling.max_new_tokens": size.thinking,
             "objective.image_weight": 0.0,
             "train.experts": "text",
-            "train.tune": "full",
-            "train.also": ["embeddings", "head", "norms"],
+            "train.finetune": "full",
+            "train.extra_modules": ["embeddings", "head", "norms"],
             "train.prompts_per_step": prompts,
             "train.group_size": size.groups[0],
-            "train.micro_batch": -(-prompts * size.groups[0] // torch.get_num_threads()),
-            "train.updates": 1,
+            "train.micro_batch_size": -(-prompts * size.groups[0] // torch.get_num_threads()),
+            "train.minibatches": 1,
         },
     )
 
@@ -178,7 +176,7 @@ def report_own(bench: Comparison, spent: list[Spent]) -> None:
 # ----- TRL
 
 
-def qwen3_of(policy: UnifiedModel) -> nn.Module:
+def qwen3_of(policy: MoTPolicy) -> nn.Module:
     """Our text expert in transformers' Qwen3 (tests/test_oracles.py). It has one tensor more, which stays zero."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

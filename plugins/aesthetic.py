@@ -86,7 +86,7 @@ class AestheticReward:
         if self.options.head is not None:
             return find_weights(context, self.name, "head", self.options.head)
         if model == EMBEDDED:
-            return Path(str(files("unigrpo_cli") / "embedded" / "aesthetic" / "head.safetensors"))
+            return Path(str(files("unigrpo_cli") / "toy" / "weights" / "aesthetic" / "head.safetensors"))
         published = "sac+logos+ava1-l14-linearMSE.pth"
         raise RewardError(
             f"reward {self.name!r}: no head for {model}; download {published} from {WHERE}, convert it with: "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from unigrpo_cli.shapes.world import COLORS
+from unigrpo_cli.toy.world import COLORS
 from unigrpo_plugins.detectors import Detection, Image
 
 if TYPE_CHECKING:

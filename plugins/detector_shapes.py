@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from unigrpo_cli.shapes.render import signed_distance
-from unigrpo_cli.shapes.world import SHAPES
+from unigrpo_cli.toy.render import signed_distance
+from unigrpo_cli.toy.world import SHAPES
 from unigrpo_plugins.detectors import Detection, Image
 
 CONTRAST = 30 / 255  # a pixel is foreground when a channel differs this much from the background
@@ -49,9 +49,7 @@ def _detect_stack(x_BHWC: NDArray[np.floating]) -> list[list[Detection]]:
     pieces: list[tuple[int, NDArray[np.bool_]]] = []
     for b in range(count):
         ids, areas = np.unique(labels[b], return_counts=True)
-        pieces += [
-            (b, labels[b] == i) for i, area in zip(ids, areas, strict=True) if i and area >= SMALLEST * unit**2
-        ]
+        pieces += [(b, labels[b] == i) for i, area in zip(ids, areas, strict=True) if i and area >= SMALLEST * unit**2]
     found: list[list[Detection]] = [[] for _ in range(count)]
     side = max(4, round(WINDOW * unit))
     grid = np.arange(side, dtype=np.float32) - side // 2 + 0.5

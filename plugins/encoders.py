@@ -100,7 +100,7 @@ def load_encoder(
     from unigrpo_cli.errors import RewardError
     from unigrpo_plugins.weights import first_line
 
-    schema = f"local-dir:{files('unigrpo_cli') / 'embedded' / 'clip'}" if name == EMBEDDED else name
+    schema = f"local-dir:{files('unigrpo_cli') / 'toy' / 'weights' / 'clip'}" if name == EMBEDDED else name
     plain = ":" not in schema
     if plain and not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(name)

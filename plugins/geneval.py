@@ -104,9 +104,7 @@ class GenEvalReward:
             self.colors = ClipColors(encoder)
         self.detector, self.detector_name = detector, name
         self.threshold = detector.threshold if o.threshold is None else o.threshold
-        self.counting_threshold = (
-            detector.counting_threshold if o.counting_threshold is None else o.counting_threshold
-        )
+        self.counting_threshold = detector.counting_threshold if o.counting_threshold is None else o.counting_threshold
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Refuse prompts about things the detector cannot see: it would find none and call that wrong."""
@@ -127,7 +125,7 @@ class GenEvalReward:
 
     def _see_to(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Have a detector. A policy that is not the embedded one does not get `shapes` without being told."""
-        from unigrpo_cli.shapes.world import SHAPES
+        from unigrpo_cli.toy.world import SHAPES
 
         if self.detector is not None:
             return
@@ -190,9 +188,7 @@ class GenEvalReward:
         by_class: dict[str, list[Detection]] = {}
         for d in found:
             by_class.setdefault(d.label, []).append(d)
-        return keep_confident(
-            by_class, metadata, threshold=self.threshold, counting_threshold=self.counting_threshold
-        )
+        return keep_confident(by_class, metadata, threshold=self.threshold, counting_threshold=self.counting_threshold)
 
     def teardown(self) -> None:
         self.detector = None

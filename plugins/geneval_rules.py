@@ -18,12 +18,12 @@ DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below":
 KINDS = ("count", "color", "position")
 
 
-class Scored(Protocol):
+class RewardResult(Protocol):
     @property
     def score(self) -> float: ...
 
 
-Thing = TypeVar("Thing", bound=Scored)
+Thing = TypeVar("Thing", bound=RewardResult)
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,7 @@ class EndpointJudge:
         self.repeats = 0
         self._lock = threading.Lock()
 
-    def read(
-        self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool
-    ) -> list[Reading]:
+    def read(self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool) -> list[Reading]:
         """A reading for each (number of a picture, matter). What is the same is asked once.
 
         Args:
@@ -190,9 +188,7 @@ def find_form(
                 return form, "; ".join(failed)
             failed.append(f"{form.name}: {reading.why}")
     remedy = "a judge that thinks before it answers must not: see @body" if mode == "auto" else "try @mode=auto"
-    raise RewardError(
-        f"judge {endpoint.url} ({model}) cannot be used with @mode={mode}: {'; '.join(failed)}; {remedy}"
-    )
+    raise RewardError(f"judge {endpoint.url} ({model}) cannot be used with @mode={mode}: {'; '.join(failed)}; {remedy}")
 
 
 def _probe_picture() -> Image:

@@ -42,9 +42,7 @@ class LocalJudge:
             context.shared.release(self._key)
             raise
 
-    def read(
-        self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool
-    ) -> list[Reading]:
+    def read(self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool) -> list[Reading]:
         """A reading for each (number of a picture, matter), in batches of pictures of one size."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for at, (k, _) in enumerate(asked):
@@ -75,9 +73,7 @@ class LocalJudge:
             images=[[image] for image, _ in rows],
             padding=True,
             padding_side="left",  # so that the next token is that of the last column for all
-            add_special_tokens=not (
-                begin and texts[0].startswith(begin)
-            ),  # most templates begin with it: not twice
+            add_special_tokens=not (begin and texts[0].startswith(begin)),  # most templates begin with it: not twice
             return_tensors="pt",
         ).to(self._seeing.device, dtype=model.dtype)
         last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
@@ -143,9 +139,7 @@ def _ids_of(tokenizer: Any, word: str, model: str) -> list[int]:
     """All tokens that spell a word, in any case and with or without a space before it; each once."""
     ids = sorted({number for token, number in tokenizer.get_vocab().items() if word_of(token) == word})
     if not ids:
-        raise RewardError(
-            f"reward 'vlm': the tokenizer of {model!r} has no token for {word!r}; choose another model"
-        )
+        raise RewardError(f"reward 'vlm': the tokenizer of {model!r} has no token for {word!r}; choose another model")
     return ids
 
 

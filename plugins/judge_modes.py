@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from unigrpo_cli.shapes.world import NUMBERS, PLURALS
+from unigrpo_cli.toy.world import NUMBERS, PLURALS
 from unigrpo_plugins.judge_client import Answer
 
 LOWEST, HIGHEST = 1, 5  # of a rubric

@@ -152,9 +152,7 @@ class Conversation(BaseHTTPRequestHandler):
             answer = complete(data, self.server)
         except BadRequestError as error:
             return self._error(400, str(error))
-        except (
-            Exception
-        ) as error:  # a fault of ours: said, where a dropped connection would look like the network's
+        except Exception as error:  # a fault of ours: said, where a dropped connection would look like the network's
             return self._error(500, f"{type(error).__name__}: {error}")
         self._send(200, answer, fault)
 
@@ -227,7 +225,7 @@ def complete(data: bytes, server: JudgeServer) -> dict[str, Any]:
 
 def look(image: Any, text: str, detector: Any) -> tuple[float | None, float, tuple[str, ...]]:
     """How much of what is asked about is there, None for words of another world; how clean it is; what is amiss."""
-    from unigrpo_cli.shapes.prompts import parse_prompt
+    from unigrpo_cli.toy.prompts import parse_prompt
     from unigrpo_plugins.colors import name_color
     from unigrpo_plugins.detector_shapes import background_deviation
     from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident
@@ -291,9 +289,7 @@ def _picture(parts: list[dict[str, Any]]) -> Any:
             if not re.fullmatch(r"data:image/(png|jpeg);base64", head):
                 raise BadRequestError("send the picture as a data URL, PNG or JPEG")
             try:
-                with Image.open(
-                    io.BytesIO(base64.b64decode(data, validate=True)), formats=("PNG", "JPEG")
-                ) as image:
+                with Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=("PNG", "JPEG")) as image:
                     return np.asarray(image.convert("RGB"))
             except (binascii.Error, OSError, ValueError, SyntaxError) as error:
                 raise BadRequestError(f"the picture cannot be read: {error}") from None

@@ -63,7 +63,7 @@ class LengthReward:
                 "reward 'length': to count tokens say whose with @tokenizer=DIR, the model's directory with its "
                 "tokenizer.json; or @unit=words"
             )
-        path = Path(given or str(files("unigrpo_cli") / "embedded" / "model")).expanduser()
+        path = Path(given or str(files("unigrpo_cli") / "toy" / "weights" / "model")).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             return Tokenizer.from_file(str(file))

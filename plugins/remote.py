@@ -204,9 +204,7 @@ class RemoteReward:
                     return self._read(path, status, data)
                 trouble = f"HTTP {status}: {self._without_token(data[:200].decode(errors='replace'))}"
             except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
-                raise RewardError(
-                    f"reward remote: @url={self.url} cannot be used ({type(error).__name__})"
-                ) from error
+                raise RewardError(f"reward remote: @url={self.url} cannot be used ({type(error).__name__})") from error
             except httpx2.TransportError as error:
                 trouble = f"{type(error).__name__}: {error}"
             pause = wait * (0.5 + self.jitter.random() / 2)

@@ -32,7 +32,7 @@ class FidelityReward:
         self.detector = ShapesDetector()
 
     def score(self, batch: RewardBatch) -> list[float]:
-        from unigrpo_cli.shapes.world import CELLS, parse_plan
+        from unigrpo_cli.toy.world import CELLS, parse_plan
         from unigrpo_plugins.colors import name_color
 
         scores = []
@@ -65,7 +65,7 @@ class PlanReward:
         pass
 
     def score(self, batch: RewardBatch) -> list[float]:
-        from unigrpo_cli.shapes.world import parse_plan, satisfies
+        from unigrpo_cli.toy.world import parse_plan, satisfies
 
         plans = [parse_plan(text or "") for text in batch.reasoning]
         return [

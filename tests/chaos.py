@@ -1,7 +1,7 @@
 """Kills a training run at random moments, goes on with it, and compares what comes out with a run left alone.
 
     python tests/chaos.py --kills 20 --seed 0
-    python tests/chaos.py --kills 5 --set train.tune=lora --set dtype=bfloat16 --fresh
+    python tests/chaos.py --kills 5 --set train.finetune=lora --set dtype=bfloat16 --fresh
 
 Each kill is a SIGKILL. Every other one is aimed: it waits until a checkpoint is being written and hits a moment
 after. A run that ends before the kills do is compared, and another one is begun. Its reward draws from Python's,
@@ -45,7 +45,7 @@ PROMPTS = "a red circle\ntwo blue squares\na green heart\na red star above a blu
 SETTINGS = (
     *("train.steps=9", "train.prompts_per_step=2", "train.group_size=2", "train.checkpoint_every=2"),
     *("train.keep_checkpoints=2", "train.samples_every=2", "eval.every=3", "eval.best=moody", "eval.limit=1"),
-    *("eval.steps=2", "eval.rewards=[]", "sampling.steps=4", "sampling.window_within=[0,3]", "sampling.height=16"),
+    *("eval.steps=2", "eval.rewards=[]", "sampling.steps=4", "sampling.window_range=[0,3]", "sampling.height=16"),
     *("sampling.width=16", "sampling.max_new_tokens=6", "threads=1", "device=cpu"),
 )
 MOMENT = 0.0005  # seconds between looks
@@ -120,7 +120,7 @@ def import_everything() -> None:
     import peft  # noqa: F401
     import torch
 
-    import unigrpo_cli.training_run  # noqa: F401
+    import unigrpo_cli.run.start  # noqa: F401
     from unigrpo_cli.models import lora  # noqa: F401
 
     torch.set_num_threads(1)

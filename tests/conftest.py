@@ -10,9 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it; r
 import pytest
 import torch
 
-from unigrpo_cli.models.checkpoint import save_model
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.rebuild.model import build_model
+from tools.toy_model import build_model
+from unigrpo_cli.models.mot.checkpoint import save_model
+from unigrpo_cli.models.mot.policy import MoTPolicy
 
 torch.set_num_threads(1)  # the tensors are small: a second thread mostly waits
 
@@ -57,7 +57,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny() -> UnifiedModel:
+def tiny() -> MoTPolicy:
     """The embedded architecture, untrained and small, in fp64: 2 layers of width 32."""
     model = build_model(seed=0, width=32, layers=2)
     model.network.double().requires_grad_(True)

@@ -19,19 +19,19 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("std", ["group", "batch", "none"])
 def test_sums_to_zero_in_every_group(std: str) -> None:
-    assert group_advantage(REWARD, std=std).sum(dim=1).abs().max() < 1e-12
+    assert group_advantage(REWARD, normalize=std).sum(dim=1).abs().max() < 1e-12
 
 
 def test_invariant_to_scale_and_shift_only_with_group_std() -> None:
     scaled = 7.0 * REWARD - 3.0
     torch.testing.assert_close(group_advantage(scaled), group_advantage(REWARD), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(group_advantage(scaled, std="none"), group_advantage(REWARD, std="none"))
+    assert not torch.allclose(group_advantage(scaled, normalize="none"), group_advantage(REWARD, normalize="none"))
 
 
 def test_batch_std_divides_all_groups_alike() -> None:
     centred = REWARD - REWARD.mean(dim=1, keepdim=True)
     expected = centred / centred.square().mean().sqrt()
-    torch.testing.assert_close(group_advantage(REWARD, std="batch", eps=0.0), expected)
+    torch.testing.assert_close(group_advantage(REWARD, normalize="batch", eps=0.0), expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e8 / 3])
@@ -43,7 +43,7 @@ def test_constant_group_is_exactly_zero(value: float, std: str) -> None:
         reward = torch.full((2, size), value, dtype=torch.float64)
         residues += int(reward[0].mean() != value)
         reward[1] = torch.arange(size)
-        assert (group_advantage(reward, std=std)[0] == 0).all()
+        assert (group_advantage(reward, normalize=std)[0] == 0).all()
     assert residues or value == 0
 
 

@@ -14,21 +14,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tools.toy_aesthetic import rated, spearman
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rebuild.aesthetic import rated, spearman
 from unigrpo_cli.rewards.batch import RewardBatch
-from unigrpo_cli.rewards.contract import check_reward, example_samples
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.conformance import check_reward, example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.aesthetic import AestheticReward
 from unigrpo_plugins.clip import ClipReward
 from unigrpo_plugins.encoders import key_of, shared_encoder
 from unigrpo_plugins.heads import folded, read_head
 
 ROOT = Path(__file__).parents[1]
-HEAD = ROOT / "unigrpo_cli" / "embedded" / "aesthetic" / "head.safetensors"
+HEAD = ROOT / "unigrpo_cli" / "toy" / "weights" / "aesthetic" / "head.safetensors"
 
 
 def context(embedded: bool = True) -> RewardContext:
@@ -139,7 +139,7 @@ def test_it_equals_open_clip_and_the_layers_one_by_one(tmp_path: Path) -> None:
     samples = example_samples(4)
     with RewardSet(choice, plugins_with(AestheticReward), context()) as rewards:
         scores = rewards.score(samples)["aesthetic"].scores
-    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{ROOT}/unigrpo_cli/embedded/clip")
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{ROOT}/unigrpo_cli/toy/weights/clip")
     with torch.no_grad():
         seen = model.eval().encode_image(torch.stack([preprocess(Image.fromarray(s.pixels)) for s in samples]))
         expected = module(seen / seen.norm(dim=-1, keepdim=True)).squeeze(-1)
@@ -180,9 +180,7 @@ def test_a_head_brings_openais_large_clip(tmp_path: Path) -> None:
 def test_a_head_of_another_width_is_refused_and_lets_go(tmp_path: Path) -> None:
     here, path = context(), saved(tmp_path / "v1.safetensors", nn.Linear(768, 1).state_dict())
     reward = AestheticReward(AestheticReward.Options(head=path, model="embedded"))
-    with pytest.raises(
-        RewardError, match=r"v1\.safetensors takes embeddings of 768 numbers, and embedded gives 64"
-    ):
+    with pytest.raises(RewardError, match=r"v1\.safetensors takes embeddings of 768 numbers, and embedded gives 64"):
         reward.setup(here)
     assert not here.shared._held
 
@@ -233,9 +231,7 @@ def test_openais_weights_get_quick_gelu_under_any_name(tmp_path: Path, monkeypat
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", from_disk)
     table = open_clip.get_pretrained_cfg
     facts = {("tiny-gelu", "openai"): {"quick_gelu": True}, ("tiny-gelu", path): {}}  # as the table has real models
-    monkeypatch.setattr(
-        open_clip, "get_pretrained_cfg", lambda name, tag: facts.get((name, tag)) or table(name, tag)
-    )
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: facts.get((name, tag)) or table(name, tag))
     images = [Image.fromarray(s.pixels) for s in example_samples(2)]
     tagged, _ = shared_encoder(context(), "aesthetic", "tiny-gelu", "openai")
     plain, _ = shared_encoder(context(), "aesthetic", "tiny-gelu", path)

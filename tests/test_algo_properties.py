@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.advantage import COMBINATIONS, EPS, STDS, combined_advantage, group_advantage
+from unigrpo_cli.algo.advantage import COMBINATIONS, EPS, NORMALIZERS, combined_advantage, group_advantage
 from unigrpo_cli.algo.guidance import RENORMS, Guidance, guided
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, step_log_ratios, unigrpo_loss
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
@@ -25,7 +25,7 @@ from unigrpo_cli.algo.text import token
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31)
-KERNELS = st.sampled_from(flow.KERNELS)
+SDES = st.sampled_from(flow.SDES)
 TIMES = st.tuples(st.floats(0.01, 0.999), st.floats(0.05, 0.95)).map(lambda p: (p[0], p[0] * p[1]))
 """t, and t_next somewhere between 0 and it. Between .999 and 1 the tests' own differences cancel."""
 
@@ -56,11 +56,11 @@ def _opinions(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 @PROPERTY
-@given(_opinions(), st.sampled_from(STDS))
+@given(_opinions(), st.sampled_from(NORMALIZERS))
 def test_advantages_are_about_the_rest_of_the_group(case: tuple[Tensor, Tensor], std: str) -> None:
     """They sum to zero, keep the order, are exactly 0 where there is no opinion or only one, and no NaN gets in."""
     reward, valid = case
-    advantage = group_advantage(reward.masked_fill(~valid, math.nan), valid, std=std)
+    advantage = group_advantage(reward.masked_fill(~valid, math.nan), valid, normalize=std)
     assert advantage.isfinite().all()
     assert (advantage[~valid] == 0).all()
     assert advantage.sum(dim=1).abs().max() <= 1e-9 * (1 + advantage.abs().max()) * (1 + reward.abs().max())
@@ -72,7 +72,7 @@ def test_advantages_are_about_the_rest_of_the_group(case: tuple[Tensor, Tensor],
 
 
 @PROPERTY
-@given(_opinions(), st.sampled_from(STDS), st.floats(0.01, 100), st.floats(-100, 100))
+@given(_opinions(), st.sampled_from(NORMALIZERS), st.floats(0.01, 100), st.floats(-100, 100))
 def test_advantages_do_not_know_the_rewards_units(
     case: tuple[Tensor, Tensor], std: str, scale: float, shift: float
 ) -> None:
@@ -80,8 +80,8 @@ def test_advantages_do_not_know_the_rewards_units(
     reward, valid = case
     spread = (reward.amax(dim=1) - reward.amin(dim=1)).max()
     assume(spread == 0 or spread > 1e-3)
-    own = group_advantage(reward, valid, std=std, eps=1e-30)
-    other = group_advantage(scale * reward + shift, valid, std=std, eps=1e-30)
+    own = group_advantage(reward, valid, normalize=std, eps=1e-30)
+    other = group_advantage(scale * reward + shift, valid, normalize=std, eps=1e-30)
     same = torch.tensor([len(set(r[v].tolist())) > 1 for r, v in zip(reward, valid, strict=True)])
     factor = scale if std == "none" else 1.0
     torch.testing.assert_close(other[same], factor * own[same], rtol=1e-6, atol=1e-6 * factor * (1 + float(spread)))
@@ -92,7 +92,7 @@ def test_advantages_do_not_know_the_rewards_units(
 def test_advantages_have_deviation_1_where_their_name_says(case: tuple[Tensor, Tensor]) -> None:
     """ "group": over the opinions of each group that differ; "batch": over all opinions; abstentions are none."""
     reward, valid = case
-    group, batch = (group_advantage(reward, valid, std=std, eps=1e-30) for std in ("group", "batch"))
+    group, batch = (group_advantage(reward, valid, normalize=std, eps=1e-30) for std in ("group", "batch"))
     live = [k for k, (r, v) in enumerate(zip(reward, valid, strict=True)) if len(set(r[v].tolist())) > 1]
     for k in live:
         assert group[k][valid[k]].square().mean().item() == pytest.approx(1.0)
@@ -101,7 +101,7 @@ def test_advantages_have_deviation_1_where_their_name_says(case: tuple[Tensor, T
 
 
 @PROPERTY
-@given(_opinions(), SEEDS, st.sampled_from(STDS), st.sampled_from(COMBINATIONS))
+@given(_opinions(), SEEDS, st.sampled_from(NORMALIZERS), st.sampled_from(COMBINATIONS))
 def test_the_order_of_members_and_of_groups_is_nothing(
     case: tuple[Tensor, Tensor], seed: int, std: str, how: str
 ) -> None:
@@ -118,14 +118,14 @@ def test_the_order_of_members_and_of_groups_is_nothing(
     def combine(change) -> Tensor:
         rewards = {"a": change(reward), "b": change(other)}
         return combined_advantage(
-            rewards, {"a": 1.0, "b": 2.0}, {"a": change(valid), "b": change(known)}, how=how, std=std
+            rewards, {"a": 1.0, "b": 2.0}, {"a": change(valid), "b": change(known)}, how=how, normalize=std
         )
 
     torch.testing.assert_close(combine(shuffled), shuffled(combine(lambda x: x)), rtol=1e-9, atol=1e-9)
 
 
 @PROPERTY
-@given(_rewards(), st.sampled_from(COMBINATIONS), st.sampled_from(STDS), st.floats(0.1, 3))
+@given(_rewards(), st.sampled_from(COMBINATIONS), st.sampled_from(NORMALIZERS), st.floats(0.1, 3))
 def test_combinations_centre_clamp_and_leave_constant_groups_alone(
     reward: Tensor, how: str, std: str, clamp: float
 ) -> None:
@@ -134,11 +134,11 @@ def test_combinations_centre_clamp_and_leave_constant_groups_alone(
     rewards = {"a": flat, "b": flat.sin() * (flat != flat[-1, 0])}
     rewards["b"][-1] = 0.1
     known = {n: torch.ones_like(flat, dtype=torch.bool) for n in rewards}
-    free = combined_advantage(rewards, {"a": 0.7, "b": 1.3}, known, how=how, std=std)
+    free = combined_advantage(rewards, {"a": 0.7, "b": 1.3}, known, how=how, normalize=std)
     assert free.isfinite().all()
     assert (free[-1] == 0).all()
     assert free.sum(dim=1).abs().max() <= 1e-9 * (1 + reward.abs().max())
-    held = combined_advantage(rewards, {"a": 0.7, "b": 1.3}, known, how=how, std=std, clamp=clamp)
+    held = combined_advantage(rewards, {"a": 0.7, "b": 1.3}, known, how=how, normalize=std, clamp=clamp)
     assert torch.equal(held, free.clamp(-clamp, clamp))
 
 
@@ -146,10 +146,8 @@ WEIGHT = st.floats(-2, 2).filter(lambda w: abs(w) > 0.1)
 
 
 @PROPERTY
-@given(_opinions(), SEEDS, WEIGHT, WEIGHT, st.sampled_from(STDS))
-def test_combinations_are_what_they_say(
-    case: tuple[Tensor, Tensor], seed: int, a: float, b: float, std: str
-) -> None:
+@given(_opinions(), SEEDS, WEIGHT, WEIGHT, st.sampled_from(NORMALIZERS))
+def test_combinations_are_what_they_say(case: tuple[Tensor, Tensor], seed: int, a: float, b: float, std: str) -> None:
     """ "sum" adds rewards, "gdpo" advantages, and divides by what they then are: weights of either sign, by hand.
 
     What a reward gave where it has no opinion is nothing to any of them.
@@ -158,16 +156,16 @@ def test_combinations_are_what_they_say(
     other = _normal(seed, *reward.shape)
     rewards, opinions = {"a": reward, "b": other}, {"a": valid, "b": torch.ones_like(valid)}
     weights = {"a": a, "b": b}
-    everyone = group_advantage(a * reward + b * other, valid, std=std)
-    added = combined_advantage(rewards, weights, opinions, how="sum", std=std)
+    everyone = group_advantage(a * reward + b * other, valid, normalize=std)
+    added = combined_advantage(rewards, weights, opinions, how="sum", normalize=std)
     torch.testing.assert_close(added, everyone, rtol=1e-9, atol=1e-9)
     own = "batch" if std == "none" else std
-    terms = a * group_advantage(reward, valid, std=own) + b * group_advantage(other, std=own)
-    gdpo = combined_advantage(rewards, weights, opinions, how="gdpo", std=std)
+    terms = a * group_advantage(reward, valid, normalize=own) + b * group_advantage(other, normalize=own)
+    gdpo = combined_advantage(rewards, weights, opinions, how="gdpo", normalize=std)
     torch.testing.assert_close(gdpo, terms / (terms.square().mean().sqrt() + EPS), rtol=1e-9, atol=1e-9)
     for how in COMBINATIONS:
         spoilt = {"a": reward.masked_fill(~valid, 1e6), "b": other}
-        found, wanted = (combined_advantage(r, weights, opinions, how=how, std=std) for r in (spoilt, rewards))
+        found, wanted = (combined_advantage(r, weights, opinions, how=how, normalize=std) for r in (spoilt, rewards))
         assert torch.equal(found, wanted)
 
 
@@ -232,29 +230,29 @@ Common = dict[str, Tensor | float]
 @st.composite
 def _steps(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> tuple[str, Tensor, Tensor, Tensor, Common]:
     """A kernel, x, v, noise [2, 3, 4], and when and how noisy the step is; one in four begins at t = 1."""
-    kernel, seed, noise_level = draw(KERNELS), draw(SEEDS), draw(st.floats(0.05, 0.99))
+    sde, seed, noise_level = draw(SDES), draw(SEEDS), draw(st.floats(0.05, 0.99))
     t, t_next = draw(TIMES)
     if draw(st.integers(0, 3)) == 0:
         t, t_next = 1.0, t_next / t
     x, v, noise = _normal(seed, 3, 2, 3, 4, dtype=dtype)
     at = {"t": torch.tensor(t, dtype=dtype), "t_next": torch.tensor(t_next, dtype=dtype)}
     second = at["t_next"] if t == 1 else torch.tensor(0.97, dtype=dtype)
-    return kernel, x, v, noise, {**at, "noise_level": noise_level, "t_second": second}
+    return sde, x, v, noise, {**at, "noise_level": noise_level, "t_second": second}
 
 
 @PROPERTY
 @given(_steps())
 def test_scores_are_the_densitys(case: tuple) -> None:
     """torch's normal log-density, mean over elements; of cps its exponent without the scale."""
-    kernel, x, v, noise, common = case
-    drawn = flow.step(kernel, x, v, **common, noise=noise)
+    sde, x, v, noise, common = case
+    drawn = flow.step(sde, x, v, **common, noise=noise)
     assert (drawn.p.std > 0).all()
     expected = Normal(drawn.p.mean, drawn.p.std.expand_as(x)).log_prob(drawn.x_next)
-    if kernel == "cps":
+    if sde == "cps":
         constant = -drawn.p.std.log() - math.log(2 * math.pi) / 2
         expected = (expected - constant) * 2 * drawn.p.std**2
     torch.testing.assert_close(drawn.log_prob, expected.mean(dim=(-2, -1)), rtol=1e-9, atol=1e-12)
-    scored = flow.step(kernel, x, v, **common, x_next=drawn.x_next)
+    scored = flow.step(sde, x, v, **common, x_next=drawn.x_next)
     assert torch.equal(scored.log_prob, drawn.log_prob)
 
 
@@ -262,26 +260,26 @@ def test_scores_are_the_densitys(case: tuple) -> None:
 @given(_steps())
 def test_deviations_are_the_kernels_own(case: tuple) -> None:
     """In plain numbers: marginals alone would let any deviation pass whose drift goes with it."""
-    kernel, x, v, _, common = case
+    sde, x, v, _, common = case
     t, t_next, second, a = (float(common[n]) for n in ("t", "t_next", "t_second", "noise_level"))
     expected = {
         "flow": a * math.sqrt(t / (1 - (second if t == 1 else t))) * math.sqrt(t - t_next),
         "dance": a * math.sqrt(t - t_next),
         "cps": t_next * math.sin(a * math.pi / 2),
-    }[kernel]
-    assert flow.transition(kernel, x, v, **common).std.item() == pytest.approx(expected, rel=1e-12)
+    }[sde]
+    assert flow.transition(sde, x, v, **common).std.item() == pytest.approx(expected, rel=1e-12)
 
 
 @PROPERTY
 @given(_steps(), st.floats(0.3, 1.0))
 def test_less_noise_is_nearer_to_euler(case: tuple, level: float) -> None:
     """The distance to Euler's step is of second order in the noise level: a tenth of it, a hundredth of that."""
-    kernel, x, v, _, common = case
+    sde, x, v, _, common = case
     at = {"t": common["t"], "t_next": common["t_next"]}
     straight = flow.euler(x, v, **at)
     apart = []
     for a in (0.1 * level, 0.01 * level, 0.0):
-        p = flow.transition(kernel, x, v, **at, noise_level=a, t_second=common["t_second"])
+        p = flow.transition(sde, x, v, **at, noise_level=a, t_second=common["t_second"])
         apart.append(((p.mean - straight).norm().item(), p.std.max().item()))
     assert apart[2] == (pytest.approx(0.0, abs=1e-12), 0.0)
     assert apart[1][1] == pytest.approx(0.1 * apart[0][1], rel=0.02)
@@ -292,20 +290,20 @@ def test_less_noise_is_nearer_to_euler(case: tuple, level: float) -> None:
 @given(_steps(), st.floats(0.001, 1.0))
 def test_ratios_are_differences_of_scores(case: tuple, moved: float) -> None:
     """log r two ways, RatioNorm as the paper prints it, and both exactly 0 for one and the same policy, in fp32."""
-    kernel, x, v, noise, common = case
+    sde, x, v, noise, common = case
     new_v = v + moved * noise.flip(0)
-    old = flow.step(kernel, x, v, **common, noise=noise)
-    new = flow.transition(kernel, x, new_v, **common)
-    log_r = flow.log_ratio(kernel, old.x_next, new, old.p)
-    plain = flow.log_prob(kernel, old.x_next, new) - old.log_prob
+    old = flow.step(sde, x, v, **common, noise=noise)
+    new = flow.transition(sde, x, new_v, **common)
+    log_r = flow.log_ratio(sde, old.x_next, new, old.p)
+    plain = flow.log_prob(sde, old.x_next, new) - old.log_prob
     torch.testing.assert_close(log_r, plain, rtol=1e-6, atol=1e-8 * (1 + plain.abs().max().item()))
-    if kernel != "cps":
+    if sde != "cps":
         distance = (new.mean - old.p.mean).square().mean(dim=(-2, -1))
         printed = old.p.std * (log_r + distance / (2 * old.p.std**2))
         normed = flow.ratio_norm(old.x_next, new, old.p).mean(dim=(-2, -1))
         torch.testing.assert_close(normed, printed, rtol=1e-6, atol=1e-9 * (1 + printed.abs().max().item()))
     narrow = flow.Transition(old.p.mean.float(), old.p.std.float())
-    assert (flow.log_ratio(kernel, old.x_next.float(), narrow, narrow) == 0).all()
+    assert (flow.log_ratio(sde, old.x_next.float(), narrow, narrow) == 0).all()
     assert (flow.ratio_norm(old.x_next.float(), narrow, narrow) == 0).all()
 
 
@@ -317,19 +315,19 @@ def test_the_first_gradient_is_the_noise(case: tuple) -> None:
     With e the noise that was drawn and c dt the step's own derivative by v. Of cps, whose score has no scale,
     2 e std^2 instead of e / std.
     """
-    kernel, x, v, noise, common = case
-    old = flow.step(kernel, x, v, **common, noise=noise)
-    by_v = flow.transition(kernel, x, v + 1, **common).mean - old.p.mean
+    sde, x, v, noise, common = case
+    old = flow.step(sde, x, v, **common, noise=noise)
+    by_v = flow.transition(sde, x, v + 1, **common).mean - old.p.mean
     for ratio, factor in (
         ("norm", torch.ones(())),
-        ("plain", 2 * old.p.std if kernel == "cps" else 1 / old.p.std),
+        ("plain", 2 * old.p.std if sde == "cps" else 1 / old.p.std),
     ):
         leaf = v.clone().requires_grad_()
-        new = flow.transition(kernel, x, leaf, **common)
+        new = flow.transition(sde, x, leaf, **common)
         if ratio == "norm":
             flow.ratio_norm(old.x_next, new, old.p).mean(dim=(-2, -1)).sum().backward()
         else:
-            flow.log_ratio(kernel, old.x_next, new, old.p).sum().backward()
+            flow.log_ratio(sde, old.x_next, new, old.p).sum().backward()
         torch.testing.assert_close(leaf.grad, noise * by_v * factor / 12, rtol=1e-6, atol=1e-9)
 
 
@@ -341,11 +339,11 @@ def test_penalties_are_squared_distances(case: tuple, scale: float) -> None:
     The latent KL is the velocity's square times w_t = (|dt| / 2) (1 / s + s (1 - t) / (2 t))^2 (Flow-GRPO), with s
     the deviation rate: that is what makes it vanish at high noise.
     """
-    kernel, x, v, noise, common = case
+    sde, x, v, noise, common = case
     assume(abs(scale) > 0.01)
 
     def both(own: Tensor) -> dict[str, Tensor]:
-        p, p_ref = (flow.transition(kernel, x, w, **common) for w in (own, v))
+        p, p_ref = (flow.transition(sde, x, w, **common) for w in (own, v))
         return {"mse": flow.velocity_mse(own, v), "kl": flow.latent_kl(p, p_ref)}
 
     near, far, there = both(v + noise), both(v + scale * noise), both(leaf := v.clone().requires_grad_())
@@ -355,24 +353,24 @@ def test_penalties_are_squared_distances(case: tuple, scale: float) -> None:
         assert (there[name] == 0).all()
         (gradient,) = torch.autograd.grad(there[name].sum(), leaf, retain_graph=True)
         assert (gradient == 0).all()
-    if kernel != "cps":
+    if sde != "cps":
         t, dt = common["t"], common["t_next"] - common["t"]
-        s = flow.transition(kernel, x, v, **common).std / (-dt).sqrt()
+        s = flow.transition(sde, x, v, **common).std / (-dt).sqrt()
         weight = -dt / 2 * (1 / s + s * (1 - t) / (2 * t)) ** 2
         torch.testing.assert_close(near["kl"], weight * near["mse"], rtol=1e-9, atol=1e-12)
 
 
 @PROPERTY
-@given(SEEDS, st.floats(0.05, 0.99), KERNELS)
-def test_steps_of_one_pass_do_not_know_of_each_other(seed: int, noise_level: float, kernel: str) -> None:
+@given(SEEDS, st.floats(0.05, 0.99), SDES)
+def test_steps_of_one_pass_do_not_know_of_each_other(seed: int, noise_level: float, sde: str) -> None:
     """K steps side by side are the same K steps one by one, to the bit, in the fp32 that rollout draws in."""
     times = flow.time_grid(6, 3.0)
     x, v, noise = _normal(seed, 3, 2, 5, 3, 4, dtype=torch.float32)
     common = {"noise_level": noise_level, "t_second": times[1]}
     at = {"t": times[:5].expand(2, 5)[..., None, None], "t_next": times[1:6].expand(2, 5)[..., None, None]}
-    together = flow.step(kernel, x[:, :5], v[:, :5], **{n: w.clone() for n, w in at.items()}, **common, noise=noise)
+    together = flow.step(sde, x[:, :5], v[:, :5], **{n: w.clone() for n, w in at.items()}, **common, noise=noise)
     for k in range(5):
-        alone = flow.step(kernel, x[:, k], v[:, k], times[k], times[k + 1], **common, noise=noise[:, k])
+        alone = flow.step(sde, x[:, k], v[:, k], times[k], times[k + 1], **common, noise=noise[:, k])
         assert torch.equal(alone.x_next, together.x_next[:, k])
         torch.testing.assert_close(alone.log_prob, together.log_prob[:, k], rtol=1e-6, atol=1e-7)
 
@@ -386,7 +384,7 @@ def _marginal(t: float) -> tuple[float, float]:
     return (1 - t) * MEAN, (1 - t) ** 2 * SPREAD**2 + t * t
 
 
-def _pushed(kernel: str, times: Tensor, noise_level: float) -> tuple[float, float]:
+def _pushed(sde: str, times: Tensor, noise_level: float) -> tuple[float, float]:
     """Errors of mean and variance after walking `times` from the exact marginal at their start."""
     mean, variance = _marginal(float(times[0]))
     points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
@@ -394,7 +392,7 @@ def _pushed(kernel: str, times: Tensor, noise_level: float) -> tuple[float, floa
         now = float(t)
         slope = (now - (1 - now) * SPREAD**2) / _marginal(now)[1]
         v = slope * points - slope * (1 - now) * MEAN - MEAN
-        p = flow.transition(kernel, points, v, t, t_next, noise_level=noise_level, t_second=times[1])
+        p = flow.transition(sde, points, v, t, t_next, noise_level=noise_level, t_second=times[1])
         offset, gain = float(p.mean[0]), float(p.mean[1] - p.mean[0])
         mean, variance = gain * mean + offset, gain**2 * variance + float(p.std) ** 2
     exact = _marginal(float(times[-1]))
@@ -538,16 +536,14 @@ def test_the_scores_gradient_is_the_policys(logits: Tensor, temperature: float, 
 
 @PROPERTY
 @given(SEEDS, st.floats(1.0, 20.0), st.floats(1.0, 20.0), st.sampled_from(RENORMS), st.floats(0, 1))
-def test_guidance_of_equal_contexts_is_none(
-    seed: int, text: float, image: float, renorm: str, least: float
-) -> None:
+def test_guidance_of_equal_contexts_is_none(seed: int, text: float, image: float, renorm: str, least: float) -> None:
     """If a poorer context says the same, there is nowhere to go; and no renormalisation lengthens the result."""
-    v, poorer, poorest = _normal(seed, 3, 2, 3, 4)
+    v, unconditional, poorest = _normal(seed, 3, 2, 3, 4)
     how = Guidance(text=text, image=image, renorm=renorm, renorm_least=least)
     torch.testing.assert_close(guided(v, v, v, how), v, rtol=1e-6, atol=1e-6)
-    raw = guided(v, poorer, poorest, replace(how, renorm="global", renorm_least=1.0))
+    raw = guided(v, unconditional, poorest, replace(how, renorm="global", renorm_least=1.0))
     if renorm != "text_channel":
-        found = guided(v, poorer, poorest, how)
+        found = guided(v, unconditional, poorest, how)
         assert (found.norm(dim=2) <= raw.norm(dim=2) * (1 + 1e-9)).all()
         assert (found.norm(dim=2) >= least * raw.norm(dim=2) * (1 - 1e-9)).all()
 
@@ -556,12 +552,12 @@ def test_guidance_of_equal_contexts_is_none(
 @given(SEEDS, st.floats(0, 20), st.floats(0, 3))
 def test_guidance_goes_from_the_poorer_to_the_richer(seed: int, text: float, image: float) -> None:
     """By hand where nothing is renormalised; up to an image scale of 1 the third context is not even looked at."""
-    v, poorer, poorest = _normal(seed, 3, 2, 3, 4)
-    expected = poorer + text * (v - poorer)
+    v, unconditional, poorest = _normal(seed, 3, 2, 3, 4)
+    expected = unconditional + text * (v - unconditional)
     if image > 1:
         expected = poorest + image * (expected - poorest)
     how = Guidance(text=text, image=image, renorm_least=1.0)
-    found = guided(v, poorer, poorest if image > 1 else None, how)
+    found = guided(v, unconditional, poorest if image > 1 else None, how)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -584,15 +580,15 @@ def _objectives(draw: st.DrawFn) -> Objective:
     )
 
 
-def _recorded(seed: int, kernel: str) -> tuple[Actions, Scores, Scores, Scores, Tensor]:
+def _recorded(seed: int, sde: str) -> tuple[Actions, Scores, Scores, Scores, Tensor]:
     """Actions, new, old and reference scores, advantages; rows of unequal length, one without any word."""
     mask = torch.arange(L) < torch.tensor([4, 0, 1, 3, 2])[:, None]
     times = flow.time_grid(K + 1, 3.0, torch.float64)
     t, t_next = times[:K].expand(B, K), times[1 : K + 1].expand(B, K)
     x, v, noise, a, b = _normal(seed, 5, B, K, N, D)
     at = {"t": t[..., None, None], "t_next": t_next[..., None, None], "noise_level": 0.7, "t_second": times[1]}
-    drawn = flow.step(kernel, x, v, **at, noise=noise)
-    steps = ImageSteps(x, drawn.x_next, t, t_next, times[1], kernel, 0.7)
+    drawn = flow.step(sde, x, v, **at, noise=noise)
+    steps = ImageSteps(x, drawn.x_next, t, t_next, times[1], sde, 0.7)
     words, there, here = _normal(seed + 1, 3, B, L)
     entropy = words.abs()
     old = Scores(words - 2, entropy, (v,))
@@ -622,12 +618,12 @@ def _gradients(leaf: Scores) -> list[Tensor]:
 
 
 @PROPERTY
-@given(SEEDS, KERNELS, _objectives(), st.permutations(range(B)), st.sets(st.integers(1, B - 1)))
+@given(SEEDS, SDES, _objectives(), st.permutations(range(B)), st.sets(st.integers(1, B - 1)))
 def test_any_split_of_a_step_is_the_whole(
-    seed: int, kernel: str, objective: Objective, order: list[int], cuts: set[int]
+    seed: int, sde: str, objective: Objective, order: list[int], cuts: set[int]
 ) -> None:
     """Loss, means and gradients of parts add up to those of all rows at once, whatever parts in whatever order."""
-    actions, new, old, reference, advantage = _recorded(seed, kernel)
+    actions, new, old, reference, advantage = _recorded(seed, sde)
     whole, parts = _leaf(new), _leaf(new)
     loss = unigrpo_loss(actions, whole, old, reference, advantage, objective, episodes=B)
     loss.total.backward()
@@ -655,9 +651,9 @@ def test_any_split_of_a_step_is_the_whole(
 
 
 @PROPERTY
-@given(SEEDS, KERNELS, _objectives(), st.sampled_from((math.nan, math.inf, -math.inf, 1e30)))
-def test_what_stands_in_the_padding_is_nothing(seed: int, kernel: str, objective: Objective, poison: float) -> None:
-    actions, new, old, reference, advantage = _recorded(seed, kernel)
+@given(SEEDS, SDES, _objectives(), st.sampled_from((math.nan, math.inf, -math.inf, 1e30)))
+def test_what_stands_in_the_padding_is_nothing(seed: int, sde: str, objective: Objective, poison: float) -> None:
+    actions, new, old, reference, advantage = _recorded(seed, sde)
     found = []
     for spoilt in (False, True):
         own = [
@@ -673,10 +669,10 @@ def test_what_stands_in_the_padding_is_nothing(seed: int, kernel: str, objective
 
 
 @PROPERTY
-@given(SEEDS, KERNELS, _objectives())
-def test_the_terms_add_up(seed: int, kernel: str, objective: Objective) -> None:
+@given(SEEDS, SDES, _objectives())
+def test_the_terms_add_up(seed: int, sde: str, objective: Objective) -> None:
     """total = text_weight (text + text_kl kl) + image_weight (image + penalty_weight penalty), of the means."""
-    actions, new, old, reference, advantage = _recorded(seed, kernel)
+    actions, new, old, reference, advantage = _recorded(seed, sde)
     loss = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=B)
     m = {n: v.item() for n, v in loss.means.items()}
     text = m.get("text/loss", 0.0) + objective.text_kl * m.get("text/kl", 0.0)
@@ -686,15 +682,15 @@ def test_the_terms_add_up(seed: int, kernel: str, objective: Objective) -> None:
     assert loss.total.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert 0 <= m["image/clip_fraction"] <= 1
     assert 0 <= m.get("text/clip_fraction", 0.0) <= 1
-    turned = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=2 * B)
-    assert turned.total.item() == pytest.approx(expected / 2, rel=1e-9, abs=1e-12)
+    rotated = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=2 * B)
+    assert rotated.total.item() == pytest.approx(expected / 2, rel=1e-9, abs=1e-12)
 
 
 @PROPERTY
-@given(SEEDS, KERNELS, _objectives())
-def test_the_statistics_are_what_their_names_say(seed: int, kernel: str, objective: Objective) -> None:
+@given(SEEDS, SDES, _objectives())
+def test_the_statistics_are_what_their_names_say(seed: int, sde: str, objective: Objective) -> None:
     """Means over an episode's own actions, then over episodes; largest magnitudes, not largest values."""
-    actions, new, old, reference, advantage = _recorded(seed, kernel)
+    actions, new, old, reference, advantage = _recorded(seed, sde)
     loss = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=B)
     found = {n: v.item() for n, v in (loss.means | loss.maxima).items()}
 

@@ -80,7 +80,7 @@ def test_there_is_no_cycle_at_all() -> None:
 
 def test_the_algorithm_knows_nothing_of_us() -> None:
     """algo/ imports torch, the standard library's mathematics and itself."""
-    allowed = {"torch", "math", "dataclasses", "collections", "__future__"}
+    allowed = {"torch", "math", "hashlib", "dataclasses", "collections", "__future__"}
     for path in (ROOT / "unigrpo_cli" / "algo").glob("*.py"):
         for name in _imports(path):
             own = name.startswith("unigrpo_cli.algo")
@@ -89,7 +89,7 @@ def test_the_algorithm_knows_nothing_of_us() -> None:
 
 def test_plugins_use_the_public_door() -> None:
     """Built-in rewards import what a stranger may: the package, its errors, and the shapes world."""
-    public = ("unigrpo_cli.errors", "unigrpo_cli.shapes")
+    public = ("unigrpo_cli.errors", "unigrpo_cli.toy")
     exported = {f"unigrpo_cli.{name}" for name in __import__("unigrpo_cli").__all__}
     for path in (ROOT / "plugins").glob("*.py"):
         for name in _imports(path):
@@ -125,9 +125,7 @@ def test_no_file_runs_code_when_it_is_read() -> None:
     """No pickle, no torch.load, no eval anywhere."""
     banned = ("pickle", "torch.load", "torch.save", "yaml.load(", "eval(", "exec(")
     for path in [*ROOT.glob("unigrpo_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
-        text = (
-            path.read_text().replace("network.eval()", "").replace("model.eval()", "").replace("exec_module(", "")
-        )
+        text = path.read_text().replace("network.eval()", "").replace("model.eval()", "").replace("exec_module(", "")
         assert not [word for word in banned if word in text], path
 
 

@@ -96,7 +96,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Made:
     common += ["--model", small_model]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
-        for name, more in (("full", []), ("lora", ["--set", "train.tune=lora", "--set", "train.lora_rank=4"])):
+        for name, more in (("full", []), ("lora", ["--set", "train.finetune=lora", "--set", "train.lora_rank=4"])):
             assert _run(*common, "--out", home / name, *more).exit_code == 0
         episodes = [*ROLLOUT[:-1], home / "episodes", "--quiet", "--model", small_model]
         assert _run(*episodes).exit_code == 0
@@ -114,9 +114,7 @@ def check(bad: Bad, here: Path, made: Made, patch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == bad.code, (result.exit_code, result.output[-2000:], result.exception)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, result.stderr[-2000:]
-    assert all(line.startswith(("error:", "warning:", "vlm:")) for line in result.stderr.splitlines()), (
-        result.stderr
-    )
+    assert all(line.startswith(("error:", "warning:", "vlm:")) for line in result.stderr.splitlines()), result.stderr
     assert result.stderr.splitlines()[-1] == errors[0], "the error is the last line"
     assert "Traceback" not in result.output
     assert "--debug" not in errors[0], f"not a line for people: {errors[0][:500]}"
@@ -178,17 +176,15 @@ CONFIGURATION = [
     config("very-deep", f"seed = {DEEP}\n", "c.toml", "nested too deep"),
     config("terminal-codes", '"\\u001b[31mred" = 1\n', "unknown configuration key", "accepted"),
     config("window-outside", "[sampling]\nsteps = 2\n", "sampling.steps=2", "window"),
-    config(
-        "window-backwards", "[sampling]\nwindow_within = [5, 2]\n", "sampling.window_within=[5, 2]", "does not fit"
-    ),
+    config("window-backwards", "[sampling]\nwindow_within = [5, 2]\n", "sampling.window_range=[5, 2]", "does not fit"),
     config(
         "updates-do-not-divide",
         "[train]\nupdates = 2\nprompts_per_step = 3\n",
-        "train.updates=2",
+        "train.minibatches=2",
         "must divide",
     ),
     config("cps-noise", '[sampling]\nkernel = "cps"\nnoise_level = 2.0\n', "noise_level", "up to 1"),
-    config("unknown-choice", '[train]\ntune = "half"\n', "train.tune = 'half'", "'full' or 'lora'"),
+    config("unknown-choice", '[train]\ntune = "half"\n', "train.finetune = 'half'", "'full' or 'lora'"),
     config("model-name-too-long", f'model = "{"m" * 5000}"\n', "no model at mmm", "give `embedded`", code=5),
     Bad(
         "config-is-a-directory",
@@ -215,13 +211,13 @@ CONFIGURATION = [
         "GiB",
         "train.",
         code=1,
-        command=[*TRAIN, "--set", "train.tune=lora"],
+        command=[*TRAIN, "--set", "train.finetune=lora"],
     ),
     Bad(
         "two-models",
         [*TRAIN, "--adapter", "m.lora"],
         2,
-        ("adapter", "train.tune=lora"),
+        ("adapter", "train.finetune=lora"),
         lambda h, m: shutil.copytree(m.lora, h / "m.lora"),
     ),
     setting("samples-zero", "eval.samples=0", "eval.samples = 0", "greater than or equal to 1", command=EVAL),
@@ -289,9 +285,7 @@ PROMPTS = [
     Bad("text-nul", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt:1", "NUL"), text("p.txt", "a\x00cat\n")),
     Bad("suite-unknown", [*_SUITE, "shape"], 2, ("unknown suite 'shape'", "did you mean shapes")),
     Bad("suite-nothing-there", [*_SUITE, "geneval2:none.json"], 2, ("geneval2:none.json", "no such file")),
-    Bad(
-        "suite-of-another-form", [*_SUITE, "geneval2:p.jsonl"], 2, ("p.jsonl:1", "vqa_list"), lines({"prompt": "a"})
-    ),
+    Bad("suite-of-another-form", [*_SUITE, "geneval2:p.jsonl"], 2, ("p.jsonl:1", "vqa_list"), lines({"prompt": "a"})),
     Bad("suite-deep", [*_SUITE, "geneval2:p.json"], 2, ("p.json", "nested too deep"), text("p.json", DEEP)),
     Bad(
         "suite-surrogate",
@@ -334,9 +328,7 @@ def rejson(path: Path, **changes: Any) -> None:
 HEAD = "language_model.lm_head.weight"
 
 
-def model(
-    name: str, damage: Callable[[Path], Any], *says: str, code: int = 5, command: list[Any] = GENERATE
-) -> Bad:
+def model(name: str, damage: Callable[[Path], Any], *says: str, code: int = 5, command: list[Any] = GENERATE) -> Bad:
     """A damaged copy of the embedded model, in `m`."""
 
     def make(here: Path, made: Made) -> None:
@@ -474,9 +466,7 @@ MODELS = [
         "llm_config.json",
         "fetch it again",
     ),
-    model(
-        "config-a-list", lambda m: (m / "llm_config.json").write_text("[]"), "llm_config.json", "object is needed"
-    ),
+    model("config-a-list", lambda m: (m / "llm_config.json").write_text("[]"), "llm_config.json", "object is needed"),
     model(
         "config-not-utf8",
         lambda m: (m / "llm_config.json").write_bytes(b"\xff"),
@@ -525,9 +515,7 @@ MODELS = [
         "system_prompt",
         "surrogate",
     ),
-    model(
-        "tokenizer-cut", lambda m: os.truncate(m / "tokenizer.json", 100), "tokenizer.json", "unreadable tokenizer"
-    ),
+    model("tokenizer-cut", lambda m: os.truncate(m / "tokenizer.json", 100), "tokenizer.json", "unreadable tokenizer"),
     model(
         "tokenizer-of-others",
         lambda m: (m / "tokenizer.json").write_text(
@@ -536,9 +524,7 @@ MODELS = [
         "m",
         "<|im_end|>",
     ),
-    model(
-        "index-escapes", lambda m: _index(m, {HEAD: "../secret.safetensors"}), "index.json", "outside its directory"
-    ),
+    model("index-escapes", lambda m: _index(m, {HEAD: "../secret.safetensors"}), "index.json", "outside its directory"),
     model("index-absolute", lambda m: _index(m, {HEAD: "/etc/passwd"}), "index.json", "outside its directory"),
     model("index-to-the-parent", lambda m: _index(m, {HEAD: ".."}), "index.json", "outside its directory"),
     model("index-to-nothing", lambda m: _index(m, {HEAD: "b.safetensors"}), "b.safetensors", "fetch it"),
@@ -632,9 +618,7 @@ CHECKPOINTS = [
         "another checkpoint",
         command=FROM,
     ),
-    checkpoint(
-        "state-a-list", lambda c: (c / "state.json").write_text("[]"), "step_000000", "format", command=FROM
-    ),
+    checkpoint("state-a-list", lambda c: (c / "state.json").write_text("[]"), "step_000000", "format", command=FROM),
     checkpoint(
         "state-of-the-future", lambda c: rejson(c / "state.json", format=99), "step_000000", "format", command=FROM
     ),
@@ -727,9 +711,7 @@ def _drop(state: dict[str, torch.Tensor]) -> None:
 
 
 ADAPTERS = [
-    Bad(
-        "adapter-missing", [*GENERATE, "--adapter", "none"], 5, ("no adapter directory none", "adapter_config.json")
-    ),
+    Bad("adapter-missing", [*GENERATE, "--adapter", "none"], 5, ("no adapter directory none", "adapter_config.json")),
     adapter(
         "adapter-no-config",
         lambda a: (a / "adapter_config.json").unlink(),
@@ -761,9 +743,7 @@ ADAPTERS = [
         "LoRA",
     ),
     adapter("adapter-of-another-rank", lambda a: rejson(a / "adapter_config.json", r=3), "rank 3", "rank 4"),
-    adapter(
-        "adapter-of-huge-rank", lambda a: rejson(a / "adapter_config.json", r=10**9), "rank 1000000000", "rank 4"
-    ),
+    adapter("adapter-of-huge-rank", lambda a: rejson(a / "adapter_config.json", r=10**9), "rank 1000000000", "rank 4"),
     adapter("adapter-rank-text", lambda a: rejson(a / "adapter_config.json", r="4"), "rank '4'", "rank 4"),
     adapter(
         "adapter-of-other-layers",
@@ -902,9 +882,7 @@ EPISODES = [
     ),
     episodes("episodes-tensors-cut", lambda e: os.truncate(e / "episodes.safetensors", 999), DAMAGED),
     episodes("episodes-tensor-gone", lambda e: _tensor(e, ".after", None), DAMAGED),
-    episodes(
-        "episodes-tensor-short", lambda e: _tensor(e, ".before", lambda x: x[:1]), "before has shape", DAMAGED
-    ),
+    episodes("episodes-tensor-short", lambda e: _tensor(e, ".before", lambda x: x[:1]), "before has shape", DAMAGED),
     episodes("episodes-latent-nan", lambda e: _tensor(e, ".latent", _spoiled), "latent", "finite", DAMAGED),
     episodes("episodes-log-prob-nan", lambda e: _tensor(e, ".log_prob", _spoiled), "log_prob", "finite", DAMAGED),
     episodes(
@@ -920,7 +898,7 @@ EPISODES = [
     episodes("episodes-grid-of-three", lambda e: _painted(e, grid=[6, 6, 1]), "grid", DAMAGED),
     episodes("episodes-window-outside", lambda e: _painted(e, window={"start": 1000}), "window", DAMAGED),
     episodes("episodes-window-below", lambda e: _painted(e, window={"start": -1}), "window", DAMAGED),
-    episodes("episodes-kernel", lambda e: _painted(e, kernel="magic"), "kernel", DAMAGED),
+    episodes("episodes-kernel", lambda e: _painted(e, sde="magic"), "sde", DAMAGED),
     episodes("episodes-noise", lambda e: _painted(e, noise_level=float("inf")), "noise_level", DAMAGED),
     episodes("episodes-kind", lambda e: _painted(e, kind="film"), "film", DAMAGED),
     episodes("episodes-tensors-named-twice", lambda e: _painted(e, tensors=["latent"]), DAMAGED),
@@ -1267,12 +1245,8 @@ def _file_in_the_way(here: Path, made: Made) -> None:
 
 
 PLACES = [
-    Bad(
-        "out-a-file", ["generate", "a", "--out", "f"], 2, ("f is a file", "choose another --out"), _file_in_the_way
-    ),
-    Bad(
-        "out-below-a-file", ["generate", "a", "--out", "f/g"], 2, ("f/g", "choose another --out"), _file_in_the_way
-    ),
+    Bad("out-a-file", ["generate", "a", "--out", "f"], 2, ("f is a file", "choose another --out"), _file_in_the_way),
+    Bad("out-below-a-file", ["generate", "a", "--out", "f/g"], 2, ("f/g", "choose another --out"), _file_in_the_way),
     Bad(
         "out-in-use",
         ["eval", "--limit", 1, "--out", "."],
@@ -1340,9 +1314,7 @@ def mine(images):
 EXAMINED = [
     setting("doctor-key", "doctor.promts=1", "doctor.promts", "did you mean doctor.prompts", command=DOCTOR),
     setting("doctor-one-member", "doctor.members=1", "doctor.members = 1", "greater than", command=DOCTOR),
-    setting(
-        "doctor-of-what", "doctor.at_start=maybe", "doctor.at_start", "'stop', 'warn' or 'off'", command=DOCTOR
-    ),
+    setting("doctor-of-what", "doctor.at_start=maybe", "doctor.at_start", "'stop', 'warn' or 'off'", command=DOCTOR),
     setting(
         "doctor-nothing-trained",
         "sampling.think=false",
@@ -1352,7 +1324,7 @@ EXAMINED = [
     ),
     Bad(
         "doctor-no-reward",
-        [*DOCTOR, "--set", "reward.use=[]", "--reward", "nosuch"],
+        [*DOCTOR, "--set", "reward.names=[]", "--reward", "nosuch"],
         3,
         ("'nosuch'", "--plugin FILE"),
     ),
@@ -1364,7 +1336,7 @@ EXAMINED = [
         "doctor-full-from-an-adapter",
         [*DOCTOR, "--adapter", "m.lora"],
         2,
-        ("adapter", "train.tune=lora"),
+        ("adapter", "train.finetune=lora"),
         lambda h, m: shutil.copytree(m.lora, h / "m.lora"),
     ),
     Bad(
@@ -1546,9 +1518,7 @@ def mangled(draw: st.DrawFn, content: bytes, head: int = 2_000) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, min(head, len(content))))
         to = at + draw(st.integers(0, 20))
-        new = draw(
-            st.one_of(st.binary(max_size=8), st.sampled_from([b"-1", b"1e999", b"null", b"[", b'"', b"NaN"]))
-        )
+        new = draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"-1", b"1e999", b"null", b"[", b'"', b"NaN"])))
         content = content[:at] + draw(st.sampled_from([new, new + content[at:to], b""])) + content[to:]
     return content
 

@@ -13,32 +13,32 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward
 from unigrpo_cli import train as train_module
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Group, Prompt, flatten, load_episodes
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.batches import save_bad_step
-from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.train import Step, training_step
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch.refusal import ENOUGH, check_gradient, check_weights, remember_norms
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
+from unigrpo_cli.training.update_guard import ENOUGH, check_gradient, check_weights, remember_norms
 
 SETTINGS = [
     "sampling.max_new_tokens=6",
     "sampling.height=16",
     "sampling.width=16",
     "sampling.steps=4",
-    "sampling.window_within=[0, 3]",
+    "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "train.prompts_per_step=2",
     "train.group_size=4",
-    "train.updates=2",
+    "train.minibatches=2",
     "train.lora_rank=2",
 ]
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars")]
@@ -105,13 +105,13 @@ def _spoil_latents(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) 
     monkeypatch.setattr(train_module, "rollout", spoilt)
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("finetune", ["full", "lora"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_moves_nothing_and_its_first_update_stays(
-    monkeypatch: pytest.MonkeyPatch, tune: str, value: float
+    monkeypatch: pytest.MonkeyPatch, finetune: str, value: float
 ) -> None:
     """In the second update of the second step: equal to the bit to what the first update left."""
-    state, config = _state(f"train.tune={tune}")
+    state, config = _state(f"train.finetune={finetune}")
     _spoil_loss(monkeypatch, lambda n: n == 4, value)
     assert _step(state, config).skipped is None
     before, after = _held(state), []
@@ -131,15 +131,13 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_first_update_stays(
 
 @pytest.mark.parametrize("expert", ["text", "image"])
 def test_a_gradient_that_is_not_finite_names_its_expert(expert: str) -> None:
-    state, config = _state("objective.coupling=detach")
+    state, config = _state("objective.grad_through_context=false")
     before = _held(state)
     weight = state.policy.trainable()[expert][0]
     hook = weight.register_hook(lambda gradient: gradient * math.inf)
     done = _step(state, config)
     hook.remove()
-    assert done.skipped == (
-        f"update 1 of 2: the gradient of the {expert} expert is not finite, so no update was made"
-    )
+    assert done.skipped == (f"update 1 of 2: the gradient of the {expert} expert is not finite, so no update was made")
     assert _equal(_held(state), before)
     assert "loss" not in done.metrics
     assert done.metrics["reward/bright"] > 0, "the rollout's metrics are there"
@@ -148,7 +146,7 @@ def test_a_gradient_that_is_not_finite_names_its_expert(expert: str) -> None:
 def test_a_gradient_that_explodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million times the loss is a million times the gradient: far above 1000 medians, and far below 1e9."""
     for limit, refused in ((1000, True), (1e9, False)):
-        state, config = _state(f"watch.explosion={limit}", "train.lr_text=0", "train.lr_image=0")
+        state, config = _state(f"monitor.explosion={limit}", "train.lr_text=0", "train.lr_image=0")
         with monkeypatch.context() as patch:
             _spoil_loss(patch, lambda n: n == 9, 1e6)
             for _ in range(ENOUGH // 2):
@@ -199,12 +197,12 @@ def test_latents_that_are_not_finite_are_found_before_any_backward(monkeypatch: 
 @pytest.mark.parametrize("whose", ["old", "reference"])
 def test_fixed_scores_that_are_not_finite_are_found(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     def spoilt(*given, **named):
-        shares = replay_fixed(*given, **named)
+        shares = score_old_and_reference(*given, **named)
         getattr(shares[1][0], whose).velocities[0][0, 0, 0, 0] = math.inf
         return shares
 
-    replay_fixed = train_module.replay_fixed
-    monkeypatch.setattr(train_module, "replay_fixed", spoilt)
+    score_old_and_reference = train_module.score_old_and_reference
+    monkeypatch.setattr(train_module, "score_old_and_reference", spoilt)
     state, config = _state()
     before = _held(state)
     done = _step(state, config)
@@ -246,12 +244,12 @@ SMALL = [
     "clean",
     *("--set", "train.prompts_per_step=1"),
     *("--set", "train.group_size=3"),
-    *("--set", "train.updates=1"),
+    *("--set", "train.minibatches=1"),
     *("--set", "eval.limit=1"),
     *("--set", "eval.rewards=[]"),
     *("--set", "eval.steps=2"),
     *("--set", "sampling.steps=4"),
-    *("--set", "sampling.window_within=[0, 3]"),
+    *("--set", "sampling.window_range=[0, 3]"),
     *("--set", "train.samples_every=0"),
     *("--set", "train.checkpoint_every=1"),
     *("--set", "train.keep_checkpoints=9"),

@@ -20,13 +20,11 @@ from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten, load_episodes, save_episodes
-from unigrpo_cli.models import layers
-from unigrpo_cli.models.checkpoint import load_model, restore_weights, save_model
-from unigrpo_cli.models.layers import Linear
 from unigrpo_cli.models.lora import load_adapters, save_adapters
-from unigrpo_cli.models.mot import MoT, NoisyImage
-from unigrpo_cli.models.release import read_release
-from unigrpo_cli.models.sizes import (
+from unigrpo_cli.models.mot import layers
+from unigrpo_cli.models.mot.bagel import read_release
+from unigrpo_cli.models.mot.checkpoint import load_model, restore_weights, save_model
+from unigrpo_cli.models.mot.config import (
     AutoencoderConfig,
     MoTConfig,
     VisionConfig,
@@ -34,12 +32,14 @@ from unigrpo_cli.models.sizes import (
     computes_wide,
     network_shapes,
 )
-from unigrpo_cli.models.unified import PLAN_FIRST, UnifiedModel
+from unigrpo_cli.models.mot.layers import Linear
+from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
 from unigrpo_cli.replay import collate, micro_batches, replay
 from unigrpo_cli.rollout import Sampling, read_given, rollout
-from unigrpo_cli.train import replay_fixed, weighed
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch import drift
+from unigrpo_cli.run.monitor import drift
+from unigrpo_cli.train import score_old_and_reference, weighed
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 RELEASE = MoTConfig(3584, 28, 28, 4, 18944, 152064, 2, 16, 8, 64, vision=VisionConfig(1152, 26, 16, 4304, 14, 70))
@@ -51,9 +51,9 @@ SAMPLING = Sampling(
     width=48,
     steps=5,
     shift=3.0,
-    kernel="flow",
+    sde="flow",
     noise_level=0.8,
-    rows=4,
+    batch_size=4,
 )
 WINDOW = flow.Window(1, 3)
 PROMPTS = [Prompt("a", "a red cube"), Prompt("b", "two birds on a large blue sphere")]
@@ -147,13 +147,11 @@ def test_tables_come_from_the_file_and_from_their_formula_where_it_has_none(tmp_
 
 def test_loading_reads_tensor_by_tensor(tmp_path: Path) -> None:
     """Memory of the process grows by about one tensor while a file of 32 is read and given away."""
-    save_file(
-        {f"t{k}": torch.full((2**21,), k, dtype=torch.float32) for k in range(32)}, tmp_path / "x.safetensors"
-    )
+    save_file({f"t{k}": torch.full((2**21,), k, dtype=torch.float32) for k in range(32)}, tmp_path / "x.safetensors")
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from unigrpo_cli.models.checkpoint import read_tensors\n"
-        "from unigrpo_cli.models.release import read_header\n"
+        "from unigrpo_cli.models.mot.checkpoint import read_tensors\n"
+        "from unigrpo_cli.models.mot.bagel import read_header\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak()\n"
         f"for name, x in read_tensors(read_header(Path({str(tmp_path / 'x.safetensors')!r})).items()):\n"
@@ -177,7 +175,7 @@ def test_a_tokenizer_from_vocab_and_merges_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     again, text = load_model(str(tmp_path)), "A small red cube, 2 birds: <think>it's</think>"
     assert again.given("prompt", text).ids.tolist() == model.given("prompt", text).ids.tolist()
-    assert again.network.edge_ids == model.network.edge_ids
+    assert again.network.boundary_ids == model.network.boundary_ids
 
 
 def test_a_painter_without_the_vision_tower(tmp_path: Path) -> None:
@@ -289,34 +287,32 @@ def test_guidance_compares_with_the_contexts_of_the_official_sampler(
     prompt = replace(PROMPTS[0], image=str(picture))
     caught: list = []
 
-    def paint(policy, context, sampling, window, seeds, grid, poorer):
-        caught.append((context, poorer))
-        return real(policy, context, sampling, window, seeds, grid, poorer)
+    def paint(policy, context, sampling, window, seeds, grid, unconditional):
+        caught.append((context, unconditional))
+        return real(policy, context, sampling, window, seeds, grid, unconditional)
 
-    real = rollout_module.paint
-    monkeypatch.setattr(rollout_module, "paint", paint)
-    rollout(
-        model, [prompt], 2, replace(SAMPLING, guidance=Guidance(text=4.0, image=2.0)), flow.Window(0, 0), seed=0
-    )
-    (context, poorer), (system, source, asked) = caught[0], model.preamble(prompt, think=True)
+    real = rollout_module.sample_image
+    monkeypatch.setattr(rollout_module, "sample_image", paint)
+    rollout(model, [prompt], 2, replace(SAMPLING, guidance=Guidance(text=4.0, image=2.0)), flow.Window(0, 0), seed=0)
+    (context, unconditional), (system, source, asked) = caught[0], model.preamble(prompt, think=True)
     shown = len(source.latent) + 2 + (source.view.shape[0] // 14) * (source.view.shape[1] // 14) + 2
     words, request = len(system.ids), len(asked.ids)
-    assert (poorer.less_text.used, poorer.less_image.used) == (words + shown, words + request)
+    assert (unconditional.less_text.used, unconditional.less_image.used) == (words + shown, words + request)
     assert context.used > words + shown + request, "and the thinking"
-    assert poorer.less_text.position_B.tolist() == [words + 2] * 2
-    assert poorer.less_image.position_B.tolist() == [words + request] * 2
+    assert unconditional.less_text.position_B.tolist() == [words + 2] * 2
+    assert unconditional.less_image.position_B.tolist() == [words + request] * 2
     with torch.no_grad():
         alone = read_given(model, [(system, asked)])
-    assert torch.allclose(alone.keys[0][0], poorer.less_image.keys[0][1, :, : alone.used], atol=1e-6)
+    assert torch.allclose(alone.keys[0][0], unconditional.less_image.keys[0][1, :, : alone.used], atol=1e-6)
 
 
 # ----- training
 
 
-def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPTS) -> tuple[UnifiedModel, dict]:
+def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPTS) -> tuple[MoTPolicy, dict]:
     """A few optimizer steps on one rollout with made-up advantages; the policy and the first step's facts."""
     dtype = torch.bfloat16 if "dtype=bfloat16" in settings else torch.float32
-    config = load_config(overrides=["train.micro_batch=3", "train.updates=1", *settings])
+    config = load_config(overrides=["train.micro_batch_size=3", "train.minibatches=1", *settings])
     policy = load_model(str(TINY), dtype=dtype)
     policy.network.requires_grad_(False)
     policy = prepare_policy(policy, config)
@@ -324,7 +320,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     episodes = flatten(rollout(policy, prompts, 3, SAMPLING, WINDOW, seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
     advantage_B = torch.linspace(-1, 1, len(episodes))
-    (share,) = weighed(replay_fixed(policy, episodes, config, objective), advantage_B)
+    (share,) = weighed(score_old_and_reference(policy, episodes, config, objective), advantage_B)
     facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
     for step in range(steps):
         for m in share:
@@ -342,12 +338,12 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     return policy, facts
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_the_first_ratio_is_exactly_one_and_both_experts_move(tune: str, dtype: str, checkpointing: str) -> None:
+def test_the_first_ratio_is_exactly_one_and_both_experts_move(finetune: str, dtype: str, checkpointing: str) -> None:
     """In either dtype: ratio exactly 1, reference equal to the policy at first, what is trained kept in fp32."""
-    settings = [f"train.tune={tune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}"]
+    settings = [f"train.finetune={finetune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}"]
     settings += ["train.lr_text=1e-2", "train.lr_image=1e-2", "train.lora_rank=2"]
     policy, facts = _trained(settings)
     for found in facts["first"]:
@@ -377,7 +373,7 @@ def test_the_first_ratio_is_exactly_one_and_both_experts_move(tune: str, dtype: 
 
 def test_updates_below_bf16s_rounding_are_kept() -> None:
     """A learning rate at which a bf16 weight of 1 would never move."""
-    policy, _ = _trained(["train.tune=full", "dtype=bfloat16", "train.lr_text=1e-5", "train.lr_image=1e-5"])
+    policy, _ = _trained(["train.finetune=full", "dtype=bfloat16", "train.lr_text=1e-5", "train.lr_image=1e-5"])
     start = load_model(str(TINY)).network.state_dict()
     norm = "language_model.model.layers.0.input_layernorm.weight"
     change = (policy.network.state_dict()[norm] - start[norm]).abs().max()
@@ -387,7 +383,7 @@ def test_updates_below_bf16s_rounding_are_kept() -> None:
 
 def test_gradients_of_a_bf16_base_reach_its_adapters_in_fp32() -> None:
     """Adapters compute in bf16 and are kept in fp32; their update is near the one of an fp32 base."""
-    settings = ["train.tune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    settings = ["train.finetune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
     policy, _ = _trained([*settings, "dtype=bfloat16"])
     matrices = [m for n, m in policy.network.named_modules() if n.endswith("lora_A.default")]
     assert matrices
@@ -414,8 +410,8 @@ def test_logits_and_velocities_of_a_bf16_network_are_not_rounded_to_it() -> None
 
 def test_the_reference_on_the_host_is_the_same_reference() -> None:
     """Streamed layer by layer it gives the same velocities, and its weights go home after each layer."""
-    settings = ["train.tune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
-    (near, here), (far, there) = (_trained([*settings, f"train.reference_on={w}"]) for w in ("device", "host"))
+    settings = ["train.finetune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    (near, here), (far, there) = (_trained([*settings, f"train.reference_device={w}"]) for w in ("device", "host"))
     assert here["first"] == there["first"]
     ids = near.given("prompt", "a red cube").ids[None]
     with torch.no_grad(), near.reference() as a, far.reference() as b:
@@ -431,13 +427,13 @@ def test_the_reference_on_the_host_is_the_same_reference() -> None:
 
 def test_a_streamed_layer_has_its_weights_only_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a device that is another: a copy is made for the pass, and the host's own tensor is back afterwards."""
-    from unigrpo_cli.models.layers import come_and_go
+    from unigrpo_cli.models.mot.layers import stream_from_host
 
     layer, seen = torch.nn.Linear(3, 3), []
     home = layer.weight.data.data_ptr()
     real = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: real(x, *a).clone())
-    come_and_go(layer, torch.device("cpu"))
+    stream_from_host(layer, torch.device("cpu"))
     layer.register_forward_hook(lambda *_: None)
     inner = layer.forward
     layer.forward = lambda x: (seen.append(layer.weight.data.data_ptr()), inner(x))[1]
@@ -460,11 +456,11 @@ def test_a_streamed_layer_has_its_weights_only_while_it_works(monkeypatch: pytes
 )
 def test_what_else_trains_is_chosen_by_name(also: str, moves: str, picture: Path) -> None:
     """Only the layers move by default, and one named part besides when it is named."""
-    settings = ["train.tune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    settings = ["train.finetune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
     prompts = [replace(PROMPTS[0], image=str(picture))]
     start = load_model(str(TINY)).network.state_dict()
     without, _ = _trained(settings, prompts=prompts)
-    chosen, _ = _trained([*settings, f'train.also=["{also}"]'], prompts=prompts)
+    chosen, _ = _trained([*settings, f'train.extra_modules=["{also}"]'], prompts=prompts)
     assert torch.equal(without.network.state_dict()[moves], start[moves])
     assert not torch.equal(chosen.network.state_dict()[moves], start[moves])
 
@@ -501,17 +497,13 @@ def _unseen(segment):
 # ----- saving what was trained
 
 
-def test_an_adapter_opens_in_peft_and_gives_identical_outputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_opens_in_peft_and_gives_identical_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our files through peft's own loader onto the bare network; and through ours, in bf16, to the bit."""
     from peft import PeftModel
 
-    monkeypatch.setattr(
-        layers, "onednn_is_faster", lambda: False
-    )  # peft's matrices are multiplied by torch's choice
+    monkeypatch.setattr(layers, "onednn_is_faster", lambda: False)  # peft's matrices are multiplied by torch's choice
 
-    settings = ["train.tune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    settings = ["train.finetune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
     policy, _ = _trained(settings)
     save_adapters(policy.network, tmp_path, str(TINY))
     bare = load_model(str(TINY))
@@ -521,8 +513,7 @@ def test_an_adapter_opens_in_peft_and_gives_identical_outputs(
     ids = ours.given("prompt", "a red cube").ids[None]
     with torch.no_grad():
         outs = [
-            m(policy.empty_context(1), ids).hidden_BLC
-            for m in (policy.network, ours.network, wrapped.base_model.model)
+            m(policy.empty_context(1), ids).hidden_BLC for m in (policy.network, ours.network, wrapped.base_model.model)
         ]
         plain = load_model(str(TINY)).forward(policy.empty_context(1), ids).hidden_BLC
     assert torch.equal(outs[0], outs[1])
@@ -539,7 +530,7 @@ def test_an_adapter_opens_in_peft_and_gives_identical_outputs(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Path, dtype: str) -> None:
     """Masters in fp32 within a complete release; loaded again it computes the same, restored it is the same."""
-    policy, _ = _trained(["train.tune=full", f"dtype={dtype}", "train.lr_text=1e-2", "train.lr_image=1e-2"])
+    policy, _ = _trained(["train.finetune=full", f"dtype={dtype}", "train.lr_text=1e-2", "train.lr_image=1e-2"])
     save_model(policy, tmp_path)
     with safe_open(tmp_path / "ema.safetensors", "pt") as file:
         assert set(file.keys()) == set(_state(TINY))
@@ -547,7 +538,7 @@ def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Pa
     ids = policy.given("prompt", "a red cube").ids[None]
     with torch.no_grad():
         assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (policy, again)))
-    fresh, _ = _trained(["train.tune=full", f"dtype={dtype}"], steps=0)
+    fresh, _ = _trained(["train.finetune=full", f"dtype={dtype}"], steps=0)
     restore_weights(fresh.network, tmp_path)
     for name, value in policy.network.state_dict().items():
         assert torch.equal(value, fresh.network.state_dict()[name])

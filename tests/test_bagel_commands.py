@@ -24,7 +24,7 @@ SMALL = [
 FEW = [
     "--set=train.prompts_per_step=2",
     "--set=train.group_size=3",
-    "--set=train.micro_batch=2",
+    "--set=train.micro_batch_size=2",
     "--set=train.lora_rank=2",
     "--set=train.lr_text=1e-3",
     "--set=train.lr_image=1e-3",
@@ -53,14 +53,23 @@ def brightness(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path, tune: str, dtype: str) -> None:
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path, finetune: str, dtype: str) -> None:
     """Ratio exactly 1 at step 0; every other command takes what training left; a resumed run goes on."""
     reward = ["--reward", "brightness", "--plugin", brightness]
     run = tmp_path / "run"
     settings = [*SMALL, f"--set=dtype={dtype}"]
     trained = _do(
-        "train", "--model", TINY, *reward, *settings, *FEW, "--steps=2", f"--set=train.tune={tune}", "--out", run
+        "train",
+        "--model",
+        TINY,
+        *reward,
+        *settings,
+        *FEW,
+        "--steps=2",
+        f"--set=train.finetune={finetune}",
+        "--out",
+        run,
     )
     assert trained["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
     # Seen: words 0 in both; images 1.2e-7 in fp32 and 6.6e-5 in bf16.
@@ -73,9 +82,9 @@ def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path
         assert row["image/grad_norm"] > 0
     assert metrics[1]["image/velocity-mse"] > 0, "both experts moved, so the reference is another"
     checkpoint = Path(trained["checkpoint"])
-    left = {"lora": "adapter_model.safetensors", "full": "ae.safetensors"}[tune]
+    left = {"lora": "adapter_model.safetensors", "full": "ae.safetensors"}[finetune]
     assert (checkpoint / left).is_file()
-    adapted = ["--model", TINY, "--adapter", checkpoint] if tune == "lora" else ["--model", checkpoint]
+    adapted = ["--model", TINY, "--adapter", checkpoint] if finetune == "lora" else ["--model", checkpoint]
     before = _do("generate", "a red cube", "--model", TINY, *settings, "--out", tmp_path / "g0")["images"]
     after = _do("generate", "a red cube", *adapted, *settings, "--out", tmp_path / "g1")["images"]
     assert Image.open(after[0]["path"]).size == (48, 32)
@@ -99,7 +108,7 @@ def test_a_runs_own_sampling_is_how_it_is_sampled(tmp_path: Path, brightness: Pa
         *SMALL,
         *FEW,
         "--steps=1",
-        "--set=train.tune=lora",
+        "--set=train.finetune=lora",
         "--out",
         tmp_path / "run",
     )
@@ -112,14 +121,12 @@ def test_a_runs_own_sampling_is_how_it_is_sampled(tmp_path: Path, brightness: Pa
     assert Image.open(typed[0]["path"]).size == (48, 16)
 
 
-def test_an_adapter_brings_its_runs_sampling_and_a_moved_base_is_found_again(
-    tmp_path: Path, brightness: Path
-) -> None:
+def test_an_adapter_brings_its_runs_sampling_and_a_moved_base_is_found_again(tmp_path: Path, brightness: Path) -> None:
     """`--model BASE --adapter RUN/checkpoints/N` is sampled as `--model RUN`; a base may move."""
     base = tmp_path / "base"
     shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("golden.*"))
     reward, run = ["--reward", "brightness", "--plugin", brightness], tmp_path / "run"
-    settings = [*SMALL, *FEW, "--set=train.tune=lora"]
+    settings = [*SMALL, *FEW, "--set=train.finetune=lora"]
     trained = _do("train", "--model", base, *reward, *settings, "--steps=1", "--out", run)
     few = ["--set=eval.steps=2", "--model", base, "--adapter", trained["checkpoint"]]
     image = _do("generate", "a cube", *few, "--out", tmp_path / "a")["images"][0]
@@ -170,13 +177,11 @@ def test_training_on_edits_from_a_file(tmp_path: Path, brightness: Path) -> None
     (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, {"prompt": "a cube"}]))
     reward = ["--reward", "brightness", "--plugin", brightness]
     told = ["--prompts", tmp_path / "edits.jsonl", "--set=eval.suite=" + str(tmp_path / "edits.jsonl")]
-    few = [*SMALL, *FEW, "--set=train.prompts_per_step=3", "--set=train.updates=1", "--set=train.tune=lora"]
+    few = [*SMALL, *FEW, "--set=train.prompts_per_step=3", "--set=train.minibatches=1", "--set=train.finetune=lora"]
     done = _do("train", "--model", TINY, *reward, *told, *few, "--steps=1", "--out", tmp_path / "run")
     assert done["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
     (tmp_path / "edits.jsonl").write_text('{"prompt": "x", "image": "gone.png"}')
-    refused = CliRunner().invoke(
-        app, ["generate", "--prompts", str(tmp_path / "edits.jsonl"), "--model", str(TINY)]
-    )
+    refused = CliRunner().invoke(app, ["generate", "--prompts", str(tmp_path / "edits.jsonl"), "--model", str(TINY)])
     assert refused.exit_code == 2
     assert "edits.jsonl:1: image 'gone.png' is no file" in refused.stderr
 

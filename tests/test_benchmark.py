@@ -18,11 +18,11 @@ from benchmarks.clock import Clock
 from benchmarks.flops import Pass, decode_bytes, forward_flops, update_flops
 from benchmarks.shapes import SIZES, random_policy
 from tests.torch_flops import count_flops
-from unigrpo_cli.models.sizes import network_shapes
+from unigrpo_cli.models.mot.config import network_shapes
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.train import objective_of, optimizer_step, replay_fixed, weighed
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,7 +144,7 @@ def test_operations_of_a_written_token(bench: parts.Benchmark) -> None:
 
 
 def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None:
-    size, config = bench.size, bench.config(micro_batch=2)
+    size, config = bench.size, bench.config(micro_batch_size=2)
     bench.episodes = parts.watched_rollout(bench, 2, config).episodes
     episodes = parts.episodes_of(bench, 2, parts.DIFFERING)
     assert [len(e.segments[-2].ids) for e in episodes] == [12, 6]
@@ -156,7 +156,7 @@ def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None
         counted = count_flops(lambda: replay(bench.policy, batch))
     assert forward_flops(size.network, work) == pytest.approx(counted, rel=0.01)
     state, objective = TrainState(bench.policy, make_optimizer(bench.policy, config)), objective_of(config)
-    fixed = replay_fixed(bench.policy, episodes, config, objective)
+    fixed = score_old_and_reference(bench.policy, episodes, config, objective)
     shares = weighed(fixed, torch.tensor([1.0, -1.0]))
     counted = count_flops(lambda: optimizer_step(state, shares[0], objective, config))
     assert update_flops(size.network, work) == pytest.approx(counted, rel=0.01)

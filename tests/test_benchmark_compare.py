@@ -102,9 +102,7 @@ def test_a_baseline_that_writes_otherwise_is_refused(bench: Comparison, monkeypa
         sampling.measure_sampling(bench, sampling.LARGE)
 
 
-def test_passes_that_add_up_to_another_gradient_are_refused(
-    bench: Comparison, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passes_that_add_up_to_another_gradient_are_refused(bench: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     own = plain.one_step
     monkeypatch.setattr(plain, "one_step", lambda batch, k: own(batch, 0))
     with pytest.raises(AssertionError, match="gradients differ"):
@@ -155,7 +153,7 @@ def test_the_large_network_is_as_large_as_it_is_called() -> None:
 
 
 def compare_shapes(size: Any) -> list[tuple[int, ...]]:
-    from unigrpo_cli.models.sizes import network_shapes
+    from unigrpo_cli.models.mot.config import network_shapes
 
     return list(network_shapes(size.network).values())
 
@@ -166,11 +164,11 @@ def compare_shapes(size: Any) -> list[tuple[int, ...]]:
 def test_variants_take_turns_and_the_first_of_each_is_not_counted() -> None:
     called: list[str] = []
     runs = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
-    times = Clock(CPU, 60).side_by_side(runs, share_s=60, most=3)
+    times = Clock(CPU, 60).parallel_map(runs, share_s=60, most=3)
     assert "".join(called) == "ab" * 4
     assert {name: len(own) for name, own in times.items()} == {"a": 3, "b": 3}
     called.clear()
-    Clock(CPU, 60).side_by_side(runs, share_s=0, warm=True)
+    Clock(CPU, 60).parallel_map(runs, share_s=0, warm=True)
     assert "".join(called) == "ab"
 
 

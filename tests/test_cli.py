@@ -69,7 +69,7 @@ def test_generate_is_repeatable_and_seeds_differ(tmp_path: Path) -> None:
         result = _run("generate", "a red heart", "--out", tmp_path / name, "--json", *more)
         return Image.open(json.loads(result.stdout)["images"][0]["path"]).tobytes()
 
-    assert pixels("a") == pixels("b") == pixels("c", "--set", "sampling.rows=1")
+    assert pixels("a") == pixels("b") == pixels("c", "--set", "sampling.batch_size=1")
     assert pixels("d", "--seed", "5") != pixels("a2")
 
 
@@ -138,9 +138,7 @@ def test_rewards_list_info_new_and_test(tmp_path: Path) -> None:
     listed = json.loads(_run("rewards", "list", "--json").stdout)["rewards"]
     assert {"clip", "geneval"} <= {row["name"] for row in listed}
     assert all(row["state"] == "ok" for row in listed)
-    assert "mode" in {
-        o["option"] for o in json.loads(_run("rewards", "info", "geneval", "--json").stdout)["options"]
-    }
+    assert "mode" in {o["option"] for o in json.loads(_run("rewards", "info", "geneval", "--json").stdout)["options"]}
     for kind in ("function", "class"):
         made = _run("rewards", "new", f"my_{kind}", "--kind", kind, "--out", tmp_path)
         assert made.exit_code == 0, made.output
@@ -174,7 +172,11 @@ def test_a_broken_plugin_is_listed_with_its_reason(tmp_path: Path, monkeypatch: 
         (["train", "--reward", "geneval", "--config", "none.toml"], 2, ["no configuration file"]),
         (["train", "--reward", "geneval", "--prompts", "none.txt"], 2, ["no prompts file"]),
         (["train", "--reward", "geneval", "--model", "nowhere"], 5, ["no model at nowhere"]),
-        (["train", "--reward", "geneval", "--adapter", "nowhere", "--set", "train.tune=lora"], 5, ["no adapter"]),
+        (
+            ["train", "--reward", "geneval", "--adapter", "nowhere", "--set", "train.finetune=lora"],
+            5,
+            ["no adapter"],
+        ),
         (["train", "--reward", "geneval", "--plugin", "none.py"], 3, ["no file none.py"]),
         (["train", "--reward", "geneval", "--resume", "nowhere"], 2, ["no such checkpoint or run"]),
         (["train", "--reward", "geneval", "--resume", "auto"], 2, ["no run below ./runs"]),
@@ -362,7 +364,7 @@ def test_a_reward_that_fails_leaves_the_sampled_episodes(tmp_path: Path) -> None
 
 
 def test_eval_takes_configured_rewards_and_refuses_gates_first(tmp_path: Path) -> None:
-    result = _run("eval", "--limit", 1, "--set", 'reward.use=["clip"]', "--out", tmp_path / "e", "--json")
+    result = _run("eval", "--limit", 1, "--set", 'reward.names=["clip"]', "--out", tmp_path / "e", "--json")
     assert "clip" in json.loads(result.stdout)["scores"]
     for gate in ("genval=0.5", "geneval=nan"):
         _refused(_run("eval", "--limit", 1, "--fail-under", gate, "--out", tmp_path / "f"), 2, "--fail-under")

@@ -17,9 +17,9 @@ from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions, flatten
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.evaluate import eval_sampling, train_sampling
-from unigrpo_cli.models import mot
 from unigrpo_cli.models.lora import add_adapters
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot import network
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import rollout
 
@@ -44,12 +44,12 @@ class Traced:
 
 def _compile_by(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    made = torch.compile(mot.MoTLayer.forward, fullgraph=True, dynamic=True, backend=backend)
-    monkeypatch.setattr(mot, "_compiled_forward", lambda: made)
+    made = torch.compile(network.MoTLayer.forward, fullgraph=True, dynamic=True, backend=backend)
+    monkeypatch.setattr(network, "_compiled_forward", lambda: made)
 
 
-def _drawn(policy: UnifiedModel, members: int, compiled: bool, rows: int = 8) -> list[Episode]:
-    sampling = replace(SAMPLING, compiled=compiled, rows=rows)
+def _drawn(policy: MoTPolicy, members: int, compiled: bool, rows: int = 8) -> list[Episode]:
+    sampling = replace(SAMPLING, compiled=compiled, batch_size=rows)
     return flatten(rollout(policy, PROMPTS, members, sampling, WINDOW, 0))
 
 
@@ -61,7 +61,7 @@ def _same(ours: list[Episode], plain: list[Episode], tolerance: float) -> None:
         torch.testing.assert_close(a.images[-1].latent, b.images[-1].latent, rtol=0, atol=tolerance)
 
 
-def test_traced_layers_are_the_layers(tiny: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traced_layers_are_the_layers(tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters, and masks for texts of two lengths; what was traced for some rows does for others."""
     add_adapters(tiny.network, rank=2, alpha=4.0, seed=0)
     backend = Traced()
@@ -73,14 +73,14 @@ def test_traced_layers_are_the_layers(tiny: UnifiedModel, monkeypatch: pytest.Mo
     assert backend.graphs == graphs
 
 
-def test_replays_do_without(tiny: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replays_do_without(tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old scores have no gradient and new ones have: the ratio of both is 1 only if neither is compiled."""
 
     def never(layer: nn.Module, *given: Any) -> None:
         raise AssertionError("compiled")
 
     episodes = _drawn(tiny, 2, False)
-    monkeypatch.setattr(mot, "_by_compiled", never)
+    monkeypatch.setattr(network, "_by_compiled", never)
     with pytest.raises(AssertionError, match="compiled"):
         _drawn(tiny, 2, True)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_replays_do_without(tiny: UnifiedModel, monkeypatch: pytest.MonkeyPatch)
     replay(tiny, collate(episodes, tiny.device))
 
 
-def test_what_cannot_be_compiled_is_one_line(tiny: UnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_compiled_is_one_line(tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> None:
         raise RuntimeError("no compiler")
 
@@ -106,6 +106,6 @@ def test_the_setting_reaches_the_rollout() -> None:
 @pytest.mark.skipif(not os.environ.get("UNIGRPO_LONG_TESTS"), reason="set UNIGRPO_LONG_TESTS=1")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by g++")
 @pytest.mark.parametrize("rows", [8, 2])
-def test_compiled_layers_round_and_no_more(tiny: UnifiedModel, rows: int) -> None:
+def test_compiled_layers_round_and_no_more(tiny: MoTPolicy, rows: int) -> None:
     torch.set_num_threads(2)
     _same(_drawn(tiny, 3, True, rows), _drawn(tiny, 3, False, rows), 1e-9)

@@ -23,14 +23,14 @@ def test_the_papers_values_are_the_paper_presets() -> None:
     """Table 3 and the equations, one by one."""
     c = load_config(preset="paper")
     s, o, t = c.sampling, c.objective, c.train
-    assert (s.steps + 1, s.shift, s.noise_level, s.kernel, s.temperature) == (25, 3.0, 0.8, "flow", 1.0)
-    assert (s.window, s.window_within, s.window_size) == ("random", (0, 5), 3)
+    assert (s.steps + 1, s.shift, s.noise_level, s.sde, s.temperature) == (25, 3.0, 0.8, "flow", 1.0)
+    assert (s.window, s.window_range, s.window_size) == ("random", (0, 5), 3)
     assert (s.height, s.width) == (1024, 1024)
     assert (o.image_clip, o.penalty, o.penalty_weight) == (1e-6, "velocity-mse", 1.5e-5)
     assert (o.image_weight, o.text_kl, o.trust_region) == (1.0, 0.0, "ratio-norm")
     assert (t.group_size, t.prompts_per_step, t.lr_text, t.lr_image) == (24, 32, 1e-6, 3e-5)
     assert c.eval.steps + 1 == 50
-    assert c.advantage.std == "group"
+    assert c.advantage.normalize == "group"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -46,7 +46,7 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
     [
         ("train.stpes=3", "unknown configuration key 'train.stpes': did you mean train.steps"),
         ("steps=3", "did you mean"),
-        ("train.kernel=cps", "did you mean sampling.kernel"),
+        ("train.kernel=cps", "did you mean sampling.sde"),
         ("nonsense.key=1", "unknown configuration key 'nonsense'"),
         ("train=3", "is a section"),
         ("train.steps", "section.key=value"),
@@ -55,9 +55,9 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         ("train.group_size=1", "greater than or equal to 2"),
         ("train.lr_text=nan", "finite"),
         ("objective.image_clip=0", "greater than 0"),
-        ("sampling.kernel=euler", "'flow', 'dance' or 'cps'"),
+        ("sampling.sde=euler", "'flow', 'dance' or 'cps'"),
         ("sampling.window_size=9", "does not fit"),
-        ("train.updates=3", "must divide train.prompts_per_step"),
+        ("train.minibatches=3", "must divide train.prompts_per_step"),
         ("sampling.shift=inf", "finite"),
         ("train.betas=[2, 3]", "less than 1"),
         ("sampling.shift=1e9", "less than 1e-6 apart; give a shift nearer to 1 or fewer steps"),
@@ -68,7 +68,7 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         ("sampling.temperature=1e-3", "sampling.temperature=0.001: give 0.01 to 100, or 0 for greedy"),
         ("eval.temperature=1000", "eval.temperature=1000: give 0.01 to 100"),
         ("eval.guidance_text=1e30", "a scale up to 100"),
-        ("reward.use=geneval", r'e.g. \["geneval"\]'),
+        ("reward.names=geneval", r'e.g. \["geneval"\]'),
         ("preset=paper", "--preset paper"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_window_of_all_steps_needs_two() -> None:
 
 def test_cps_noise_turns_back_at_1() -> None:
     with pytest.raises(UsageError, match="up to 1"):
-        load_config(overrides=["sampling.kernel=cps", "sampling.noise_level=1.5"])
+        load_config(overrides=["sampling.sde=cps", "sampling.noise_level=1.5"])
 
 
 def test_odd_values_survive_the_file(tmp_path: Path) -> None:

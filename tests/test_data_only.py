@@ -17,9 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from unigrpo_cli.cli import app
-from unigrpo_cli.credentials import from_environment, names_secret, redacted
+from unigrpo_cli.io.atomic import SUMS, digest_of
+from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
 from unigrpo_cli.models.hub import embedded_directory
-from unigrpo_cli.runtime.durable import SUMS, digest_of
 from unigrpo_plugins.judge_server import JudgeServer
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
     tmp_path: Path, marker: Path, small_model: Path
 ) -> None:
     run = tmp_path / "run"
-    more = ["--steps", 0, "--set", "train.tune=lora", "--model", small_model, *QUICK]
+    more = ["--steps", 0, "--set", "train.finetune=lora", "--model", small_model, *QUICK]
     assert _run("train", "--reward", "geneval", *more, "--out", run).exit_code == 0
     checkpoint = run / "checkpoints" / "step_000000"
     model = Path(shutil.copytree(small_model, tmp_path / "m"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling
+from tools.docs import documents, regenerated
 from unigrpo_cli import __version__
 from unigrpo_cli.config import config_keys, load_config
-from unigrpo_cli.rebuild.docs import documents, regenerated
 from unigrpo_cli.rewards.batch import COLUMNS
 from unigrpo_cli.rewards.hooks import Hooks
 
@@ -24,7 +24,7 @@ def test_generated_parts_are_up_to_date() -> None:
     assert len(found) >= 3
     for path in found:
         assert path.read_text() == regenerated(path.read_text()), (
-            f"{path.relative_to(ROOT)} is stale: run `python -m unigrpo_cli.rebuild.docs`"
+            f"{path.relative_to(ROOT)} is stale: run `python -m tools.docs`"
         )
 
 
@@ -82,7 +82,7 @@ def test_example_configurations_are_valid(path: Path) -> None:
 
 def test_presets_explain_every_value() -> None:
     """In a preset, each value has a comment above it or beside it that says why."""
-    for path in (ROOT / "unigrpo_cli" / "presets").glob("*.toml"):
+    for path in (ROOT / "unigrpo_cli" / "config" / "presets").glob("*.toml"):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines):
             if "=" in line and not line.startswith("#"):

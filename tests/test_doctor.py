@@ -13,39 +13,39 @@ import numpy as np
 import pytest
 import torch
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, replay, reward, rollout, train
 from unigrpo_cli.algo import flow, objective
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.doctor import CHECKS, FAULT, Finding, findings, gather, surroundings
-from unigrpo_cli.doctor.evidence import Evidence
-from unigrpo_cli.doctor.probe import ABSTAINS, NOT_ASKED, RAISES
-from unigrpo_cli.doctor.trial import rows_of
-from unigrpo_cli.doctor.witness import Witness
 from unigrpo_cli.episode import ImageActions, Prompt, TextActions, flatten
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models import lora
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.plan import plan_of
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.doctor import CHECKS, FAULT, Finding, environment, findings, gather
+from unigrpo_cli.run.doctor.findings import Evidence
+from unigrpo_cli.run.doctor.probe_step import rows_of
+from unigrpo_cli.run.doctor.recorder import Recorder
+from unigrpo_cli.run.doctor.unreadable import ABSTAINS, NOT_ASKED, RAISES
+from unigrpo_cli.run.memory.plan import plan_of
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 SETTINGS = [
     "sampling.max_new_tokens=6",
     "sampling.height=16",
     "sampling.width=16",
     "sampling.steps=4",
-    "sampling.window_within=[0, 3]",
+    "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "objective.penalty_weight=0.1",
     "train.prompts_per_step=2",
     "train.group_size=4",
-    "train.updates=1",
+    "train.minibatches=1",
     "train.lora_rank=4",
 ]
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars and a green heart")]
@@ -99,13 +99,13 @@ def _faults(found: dict[str, Finding]) -> set[str]:
     "settings",
     [
         [],
-        ["train.tune=lora"],
+        ["train.finetune=lora"],
         ["sampling.think=false"],
         ["train.experts=text", "objective.text_kl=0.1"],
-        ["train.experts=image", "train.tune=lora", "objective.penalty=latent-kl"],
+        ["train.experts=image", "train.finetune=lora", "objective.penalty=latent-kl"],
         ["dtype=bfloat16"],
-        ["objective.coupling=detach", "sampling.kernel=cps", "sampling.temperature=0.6"],
-        ["objective.penalty=none", "train.updates=2", "sampling.window=all", "sampling.kernel=dance"],
+        ["objective.grad_through_context=false", "sampling.sde=cps", "sampling.temperature=0.6"],
+        ["objective.penalty=none", "train.minibatches=2", "sampling.window=all", "sampling.sde=dance"],
     ],
 )
 def test_a_sound_run_has_no_fault(settings: list[str]) -> None:
@@ -125,18 +125,18 @@ def test_a_sound_run_has_no_fault(settings: list[str]) -> None:
 
 def test_adapters_that_training_starts_from_differ_from_the_reference() -> None:
     """The reference is then the network without them; with them off for good both are one, which is found."""
-    config = _config("train.tune=lora")
+    config = _config("train.finetune=lora")
     state = _state(config)
     with torch.no_grad():
         for name, parameter in state.policy.network.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    assert not _faults(_examine("train.tune=lora", state=state))
+    assert not _faults(_examine("train.finetune=lora", state=state))
 
 
 def test_the_short_form_leaves_everything_as_it_was() -> None:
-    for tune in ("full", "lora"):
-        config = _config(f"train.tune={tune}")
+    for finetune in ("full", "lora"):
+        config = _config(f"train.finetune={finetune}")
         state = _state(config)
         before = copy.deepcopy(state.policy.network.state_dict())
         torch.manual_seed(5)
@@ -171,13 +171,13 @@ def _drawing(pixels):
 
 def _change_texts(monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
     """A rollout whose texts are recorded otherwise than they were written."""
-    write = rollout.write_text
+    write = rollout.sample_text
 
     def faulty(policy, context, sampling, seeds):
         context, texts = write(policy, context, sampling, seeds)
         return context, [change(policy, text) for text in texts]
 
-    monkeypatch.setattr(rollout, "write_text", faulty)
+    monkeypatch.setattr(rollout, "sample_text", faulty)
 
 
 def _padded(text: TextActions, ids: list[int]) -> TextActions:
@@ -318,19 +318,19 @@ def test_texts_that_are_cut_off_are_a_warning() -> None:
 
 def _change_paint(monkeypatch: pytest.MonkeyPatch, **change: Callable) -> None:
     """Painting with some of its arguments made otherwise: by name, from the row and the value."""
-    paint = rollout.paint
+    paint = rollout.sample_image
 
-    def faulty(policy, context, sampling, window, seeds, grid=None, poorer=None):
+    def faulty(policy, context, sampling, window, seeds, grid=None, unconditional=None):
         if "window" not in change:
             given = change["seeds"](seeds)
-            return paint(policy, context, sampling, window, given, grid, poorer)
+            return paint(policy, context, sampling, window, given, grid, unconditional)
         images = []
         for row, seed in enumerate(seeds):
             own = context.select(torch.tensor([row]))
-            images += paint(policy, own, sampling, change["window"](row, window), [seed], grid, poorer)
+            images += paint(policy, own, sampling, change["window"](row, window), [seed], grid, unconditional)
         return images
 
-    monkeypatch.setattr(rollout, "paint", faulty)
+    monkeypatch.setattr(rollout, "sample_image", faulty)
 
 
 def test_a_window_for_each_sample_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ def test_a_grid_of_points_for_calls_is_found(monkeypatch: pytest.MonkeyPatch) ->
     """As many points as there should be calls: one call is missing."""
     grid = flow.time_grid
     monkeypatch.setattr(flow, "time_grid", lambda steps, shift: grid(steps - 1, shift))
-    found = _examine("sampling.window_within=[0, 2]")
+    found = _examine("sampling.window_range=[0, 2]")
     assert "schedule" in _faults(found)
     assert found["schedule"].value == 3
 
@@ -416,9 +416,7 @@ def _rounding(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_latents_that_went_through_sixteen_bits_are_found(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
+def test_latents_that_went_through_sixteen_bits_are_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     _rounding(monkeypatch, dtype)
     found = _examine()
     assert "latents" in _faults(found)
@@ -446,8 +444,8 @@ def test_latents_rounded_after_they_were_stacked_are_found(monkeypatch: pytest.M
 
 def test_a_stale_old_policy_is_found_after_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Old scores from a copy made at the beginning: right in the first step, and in no other."""
-    fixed = train.replay_fixed
-    copies: list[UnifiedModel] = []
+    fixed = train.score_old_and_reference
+    copies: list[MoTPolicy] = []
 
     class Stale:
         def __init__(self, policy):
@@ -460,7 +458,7 @@ def test_a_stale_old_policy_is_found_after_an_update(monkeypatch: pytest.MonkeyP
         def reference(self):
             return self.policy.reference()
 
-    monkeypatch.setattr(train, "replay_fixed", lambda policy, *given: fixed(Stale(policy), *given))
+    monkeypatch.setattr(train, "score_old_and_reference", lambda policy, *given: fixed(Stale(policy), *given))
     found = _examine()
     assert {"text-ratio", "image-ratio"} <= _faults(found)
     assert "at first 0, a step later" in found["text-ratio"].seen
@@ -468,7 +466,7 @@ def test_a_stale_old_policy_is_found_after_an_update(monkeypatch: pytest.MonkeyP
 
 def test_old_scores_from_rollout_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recorded log-probabilities in place of the old policy's: nearly right, and not exactly 1."""
-    fixed = train.replay_fixed
+    fixed = train.score_old_and_reference
 
     def faulty(*given):
         shares = fixed(*given)
@@ -477,7 +475,7 @@ def test_old_scores_from_rollout_are_found(monkeypatch: pytest.MonkeyPatch) -> N
             for share in shares
         ]
 
-    monkeypatch.setattr(train, "replay_fixed", faulty)
+    monkeypatch.setattr(train, "score_old_and_reference", faulty)
     assert "text-ratio" in _faults(_examine())
 
 
@@ -487,7 +485,7 @@ def test_adapters_left_on_in_the_reference_are_found(monkeypatch: pytest.MonkeyP
         yield
 
     monkeypatch.setattr(lora, "adapters_off", on)
-    found = _examine("train.tune=lora")
+    found = _examine("train.finetune=lora")
     assert _faults(found) == {"reference"}
     assert "moved the reference" in found["reference"].seen
 
@@ -497,18 +495,18 @@ def test_a_reference_that_is_the_policy_is_found(monkeypatch: pytest.MonkeyPatch
     def itself(self):
         yield self
 
-    monkeypatch.setattr(UnifiedModel, "reference", itself)
+    monkeypatch.setattr(MoTPolicy, "reference", itself)
     assert _faults(_examine()) == {"reference"}
 
 
 def test_a_reference_that_is_the_old_policy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is detached and scored like any other, and goes along with every step."""
-    fixed = train.replay_fixed
+    fixed = train.score_old_and_reference
 
     def faulty(*given):
         return [[replace(m, reference=m.old) for m in share] for share in fixed(*given)]
 
-    monkeypatch.setattr(train, "replay_fixed", faulty)
+    monkeypatch.setattr(train, "score_old_and_reference", faulty)
     found = _examine()
     assert _faults(found) == {"reference"}
     assert "exactly 0" in found["reference"].seen
@@ -549,24 +547,26 @@ def test_a_gradient_that_is_lost_in_one_expert_is_found(monkeypatch: pytest.Monk
     assert "image expert" in found["gradients"].seen
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("finetune", ["full", "lora"])
 def test_words_behind_a_detach_are_found_though_images_teach_their_expert(
-    monkeypatch: pytest.MonkeyPatch, tune: str
+    monkeypatch: pytest.MonkeyPatch, finetune: str
 ) -> None:
-    own = UnifiedModel.logits
-    monkeypatch.setattr(UnifiedModel, "logits", lambda self, hidden: own(self, hidden.detach()))
-    found = _examine(f"train.tune={tune}")
+    own = MoTPolicy.logits
+    monkeypatch.setattr(MoTPolicy, "logits", lambda self, hidden: own(self, hidden.detach()))
+    found = _examine(f"train.finetune={finetune}")
     assert _faults(found) == {"gradients"}
     assert "of the text term reaches the text expert" in found["gradients"].seen
 
 
-def test_a_coupling_that_is_not_as_configured_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_through_the_context_that_is_not_as_configured_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     own = train.replay
-    for configured, real in (("full", "detach"), ("detach", "full")):
-        monkeypatch.setattr(
-            train, "replay", lambda *a, coupling="full", real=real, **k: own(*a, coupling=real, **k)
-        )
-        found = _examine(f"objective.coupling={configured}")
+    for configured in (True, False):
+
+        def other(*args: object, grad_through_context: bool = True, real: bool = not configured, **kwargs: object):
+            return own(*args, grad_through_context=real, **kwargs)
+
+        monkeypatch.setattr(train, "replay", other)
+        found = _examine(f"objective.grad_through_context={str(configured).lower()}")
         assert _faults(found) == {"gradients"}
         assert "image term reaches the text expert" in found["gradients"].seen
 
@@ -813,40 +813,40 @@ def _evidence(*settings: str, dtype: torch.dtype = torch.float32) -> Evidence:
 
 def test_memory_is_what_the_dry_run_says() -> None:
     evidence = _evidence()
-    assert surroundings.memory(evidence).verdict == "skipped"
+    assert environment.memory(evidence).verdict == "skipped"
     need = plan_of(evidence.config, "embedded", None).memory.need
     for share, verdict in ((0.5, "ok"), (0.95, "warn"), (1.1, FAULT)):
         settings = evidence.config.model_copy(update={"memory_gb": need / share})
-        outcome = surroundings.memory(replace(evidence, plan=plan_of(settings, "embedded", None)))
+        outcome = environment.memory(replace(evidence, plan=plan_of(settings, "embedded", None)))
         assert (outcome.verdict, outcome.value) == (verdict, need)
 
 
 def test_another_version_than_was_asked_for_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     evidence = _evidence()
-    assert surroundings.versions(evidence).verdict == "ok"
-    own = surroundings.environment()
-    monkeypatch.setattr(surroundings, "environment", lambda: own | {"torch": "1.0"})
-    outcome = surroundings.versions(evidence)
+    assert environment.versions(evidence).verdict == "ok"
+    own = environment.environment()
+    monkeypatch.setattr(environment, "environment", lambda: own | {"torch": "1.0"})
+    outcome = environment.versions(evidence)
     assert outcome.verdict == "warn"
     assert "torch 1.0, asked for" in outcome.seen
 
 
 def test_bf16_is_compared_with_fp32() -> None:
     """Of one micro-batch: nothing where both are fp32, something and not much where it is bf16."""
-    assert surroundings._from_wide(_evidence("train.tune=lora")) == 0
-    assert 1e-4 < surroundings._from_wide(_evidence("train.tune=lora", dtype=torch.bfloat16)) < 0.5
-    assert surroundings.bf16(_evidence()).verdict == "skipped"
+    assert environment._from_wide(_evidence("train.finetune=lora")) == 0
+    assert 1e-4 < environment._from_wide(_evidence("train.finetune=lora", dtype=torch.bfloat16)) < 0.5
+    assert environment.bf16(_evidence()).verdict == "skipped"
 
 
 # ----- the witness
 
 
-def test_the_witness_sees_what_is_fed_and_changes_nothing(tiny: UnifiedModel) -> None:
+def test_the_witness_sees_what_is_fed_and_changes_nothing(tiny: MoTPolicy) -> None:
     """Rollout and replay through it are equal to the bit, and every word of replay is one of rollout's."""
     config = _config()
     sampling, window = train_sampling(config), flow.Window(0, 2)
     plain = flatten(rollout.rollout(tiny, PROMPTS, 3, sampling, window, 0))
-    witness = Witness(tiny)
+    witness = Recorder(tiny)
     seen = flatten(rollout.rollout(witness.as_policy, PROMPTS, 3, sampling, window, 0))
     accounts, _ = witness.take()
     for a, b in zip(plain, seen, strict=True):
@@ -865,12 +865,12 @@ def test_the_witness_sees_what_is_fed_and_changes_nothing(tiny: UnifiedModel) ->
     assert len(account.ends) == 6
 
 
-def test_rows_of_a_micro_batch_are_known_by_their_actions(tiny: UnifiedModel) -> None:
-    config = _config("train.micro_batch=3")
+def test_rows_of_a_micro_batch_are_known_by_their_actions(tiny: MoTPolicy) -> None:
+    config = _config("train.micro_batch_size=3")
     episodes = flatten(rollout.rollout(tiny, PROMPTS, 4, train_sampling(config), flow.Window(0, 2), 0))
     order = [5, 2, 7, 0, 1, 3, 4, 6]
     objective_of = replace(train.objective_of(config), penalty="none")
-    fixed = train.replay_fixed(tiny, [episodes[k] for k in order], config, objective_of)
+    fixed = train.score_old_and_reference(tiny, [episodes[k] for k in order], config, objective_of)
     shares = train.weighed(fixed, torch.arange(8.0))
     rows = [k for share in shares for m in share for k in rows_of(m, episodes)]
     assert rows == order

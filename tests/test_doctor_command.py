@@ -12,12 +12,12 @@ from typer.testing import CliRunner, Result
 
 from unigrpo_cli import train
 from unigrpo_cli.cli import app
-from unigrpo_cli.doctor import CHECKS
+from unigrpo_cli.run.doctor import CHECKS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FEW = [
     *("--set", "sampling.steps=4"),
-    *("--set", "sampling.window_within=[0, 3]"),
+    *("--set", "sampling.window_range=[0, 3]"),
     *("--set", "sampling.window_size=2"),
 ]
 TINY_RUN = [
@@ -41,7 +41,7 @@ def _run(*arguments: str | Path) -> Result:
     "arguments",
     [
         ["--reward", "clip,geneval"],
-        ["--reward", "aesthetic,vlm,jpeg,length,format,plan,fidelity,clean", "--set", "train.tune=lora"],
+        ["--reward", "aesthetic,vlm,jpeg,length,format,plan,fidelity,clean", "--set", "train.finetune=lora"],
         ["--reward", "redness", "--plugin", EXAMPLES / "custom_reward" / "redness.py"],
         ["--reward", "sharpness", "--plugin", "unigrpo_reward_sharpness"],
     ],
@@ -133,4 +133,4 @@ def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
 def test_adapters_with_no_run_to_put_them_on_are_refused(tmp_path: Path) -> None:
     done = _run("doctor", "--reward", "clean", "--adapter", tmp_path)
     assert done.exit_code == 2
-    assert "train.tune=lora" in done.stderr
+    assert "train.finetune=lora" in done.stderr

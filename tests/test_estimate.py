@@ -25,24 +25,11 @@ from tests.torch_flops import count_flops
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.config import Config, load_config, with_values
 from unigrpo_cli.episode import Prompt, flatten
-from unigrpo_cli.estimate import (
-    Memory,
-    Workload,
-    batch_of,
-    memory,
-    needs,
-    sampling_rows,
-    step_parts,
-    training_sizes,
-)
-from unigrpo_cli.estimate import seconds as speed
-from unigrpo_cli.estimate.batches import even_sizes
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.lora import add_adapters
-from unigrpo_cli.models.mot import MoT, NoisyImage
-from unigrpo_cli.models.release import read_release
-from unigrpo_cli.models.sizes import (
+from unigrpo_cli.models.mot.bagel import read_release
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.config import (
     ALSO,
     BAGEL_AUTOENCODER,
     BAGEL_NETWORK,
@@ -53,10 +40,23 @@ from unigrpo_cli.models.sizes import (
     computes_wide,
     expert_of,
 )
+from unigrpo_cli.models.mot.network import MoT, NoisyImage
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, rollout, write_text
+from unigrpo_cli.run.memory import (
+    Memory,
+    Workload,
+    batch_of,
+    memory,
+    needs,
+    sampling_rows,
+    step_parts,
+    training_sizes,
+)
+from unigrpo_cli.run.memory import seconds as speed
+from unigrpo_cli.run.memory.batches import even_sizes
 from unigrpo_cli.train import window_of
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 SMALL = MoTConfig(96, 3, 6, 2, 320, 4000, 2, 4, 4, 8)
@@ -65,11 +65,11 @@ GIVEN, PROMPTS = 6, [Prompt("a", "a red cube"), Prompt("b", "two birds")]
 
 
 def settings(*overrides: str) -> Config:
-    return load_config(preset="paper", overrides=["sampling.rows=16", "train.micro_batch=8", *overrides])
+    return load_config(preset="paper", overrides=["sampling.batch_size=16", "train.micro_batch_size=8", *overrides])
 
 
 def small(*overrides: str) -> Workload:
-    own = ["sampling.height=64", "sampling.width=64", "sampling.rows=5", "train.micro_batch=2"]
+    own = ["sampling.height=64", "sampling.width=64", "sampling.batch_size=5", "train.micro_batch_size=2"]
     own += ["train.prompts_per_step=2", "train.group_size=2", "sampling.max_new_tokens=4", "train.lora_rank=4"]
     return Workload(SMALL, None, settings(*own, *overrides), cpu=True, given=GIVEN)
 
@@ -84,7 +84,7 @@ def item(found: Memory, name: str, phase: str | None = None) -> int:
 
 def test_the_release_counted() -> None:
     """Against the network on the meta device and the totals that are known of it."""
-    work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings("train.tune=lora"))
+    work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings("train.finetune=lora"))
     with torch.device("meta"):
         network = MoT(BAGEL_NETWORK, (1, 2))
     assert work.elements() == sum(p.numel() for p in network.parameters())
@@ -110,8 +110,10 @@ def test_the_release_counted() -> None:
 @pytest.mark.parametrize("also", [None, (), tuple(ALSO)])
 def test_what_is_trained_is_what_tuning_trains(experts: str, also: tuple[str, ...] | None) -> None:
     """Adapters (None), all weights of the layers, and everything that can be trained beside them."""
-    tune = "lora" if also is None else "full"
-    config = settings(f"train.experts={experts}", f"train.tune={tune}", f"train.also={list(also or ())}")
+    finetune = "lora" if also is None else "full"
+    config = settings(
+        f"train.experts={experts}", f"train.finetune={finetune}", f"train.extra_modules={list(also or ())}"
+    )
     release = read_release(TINY)
     policy = load_model(str(TINY))
     policy.network.requires_grad_(False)
@@ -130,11 +132,16 @@ def size(tensors: Any) -> int:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("train.tune=lora", "dtype=bfloat16"),
-        ("train.tune=lora", "train.experts=image"),
-        ("train.tune=full", "dtype=bfloat16"),
-        ("train.tune=full", "dtype=bfloat16", "train.reference_on=host", "train.also=['head', 'projections']"),
-        ("train.tune=full", "train.experts=text"),
+        ("train.finetune=lora", "dtype=bfloat16"),
+        ("train.finetune=lora", "train.experts=image"),
+        ("train.finetune=full", "dtype=bfloat16"),
+        (
+            "train.finetune=full",
+            "dtype=bfloat16",
+            "train.reference_device=host",
+            "train.extra_modules=['head', 'projections']",
+        ),
+        ("train.finetune=full", "train.experts=text"),
     ],
 )
 def test_weights_reference_gradients_and_moments_to_the_byte(overrides: tuple[str, ...]) -> None:
@@ -164,17 +171,15 @@ def test_weights_reference_gradients_and_moments_to_the_byte(overrides: tuple[st
     own = {id(p) for p in policy.network.parameters()}
     copied = [] if policy.frozen is None else [p for p in policy.frozen.parameters() if id(p) not in own]
     assert item(found, "reference") + sum(i.bytes for i in found.host) == size(copied)
-    layers = sum(
-        p.numel() for n, p in policy.network.named_parameters() if n.startswith(LAYERS) and p.requires_grad
-    )
-    assert bool(found.host) == ("train.reference_on=host" in overrides)
+    layers = sum(p.numel() for n, p in policy.network.named_parameters() if n.startswith(LAYERS) and p.requires_grad)
+    assert bool(found.host) == ("train.reference_device=host" in overrides)
     if found.host:
         assert found.host[0].bytes < item(found, "trained weights")
         assert f"{layers:,}" in found.host[0].formula
 
 
 def test_the_cache_of_a_rollout_is_a_contexts() -> None:
-    shape = ("sampling.height=32", "sampling.width=48", "sampling.max_new_tokens=5", "sampling.rows=3")
+    shape = ("sampling.height=32", "sampling.width=48", "sampling.max_new_tokens=5", "sampling.batch_size=3")
     config = settings(*shape, "dtype=bfloat16")
     model = load_model(str(TINY), dtype=torch.bfloat16)
     given = model.preamble(PROMPTS[0], think=True)
@@ -240,7 +245,7 @@ def network_of(work: Workload) -> MoT:
 
 def no_onednn() -> Any:
     """The estimate is of PyTorch's own products: a GPU has no others, and its FLOP counter knows no others."""
-    return patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False)
+    return patch("unigrpo_cli.models.mot.layers.onednn_is_faster", lambda: False)
 
 
 def passes(work: Workload) -> dict[str, int]:
@@ -288,17 +293,17 @@ def passes(work: Workload) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_activations_are_those_of_the_passes(tune: str, dtype: str, checkpointing: str) -> None:
+def test_activations_are_those_of_the_passes(finetune: str, dtype: str, checkpointing: str) -> None:
     """Every phase within 6 %: few words, where layers decide, and many, where logits do."""
-    own = (f"train.tune={tune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}")
+    own = (f"train.finetune={finetune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}")
     for words, phases in (
         (4, ("rollout, image", "replays, layers", "update, layers")),
         (300, ("replays, words", "update, words")),
     ):
-        work = small(*own, f"sampling.max_new_tokens={words}", f"sampling.rows={5 if words < 5 else 1}")
+        work = small(*own, f"sampling.max_new_tokens={words}", f"sampling.batch_size={5 if words < 5 else 1}")
         found, seen = memory(work), passes(work)
         for phase in phases:
             left_out = item(found, "latents", phase) + item(found, "recorded steps", phase)
@@ -307,7 +312,7 @@ def test_activations_are_those_of_the_passes(tune: str, dtype: str, checkpointin
 
 def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
     """Eight rows of which one after the other stops: half and then a quarter are kept beside the whole."""
-    config = settings("sampling.height=16", "sampling.width=16", "sampling.max_new_tokens=200", "sampling.rows=8")
+    config = settings("sampling.height=16", "sampling.width=16", "sampling.max_new_tokens=200", "sampling.batch_size=8")
     model, alive = load_model(str(TINY)), Alive()
     given = model.preamble(PROMPTS[0], think=False)
     drawn = 0
@@ -341,7 +346,7 @@ def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
 
 def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
     model, alive = load_model(str(TINY)), Alive()
-    config = settings("sampling.height=64", "sampling.width=32", "sampling.rows=1")
+    config = settings("sampling.height=64", "sampling.width=32", "sampling.batch_size=1")
     work = Workload(model.network.config, read_release(TINY).autoencoder, config)
     with alive:
         latent = torch.zeros(1, 16, 8, 4)
@@ -352,14 +357,14 @@ def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
 
 @pytest.mark.parametrize("strip", [8, 16])
 def test_decoding_in_strips_takes_two_maps(strip: int) -> None:
-    model, alive = load_model(str(TINY), decode_strip=strip), Alive()
-    sizes = ("sampling.height=128", "sampling.width=64", "sampling.rows=1")
+    model, alive = load_model(str(TINY), vae_tile_rows=strip), Alive()
+    sizes = ("sampling.height=128", "sampling.width=64", "sampling.batch_size=1")
     work = Workload(model.network.config, read_release(TINY).autoencoder, settings(*sizes))
     with alive:
         latent = torch.zeros(1, 16, 16, 8)
         start = alive.now
         model.codec.raw(latent)  # type: ignore[attr-defined]
-    cut = replace(work, config=settings(*sizes, f"sampling.decode_strip={strip}"))
+    cut = replace(work, config=settings(*sizes, f"sampling.vae_tile_rows={strip}"))
     found = item(memory(cut), "decoder", "rollout, pixels")
     assert found == pytest.approx(alive.over(start), rel=0.03)
     assert found < 0.65 * item(memory(work), "decoder", "rollout, pixels")
@@ -367,9 +372,15 @@ def test_decoding_in_strips_takes_two_maps(strip: int) -> None:
 
 # ----- sizes that are left open
 
-OPEN = ("sampling.rows=0", "train.micro_batch=0", "train.tune=lora", "dtype=bfloat16", "sampling.think=true")
+OPEN = (
+    "sampling.batch_size=0",
+    "train.micro_batch_size=0",
+    "train.finetune=lora",
+    "dtype=bfloat16",
+    "sampling.think=true",
+)
 OPEN += ("train.activation_checkpointing=true", "sampling.height=512", "sampling.width=512")
-SLOTS = {"sampling.rows": ("rollout", 768), "train.micro_batch": ("replays, update", 384)}
+SLOTS = {"sampling.batch_size": ("rollout", 768), "train.micro_batch_size": ("replays, update", 384)}
 """For each setting the phases it decides and the episodes it shares out, in the paper's step."""
 
 
@@ -400,8 +411,8 @@ def test_sizes_left_open_are_the_largest_that_fit() -> None:
             assert -(-episodes // max(1, size - 1)) > batches or size == 1, "a smaller size does not do"
         before = sizes
     assert before == {key: episodes for key, (_, episodes) in SLOTS.items()}
-    fixed = replace(work, config=settings(*OPEN, "train.micro_batch=3"))
-    assert list(training_sizes(fixed, 64)) == ["sampling.rows"]
+    fixed = replace(work, config=settings(*OPEN, "train.micro_batch_size=3"))
+    assert list(training_sizes(fixed, 64)) == ["sampling.batch_size"]
 
 
 @given(count=st.integers(1, 2000), at_once=st.integers(1, 8))
@@ -431,11 +442,13 @@ def test_where_smaller_batches_take_more_the_larger_are_found() -> None:
     few = with_values(work.config, {"train.prompts_per_step": 4, "train.group_size": 8})
     work = replace(work, config=few)
     needs = {
-        size: memory(replace(work, config=with_values(few, {"sampling.rows": 1, "train.micro_batch": size}))).need
+        size: memory(
+            replace(work, config=with_values(few, {"sampling.batch_size": 1, "train.micro_batch_size": size}))
+        ).need
         for size in even_sizes(16, 16)
     }
     for gib in (0.9 * min(needs.values()), max(needs.values()), *(1.001 * need for need in needs.values())):
-        chosen = training_sizes(work, gib)["train.micro_batch"]
+        chosen = training_sizes(work, gib)["train.micro_batch_size"]
         assert needs[chosen] <= gib or chosen == min(needs, key=lambda size: needs[size])
 
 
@@ -446,13 +459,13 @@ def test_rows_of_an_evaluation_hold_whole_prompts() -> None:
     assert list(rows.values()) == sorted(rows.values())
     assert (rows[20], rows[2000]) == (1, 200)
     assert all(size % 4 == 0 for size in rows.values() if size > 4)
-    assert rows[36] > training_sizes(work, 36)["sampling.rows"], "no adapters, no moments"
+    assert rows[36] > training_sizes(work, 36)["sampling.batch_size"], "no adapters, no moments"
     assert sampling_rows(work, 60, 50, 4, adapted=False, models=2) < rows[60]
 
 
 def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
     """All of a rollout twice; of an update all but what episodes and weights have once, and gradients for each."""
-    once = small("train.tune=lora", "sampling.rows=2", "train.micro_batch=1")
+    once = small("train.finetune=lora", "sampling.batch_size=2", "train.micro_batch_size=1")
     twice = replace(once, at_once=2)
     one, two = memory(once), memory(twice)
     assert one.always == two.always
@@ -468,11 +481,11 @@ def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
 
 def test_no_more_batches_at_the_same_time_than_there_are() -> None:
     """Four episodes, of which each of two updates takes two; sharded weights are passed by all ranks together."""
-    found = replace(small("sampling.rows=2", "train.micro_batch=1"), at_once=9)
+    found = replace(small("sampling.batch_size=2", "train.micro_batch_size=1"), at_once=9)
     assert (found.rows_at_once, found.micro_at_once) == (9, 2), "evaluations have many pictures"
     assert replace(found, drawn=7).rows_at_once == 4
     assert replace(found, world=2).micro_at_once == 1
-    assert replace(small("train.micro_batch=2"), at_once=9).micro_at_once == 1
+    assert replace(small("train.micro_batch_size=2"), at_once=9).micro_at_once == 1
 
 
 # ----- FLOP
@@ -488,9 +501,9 @@ def flops(work: speed.Work) -> float:
     return work.flops + work.wide
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_flops_of_reading_denoising_and_logits(tune: str) -> None:
-    work = small(f"train.tune={tune}")
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_flops_of_reading_denoising_and_logits(finetune: str) -> None:
+    work = small(f"train.finetune={finetune}")
     network, grid = network_of(work), work.model.grid(64, 64)
     image = NoisyImage(torch.zeros(1, 1, work.latents, work.model.token_dim), torch.ones(1, 1), grid)
     with torch.no_grad():
@@ -504,11 +517,11 @@ def test_flops_of_reading_denoising_and_logits(tune: str) -> None:
         assert flops(speed.head(work, 7)) == head
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("experts", ["both", "image", "text"])
-def test_flops_of_replay_and_its_backward_pass(tune: str, experts: str) -> None:
+def test_flops_of_replay_and_its_backward_pass(finetune: str, experts: str) -> None:
     """Forward exactly; backward within 2 %: the first layer is spared some, flash attention makes scores again."""
-    work = small(f"train.tune={tune}", f"train.experts={experts}", "sampling.max_new_tokens=40")
+    work = small(f"train.finetune={finetune}", f"train.experts={experts}", "sampling.max_new_tokens=40")
     work = replace(work, model=replace(SMALL, num_hidden_layers=8))
     network, grid = network_of(work), work.model.grid(64, 64)
     if work.lora:
@@ -538,7 +551,7 @@ def test_flops_of_decoding_a_picture() -> None:
 
 def test_a_step_is_the_sum_of_its_passes() -> None:
     """Calls counted by hand: 3 prompts of 4 in batches of 5, so prompts 0 1 | 1 2 | 2 are read."""
-    work = small("train.prompts_per_step=3", "train.group_size=4", "train.updates=1", "train.epochs=2")
+    work = small("train.prompts_per_step=3", "train.group_size=4", "train.minibatches=1", "train.epochs=2")
     assert work.batch.reads == 5
     parts = {part.name: part.work for part in step_parts(work)}
     assert parts["read prompts"].flops == pytest.approx(5 * speed.read(work, GIVEN, False).flops)
@@ -562,15 +575,15 @@ def test_seconds_are_those_of_arithmetic_or_of_moving_bytes() -> None:
 
 
 LARGER = [
-    ("sampling.rows=16", "sampling.rows=64"),
+    ("sampling.batch_size=16", "sampling.batch_size=64"),
     ("sampling.height=512", "sampling.height=1024"),
     ("sampling.max_new_tokens=256", "sampling.max_new_tokens=2048"),
-    ("train.micro_batch=1", "train.micro_batch=8"),
+    ("train.micro_batch_size=1", "train.micro_batch_size=8"),
     ("sampling.window_size=2", "sampling.window_size=5"),
     ("train.lora_rank=16", "train.lora_rank=256"),
     ("train.activation_checkpointing=true", "train.activation_checkpointing=false"),
     ("dtype=bfloat16", "dtype=float32"),
-    ("train.tune=lora", "train.tune=full"),
+    ("train.finetune=lora", "train.finetune=full"),
     ("train.experts=image", "train.experts=both"),
     ("train.prompts_per_step=4", "train.prompts_per_step=400"),
 ]
@@ -581,8 +594,8 @@ def test_more_takes_more(less: str, more: str) -> None:
     """In at least one phase, and in none less."""
     common = [
         "dtype=bfloat16",
-        "train.tune=lora",
-        "train.micro_batch=2",
+        "train.finetune=lora",
+        "train.micro_batch_size=2",
         "sampling.width=512",
         "sampling.height=512",
     ]
@@ -600,7 +613,7 @@ def test_more_takes_more(less: str, more: str) -> None:
 def test_the_host_takes_the_reference_off_the_device() -> None:
     found = {}
     for where in ("device", "host"):
-        config = settings("dtype=bfloat16", f"train.reference_on={where}")
+        config = settings("dtype=bfloat16", f"train.reference_device={where}")
         found[where] = memory(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, config))
     moved = sum(i.bytes for i in found["host"].host)
     assert moved == item(found["device"], "reference") > 0
@@ -617,13 +630,11 @@ def test_needs_are_those_of_the_standard_settings() -> None:
 
 
 def test_the_batch_arithmetic() -> None:
-    batch = batch_of(settings("train.epochs=3", "train.micro_batch=7"))
+    batch = batch_of(settings("train.epochs=3", "train.micro_batch_size=7"))
     assert (batch.episodes, batch.each, batch.optimizer_steps, batch.micro_batches) == (768, 384, 6, 55)
     assert (batch.rollouts, batch.reads, batch.word_calls, batch.denoise_calls) == (48, 64, 1026, 24)
     assert (batch.replays, batch.backwards) == (2, 3)
-    assert batch_of(settings("objective.penalty=none", "sampling.think=false")).replays == 0.5, (
-        "the second update's"
-    )
+    assert batch_of(settings("objective.penalty=none", "sampling.think=false")).replays == 0.5, "the second update's"
     assert batch_of(settings("train.old_scores=replay")).replays == 2
 
 
@@ -639,6 +650,6 @@ def test_what_is_not_done_takes_nothing() -> None:
 
 
 def test_it_imports_no_torch() -> None:
-    code = "import unigrpo_cli.estimate, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import unigrpo_cli.run.memory, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

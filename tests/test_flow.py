@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 from unigrpo_cli.algo import flow
 
-KERNELS = ["flow", "dance", "cps"]
+SDES = ["flow", "dance", "cps"]
 
 
 def _latents(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,22 +56,22 @@ def test_coefficients_of_the_papers_first_steps() -> None:
         assert flow.transition("flow", zero, one, t[k], t[k + 1], **at).mean.item() == pytest.approx(on_v, abs=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["flow", "dance"])
-def test_log_prob_is_torchs_normal(kernel: str) -> None:
+@pytest.mark.parametrize("sde", ["flow", "dance"])
+def test_log_prob_is_torchs_normal(sde: str) -> None:
     x, v, noise = _latents()
-    action = flow.step(kernel, x, v, **_at(0.8, 0.7), noise_level=0.7, t_second=SECOND, noise=noise)
+    action = flow.step(sde, x, v, **_at(0.8, 0.7), noise_level=0.7, t_second=SECOND, noise=noise)
     density = Normal(action.p.mean, action.p.std).log_prob(action.x_next).mean(dim=(-2, -1))
     torch.testing.assert_close(action.log_prob, density, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sde", SDES)
 @pytest.mark.parametrize("t", [1.0, 0.6])
-def test_what_is_drawn_is_what_is_scored(kernel: str, t: float) -> None:
+def test_what_is_drawn_is_what_is_scored(sde: str, t: float) -> None:
     """Drawing with noise and scoring the result are the same call: equal to the bit."""
     x, v, noise = _latents()
     common = {**_at(t, t - 0.1), "noise_level": 0.7, "t_second": SECOND}
-    drawn = flow.step(kernel, x, v, **common, noise=noise)
-    scored = flow.step(kernel, x, v, **common, x_next=drawn.x_next)
+    drawn = flow.step(sde, x, v, **common, noise=noise)
+    scored = flow.step(sde, x, v, **common, x_next=drawn.x_next)
     assert torch.equal(drawn.log_prob, scored.log_prob)
     torch.testing.assert_close((drawn.x_next - scored.p.mean) / scored.p.std, noise, rtol=1e-9, atol=1e-9)
 
@@ -83,11 +83,11 @@ def test_a_step_needs_noise_or_an_action() -> None:
             flow.step("flow", x, v, **_at(0.8, 0.7), noise_level=0.7, t_second=SECOND, **given)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_without_noise_it_is_the_euler_step(kernel: str) -> None:
+@pytest.mark.parametrize("sde", SDES)
+def test_without_noise_it_is_the_euler_step(sde: str) -> None:
     x, v, _ = _latents()
     common = _at(0.8, 0.7)
-    p = flow.transition(kernel, x, v, **common, noise_level=0.0, t_second=SECOND)
+    p = flow.transition(sde, x, v, **common, noise_level=0.0, t_second=SECOND)
     torch.testing.assert_close(p.mean, flow.euler(x, v, **common), rtol=1e-12, atol=1e-12)
     assert p.std == 0
 
@@ -109,9 +109,7 @@ def _marginal(t: float) -> tuple[float, float]:
     return (1 - t) * MEAN, (1 - t) ** 2 * SPREAD**2 + t * t
 
 
-def _variance_error(
-    kernel: str, steps: int, noise_level: float, start: float, flip: bool = False
-) -> tuple[float, float]:
+def _variance_error(sde: str, steps: int, noise_level: float, start: float, flip: bool = False) -> tuple[float, float]:
     """Push mean and variance through the kernel in closed form; how far from the exact marginal at the end.
 
     For Gaussian data the exact velocity is affine in x, so each step is affine too: its gain and offset are
@@ -124,7 +122,7 @@ def _variance_error(
         now = float(t)
         slope = (now - (1 - now) * SPREAD**2) / _marginal(now)[1]
         v = slope * points - slope * (1 - now) * MEAN - MEAN
-        p = flow.transition(kernel, points, v, t, t_next, noise_level=noise_level, t_second=grid[1])
+        p = flow.transition(sde, points, v, t, t_next, noise_level=noise_level, t_second=grid[1])
         if flip:  # the drift correction with the wrong sign
             p = flow.Transition(2 * flow.euler(points, v, t, t_next) - p.mean, p.std)
         offset, gain = float(p.mean[0]), float(p.mean[1] - p.mean[0])
@@ -132,11 +130,11 @@ def _variance_error(
     return mean - _marginal(END)[0], variance - _marginal(END)[1]
 
 
-@pytest.mark.parametrize("kernel", ["flow", "dance"])
+@pytest.mark.parametrize("sde", ["flow", "dance"])
 @pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.7])
-def test_stochastic_steps_keep_the_flows_marginals(kernel: str, noise_level: float) -> None:
+def test_stochastic_steps_keep_the_flows_marginals(sde: str, noise_level: float) -> None:
     """Mean exact, variance error of first order: four times the steps, a quarter of the error."""
-    coarse, fine = (_variance_error(kernel, n, noise_level, 0.95) for n in (640, 2560))
+    coarse, fine = (_variance_error(sde, n, noise_level, 0.95) for n in (640, 2560))
     assert abs(coarse[0]) < 1e-10
     assert abs(fine[0]) < 1e-10
     assert 3.4 < coarse[1] / fine[1] < 4.6
@@ -167,20 +165,20 @@ def test_cps_leaves_no_excess_noise() -> None:
     assert data.mean.item() == pytest.approx(0.3, abs=1e-12)
 
 
-def _two_policies(kernel: str = "flow") -> tuple[torch.Tensor, flow.Transition, flow.Transition]:
+def _two_policies(sde: str = "flow") -> tuple[torch.Tensor, flow.Transition, flow.Transition]:
     x, v, noise = _latents()
     shift = 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     common = {**_at(0.9, 0.8), "noise_level": 0.8, "t_second": SECOND}
-    old = flow.step(kernel, x, v, **common, noise=noise)
-    new = flow.transition(kernel, x, v + shift, **common)
+    old = flow.step(sde, x, v, **common, noise=noise)
+    new = flow.transition(sde, x, v + shift, **common)
     return old.x_next, new, old.p
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_log_ratio_is_the_difference_of_log_probs(kernel: str) -> None:
-    x_next, new, old = _two_policies(kernel)
-    difference = flow.log_prob(kernel, x_next, new) - flow.log_prob(kernel, x_next, old)
-    torch.testing.assert_close(flow.log_ratio(kernel, x_next, new, old), difference, rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("sde", SDES)
+def test_log_ratio_is_the_difference_of_log_probs(sde: str) -> None:
+    x_next, new, old = _two_policies(sde)
+    difference = flow.log_prob(sde, x_next, new) - flow.log_prob(sde, x_next, old)
+    torch.testing.assert_close(flow.log_ratio(sde, x_next, new, old), difference, rtol=1e-9, atol=1e-12)
 
 
 def test_ratio_norm_is_the_papers_formula() -> None:

@@ -15,10 +15,10 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.episode import Episode, Group, Prompt
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput
-from unigrpo_cli.rewards.contract import example_samples
-from unigrpo_cli.rewards.scoring import Scored
-from unigrpo_cli.shapes.world import COLORS
-from unigrpo_cli.watch import rollout_metrics
+from unigrpo_cli.rewards.conformance import example_samples
+from unigrpo_cli.rewards.scorer import RewardResult
+from unigrpo_cli.run.monitor import rollout_metrics
+from unigrpo_cli.toy.world import COLORS
 from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name_color, named
 from unigrpo_plugins.detectors import Detection
 from unigrpo_plugins.encoders import shared_encoder
@@ -329,7 +329,7 @@ def test_components_and_remarks_of_a_batch() -> None:
 def test_a_part_that_some_prompts_lack_is_logged_for_those_that_have_it() -> None:
     yes = np.array([True, True, False])
     parts = {"color": np.array([0.5, math.nan, 1.0]), "position": np.full(3, math.nan)}
-    scored = Scored(np.ones(3), yes, parts, [{}] * 3)
+    scored = RewardResult(np.ones(3), yes, parts, [{}] * 3)
     prompt = Prompt("a", "a")
     groups = [Group(prompt, tuple(Episode(prompt, k, k, ()) for k in range(2)))]
     metrics = rollout_metrics(groups, {"geneval": scored}, torch.zeros(2))

@@ -11,13 +11,13 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt, flatten
-from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.mot import NoisyImage
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.network import NoisyImage
 from unigrpo_cli.replay import replay
 from unigrpo_cli.rollout import Sampling, rollout
-from unigrpo_cli.train import replay_fixed, weighed
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch import drift
+from unigrpo_cli.run.monitor import drift
+from unigrpo_cli.train import score_old_and_reference, weighed
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -47,18 +47,18 @@ def test_the_device_agrees_with_the_host_in_fp32() -> None:
         assert (a - b).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_the_first_ratio_is_exactly_one(tune: str, dtype: str, checkpointing: str) -> None:
+def test_the_first_ratio_is_exactly_one(finetune: str, dtype: str, checkpointing: str) -> None:
     """With and without gradients the same kernels must run; both experts get finite gradients."""
     config = load_config(
         overrides=[
-            f"train.tune={tune}",
+            f"train.finetune={finetune}",
             f"dtype={dtype}",
             f"train.activation_checkpointing={checkpointing}",
-            "train.updates=1",
-            "train.micro_batch=3",
+            "train.minibatches=1",
+            "train.micro_batch_size=3",
         ]
     )
     policy = load_model(TINY, device="cuda", dtype=getattr(torch, dtype))
@@ -67,7 +67,7 @@ def test_the_first_ratio_is_exactly_one(tune: str, dtype: str, checkpointing: st
     optimizer = make_optimizer(policy, config)
     episodes = flatten(rollout(policy, PROMPTS, 3, SAMPLING, flow.Window(1, 3), seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
-    (share,) = weighed(replay_fixed(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
+    (share,) = weighed(score_old_and_reference(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
     for m in share:
         new = replay(policy, m.batch)
         loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=6)
@@ -87,7 +87,7 @@ def test_the_reference_streamed_from_the_host_is_the_one_on_the_device() -> None
     """Bit for bit, and the layers' weights are in host memory between passes."""
     policies = []
     for where in ("device", "host"):
-        config = load_config(overrides=["train.tune=full", "dtype=bfloat16", f"train.reference_on={where}"])
+        config = load_config(overrides=["train.finetune=full", "dtype=bfloat16", f"train.reference_device={where}"])
         policy = load_model(TINY, device="cuda", dtype=torch.bfloat16)
         policy.network.requires_grad_(False)
         policies.append(prepare_policy(policy, config))

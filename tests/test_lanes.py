@@ -16,20 +16,20 @@ import pytest
 import torch
 
 from tests.test_training_step import PROMPTS, SETTINGS
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward, train
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt, flatten
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.lanes import at_once, in_turn, side_by_side
-from unigrpo_cli.models import Policy
-from unigrpo_cli.rebuild.model import build_model
+from unigrpo_cli.models.policy import Policy
+from unigrpo_cli.parallel.workers import at_once, in_turn, parallel_map
 from unigrpo_cli.rewards.batch import RewardBatch
-from unigrpo_cli.rewards.grammar import parse_rewards
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.rollout import Sampling, rollout
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def test_parts_run_at_the_same_time_and_come_in_order(four_threads: None) -> Non
         return part, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():  # which threads do not inherit: callers that need it say so themselves
-        found = list(side_by_side(meet, range(6), 2))
+        found = list(parallel_map(meet, range(6), 2))
     assert found == [(part, 2, True) for part in range(6)]
     assert torch.get_num_threads() == 4
     assert not _lanes()
@@ -62,7 +62,7 @@ def test_parts_run_at_the_same_time_and_come_in_order(four_threads: None) -> Non
 
 def test_one_beside_none_runs_here_and_when_asked_for() -> None:
     begun: list[int] = []
-    results = side_by_side(lambda part: begun.append(part) or threading.current_thread(), range(3), 1)
+    results = parallel_map(lambda part: begun.append(part) or threading.current_thread(), range(3), 1)
     assert next(results) is threading.current_thread()
     assert begun == [0]
 
@@ -79,7 +79,7 @@ def test_the_first_failure_is_raised_and_what_has_not_begun_is_left_out() -> Non
         ended.append(part)
         return part
 
-    results = side_by_side(work, range(100), 2)
+    results = parallel_map(work, range(100), 2)
     assert next(results) == 0
     with pytest.raises(ValueError, match="part 1"):
         next(results)
@@ -100,14 +100,14 @@ def test_results_are_not_kept() -> None:
         alive.add(found := Held())
         return found
 
-    for _ in side_by_side(work, range(20), 2):
+    for _ in parallel_map(work, range(20), 2):
         time.sleep(0.01)
         assert len(alive) <= 4  # two that wait, the one here, the one of the round before until it is rebound
 
 
 INTERRUPTED = """
 import sys, time, torch
-from unigrpo_cli.lanes import side_by_side
+from unigrpo_cli.parallel.workers import side_by_side
 torch.set_num_threads(2)
 x = torch.randn(900, 900)
 def work(part):
@@ -140,10 +140,10 @@ def test_how_many_at_once(four_threads: None) -> None:
     assert at_once(9, CPU) == 4
 
 
-@pytest.mark.parametrize("settings", [(), ("train.tune=lora", "train.lora_rank=2"), ("objective.text_kl=0.1",)])
+@pytest.mark.parametrize("settings", [(), ("train.finetune=lora", "train.lora_rank=2"), ("objective.text_kl=0.1",)])
 def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[str, ...]) -> None:
     """Episodes, scores, metrics and weights after two updates; adapters are off for the reference alone."""
-    own = ("train.updates=2", "train.micro_batch=2", "sampling.rows=4", "seed=5", *settings)
+    own = ("train.minibatches=2", "train.micro_batch_size=2", "sampling.batch_size=4", "seed=5", *settings)
     config = load_config(overrides=[*SETTINGS, *own])
     left = []
     before = torch.get_num_threads()
@@ -169,8 +169,8 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
 @pytest.mark.parametrize("threads", [2, 4])
 def test_the_first_ratio_is_one_on_any_number_of_cores(threads: int) -> None:
     """Old and new scores of an update have equally many threads: with others three rows are rounded otherwise."""
-    own = ("train.updates=2", "train.group_size=3", "train.micro_batch=3", "train.old_scores=replay")
-    config = load_config(preset="embedded", overrides=["train.prompts_per_step=2", "sampling.rows=6", *own])
+    own = ("train.minibatches=2", "train.group_size=3", "train.micro_batch_size=3", "train.old_scores=replay")
+    config = load_config(preset="embedded", overrides=["train.prompts_per_step=2", "sampling.batch_size=6", *own])
     policy = prepare_policy(build_model(seed=3, width=128, layers=6), config)
     state = TrainState(policy, make_optimizer(policy, config))
     with RewardSet(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
@@ -190,13 +190,13 @@ def _contrast() -> Plugins:
 
 
 def test_a_rollout_tells_of_its_batches_in_order(four_threads: None) -> None:
-    config = load_config(overrides=[*SETTINGS, "sampling.rows=3"])
+    config = load_config(overrides=[*SETTINGS, "sampling.batch_size=3"])
     told: list[str] = []
     groups = rollout(
         build_model(seed=3, width=32, layers=2),
         PROMPTS,
         6,
-        replace(train_sampling(config), rows=3),
+        replace(train_sampling(config), batch_size=3),
         train.window_of(config, 0),
         0,
         on_episodes=lambda drawn: told.extend(f"{e.prompt.id}{e.member}" for e in drawn),
@@ -205,9 +205,7 @@ def test_a_rollout_tells_of_its_batches_in_order(four_threads: None) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_step_tapers_its_rollout_where_a_reward_begins_early(
-    waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_tapers_its_rollout_where_a_reward_begins_early(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere:
         range = (0.0, 255.0)
         concurrency = int(waits)
@@ -222,9 +220,7 @@ def test_a_step_tapers_its_rollout_where_a_reward_begins_early(
     plugins.rewards.add("elsewhere", Elsewhere)
     own = train.rollout
 
-    def watched(
-        policy: Policy, prompts: Sequence[Prompt], members: int, sampling: Sampling, *rest: Any, **more: Any
-    ):
+    def watched(policy: Policy, prompts: Sequence[Prompt], members: int, sampling: Sampling, *rest: Any, **more: Any):
         asked.append(sampling.tapered)
         return own(policy, prompts, members, sampling, *rest, **more)
 
@@ -242,7 +238,7 @@ def test_tapered_rollouts_end_in_halves() -> None:
     drawn = {}
     for tapered, expected in ((False, [5, 5, 5, 5, 4]), (True, [5, 5, 5, 3, 2, 2, 2])):
         sizes: list[int] = []
-        sampling = replace(train_sampling(config), rows=5, tapered=tapered)
+        sampling = replace(train_sampling(config), batch_size=5, tapered=tapered)
         policy = build_model(seed=3, width=32, layers=2)
         groups = rollout(policy, PROMPTS, 24 // len(PROMPTS), sampling, train.window_of(config, 0), 0, sizes.append)
         assert sizes == expected

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unigrpo_cli.models import layers
-from unigrpo_cli.models.layers import Linear, RMSNorm, gated, linear, rotate, rotation
+from unigrpo_cli.models.mot import layers
+from unigrpo_cli.models.mot.layers import Linear, RMSNorm, gated, linear, rotate, rotation
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 of_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN")
@@ -56,8 +56,8 @@ def test_what_is_frozen_gets_no_gradient_and_holds_no_memory(frozen: str) -> Non
 @of_onednn
 def test_views_transposed_and_strided_inputs() -> None:
     x, w = _random(2, 5, 3), _random(11, 10, seed=1)
-    turned, sliced = x.transpose(1, 2), w[:, ::2]
-    torch.testing.assert_close(linear(turned, sliced, None), F.linear(turned, sliced), rtol=0, atol=3e-6)
+    rotated, sliced = x.transpose(1, 2), w[:, ::2]
+    torch.testing.assert_close(linear(rotated, sliced, None), F.linear(rotated, sliced), rtol=0, atol=3e-6)
 
 
 @of_onednn
@@ -79,17 +79,15 @@ def test_nothing_to_multiply() -> None:
 @of_onednn
 def test_other_dtypes_go_the_common_way() -> None:
     for dtype in (torch.float64, torch.bfloat16):
-        assert (
-            "OneDNN" not in type(linear(_random(7, 5).to(dtype), _random(11, 5).to(dtype), None).grad_fn).__name__
-        )
+        assert "OneDNN" not in type(linear(_random(7, 5).to(dtype), _random(11, 5).to(dtype), None).grad_fn).__name__
 
 
 def _rotated_by_complex_numbers(x_BLHE: Tensor, position_BL: Tensor, theta: float) -> Tensor:
     """The textbook's rotation: a + i b times exp(i angle)."""
     half = x_BLHE.shape[-1] // 2
     angle = position_BL[:, :, None, None].float() * theta ** -(torch.arange(half) / half)
-    turned = torch.complex(x_BLHE[..., :half], x_BLHE[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    rotated = torch.complex(x_BLHE[..., :half], x_BLHE[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
 @pytest.mark.parametrize("frozen", ["", "x", "weight"])
@@ -104,14 +102,14 @@ def test_norm_and_rotation_with_their_gradients(shared: bool | None, frozen: str
     upstream = _random(3, 5, 2, 8, seed=2).detach().double()
     position = torch.tensor([[4], [0], [7]]) + (torch.arange(5) if not shared else torch.zeros(1, dtype=torch.long))
     expected = F.rms_norm(x, (8,), norm.weight, 1e-3)
-    turned = None
+    rotated = None
     if shared is not None:
-        turned = rotation(position, 8, 100.0)
+        rotated = rotation(position, 8, 100.0)
         expected = _rotated_by_complex_numbers(expected, position, 100.0)
-    found = norm(x, turned)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if turned else 1e-13)  # fp32 angles
-    if turned is not None:
-        expected = rotate(F.rms_norm(x, (8,), norm.weight, 1e-3), turned)
+    found = norm(x, rotated)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if rotated else 1e-13)  # fp32 angles
+    if rotated is not None:
+        expected = rotate(F.rms_norm(x, (8,), norm.weight, 1e-3), rotated)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     given = [t for name, t in (("x", x), ("weight", norm.weight)) if name != frozen]
     gradients = torch.autograd.grad(found, given, upstream)
@@ -132,10 +130,10 @@ def test_a_gate_and_its_gradients() -> None:
 
 def test_gradients_change_no_bit() -> None:
     """Old scores are made without, new ones with: their ratio is 1 only if both are the same numbers."""
-    norm, turned = RMSNorm(32, 1e-6), rotation(torch.arange(14).view(2, 7), 32, 1e4)
+    norm, rotated = RMSNorm(32, 1e-6), rotation(torch.arange(14).view(2, 7), 32, 1e4)
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     x, up, w = _random(2, 7, 3, 32), _random(2, 7, 3, 32, seed=1), _random(11, 32, seed=2)
-    for layer in (norm, lambda x: norm(x, turned), lambda x: gated(x.clone(), up), lambda x: linear(x, w, None)):
+    for layer in (norm, lambda x: norm(x, rotated), lambda x: gated(x.clone(), up), lambda x: linear(x, w, None)):
         with torch.no_grad():
             without = layer(x)
         assert layer(x).requires_grad and torch.equal(layer(x), without)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.train import Step, train
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 SETTINGS = [
     "sampling.max_new_tokens=6",
@@ -27,18 +27,18 @@ SETTINGS = [
     "sampling.width=16",
     "sampling.steps=4",
     "sampling.noise_level=0.7",
-    "sampling.window_within=[0, 3]",
+    "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "objective.penalty_weight=0",
     "objective.image_clip=1e-4",
     "train.steps=40",
     "train.prompts_per_step=4",
     "train.group_size=24",
-    "train.updates=2",
-    "train.micro_batch=48",
+    "train.minibatches=2",
+    "train.micro_batch_size=48",
     "train.lr_text=2e-3",
     "train.lr_image=1e-3",
-    'train.also=["projections"]',
+    'train.extra_modules=["projections"]',
 ]
 WORDS, LIGHT = 0.4, 0.015  # gains that count as learning; five seeds gave 0.65 and 0.035 or more
 STILL_WORDS, STILL_LIGHT = 0.1, 0.01  # and as not learning; the controls gave 0.05 and 0.008 or less
@@ -59,7 +59,7 @@ def light(pixels):
     return [float(p.mean()) for p in pixels]
 
 
-def _train(*settings: str) -> tuple[list[Step], UnifiedModel]:
+def _train(*settings: str) -> tuple[list[Step], MoTPolicy]:
     config = load_config(overrides=[*SETTINGS, *settings])
     policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
     state = TrainState(policy, make_optimizer(policy, config))
@@ -96,9 +96,7 @@ def test_one_advantage_teaches_words_and_pixels() -> None:
     words, brightness = _course(steps)
     assert _gain(words) > WORDS, words
     assert _gain(brightness) > LIGHT, brightness
-    assert _gain(words[:HALF]) > WORDS and _gain(brightness[:HALF]) > LIGHT, (
-        "half a run is enough to tell a control"
-    )
+    assert _gain(words[:HALF]) > WORDS and _gain(brightness[:HALF]) > LIGHT, "half a run is enough to tell a control"
     assert all(f"{kind}/first_max_abs_log_ratio" in steps[0].metrics for kind in ("text", "image"))
     assert all(step.metrics.get("text/first_max_abs_log_ratio", 0) == 0 for step in steps)
     assert all(step.metrics.get("image/first_max_abs_log_ratio", 0) == 0 for step in steps)

@@ -5,26 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unigrpo_cli.models.mot import NoisyImage
-from unigrpo_cli.models.sizes import expert_of
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.config import expert_of
+from unigrpo_cli.models.mot.network import NoisyImage
+from unigrpo_cli.models.mot.policy import MoTPolicy
 
 GRID = (6, 6)
 
 
-def _ids(rows: int, length: int, model: UnifiedModel) -> torch.Tensor:
+def _ids(rows: int, length: int, model: MoTPolicy) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(5, model.tokenizer.get_vocab_size(), (rows, length), generator=generator)
 
 
-def _image(rows: int, copies: int, model: UnifiedModel, seed: int = 4) -> NoisyImage:
+def _image(rows: int, copies: int, model: MoTPolicy, seed: int = 4) -> NoisyImage:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, copies, 36, model.token_dim, generator=generator, dtype=torch.float64)
     t = torch.linspace(1.0, 0.3, copies, dtype=torch.float64).expand(rows, copies)
     return NoisyImage(x, t, GRID)
 
 
-def test_packed_copies_equal_separate_passes_in_value_and_gradient(tiny: UnifiedModel) -> None:
+def test_packed_copies_equal_separate_passes_in_value_and_gradient(tiny: MoTPolicy) -> None:
     """K noisy copies in one pass, or K passes that each read the context again: the same, to 1e-12."""
     ids, image = _ids(2, 9, tiny), _image(2, 3, tiny)
     weight = torch.randn(image.x_BKND.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_packed_copies_equal_separate_passes_in_value_and_gradient(tiny: Unified
 
 
 @torch.no_grad()
-def test_reading_piece_by_piece_equals_reading_at_once(tiny: UnifiedModel) -> None:
+def test_reading_piece_by_piece_equals_reading_at_once(tiny: MoTPolicy) -> None:
     """With a cache that is full, has room, or is made of pieces; then an image looks at it."""
     ids, image = _ids(3, 12, tiny), _image(3, 2, tiny)
     whole = tiny.forward(tiny.empty_context(3), ids, image=image)
@@ -64,7 +64,7 @@ def test_reading_piece_by_piece_equals_reading_at_once(tiny: UnifiedModel) -> No
         torch.testing.assert_close(v, whole.velocity_BKND, rtol=1e-9, atol=1e-11)
 
 
-def test_spare_capacity_changes_nothing_under_gradients(tiny: UnifiedModel) -> None:
+def test_spare_capacity_changes_nothing_under_gradients(tiny: MoTPolicy) -> None:
     """Two texts read into one reserved context: neither overwrites what the other's backward pass needs."""
     ids, grads = _ids(2, 8, tiny), []
     for spare in (0, 20):
@@ -79,7 +79,7 @@ def test_spare_capacity_changes_nothing_under_gradients(tiny: UnifiedModel) -> N
 
 
 @torch.no_grad()
-def test_rows_of_unequal_length_are_independent(tiny: UnifiedModel) -> None:
+def test_rows_of_unequal_length_are_independent(tiny: MoTPolicy) -> None:
     """Each row as if alone; whatever ids stand in the padding."""
     lengths = [9, 4, 6]
     ids, image = _ids(3, 9, tiny), _image(3, 2, tiny)
@@ -100,7 +100,7 @@ def test_rows_of_unequal_length_are_independent(tiny: UnifiedModel) -> None:
 
 
 @torch.no_grad()
-def test_text_is_causal_and_never_sees_a_noisy_image(tiny: UnifiedModel) -> None:
+def test_text_is_causal_and_never_sees_a_noisy_image(tiny: MoTPolicy) -> None:
     ids, image = _ids(1, 8, tiny), _image(1, 1, tiny)
     with_image = tiny.forward(tiny.empty_context(1), ids, image=image).hidden_BLC
     without = tiny.forward(tiny.empty_context(1), ids).hidden_BLC
@@ -113,7 +113,7 @@ def test_text_is_causal_and_never_sees_a_noisy_image(tiny: UnifiedModel) -> None
 
 
 @torch.no_grad()
-def test_an_image_sees_all_of_itself_and_all_text(tiny: UnifiedModel) -> None:
+def test_an_image_sees_all_of_itself_and_all_text(tiny: MoTPolicy) -> None:
     ids, image = _ids(1, 8, tiny), _image(1, 1, tiny)
     base = tiny.forward(tiny.empty_context(1), ids, image=image).velocity_BKND
     for first in (0, 7):
@@ -127,7 +127,7 @@ def test_an_image_sees_all_of_itself_and_all_text(tiny: UnifiedModel) -> None:
 
 
 @torch.no_grad()
-def test_a_clean_image_joins_the_context_and_moves_it_by_one_position(tiny: UnifiedModel) -> None:
+def test_a_clean_image_joins_the_context_and_moves_it_by_one_position(tiny: MoTPolicy) -> None:
     ids, image = _ids(2, 6, tiny), _image(2, 1, tiny)
     before = tiny.forward(tiny.empty_context(2), ids).context
     clean = NoisyImage(image.x_BKND, torch.zeros_like(image.t_BK), GRID)
@@ -138,7 +138,7 @@ def test_a_clean_image_joins_the_context_and_moves_it_by_one_position(tiny: Unif
     assert (seen - unseen).abs().max() > 1e-3
 
 
-def test_detached_context_keeps_the_image_loss_from_the_text(tiny: UnifiedModel) -> None:
+def test_detached_context_keeps_the_image_loss_from_the_text(tiny: MoTPolicy) -> None:
     """Full: the image teaches the text expert. Detach: neither through the context nor the boundary tokens."""
     for detach in (False, True):
         tiny.network.zero_grad()
@@ -154,7 +154,7 @@ def test_detached_context_keeps_the_image_loss_from_the_text(tiny: UnifiedModel)
             assert "language_model.model.embed_tokens.weight" in taught
 
 
-def test_every_parameter_belongs_to_one_expert(tiny: UnifiedModel) -> None:
+def test_every_parameter_belongs_to_one_expert(tiny: MoTPolicy) -> None:
     names = [n for n, _ in tiny.network.named_parameters()]
     image = {n for n in names if expert_of(n) == "image"}
     assert "language_model.model.layers.0.mlp_moe_gen.up_proj.weight" in image
@@ -166,7 +166,7 @@ def test_every_parameter_belongs_to_one_expert(tiny: UnifiedModel) -> None:
     assert len(groups["text"]) + len(groups["image"]) == len(trained)
 
 
-def test_text_loss_leaves_the_image_expert_alone(tiny: UnifiedModel) -> None:
+def test_text_loss_leaves_the_image_expert_alone(tiny: MoTPolicy) -> None:
     out = tiny.forward(tiny.empty_context(2), _ids(2, 6, tiny), image=_image(2, 1, tiny))
     tiny.logits(out.hidden_BLC).square().sum().backward()
     for name, parameter in tiny.network.named_parameters():
@@ -175,7 +175,7 @@ def test_text_loss_leaves_the_image_expert_alone(tiny: UnifiedModel) -> None:
             assert touched == (expert_of(name) == "text"), name
 
 
-def test_activation_checkpointing_changes_no_gradient(tiny: UnifiedModel) -> None:
+def test_activation_checkpointing_changes_no_gradient(tiny: MoTPolicy) -> None:
     grads = []
     for switch in (False, True):
         tiny.network.activation_checkpointing = switch
@@ -188,17 +188,17 @@ def test_activation_checkpointing_changes_no_gradient(tiny: UnifiedModel) -> Non
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 48), (48, 56), (0, 48), (-8, 8)])
-def test_sizes_that_do_not_fit(tiny: UnifiedModel, height: int, width: int) -> None:
+def test_sizes_that_do_not_fit(tiny: MoTPolicy, height: int, width: int) -> None:
     with pytest.raises(ValueError, match="multiples of 8, at most 48"):
         tiny.grid(height, width)
 
 
-def test_pixels_survive_the_round_trip(tiny: UnifiedModel) -> None:
+def test_pixels_survive_the_round_trip(tiny: MoTPolicy) -> None:
     pixels = torch.randint(0, 256, (2, 32, 48, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert torch.equal(tiny.decode_pixels(tiny.encode_pixels(pixels), (4, 6)), pixels)
 
 
-def test_ids_beyond_the_tokenizer_are_impossible(tiny: UnifiedModel) -> None:
+def test_ids_beyond_the_tokenizer_are_impossible(tiny: MoTPolicy) -> None:
     words = tiny.tokenizer.get_vocab_size()
     head = torch.nn.Linear(32, words + 9, bias=False, dtype=torch.float64)
     tiny.network.language_model.lm_head = head

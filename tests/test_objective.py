@@ -148,9 +148,7 @@ def test_poison_in_the_padding_changes_nothing(text_kl: float) -> None:
     objective = replace(PAPER, text_kl=text_kl)
     results = []
     for poison in (0.0, float("nan"), float("inf")):
-        spoilt = [
-            replace(s, log_prob_BL=torch.where(actions.mask_BL, s.log_prob_BL, poison)) for s in (new, old, old)
-        ]
+        spoilt = [replace(s, log_prob_BL=torch.where(actions.mask_BL, s.log_prob_BL, poison)) for s in (new, old, old)]
         leaf = _leaf(spoilt[0])
         loss = unigrpo_loss(actions, leaf, spoilt[1], spoilt[2], advantage, objective, episodes=B)
         loss.total.backward()
@@ -271,8 +269,7 @@ def test_penalties_are_added_with_their_weight(penalty: str) -> None:
     else:  # Gaussians of one deviation: KL = (difference of means)^2 / (2 variance), mean over elements
         at = (steps.t_BK[..., None, None], steps.t_next_BK[..., None, None])
         p, q = (
-            flow.transition("flow", steps.x_BKND, u, *at, noise_level=0.8, t_second=steps.t_second)
-            for u in (v, v_ref)
+            flow.transition("flow", steps.x_BKND, u, *at, noise_level=0.8, t_second=steps.t_second) for u in (v, v_ref)
         )
         by_hand = ((p.mean - q.mean).square() / (2 * p.std**2)).mean()
     torch.testing.assert_close(held.total - free, 2.0 * 0.7 * by_hand)

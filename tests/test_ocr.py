@@ -32,7 +32,7 @@ from transformers import (
 from unigrpo_cli import RewardContext, Sample
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch
-from unigrpo_cli.rewards.contract import example_samples
+from unigrpo_cli.rewards.conformance import example_samples
 from unigrpo_plugins.ocr import OcrReward, agreement, edit_distance, normal, target_of
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from unigrpo_cli.models.mot import MoT, NoisyImage
-from unigrpo_cli.models.sizes import MoTConfig, expert_of
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.config import MoTConfig, expert_of
+from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.policy import MoTPolicy
 
 try:
     from diffusers import Cosmos3OmniTransformer
@@ -65,9 +65,9 @@ each_size = pytest.mark.parametrize("config", [pytest.param(WIDE, id="wide"), py
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 
 
-def _mot(config: MoTConfig, dtype: torch.dtype, edge_ids: tuple[int, ...]) -> MoT:
+def _mot(config: MoTConfig, dtype: torch.dtype, boundary_ids: tuple[int, ...]) -> MoT:
     """Our network with no weight at a neutral value, so that losing any one shows."""
-    network = MoT(config, edge_ids).to(dtype)
+    network = MoT(config, boundary_ids).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -243,9 +243,7 @@ def _cosmos3(network: MoT, dtype: torch.dtype, *, bias: bool) -> nn.Module:
         patch_latent_dim=config.token_dim,
         attention_bias=bias,
     )
-    weights = {
-        _cosmos3_name(n): w for n, w in network.state_dict().items() if not n.startswith("latent_pos_embed.")
-    }
+    weights = {_cosmos3_name(n): w for n, w in network.state_dict().items() if not n.startswith("latent_pos_embed.")}
     if bias:
         for layer in range(config.num_hidden_layers):
             for name in ("to_out", "to_add_out"):
@@ -287,9 +285,7 @@ def _cosmos3_pass(oracle: nn.Module, ids_L: Tensor, latent_Chw: Tensor, t: Tenso
     return hidden[0], out[0][0][0, :, 0]
 
 
-@pytest.mark.skipif(
-    Cosmos3OmniTransformer is None, reason="this version of diffusers has no Cosmos3OmniTransformer"
-)
+@pytest.mark.skipif(Cosmos3OmniTransformer is None, reason="this version of diffusers has no Cosmos3OmniTransformer")
 @each_size
 @each_dtype
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -299,7 +295,7 @@ def test_both_streams_are_cosmos3s_in_value_and_gradient(config: MoTConfig, dtyp
     Three texts of unequal length with two noisy images each: one pass here, six passes there. The images are cut
     into tokens by each side's own code.
     """
-    network = _mot(config, dtype, edge_ids=())
+    network = _mot(config, dtype, boundary_ids=())
     with torch.no_grad():
         network.latent_pos_embed.pos_embed.zero_()
         for name, parameter in network.named_parameters():
@@ -309,13 +305,11 @@ def test_both_streams_are_cosmos3s_in_value_and_gradient(config: MoTConfig, dtyp
 
     generator = torch.Generator().manual_seed(2)
     rows, columns = (side * config.latent_patch_size for side in GRID)
-    latent_RChw, pull_RChw = torch.randn(
-        2, 6, config.latent_channels, rows, columns, generator=generator, dtype=dtype
-    )
+    latent_RChw, pull_RChw = torch.randn(2, 6, config.latent_channels, rows, columns, generator=generator, dtype=dtype)
     pull_BLV = torch.randn(3, LENGTHS[0], config.vocab_size, generator=generator, dtype=dtype)
     t_BK = torch.tensor([[1.0, 0.3], [0.7, 0.1], [0.55, 0.9]], dtype=dtype)
     ids_BL = _texts(config)
-    tokens = UnifiedModel(network, tokenizer=None, codec=_Latents())
+    tokens = MoTPolicy(network, tokenizer=None, codec=_Latents())
 
     def cut(latent_RChw: Tensor) -> Tensor:
         return tokens.encode_pixels(latent_RChw).unflatten(0, (3, 2))

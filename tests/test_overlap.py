@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tools.toy_model import build_model
 from unigrpo_cli import train
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.lanes import Lane
-from unigrpo_cli.rebuild.model import build_model
+from unigrpo_cli.parallel.workers import Lane
+from unigrpo_cli.rewards.async_scoring import Scoring, begins_early
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
-from unigrpo_cli.rewards.grammar import RewardChoice
-from unigrpo_cli.rewards.overlap import Scoring, begins_early
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import OpenReward, Policy, RewardSet
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.rewards.scorer import LoadedReward, Policy, RewardSet
+from unigrpo_cli.rewards.spec import RewardSpec
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 CONTEXT = RewardContext("cpu", 0, True, True)
 
@@ -46,9 +46,7 @@ class Judge:
         self.seen.append(batch.ids)
         time.sleep(self.wait_s)
         numbers = [float(i) for i in batch.ids]
-        return RewardOutput(
-            numbers, components={"half": [n / 2 for n in numbers]}, info=[{"id": i} for i in batch.ids]
-        )
+        return RewardOutput(numbers, components={"half": [n / 2 for n in numbers]}, info=[{"id": i} for i in batch.ids])
 
     def offload(self) -> None:
         self.rested.append("off")
@@ -61,7 +59,7 @@ class Judge:
 def opened(policy: Policy | None = None, **attributes: object) -> Iterator[tuple[RewardSet, Judge]]:
     plugins = Plugins()
     plugins.rewards.add("judge", type("Judge", (Judge,), attributes))
-    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT, policy or Policy()) as rewards:
+    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, policy or Policy()) as rewards:
         yield rewards, rewards.rewards[0].reward
 
 
@@ -144,7 +142,7 @@ def test_judges_elsewhere_are_not_waited_for_when_all_is_there(scope: str, overl
 
     plugins = Plugins()
     plugins.rewards.add("judge", type("Judge", (Elsewhere,), {"scope": scope}))
-    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
         scoring = Scoring(rewards, step=0, overlap=overlap)
         scoring.add(samples(0, 1))
         scoring.ask(["1", "0"])
@@ -167,7 +165,7 @@ def test_rewards_that_wait_elsewhere_wait_together() -> None:
     plugins = Plugins()
     plugins.rewards.add("a", Meets)
     plugins.rewards.add("b", type("Other", (Meets,), {}))
-    choices = [RewardChoice(name, name, 1.0, {}) for name in "ab"]
+    choices = [RewardSpec(name, name, 1.0, {}) for name in "ab"]
     with RewardSet(choices, plugins, CONTEXT) as rewards:
         assert rewards.score(samples(0))["b"].scores.tolist() == [1.0]
 
@@ -181,7 +179,7 @@ def test_a_failure_while_sampling_stops_the_step() -> None:
 
     plugins = Plugins()
     plugins.rewards.add("judge", Fails)
-    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
         scoring = Scoring(rewards, step=0)
         scoring.add(samples(0))
         scoring.ask(["0"])
@@ -208,7 +206,7 @@ def test_a_judge_behind_an_endpoint_is_asked_early_and_one_that_computes_here_is
     from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
     reward = VlmReward(VlmOptions(**options))
-    opened = OpenReward(RewardChoice("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Lane("vlm"))
+    opened = LoadedReward(RewardSpec("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Lane("vlm"))
     assert begins_early(opened, "auto") is early
 
 
@@ -242,35 +240,33 @@ def test_a_failing_farewell_does_not_keep_a_reward_open() -> None:
     plugins.rewards.add("judge", type("Judge", (Judge,), {"teardown": lambda self: closed.append("judge")}))
     plugins.manager.register(Rude())
     with pytest.warns(UserWarning, match="no goodbye"):
-        with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
             rewards.score(samples(0))
     assert closed == ["judge"]
 
 
-def _stepped(
-    judge: type, monkeypatch: pytest.MonkeyPatch, replaying: Callable[[], None], **policy: Any
-) -> train.Step:
+def _stepped(judge: type, monkeypatch: pytest.MonkeyPatch, replaying: Callable[[], None], **policy: Any) -> train.Step:
     """A small training step with that judge; `replaying` is called when the fixed scores are to be made."""
-    fixed = train.replay_fixed
+    fixed = train.score_old_and_reference
 
-    def replay_fixed(*given: Any) -> Any:
+    def score_old_and_reference(*given: Any) -> Any:
         replaying()
         return fixed(*given)
 
-    monkeypatch.setattr(train, "replay_fixed", replay_fixed)
+    monkeypatch.setattr(train, "score_old_and_reference", score_old_and_reference)
     sampling = ["max_new_tokens=4", "height=16", "width=16", "steps=4", "window_within=[0, 3]", "window_size=2"]
     config = load_config(
         overrides=[
             *(f"sampling.{s}" for s in sampling),
             "train.prompts_per_step=1",
             "train.group_size=2",
-            "train.updates=1",
+            "train.minibatches=1",
         ]
     )
     model = prepare_policy(build_model(seed=3, width=32, layers=2), config)
     plugins = Plugins()
     plugins.rewards.add("judge", judge)
-    with RewardSet([RewardChoice("judge", "judge", 1.0, {})], plugins, CONTEXT, Policy(**policy)) as rewards:
+    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, Policy(**policy)) as rewards:
         state = TrainState(model, make_optimizer(model, config))
         return train.training_step(state, [Prompt("a", "a red circle")], rewards, config)
 

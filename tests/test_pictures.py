@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.models.pictures import Resize, read_picture
+from unigrpo_cli.models.mot.resize import Resize, read_picture
 
 
 def test_a_side_is_rounded_to_pixels_before_it_is_rounded_to_the_stride() -> None:

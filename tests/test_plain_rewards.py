@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 
 from unigrpo_cli import RewardContext, Sample
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rewards.contract import check_reward, example_samples
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.conformance import check_reward, example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.jpeg import JpegReward
 from unigrpo_plugins.reasoning import FormatReward, LengthReward
 
@@ -97,7 +97,7 @@ def test_what_is_counted() -> None:
 
 
 def test_tokens_are_those_of_the_tokenizer() -> None:
-    directory = ROOT / "unigrpo_cli" / "embedded" / "model"
+    directory = ROOT / "unigrpo_cli" / "toy" / "weights" / "model"
     plan = example_samples(1)[0].reasoning
     assert plan is not None
     inner = plan.removeprefix("<think>").removesuffix("</think>")

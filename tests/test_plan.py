@@ -22,10 +22,9 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import TooLargeError
-from unigrpo_cli.estimate import memory, of_each_rank, step_parts
 from unigrpo_cli.evaluate import NO_NOISE, train_sampling
-from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.sizes import (
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.config import (
     BAGEL,
     BAGEL_AUTOENCODER,
     BAGEL_NETWORK,
@@ -33,11 +32,12 @@ from unigrpo_cli.models.sizes import (
     autoencoder_shapes,
     network_shapes,
 )
-from unigrpo_cli.outgrown import outgrown
-from unigrpo_cli.plan import Plan, _free_on, changed, plan_of, rates_of, refuse_too_large, relief
+from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
 from unigrpo_cli.rollout import rollout
-from unigrpo_cli.runtime.display import Display
-from unigrpo_cli.session import model_defaults
+from unigrpo_cli.run.console import Display
+from unigrpo_cli.run.memory import memory, of_each_rank, step_parts
+from unigrpo_cli.run.memory.plan import Plan, _free_on, changed, plan_of, rates_of, refuse_too_large, relief
+from unigrpo_cli.run.setup import model_defaults
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = ("bagel_one_gpu", "bagel_unigrpo")
@@ -88,11 +88,11 @@ def unread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("this must not be called")
 
-    monkeypatch.setattr("unigrpo_cli.models.checkpoint.read_tensors", forbidden)
-    monkeypatch.setattr("unigrpo_cli.models.checkpoint.load_tokenizer", forbidden)
-    monkeypatch.setattr("unigrpo_cli.preparation.load_policy", forbidden)
-    monkeypatch.setattr("unigrpo_cli.training_run.open_rewards", forbidden)
-    monkeypatch.setattr("unigrpo_cli.training_run.fresh_directory", forbidden)
+    monkeypatch.setattr("unigrpo_cli.models.mot.checkpoint.read_tensors", forbidden)
+    monkeypatch.setattr("unigrpo_cli.models.mot.checkpoint.load_tokenizer", forbidden)
+    monkeypatch.setattr("unigrpo_cli.run.prepare.load_policy", forbidden)
+    monkeypatch.setattr("unigrpo_cli.run.start.open_rewards", forbidden)
+    monkeypatch.setattr("unigrpo_cli.run.start.fresh_directory", forbidden)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -103,7 +103,12 @@ def _dry(model: Path | str, *settings: str) -> tuple[int, dict, str]:
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
-LORA = ("train.tune=lora", "train.activation_checkpointing=true", "train.micro_batch=1", "sampling.rows=16")
+LORA = (
+    "train.finetune=lora",
+    "train.activation_checkpointing=true",
+    "train.micro_batch_size=1",
+    "sampling.batch_size=16",
+)
 
 
 def test_it_accepts_and_refuses_at_the_boundary_and_reads_nothing(bagel: Path, unread: Path) -> None:
@@ -142,10 +147,11 @@ def test_training_refuses_by_the_same_sum_before_it_reads_or_writes(bagel: Path,
     assert not list(unread.iterdir())
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
-def test_what_a_refusal_names_helps_as_much_as_it_says(bagel: Path, unread: Path, tune: str) -> None:
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_what_a_refusal_names_helps_as_much_as_it_says(bagel: Path, unread: Path, finetune: str) -> None:
     config = load_config(
-        preset="paper", overrides=[f"train.tune={tune}", "dtype=bfloat16", "memory_gb=40", "sampling.rows=64"]
+        preset="paper",
+        overrides=[f"train.finetune={finetune}", "dtype=bfloat16", "memory_gb=40", "sampling.batch_size=64"],
     )
     plan = plan_of(config, str(bagel), None, elsewhere=True)
     with pytest.raises(TooLargeError) as caught:
@@ -206,24 +212,26 @@ def test_pictures_that_come_with_prompts_take_room_in_the_plan(bagel: Path, unre
     Image.new("RGB", (16, 16)).save("a.png")
     Path("words.jsonl").write_text('{"prompt": "a red circle"}\n')
     Path("edits.jsonl").write_text('{"prompt": "make it red", "image": "a.png"}\n')
-    more = ("train.tune=lora", "dtype=bfloat16", "train.activation_checkpointing=true", "memory_gb=60")
+    more = ("train.finetune=lora", "dtype=bfloat16", "train.activation_checkpointing=true", "memory_gb=60")
     words, edits = (_dry(bagel, *more, f"prompts={name}.jsonl")[1]["sizes"] for name in ("words", "edits"))
-    assert edits["sampling.rows"] < words["sampling.rows"]
-    assert edits["train.micro_batch"] <= words["train.micro_batch"]
+    assert edits["sampling.batch_size"] < words["sampling.batch_size"]
+    assert edits["train.micro_batch_size"] <= words["train.micro_batch_size"]
 
 
 def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     """Adapters as they are there; nothing is added to the run, and what cannot change is refused here, too."""
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
     small += ["--set", "threads=1"]  # two would share out the batches
-    lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=3"]
+    lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"
-    left_open = ["--set", "sampling.rows=0", "--set", "train.micro_batch=0"]
+    left_open = ["--set", "sampling.batch_size=0", "--set", "train.micro_batch_size=0"]
     begun = _run("train", "--out", run, "--steps", "0", *lora, *small, *left_open, "--set", "memory_gb=2")
     assert begun.exit_code == 0
-    assert "sampling.rows=4, train.micro_batch=2: found for 2.0 GiB of memory" in begun.stdout
+    assert "sampling.batch_size=4, train.micro_batch_size=2: found for 2.0 GiB of memory" in begun.stdout
     kept = load_config(file=run / "config.toml")
-    assert (kept.sampling.rows, kept.train.micro_batch) == (4, 2), "numbers are written down, not the question"
+    assert (kept.sampling.batch_size, kept.train.micro_batch_size) == (4, 2), (
+        "numbers are written down, not the question"
+    )
     drawn = model_defaults({"model": str(run)})["sampling"]
     assert "rows" not in drawn and drawn["steps"] == kept.sampling.steps, "they were found for that machine"
     before = sorted(run.rglob("*"))
@@ -237,7 +245,7 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     assert "rank 3 " in adapters
     assert sorted(run.rglob("*")) == before
     again = _run("train", "--resume", run, "--steps", "0", *left_open)
-    assert "sampling.rows=4, train.micro_batch=2: found when this run began; type a number" in again.stdout
+    assert "sampling.batch_size=4, train.micro_batch_size=2: found when this run began; type a number" in again.stdout
 
 
 def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: Path, unread: Path) -> None:
@@ -259,22 +267,24 @@ def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: 
 
 def test_what_is_left_open_is_found_and_said(bagel: Path, unread: Path) -> None:
     """In JSON and in one line; what is typed stays, and half the card, or pictures in the prompts, leave less."""
-    left_open = ("train.tune=lora", "dtype=bfloat16", "train.activation_checkpointing=true")
+    left_open = ("train.finetune=lora", "dtype=bfloat16", "train.activation_checkpointing=true")
     found = {}
     for gib in (40, 80):
         _, plan, _ = _dry(bagel, *left_open, f"memory_gb={gib}")
         found[gib] = plan["sizes"]
-        rows, micro = plan["sizes"]["sampling.rows"], plan["sizes"]["train.micro_batch"]
+        rows, micro = plan["sizes"]["sampling.batch_size"], plan["sizes"]["train.micro_batch_size"]
         assert (plan["batch"]["rollouts"], plan["batch"]["micro_batches"]) == (-(-768 // rows), -(-384 // micro))
-    assert found[40]["sampling.rows"] < found[80]["sampling.rows"]
+    assert found[40]["sampling.batch_size"] < found[80]["sampling.batch_size"]
     assert plan["need_gib"] <= 0.9 * 80
-    assert _dry(bagel, *left_open, "memory_gb=80", "sampling.rows=5")[1]["sizes"].keys() == {"train.micro_batch"}
+    assert _dry(bagel, *left_open, "memory_gb=80", "sampling.batch_size=5")[1]["sizes"].keys() == {
+        "train.micro_batch_size"
+    }
     sets = [x for s in (*left_open, "memory_gb=80") for x in ("--set", s)]
     shown = _run("train", "--model", bagel, "--dry-run", *sets).stdout
-    assert f"sampling.rows={rows}, train.micro_batch={micro}: found for 80.0 GiB of memory" in shown
+    assert f"sampling.batch_size={rows}, train.micro_batch_size={micro}: found for 80.0 GiB of memory" in shown
     config = load_config(preset="paper", overrides=[*left_open, "memory_gb=80"])
     edits = plan_of(config, str(bagel), None, elsewhere=True, pictures=True)
-    assert edits.sizes["sampling.rows"] < rows
+    assert edits.sizes["sampling.batch_size"] < rows
 
 
 def test_ranks_that_cannot_share_the_prompts_are_refused(
@@ -284,11 +294,11 @@ def test_ranks_that_cannot_share_the_prompts_are_refused(
     sets = [x for s in (*LORA, "memory_gb=80", "train.prompts_per_step=4") for x in ("--set", s)]
     result = _run("train", "--model", bagel, "--dry-run", *sets)
     assert result.exit_code == 2
-    assert "8 ranks x train.updates=2 must divide it" in " ".join(result.stderr.split())
+    assert "8 ranks x train.minibatches=2 must divide it" in " ".join(result.stderr.split())
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unigrpo_cli.plan._memory_of", lambda device: 12.0)
+    monkeypatch.setattr("unigrpo_cli.run.memory.plan._memory_of", lambda device: 12.0)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert _free_on(torch.device("cpu")) == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -304,20 +314,29 @@ def test_memory_that_does_not_suffice_names_the_smaller_number(monkeypatch: pyte
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nGPU 0 has ...")
 
     monkeypatch.setattr("unigrpo_cli.rollout._think_then_paint", too_much)
-    config = load_config(overrides=["sampling.rows=6"])
+    config = load_config(overrides=["sampling.batch_size=6"])
     model = load_model("embedded")
     with pytest.raises(TooLargeError, match=r"a rollout with sampling\.rows=6: give sampling\.rows=3 \(CUDA out"):
         rollout(model, [Prompt("a", "a red circle")], 12, train_sampling(config), NO_NOISE, 0)
     assert len(asked) == 1
     for error, says in (
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "give train.micro_batch=1 "),
-        (MemoryError(), "give train.micro_batch=1 "),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "give train.micro_batch_size=1 ",
+        ),
+        (MemoryError(), "give train.micro_batch_size=1 "),
     ):
-        with pytest.raises(TooLargeError, match=re.escape(says)), outgrown("an update", "train.micro_batch", 3):
+        with (
+            pytest.raises(TooLargeError, match=re.escape(says)),
+            out_of_memory_hint("an update", "train.micro_batch_size", 3),
+        ):
             raise error
-    with pytest.raises(TooLargeError, match="dtype=bfloat16"), outgrown("an update", "train.micro_batch", 1):
+    with (
+        pytest.raises(TooLargeError, match="dtype=bfloat16"),
+        out_of_memory_hint("an update", "train.micro_batch_size", 1),
+    ):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="of ours"), outgrown("an update", "train.micro_batch", 3):
+    with pytest.raises(RuntimeError, match="of ours"), out_of_memory_hint("an update", "train.micro_batch_size", 3):
         raise RuntimeError("an error of ours")
 
 
@@ -339,7 +358,7 @@ def test_the_recipe_for_one_card_leaves_room_on_it(bagel: Path) -> None:
     rates = rates_of(plan)
     for change, phase, part, says in (
         (
-            {"sampling.rows": 64},
+            {"sampling.batch_size": 64},
             "rollout, image",
             "write words",
             "a rollout takes {:.0f} GiB more and {:.0f} s less",
@@ -366,21 +385,20 @@ def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:
         paper.advantage,
         paper.sampling.model_copy(update={"rows": 16}),
     )
-    changes = {"micro_batch": 1, "activation_checkpointing": True, "reference_on": "host"}
+    changes = {"micro_batch_size": 1, "activation_checkpointing": True, "reference_device": "host"}
     assert config.train == paper.train.model_copy(update=changes)
     with pytest.raises(TooLargeError, match=r"'optimizer step' needs 258\.1 GiB"):
         refuse_too_large(plan)
     page = (EXAMPLES / "bagel_unigrpo" / "README.md").read_text()
     for change, says in (
-        ({"train.tune": "lora"}, "`--set train.tune=lora` needs {:.1f} GiB"),
+        ({"train.finetune": "lora"}, "`--set train.finetune=lora` needs {:.1f} GiB"),
         ({"train.experts": "image"}, "`--set train.experts=image` needs {:.1f} GiB"),
         ({"train.experts": "image", "sampling.height": 512, "sampling.width": 512}, "{:.1f} of them at 512 px"),
     ):
         assert says.format(memory(changed(plan.work, change)).need) in page
-    on_device = changed(plan.work, {"train.reference_on": "device"})
+    on_device = changed(plan.work, {"train.reference_device": "device"})
     needs = [
-        memory(replace(on_device, config=of_each_rank(on_device.config, world), world=world)).need
-        for world in (8, 16)
+        memory(replace(on_device, config=of_each_rank(on_device.config, world), world=world)).need for world in (8, 16)
     ]
     assert "Each of 8 ranks then needs {:.1f} GiB, of 16 ranks {:.1f}".format(*needs) in page
 

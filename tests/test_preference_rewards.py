@@ -17,10 +17,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from unigrpo_cli import RewardContext, Sample
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch
-from unigrpo_cli.rewards.contract import example_samples
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.conformance import example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.preference import HPSv2Reward, PickScoreReward
 from unigrpo_plugins.weights import conversion
 
@@ -52,9 +52,7 @@ def pickscore(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bos_token_id": vocabulary["<start>"],
         "pad_token_id": 1,
     }
-    config = CLIPConfig(
-        text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=8
-    )
+    config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=8)
     model = CLIPModel(config)
     with torch.no_grad():  # spread the embeddings: at their initial scale all cosines are alike
         for parameter in model.parameters():

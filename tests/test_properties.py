@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.objective import ImageSteps, step_densities
+from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.config import Config, Section, load_config, to_toml
 from unigrpo_cli.episode import (
@@ -35,7 +36,6 @@ from unigrpo_cli.episode import (
     save_episodes,
 )
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.seeds import derive, normal, uniform
 from unigrpo_cli.train import objective_of, prompts_for, window_of
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -130,9 +130,9 @@ def _samplings(draw: st.DrawFn) -> Config:
     sampling = {
         "steps": steps,
         "window": draw(st.sampled_from(flow.WINDOWS)),
-        "window_within": (lo, hi),
+        "window_range": (lo, hi),
         "window_size": draw(st.integers(1, hi - lo)),
-        "kernel": draw(st.sampled_from(flow.KERNELS)),
+        "sde": draw(st.sampled_from(flow.SDES)),
         "noise_level": draw(wild),
         "shift": draw(wild),
         "temperature": draw(st.one_of(wild, st.just(0.0))),
@@ -159,7 +159,7 @@ def test_accepted_settings_give_finite_numbers(config: Config) -> None:
         if k not in window.steps:
             x = flow.euler(x, v, t, t_next)
             continue
-        drawn = flow.step(s.kernel, x, v, t, t_next, noise_level=s.noise_level, t_second=times[1], noise=noise)
+        drawn = flow.step(s.sde, x, v, t, t_next, noise_level=s.noise_level, t_second=times[1], noise=noise)
         assert drawn.p.std > 0
         assert drawn.p.std.isfinite()
         assert drawn.log_prob.isfinite().all()
@@ -174,13 +174,13 @@ def test_accepted_settings_give_finite_numbers(config: Config) -> None:
         times[None, steps],
         times[None, [k + 1 for k in steps]],
         times[1],
-        s.kernel,
+        s.sde,
         s.noise_level,
     )
     old, new = (step_densities(recorded, w[:, None].expand_as(recorded.x_BKND)) for w in (v, leaf))
     for ratio in (
         flow.ratio_norm(recorded.x_next_BKND, new, old),
-        flow.log_ratio(s.kernel, recorded.x_next_BKND, new, old),
+        flow.log_ratio(s.sde, recorded.x_next_BKND, new, old),
         flow.latent_kl(new, old),
     ):
         assert ratio.isfinite().all()
@@ -206,9 +206,7 @@ def test_accepted_settings_give_finite_numbers(config: Config) -> None:
 def test_keys_do_not_collide() -> None:
     """Every seed that a long run derives is one of its own; neighbours differ in half their bits."""
     prompts = [f"prompt {k}" for k in range(60)] + ["1", "11", "text", "steps", ""]
-    seeds = [
-        derive(derive(0, "step", step), p, member) for step in range(40) for p in prompts for member in range(8)
-    ]
+    seeds = [derive(derive(0, "step", step), p, member) for step in range(40) for p in prompts for member in range(8)]
     seeds += [derive(s, key) for s in seeds[:5000] for key in ("text", "start", "steps", "shuffle")]
     seeds += [derive(seed, "order", k) for seed in range(20) for k in range(50)]
     seeds += [derive(k, "window", 1) for k in range(-50, 50)]
@@ -289,7 +287,7 @@ def _images(draw: st.DrawFn) -> ImageActions:
         grid=(1, 2),
         times=flow.time_grid(4, draw(st.floats(0.5, 5))),
         window=flow.Window(draw(st.integers(0, 2)), steps),
-        kernel=draw(st.sampled_from(flow.KERNELS)),
+        sde=draw(st.sampled_from(flow.SDES)),
         noise_level=draw(st.floats(0.01, 1)),
         before=_tensor(draw, steps, 2, 3),
         after=_tensor(draw, steps, 2, 3),

@@ -123,7 +123,7 @@ def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
     first = load_episodes(two)[:1]
     save_episodes(first, tmp_path / "first")
     scoring = ["rollout", "--from", str(tmp_path / "first"), "--reward", "jpeg,length:0", "--out", str(again)]
-    ended = finished(launch(2, *PROGRAM, *scoring, "--set", "reward.on=first"), 120)
+    ended = finished(launch(2, *PROGRAM, *scoring, "--set", "reward.scoring_rank=first"), 120)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert json.loads((again / "rewards.json").read_text()) == json.loads((two / "rewards.json").read_text())[:2]
     assert [e.seed for e in flatten(load_episodes(again))] == [e.seed for e in flatten(first)]
@@ -216,7 +216,7 @@ def test_what_is_wrong_for_all_is_said_once(tmp_path: Path, judge: list[str]) ->
     ended = finished(pair, 120)
     assert [code for code, _, _ in ended] == [2, 2]
     (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
-    assert "2 ranks x train.updates=2 must divide it" in line
+    assert "2 ranks x train.minibatches=2 must divide it" in line
     assert not run.exists()
 
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from tests import two_ranks
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.peers import launched
-from unigrpo_cli.ranks import ALONE, Ranks
+from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.replay import split_up
 
 TESTS = Path(__file__).parent
@@ -151,7 +151,7 @@ def test_parts_are_split_up_without_losing_an_episode(sizes: list[int], more: in
 
 def test_what_cannot_be_shared_out_is_refused_with_what_can() -> None:
     Ranks(0, 4).refuse_uneven(32, 2)
-    with pytest.raises(UsageError, match=r"prompts_per_step=12 .* 4 ranks x train.updates=2 .* give 8 or 16"):
+    with pytest.raises(UsageError, match=r"prompts_per_step=12 .* 4 ranks x train.minibatches=2 .* give 8 or 16"):
         Ranks(0, 4).refuse_uneven(12, 2)
     with pytest.raises(UsageError, match="give 8,"):
         Ranks(0, 4).refuse_uneven(2, 2)
@@ -252,7 +252,7 @@ def test_abstentions_are_counted_over_all_ranks(played: Path) -> None:
 
 LEFT = """
 import os
-from unigrpo_cli.ranks import joined
+from unigrpo_cli.parallel.ranks import joined
 
 def threads():
     tasks = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
@@ -273,16 +273,16 @@ def test_no_thread_of_the_group_outlives_it() -> None:
         assert (code, output.split("\n")[:2]) == (0, ["inside True", "left 0"]), errors
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, tune: str) -> None:
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, finetune: str) -> None:
     """Two ranks' checkpoint in one process and the other way round: files of the same names and tensors."""
     for written, resumed in ((2, 1), (1, 2)):
-        assert told(played, f"restored_{tune}", resumed, 0)["step"] == 3
-        went_on = weights(played, f"restored_{tune}", resumed)
-        assert apart(went_on, weights(played, f"saved_{tune}", written)) < TOLERANCE
-    one, two = (played / f"{tune}.{world}" for world in (1, 2))
+        assert told(played, f"restored_{finetune}", resumed, 0)["step"] == 3
+        went_on = weights(played, f"restored_{finetune}", resumed)
+        assert apart(went_on, weights(played, f"saved_{finetune}", written)) < TOLERANCE
+    one, two = (played / f"{finetune}.{world}" for world in (1, 2))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    for name in ("optimizer.safetensors", "adapter_model.safetensors" if tune == "lora" else "ema.safetensors"):
+    for name in ("optimizer.safetensors", "adapter_model.safetensors" if finetune == "lora" else "ema.safetensors"):
         a, b = load_file(one / name), load_file(two / name)
         assert {n: (x.shape, x.dtype) for n, x in a.items()} == {n: (x.shape, x.dtype) for n, x in b.items()}
     assert json.loads((one / "state.json").read_text())["step"] == 2

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.lora import load_adapters
-from unigrpo_cli.models.release import read_header, read_release, tokenizer_problems
-from unigrpo_cli.models.sizes import BAGEL
-from unigrpo_cli.plan import plan_of
-from unigrpo_cli.session import find_checkpoint, model_defaults, model_of
+from unigrpo_cli.models.mot.bagel import read_header, read_release, tokenizer_problems
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.config import BAGEL
+from unigrpo_cli.run.memory.plan import plan_of
+from unigrpo_cli.run.setup import find_checkpoint, model_defaults, model_of
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 
@@ -302,7 +302,7 @@ def test_a_model_of_the_hub_has_the_same_defaults_before_and_after_it_is_fetched
 
 
 def test_a_broken_model_in_the_cache_is_not_taken_for_one_that_is_not_there(cache: Path) -> None:
-    config = load_config(overrides=["memory_gb=80", "train.tune=lora", "dtype=bfloat16"])
+    config = load_config(overrides=["memory_gb=80", "train.finetune=lora", "dtype=bfloat16"])
     assert plan_of(config, BAGEL, None, elsewhere=True).published
     weights = _cached(cache, name=BAGEL) / "ema.safetensors"
     data = weights.read_bytes()

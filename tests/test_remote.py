@@ -30,11 +30,11 @@ from typer.testing import CliRunner
 from unigrpo_cli import RewardContext, RewardOutput, Sample, reward
 from unigrpo_cli.cli import app
 from unigrpo_cli.errors import RewardError, UsageError
-from unigrpo_cli.rewards.contract import example_samples
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.conformance import example_samples
+from unigrpo_cli.rewards.http import RewardServer, columns_sent
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import Policy, RewardSet, Scored
-from unigrpo_cli.rewards.serving import RewardServer, columns_sent
+from unigrpo_cli.rewards.scorer import Policy, RewardResult, RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=False, offline=True)
 LENIENT = Policy(max_abstain=1.0)
@@ -73,12 +73,12 @@ def _remote(url: str, policy: Policy = LENIENT, **options: Any) -> Iterator[Rewa
         yield rewards
 
 
-def _ask(rewards: RewardSet, samples: list[Sample], **how: Any) -> Scored:
+def _ask(rewards: RewardSet, samples: list[Sample], **how: Any) -> RewardResult:
     (scored,) = rewards.score(samples, **how).values()
     return scored
 
 
-def _local(text: str, samples: list[Sample], *factories: object, **how: Any) -> Scored:
+def _local(text: str, samples: list[Sample], *factories: object, **how: Any) -> RewardResult:
     with RewardSet(parse_rewards([text]), _plugins(*factories), CONTEXT, LENIENT) as rewards:
         return _ask(rewards, samples, **how)
 
@@ -548,9 +548,7 @@ def test_the_command_says_where_and_ends_when_told() -> None:
         (["plan", "--device", "quantum"], 2, "--device quantum"),
     ],
 )
-def test_what_the_command_refuses(
-    arguments: list[str], code: int, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_command_refuses(arguments: list[str], code: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNIGRPO_REWARD_TOKEN", raising=False)
     result = CliRunner().invoke(app, ["rewards", "serve", *arguments])
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]

@@ -11,6 +11,7 @@ import torch
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, step_densities, unigrpo_loss
+from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import (
     Episode,
     GivenImage,
@@ -21,14 +22,14 @@ from unigrpo_cli.episode import (
     load_episodes,
     save_episodes,
 )
-from unigrpo_cli.models import sharding, unified
-from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.mot import Attention, NoisyImage
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models import sharding
+from unigrpo_cli.models.mot import policy as mot_policy
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.network import Attention, NoisyImage
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import _shared_out, collate, micro_batches, replay, replayed_tokens
-from unigrpo_cli.rollout import Sampling, look, paint, read_given, rollout, write_text
-from unigrpo_cli.seeds import derive
-from unigrpo_cli.watch import drift
+from unigrpo_cli.rollout import Sampling, read_given, read_image, rollout, sample_image, sample_text
+from unigrpo_cli.run.monitor import drift
 
 SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
 WINDOW = flow.Window(1, 3)
@@ -36,12 +37,12 @@ PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green he
 OBJECTIVE = Objective(1.0, 1.0, 0.2, 1e-4, 0.0, "ratio-norm", "velocity-mse", 0.1)
 
 
-def _episodes(model: UnifiedModel, members: int = 2, sampling: Sampling = SAMPLING, seed: int = 0) -> list[Episode]:
+def _episodes(model: MoTPolicy, members: int = 2, sampling: Sampling = SAMPLING, seed: int = 0) -> list[Episode]:
     groups = rollout(model, PROMPTS, members, sampling, WINDOW, seed)
     return [e for g in groups for e in g.episodes]
 
 
-def test_replay_agrees_with_rollout(tiny: UnifiedModel) -> None:
+def test_replay_agrees_with_rollout(tiny: MoTPolicy) -> None:
     """Decoding token by token from a cache and one packed pass: to 1e-5 in fp32 noise, 1e-7 here in fp64.
 
     Latents are fp32 by design, so the image's log-probabilities carry fp32 rounding even here.
@@ -54,7 +55,7 @@ def test_replay_agrees_with_rollout(tiny: UnifiedModel) -> None:
     assert found["image/drift_max"] < 1e-6
 
 
-def test_embedded_precision_drifts_less_than_1e_5(tiny: UnifiedModel) -> None:
+def test_embedded_precision_drifts_less_than_1e_5(tiny: MoTPolicy) -> None:
     tiny.network.float()
     batch = collate(_episodes(tiny))
     with torch.no_grad():
@@ -64,14 +65,14 @@ def test_embedded_precision_drifts_less_than_1e_5(tiny: UnifiedModel) -> None:
 
 
 @pytest.mark.parametrize("copies", [None, 1])
-@pytest.mark.parametrize("coupling", ["full", "detach"])
-def test_the_first_ratio_is_exactly_one(tiny: UnifiedModel, coupling: str, copies: int | None) -> None:
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_first_ratio_is_exactly_one(tiny: MoTPolicy, joined: bool, copies: int | None) -> None:
     """With and without gradients the replay computes the same numbers: log-ratio 0.0, not 1e-7."""
     tiny.network.float()
     batch = collate(_episodes(tiny))
     with torch.no_grad():
-        old = replay(tiny, batch, coupling=coupling, copies=copies)
-    new = replay(tiny, batch, coupling=coupling, copies=copies)
+        old = replay(tiny, batch, grad_through_context=joined, copies=copies)
+    new = replay(tiny, batch, grad_through_context=joined, copies=copies)
     assert new.log_prob_BL.requires_grad
     advantage = torch.tensor([1.0, -1.0] * 3)
     loss = unigrpo_loss(batch.actions, new, old, old, advantage, OBJECTIVE, episodes=6)
@@ -79,7 +80,7 @@ def test_the_first_ratio_is_exactly_one(tiny: UnifiedModel, coupling: str, copie
     assert loss.maxima["image/max_abs_log_ratio"].item() == 0.0
 
 
-def test_the_first_gradient_is_reinforces(tiny: UnifiedModel) -> None:
+def test_the_first_gradient_is_reinforces(tiny: MoTPolicy) -> None:
     """At ratio 1, the objective's gradient is that of sum(A log p): the score-function estimator."""
     batch = collate(_episodes(tiny))
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_the_first_gradient_is_reinforces(tiny: UnifiedModel) -> None:
 
 
 @pytest.mark.parametrize("trust_region", ["ratio", "ratio-norm"])
-def test_the_first_image_gradient_is_reinforces(tiny: UnifiedModel, trust_region: str) -> None:
+def test_the_first_image_gradient_is_reinforces(tiny: MoTPolicy, trust_region: str) -> None:
     """Through the network, of sum(A log p), mean over the steps; RatioNorm weighs each step by its deviation.
 
     To 1e-5, for deviations come from fp32 times.
@@ -116,14 +117,14 @@ def test_the_first_image_gradient_is_reinforces(tiny: UnifiedModel, trust_region
     steps = batch.actions.images[0]
     p = step_densities(steps, replay(tiny, batch).velocities[0])
     weight = p.std[..., 0, 0] if trust_region == "ratio-norm" else torch.ones(())
-    reinforce = -(weight * flow.log_prob(steps.kernel, steps.x_next_BKND, p) * advantage[:, None]).mean()
+    reinforce = -(weight * flow.log_prob(steps.sde, steps.x_next_BKND, p) * advantage[:, None]).mean()
     reinforce.backward()
     for name, parameter in tiny.network.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_micro_batches_change_no_gradient(tiny: UnifiedModel) -> None:
+def test_micro_batches_change_no_gradient(tiny: MoTPolicy) -> None:
     """Other rows pad a batch differently; the gradient of all of them together stays."""
     episodes = _episodes(tiny)
     advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], dtype=torch.float64)
@@ -144,7 +145,7 @@ def test_micro_batches_change_no_gradient(tiny: UnifiedModel) -> None:
             torch.testing.assert_close(other[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_padding_ids_do_not_matter(tiny: UnifiedModel) -> None:
+def test_padding_ids_do_not_matter(tiny: MoTPolicy) -> None:
     batch = collate(_episodes(tiny))
     turn = batch.turns[0]
     assert len(set(turn.length_B)) > 1, "the case must have padding"
@@ -157,7 +158,7 @@ def test_padding_ids_do_not_matter(tiny: UnifiedModel) -> None:
     torch.testing.assert_close(clean.velocities[0], spoilt.velocities[0], rtol=1e-12, atol=1e-14)
 
 
-def test_the_stop_token_is_an_action_and_a_forced_one_is_not(tiny: UnifiedModel) -> None:
+def test_the_stop_token_is_an_action_and_a_forced_one_is_not(tiny: MoTPolicy) -> None:
     """Finished texts end in a scored stop token; truncated ones are closed by a token that nobody chose."""
     finished = [e for e in _episodes(tiny, members=16) if e.segments[-2].finished]
     truncated = [e for e in _episodes(tiny, members=16) if not e.segments[-2].finished]
@@ -177,7 +178,7 @@ def test_the_stop_token_is_an_action_and_a_forced_one_is_not(tiny: UnifiedModel)
     ] * 2
 
 
-def test_temperature_is_inside_the_scored_distribution(tiny: UnifiedModel) -> None:
+def test_temperature_is_inside_the_scored_distribution(tiny: MoTPolicy) -> None:
     """Sampled at 0.5 and scored at 0.5: no drift. Scored at 1: drift, which is how a mismatch would show."""
     batch = collate(_episodes(tiny, sampling=replace(SAMPLING, temperature=0.5)))
     assert batch.temperature == 0.5
@@ -187,7 +188,7 @@ def test_temperature_is_inside_the_scored_distribution(tiny: UnifiedModel) -> No
         assert drift([(wrong, replay(tiny, wrong))])["text/drift_max"] > 1e-2
 
 
-def _two_rounds(model: UnifiedModel) -> list[Episode]:
+def _two_rounds(model: MoTPolicy) -> list[Episode]:
     """prompt, thinking, image, second thinking that sees the image, second image: five segments and a prompt."""
     episodes = []
     with torch.no_grad():
@@ -195,16 +196,16 @@ def _two_rounds(model: UnifiedModel) -> list[Episode]:
             seed = derive(0, prompt.id, member)
             given = model.preamble(prompt, think=True)
             context = read_given(model, [given])
-            context, first = write_text(model, context, SAMPLING, [seed])
-            image = paint(model, context, SAMPLING, WINDOW, [seed])[0]
-            context = look(model, context, image.latent[None], image.grid)
-            context, second = write_text(model, context, SAMPLING, [derive(seed, "again")])
-            repainted = paint(model, context, SAMPLING, WINDOW, [derive(seed, "again")])[0]
+            context, first = sample_text(model, context, SAMPLING, [seed])
+            image = sample_image(model, context, SAMPLING, WINDOW, [seed])[0]
+            context = read_image(model, context, image.latent[None], image.grid)
+            context, second = sample_text(model, context, SAMPLING, [derive(seed, "again")])
+            repainted = sample_image(model, context, SAMPLING, WINDOW, [derive(seed, "again")])[0]
             episodes.append(Episode(prompt, member, seed, (*given, first[0], image, second[0], repainted)))
     return episodes
 
 
-def test_several_rounds_replay_like_one(tiny: UnifiedModel) -> None:
+def test_several_rounds_replay_like_one(tiny: MoTPolicy) -> None:
     """Nothing assumes two acted segments: text, image, text that saw it, image again."""
     episodes = _two_rounds(tiny)
     batch = collate(episodes)
@@ -219,8 +220,8 @@ def test_several_rounds_replay_like_one(tiny: UnifiedModel) -> None:
     assert batch.actions.mask_BL.sum(dim=1).tolist() == counts
 
 
-@pytest.mark.parametrize("coupling", ["full", "detach"])
-def test_few_copies_at_a_time_score_and_teach_the_same(tiny: UnifiedModel, coupling: str) -> None:
+@pytest.mark.parametrize("joined", [True, False])
+def test_few_copies_at_a_time_score_and_teach_the_same(tiny: MoTPolicy, joined: bool) -> None:
     """Texts of differing length, two images of three steps: all in one pass, two and one, one by one."""
     batch = collate(_two_rounds(tiny))
     assert len(set(batch.turns[0].length_B)) > 1, "the case must have padding"
@@ -230,7 +231,7 @@ def test_few_copies_at_a_time_score_and_teach_the_same(tiny: UnifiedModel, coupl
 
     def scored(copies: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         tiny.network.zero_grad()
-        scores = replay(tiny, batch, coupling=coupling, copies=copies)
+        scores = replay(tiny, batch, grad_through_context=joined, copies=copies)
         total = (scores.log_prob_BL * pull_BL).sum()
         (total + sum((v * p).sum() for v, p in zip(scores.velocities, pulls, strict=True))).backward()
         said = {"words": scores.log_prob_BL, "first": scores.velocities[0], "second": scores.velocities[1]}
@@ -246,21 +247,21 @@ def test_few_copies_at_a_time_score_and_teach_the_same(tiny: UnifiedModel, coupl
 
 @pytest.mark.parametrize(("room", "passes"), [(3.0, [3]), (2.9, [2, 1]), (1.9, [1, 1, 1]), (0.1, [1, 1, 1])])
 def test_copies_at_once_are_a_rule_of_shapes(
-    tiny: UnifiedModel, monkeypatch: pytest.MonkeyPatch, room: float, passes: list[int]
+    tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch, room: float, passes: list[int]
 ) -> None:
     """Room for so many copies: whatever the rows say. On a GPU, and in sharded layers, all of them always."""
     batch = collate(_episodes(tiny, members=1))
     config = tiny.network.config
     one_copy = len(PROMPTS) * (batch.actions.images[0].x_BKND.shape[2] + 2) * config.intermediate_size * 8
-    monkeypatch.setattr(unified, "LOOK_BYTES", int(room * one_copy))
+    monkeypatch.setattr(mot_policy, "LOOK_BYTES", int(room * one_copy))
     looks = []
-    forward = UnifiedModel.forward
+    forward = MoTPolicy.forward
 
     def watched(model, context, ids=None, lengths=None, image=None, **more):
         looks.append((ids is not None, image.x_BKND.shape[1]))
         return forward(model, context, ids, lengths, image, **more)
 
-    monkeypatch.setattr(UnifiedModel, "forward", watched)
+    monkeypatch.setattr(MoTPolicy, "forward", watched)
     with torch.no_grad():
         replay(tiny, batch)
     assert [copies for _, copies in looks] == passes
@@ -299,18 +300,18 @@ def test_attention_over_words_in_fp64_is_what_keeps_drift_small(monkeypatch: pyt
     assert wide < mean_drift()
 
 
-def test_an_edit_replays_what_it_was_shown(tiny: UnifiedModel, tmp_path: Path) -> None:
+def test_an_edit_replays_what_it_was_shown(tiny: MoTPolicy, tmp_path: Path) -> None:
     """Source image, prompt, thinking, image: given segments may be pictures, also the very first."""
     episodes = []
     with torch.no_grad():
         for member, (prompt, source) in enumerate(zip(PROMPTS, _two_rounds(tiny), strict=True)):
             shown = source.images[0]
             given = GivenImage("source", shown.grid, shown.latent, shown.pixels)
-            context = look(tiny, tiny.empty_context(1), given.latent[None], given.grid)
+            context = read_image(tiny, tiny.empty_context(1), given.latent[None], given.grid)
             asked = tiny.preamble(prompt, think=True)
             context = tiny.forward(context, asked[0].ids[None]).context
-            context, texts = write_text(tiny, context, SAMPLING, [member])
-            painted = paint(tiny, context, SAMPLING, WINDOW, [member])[0]
+            context, texts = sample_text(tiny, context, SAMPLING, [member])
+            painted = sample_image(tiny, context, SAMPLING, WINDOW, [member])[0]
             episodes.append(Episode(prompt, member, member, (given, *asked, texts[0], painted)))
     save_episodes([Group(e.prompt, (e,)) for e in episodes], tmp_path)
     episodes = flatten(load_episodes(tmp_path))
@@ -326,7 +327,7 @@ def test_an_edit_replays_what_it_was_shown(tiny: UnifiedModel, tmp_path: Path) -
     assert episodes[0].pixels is episodes[0].images[-1].pixels
 
 
-def test_an_episode_without_thinking(tiny: UnifiedModel) -> None:
+def test_an_episode_without_thinking(tiny: MoTPolicy) -> None:
     batch = collate(_episodes(tiny, sampling=replace(SAMPLING, think=False)))
     assert batch.actions.mask_BL.shape[1] == 0
     with torch.no_grad():
@@ -339,18 +340,18 @@ def test_an_episode_without_thinking(tiny: UnifiedModel) -> None:
     assert torch.isfinite(loss.total)
 
 
-def test_detach_keeps_the_image_term_from_the_words(tiny: UnifiedModel) -> None:
-    """The embedding of a word that was read gets a gradient from the image with full coupling only."""
+def test_detach_keeps_the_image_term_from_the_words(tiny: MoTPolicy) -> None:
+    """The embedding of a word that was read gets a gradient from the image only with grad_through_context."""
     batch = collate(_episodes(tiny))
     word = int(batch.turns[0].ids_BS[0, 1])
-    for coupling, reaches in (("full", True), ("detach", False)):
+    for joined in (True, False):
         tiny.network.zero_grad()
-        replay(tiny, batch, coupling=coupling).velocities[0].square().sum().backward()
+        replay(tiny, batch, grad_through_context=joined).velocities[0].square().sum().backward()
         gradient = tiny.network.language_model.model.embed_tokens.weight.grad[word]
-        assert bool(gradient.abs().max() > 0) == reaches
+        assert bool(gradient.abs().max() > 0) == joined
 
 
-def test_what_cannot_be_stacked_is_refused(tiny: UnifiedModel) -> None:
+def test_what_cannot_be_stacked_is_refused(tiny: MoTPolicy) -> None:
     thinking = _episodes(tiny)
     plain = _episodes(tiny, sampling=replace(SAMPLING, think=False))
     with pytest.raises(ValueError, match="same segments"):
@@ -358,13 +359,11 @@ def test_what_cannot_be_stacked_is_refused(tiny: UnifiedModel) -> None:
     hot = _episodes(tiny, sampling=replace(SAMPLING, temperature=2.0))
     with pytest.raises(ValueError, match="one temperature"):
         collate([thinking[0], hot[0]])
-    with pytest.raises(ValueError, match="coupling"):
-        replay(tiny, collate(thinking), coupling="some")
     with pytest.raises(ValueError, match="copies=0"):
         replay(tiny, collate(thinking), copies=0)
 
 
-def test_a_reference_for_velocities_alone_leaves_words_unscored(tiny: UnifiedModel) -> None:
+def test_a_reference_for_velocities_alone_leaves_words_unscored(tiny: MoTPolicy) -> None:
     batch = collate(_episodes(tiny))
     with torch.no_grad():
         whole, silent = replay(tiny, batch), replay(tiny, batch, text=False)
@@ -374,7 +373,7 @@ def test_a_reference_for_velocities_alone_leaves_words_unscored(tiny: UnifiedMod
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 150, 400, 10**6])
-def test_a_budget_of_tokens_bounds_micro_batches(tiny: UnifiedModel, tokens: int) -> None:
+def test_a_budget_of_tokens_bounds_micro_batches(tiny: MoTPolicy, tokens: int) -> None:
     """Every episode once, none too many, padding counted; those that are padded together are of a length."""
     episodes = _episodes(tiny, members=4)
     size, indices = 4, list(range(len(episodes)))[1:]
@@ -392,15 +391,15 @@ def test_a_budget_of_tokens_bounds_micro_batches(tiny: UnifiedModel, tokens: int
         assert padded < sum(len(p) * max(replayed_tokens(episodes[k]) for k in p) for p in unsorted)
 
 
-def test_replayed_tokens_are_those_the_network_is_fed(tiny: UnifiedModel) -> None:
+def test_replayed_tokens_are_those_the_network_is_fed(tiny: MoTPolicy) -> None:
     for episode in _episodes(tiny):
         (turn,) = collate([episode]).turns
         assert turn.image is not None
         copies, latents = turn.image.x_BKND.shape[1:3]
-        fed = turn.ids_BS.shape[1] + copies * (latents + len(tiny.network.edge_ids))
+        fed = turn.ids_BS.shape[1] + copies * (latents + len(tiny.network.boundary_ids))
         assert replayed_tokens(episode) == fed
 
 
 def test_a_size_that_was_left_open_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"train.micro_batch=0: .* give the number"):
+    with pytest.raises(ValueError, match=r"train.micro_batch_size=0: .* give the number"):
         micro_batches([], [], 0)

@@ -27,10 +27,7 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, WeightsError
-from unigrpo_cli.models.hub import embedded_directory
-from unigrpo_cli.models.release import read_release, weights_digest
-from unigrpo_cli.runtime.changes import Effect, changes, effect_of
-from unigrpo_cli.runtime.durable import (
+from unigrpo_cli.io.atomic import (
     append_line,
     damage,
     locked,
@@ -40,11 +37,14 @@ from unigrpo_cli.runtime.durable import (
     sweep,
     write_text,
 )
-from unigrpo_cli.runtime.generators import Generators, put_generators, read_generators, seed_generators
-from unigrpo_cli.runtime.resume import run_to_resume
-from unigrpo_cli.runtime.run import Run
-from unigrpo_cli.runtime.state import checkpoints, newest_checkpoint, prompt_list, prune_checkpoints
-from unigrpo_cli.session import find_checkpoint
+from unigrpo_cli.models.hub import embedded_directory
+from unigrpo_cli.models.mot.bagel import read_release, weights_digest
+from unigrpo_cli.run.config_diff import Effect, changes, effect_of
+from unigrpo_cli.run.directory import Run
+from unigrpo_cli.run.resume import run_to_resume
+from unigrpo_cli.run.setup import find_checkpoint
+from unigrpo_cli.training.rng_state import Generators, put_generators, read_generators, seed_generators
+from unigrpo_cli.training.state import checkpoints, newest_checkpoint, prompt_list, prune_checkpoints
 
 FOUR = ("train.steps=4", "eval.every=2")
 SIGNALS = """
@@ -66,9 +66,7 @@ def _run(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head, body = REWARD.split("def moody(pixels):\n")
-    return write_inputs(
-        tmp_path_factory.mktemp("plugin"), f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}"
-    )
+    return write_inputs(tmp_path_factory.mktemp("plugin"), f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +96,9 @@ def _lines(result: Result, word: str) -> list[str]:
 # ----- resumed is uninterrupted
 
 
-@pytest.mark.parametrize("settings", ["", "train.tune=lora", "dtype=bfloat16", "dtype=bfloat16 train.tune=lora"])
+@pytest.mark.parametrize(
+    "settings", ["", "train.finetune=lora", "dtype=bfloat16", "dtype=bfloat16 train.finetune=lora"]
+)
 def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Path, settings: str) -> None:
     """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
     whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
@@ -109,7 +109,7 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
     assert "changed: train.steps: 2 -> 4 (changes no result)" in again.output
     assert differences(whole, parts) == ["checkpoints/step_000002/state.json"], "train.steps was 2 then"
     files = {p.name for p in (whole / "checkpoints" / "last").iterdir()}
-    weights = "adapter_model.safetensors" if "train.tune=lora" in settings else "ema.safetensors"
+    weights = "adapter_model.safetensors" if "train.finetune=lora" in settings else "ema.safetensors"
     assert {weights, "optimizer.safetensors", "generators.safetensors", "state.json", "SHA256SUMS"} <= files
     moments = load_file(whole / "checkpoints" / "last" / "optimizer.safetensors")
     assert any(value.abs().max() > 0 for value in moments.values())
@@ -170,10 +170,10 @@ def test_another_environment_and_another_number_of_threads_are_told_of(copy: Pat
     environment = copy / "environment.json"
     versions = json.loads(environment.read_text())
     environment.write_text(json.dumps(versions | {"torch": "1.0", "gone": "2"}))
-    again = _done(_run(*command(copy, plugin, ("train.steps=5", "train.micro_batch=1"))))
+    again = _done(_run(*command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
     (line,) = _lines(again, "to the bit")
     assert f"torch 1.0 -> {versions['torch']}: as before" in line
-    assert "train.micro_batch: 24 -> 1 (changes results by rounding alone)" in again.output
+    assert "train.micro_batch_size: 24 -> 1 (changes results by rounding alone)" in again.output
     assert json.loads(environment.read_text()) == versions
 
 
@@ -243,7 +243,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(
 def test_an_interrupt_while_loading(
     tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr("unigrpo_cli.preparation.load_policy", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("unigrpo_cli.run.prepare.load_policy", lambda *_: signal.raise_signal(number))
     stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
     assert stopped.stderr.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run").exists()
@@ -266,7 +266,7 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
         save_file(*arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", moving)
-    monkeypatch.setattr("unigrpo_cli.runtime.state.save_file", saving)
+    monkeypatch.setattr("unigrpo_cli.training.state.save_file", saving)
     stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
     assert "weights are moving" in stopped.stderr
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
@@ -329,9 +329,7 @@ def test_no_whole_checkpoint_is_an_error(copy: Path, plugin: Path) -> None:
 
 def test_sums_are_what_sha256sum_checks(alone: Path) -> None:
     for path in checkpoints(alone):
-        done = subprocess.run(
-            ["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True
-        )
+        done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         assert len(done.stdout.splitlines()) == len(list(path.iterdir())) - 1, "every file but the sums themselves"
 
@@ -341,7 +339,7 @@ def test_a_checkpoint_of_the_first_format(copy: Path, plugin: Path) -> None:
     for path in checkpoints(copy):
         content = json.loads((path / "state.json").read_text())
         (path / "state.json").write_text(
-            json.dumps({k: content[k] for k in ("step", "base", "tune", "facts", "trained")} | {"format": 1})
+            json.dumps({k: content[k] for k in ("step", "base", "finetune", "facts", "trained")} | {"format": 1})
         )
         (path / "SHA256SUMS").unlink()
     last = copy / "checkpoints" / "step_000004"
@@ -506,7 +504,7 @@ def test_every_key_is_classed() -> None:
 
 def test_changes_are_told_by_class() -> None:
     old = load_config(overrides=["train.lr_text=0.1", "train.betas=[0.8,0.9]", "eval.steps=3"])
-    new = load_config(overrides=["train.steps=3", "train.betas=[0.8,0.9]", "train.tune=lora", "train.lr_text=0.2"])
+    new = load_config(overrides=["train.steps=3", "train.betas=[0.8,0.9]", "train.finetune=lora", "train.lr_text=0.2"])
     kept = json.loads(json.dumps(old.model_dump(mode="json")))
     kept["train"]["forgotten"] = 1  # of another version
     found = {c.key: c for c in changes(kept, new)}
@@ -514,7 +512,7 @@ def test_changes_are_told_by_class() -> None:
         "train.steps": Effect.NONE,
         "eval.steps": Effect.MEASURED,
         "train.lr_text": Effect.LEARNT,
-        "train.tune": Effect.REFUSED,
+        "train.finetune": Effect.REFUSED,
     }
     assert str(found["train.lr_text"]) == "train.lr_text: 0.1 -> 0.2 (changes what is learnt from here on)"
     assert not changes(kept, old)
@@ -523,10 +521,10 @@ def test_changes_are_told_by_class() -> None:
 @pytest.mark.parametrize(
     ("setting", "remedy"),
     [
-        ("train.tune=lora", "train.tune=full"),
+        ("train.finetune=lora", "train.finetune=full"),
         ("train.experts=text", "train.experts=both"),
         ("train.lora_rank=3", "train.lora_rank=64"),
-        ("train.also=['head']", "leave it out"),
+        ("train.extra_modules=['head']", "leave it out"),
     ],
 )
 def test_what_cannot_change_is_refused(alone: Path, plugin: Path, setting: str, remedy: str) -> None:
@@ -620,7 +618,7 @@ def test_no_room_for_a_checkpoint(
     assert not differences(alone, copy)
 
 
-@pytest.mark.parametrize("where", ["durable.append_line", "samples.new_directory", "samples.new_file"])
+@pytest.mark.parametrize("where", ["directory.append_line", "samples.new_directory", "samples.new_file"])
 def test_no_room_for_metrics_or_samples(
     copy: Path, plugin: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -629,8 +627,7 @@ def test_no_room_for_metrics_or_samples(
     def full(path: Path, *_: object, **__: object) -> None:
         raise DiskError(f"{path} cannot be written (No space left on device); free space or mend that")
 
-    name = where.replace("durable", "run")
-    monkeypatch.setattr(f"unigrpo_cli.runtime.{name}", full)
+    monkeypatch.setattr(f"unigrpo_cli.run.{where}", full)
     (line,) = _lines(_done(_run(*command(copy, plugin, FOUR)), 1), "error:")
     assert "No space left" in line and f"--resume {copy}" in line
     monkeypatch.undo()

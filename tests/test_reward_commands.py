@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 from unigrpo_cli import Options, RewardBatch, RewardOutput, reward
 from unigrpo_cli.cli import app
 from unigrpo_cli.errors import RewardError
+from unigrpo_cli.io.pictures import save_png
 from unigrpo_cli.rewards.agreement import agreement, kappa, ranks, spearman
-from unigrpo_cli.rewards.contract import example_samples
-from unigrpo_cli.runtime.pictures import save_png
+from unigrpo_cli.rewards.conformance import example_samples
 from unigrpo_cli.testing import Check, assert_reward_contract, check_reward
 
 REDNESS = str(Path(__file__).parents[1] / "examples" / "custom_reward" / "redness.py")
@@ -62,9 +62,7 @@ def test_score_of_named_pictures(tmp_path: Path) -> None:
     assert [row["prompt"] for row in found["images"]] == ["red", "red"]
     shown = _run("rewards", "score", "redness", "--plugin", REDNESS, *images, "--prompt", "a", "--prompt", "b")
     assert shown.stdout.splitlines()[0] == f"{tmp_path / 'red.png'}: redness 1.0000"
-    _refused(
-        _run("rewards", "score", "redness", "-p", REDNESS, *images, *("--prompt", "a") * 3), 2, "3 prompts for 2"
-    )
+    _refused(_run("rewards", "score", "redness", "-p", REDNESS, *images, *("--prompt", "a") * 3), 2, "3 prompts for 2")
 
 
 def test_score_of_a_prompts_file(pictures: Path) -> None:
@@ -81,9 +79,7 @@ def test_a_picture_of_ours_brings_its_prompt_along(tmp_path: Path) -> None:
     assert row["prompt"] == sample.prompt
     assert row["scores"] == {"geneval": 1.0, "plan": 1.0, "fidelity": 1.0}
     _refused(_run(*score, "--prompt", "a red heart"), 3, "reasoning")  # the plan was for another prompt
-    (row,) = _json("rewards", "score", "geneval", "--image", tmp_path / "x.png", "--prompt", "a white heart")[
-        "images"
-    ]
+    (row,) = _json("rewards", "score", "geneval", "--image", tmp_path / "x.png", "--prompt", "a white heart")["images"]
     assert row["scores"]["geneval"] == 0.0
 
 

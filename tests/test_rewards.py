@@ -14,10 +14,10 @@ from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample, hookimpl, reward
 from unigrpo_cli.errors import RewardError, UsageError
-from unigrpo_cli.rewards.contract import check_reward, example_samples
-from unigrpo_cli.rewards.grammar import RewardChoice, parse_rewards
+from unigrpo_cli.rewards.conformance import check_reward, example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
 
@@ -45,19 +45,19 @@ def _score(factory: object, text: str | None = None, count: int = 4, policy: Pol
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("clip", RewardChoice("clip", "clip")),
-        ("clip:0.5", RewardChoice("clip", "clip", 0.5)),
-        ("clip:-1", RewardChoice("clip", "clip", -1.0)),
-        ("clip:0", RewardChoice("clip", "clip", 0.0)),
-        ("big=clip:1e-2@model=ViT-H-14", RewardChoice("big", "clip", 0.01, {"model": "ViT-H-14"})),
-        ("mine/red@n=3@on=true", RewardChoice("red", "mine/red", 1.0, {"n": 3, "on": True})),
+        ("clip", RewardSpec("clip", "clip")),
+        ("clip:0.5", RewardSpec("clip", "clip", 0.5)),
+        ("clip:-1", RewardSpec("clip", "clip", -1.0)),
+        ("clip:0", RewardSpec("clip", "clip", 0.0)),
+        ("big=clip:1e-2@model=ViT-H-14", RewardSpec("big", "clip", 0.01, {"model": "ViT-H-14"})),
+        ("mine/red@n=3@on=true", RewardSpec("red", "mine/red", 1.0, {"n": 3, "on": True})),
         (
             "vlm@url=http://localhost:8000/v1@mode=yes_no",
-            RewardChoice("vlm", "vlm", 1.0, {"url": "http://localhost:8000/v1", "mode": "yes_no"}),
+            RewardSpec("vlm", "vlm", 1.0, {"url": "http://localhost:8000/v1", "mode": "yes_no"}),
         ),
     ],
 )
-def test_grammar(text: str, expected: RewardChoice) -> None:
+def test_grammar(text: str, expected: RewardSpec) -> None:
     assert parse_rewards([text]) == [expected]
 
 
@@ -338,7 +338,7 @@ def test_lower_is_better_flips_the_weight() -> None:
 
 
 def test_eval_only_rewards_are_asked_in_evaluation_alone() -> None:
-    choices = [*parse_rewards(["geneval"]), RewardChoice("plan", "plan", 0.0, {}, eval_only=True)]
+    choices = [*parse_rewards(["geneval"]), RewardSpec("plan", "plan", 0.0, {}, eval_only=True)]
     with RewardSet(choices, _plugins(), CONTEXT) as rewards:
         assert set(rewards.score(example_samples(4))) == {"geneval"}
         assert set(rewards.score(example_samples(4), split="eval")) == {"geneval", "plan"}

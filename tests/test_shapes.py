@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from unigrpo_cli.shapes.prompts import (
+from unigrpo_cli.toy.prompts import (
     TAGS,
     corrupt,
     corrupt_plan,
@@ -18,8 +18,8 @@ from unigrpo_cli.shapes.prompts import (
     request_of,
     train_prompts,
 )
-from unigrpo_cli.shapes.render import SIZE, render
-from unigrpo_cli.shapes.world import CELLS, COLORS, SHAPES, Thing, parse_plan, plan_text, satisfies
+from unigrpo_cli.toy.render import SIZE, render
+from unigrpo_cli.toy.world import CELLS, COLORS, SHAPES, Thing, parse_plan, plan_text, satisfies
 from unigrpo_plugins.colors import name_color
 from unigrpo_plugins.detector_shapes import ShapesDetector, background_deviation
 

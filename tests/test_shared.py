@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 from unigrpo_cli.rewards.batch import RewardContext
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.model_cache import Shared
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.rewards.shared import Shared
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 
 
 class Model:

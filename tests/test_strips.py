@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from unigrpo_cli.config import load_config
-from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.codec import Autoencoder
-from unigrpo_cli.models.strips import _activated
-from unigrpo_cli.session import load_policy
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.codec import Autoencoder
+from unigrpo_cli.models.mot.tiled_decode import _activated
+from unigrpo_cli.run.setup import load_policy
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 
@@ -31,7 +31,7 @@ def test_strips_change_no_picture(
     """To rounding, whatever the height of strips: ones that do not divide the picture, of a row, of all of it."""
     latent = torch.randn(2, 16, *size, generator=torch.Generator().manual_seed(0))
     whole, shown = codec.raw(latent), codec.decode(latent)
-    monkeypatch.setattr(codec, "decode_strip", strip)
+    monkeypatch.setattr(codec, "vae_tile_rows", strip)
     assert (codec.raw(latent) - whole).abs().max() < 1e-5
     assert (codec.decode(latent).int() - shown.int()).abs().max() <= 1
 
@@ -52,7 +52,7 @@ def test_the_setting_reaches_the_decoder() -> None:
     own = [f"sampling.{key}" for key in ("decode_strip=8", "height=32", "width=32")]
     policy = load_policy(str(TINY), None, load_config(preset="paper", overrides=[*own, "device=cpu"]))
     assert isinstance(policy.codec, Autoencoder)
-    assert policy.codec.decode_strip == 8
+    assert policy.codec.vae_tile_rows == 8
 
 
 def test_tiles_would_change_it(codec: Autoencoder) -> None:

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from unigrpo_cli.cli import app
 from unigrpo_cli.cli.common import load_plugins
-from unigrpo_cli.rewards.contract import check_reward
+from unigrpo_cli.rewards.conformance import check_reward
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.runtime.display import Display
+from unigrpo_cli.run.console import Display
 
 ROOT = Path(__file__).parents[1]
 AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
@@ -65,9 +65,7 @@ def test_the_example_package_is_found_tested_and_trained_on(installed: Path, tmp
         ["train", "--reward", "sharpness", "--steps", "1", "--out", str(run), "--json", *small],
     ]
     environment = {key: value for key, value in os.environ.items() if key != AUTOLOAD}
-    environment["PYTHONPATH"] = os.pathsep.join([str(installed), environment.get("PYTHONPATH", "")]).rstrip(
-        os.pathsep
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(installed), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS.format(commands=commands)],
         capture_output=True,

@@ -21,10 +21,10 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.checkpoint import load_model
 from unigrpo_cli.models.lora import has_adapters, load_adapters
+from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.train import prompts_for, window_of
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
 SMALL = [
     "train",
@@ -147,7 +147,7 @@ def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
 
 def test_adapters_train_save_and_load(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=4", "--set", "train.lr_image=1e-2"]
+    lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=4", "--set", "train.lr_image=1e-2"]
     summary = _train(run, "--steps", "2", *lora)
     assert summary["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
     checkpoint = run / "checkpoints" / "step_000002"
@@ -170,7 +170,7 @@ def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
     import peft
 
     base = shutil.copytree(embedded_weights().parent, tmp_path / "base")
-    lora = ["--set", "train.tune=lora", "--set", "train.lora_rank=2", "--model", str(base)]
+    lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=2", "--model", str(base)]
     result = _run(*SMALL, "--out", tmp_path / "run", "--steps", "1", "--json", *lora)
     assert result.exit_code == 0, result.output
     assert "config" not in result.stderr
@@ -194,8 +194,8 @@ def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
     "settings",
     [
         ["sampling.think=false", "eval.rewards=[]"],
-        ["objective.text_weight=0", "objective.coupling=detach"],
-        ["sampling.think=false", "eval.rewards=[]", "train.tune=lora"],
+        ["objective.text_weight=0", "objective.grad_through_context=false"],
+        ["sampling.think=false", "eval.rewards=[]", "train.finetune=lora"],
     ],
 )
 def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, settings: list[str]) -> None:
@@ -210,7 +210,7 @@ def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Pa
     rates = ["--set", "train.lr_text=1e18", "--set", "train.lr_image=1e18"]
     for updates, stop in ((1, 4), (2, 3)):
         run = tmp_path / str(updates)
-        result = _run(*SMALL, "--out", run, "--steps", "9", *rates, "--set", f"train.updates={updates}")
+        result = _run(*SMALL, "--out", run, "--steps", "9", *rates, "--set", f"train.minibatches={updates}")
         assert result.exit_code == 1
         said = " ".join(result.stderr.split())
         assert "3 steps in a row were skipped" in said
@@ -225,7 +225,7 @@ def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Pa
 
 def test_adapters_off_is_the_start() -> None:
     """The reference of LoRA is the same network without its adapters; afterwards they are on again."""
-    config = load_config(overrides=["train.tune=lora", "train.lora_rank=4"])
+    config = load_config(overrides=["train.finetune=lora", "train.lora_rank=4"])
     start = load_model("embedded")
     policy = prepare_policy(load_model("embedded"), config)
     assert has_adapters(policy.network)
@@ -290,7 +290,7 @@ def test_a_run_of_one_kind_says_so(tmp_path: Path, setting: str) -> None:
 
 
 def test_prompts_go_round_and_depend_on_the_step_alone() -> None:
-    config = load_config(overrides=["train.prompts_per_step=4", "train.updates=1"])
+    config = load_config(overrides=["train.prompts_per_step=4", "train.minibatches=1"])
     prompts = [Prompt(str(k), str(k)) for k in range(10)]
     seen = [p.text for step in range(5) for p in prompts_for(prompts, config, step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.text for p in prompts)
@@ -306,7 +306,7 @@ def test_prompts_go_round_and_depend_on_the_step_alone() -> None:
 def test_the_window_is_drawn_per_step() -> None:
     config = load_config()
     starts = {window_of(config, step).start for step in range(40)}
-    low, high = config.sampling.window_within
+    low, high = config.sampling.window_range
     assert starts == set(range(low, high - config.sampling.window_size + 1))
     assert window_of(config, 7) == window_of(config, 7)
 
@@ -321,7 +321,7 @@ def test_a_held_out_reward_that_falls_is_told_of_once(tmp_path: Path) -> None:
         '@reward("down", range=(-100, 0))\ndef down(images, step):\n'
         "    return [-step + k / 100 for k in range(len(images))]\n"
     )
-    small = ["train.prompts_per_step=2", "train.group_size=2", "sampling.steps=4", "sampling.window_within=[0, 3]"]
+    small = ["train.prompts_per_step=2", "train.group_size=2", "sampling.steps=4", "sampling.window_range=[0, 3]"]
     small += ["sampling.think=false", "eval.limit=1", "eval.steps=2", "eval.rewards=[]", "train.samples_every=0"]
     small = [part for s in small for part in ("--set", s)]
     told = ["train", "--plugin", str(plugin), "--steps", "23", *small]

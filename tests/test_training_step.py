@@ -9,44 +9,44 @@ import numpy as np
 import pytest
 import torch
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext
 from unigrpo_cli.algo import flow
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Group, Prompt, flatten
 from unigrpo_cli.errors import DivergedError, RewardError, UsageError
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet, Scored
+from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.rollout import rollout
-from unigrpo_cli.runtime.state import TrainState
 from unigrpo_cli.train import (
     RATIO_CHECKED,
     MicroBatch,
     advantages,
     objective_of,
     optimizer_step,
-    replay_fixed,
+    score_old_and_reference,
     training_step,
     weighed,
 )
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 SETTINGS = [
     "sampling.max_new_tokens=6",
     "sampling.height=16",
     "sampling.width=16",
     "sampling.steps=4",
-    "sampling.window_within=[0, 3]",
+    "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "objective.image_clip=1e-3",
     "objective.penalty_weight=0.1",
     "train.prompts_per_step=2",
     "train.group_size=6",
-    "train.updates=1",
+    "train.minibatches=1",
     "train.lr_text=1e-3",
     "train.lr_image=1e-3",
 ]
@@ -64,14 +64,14 @@ def _state(config: Config) -> TrainState:
     return TrainState(policy, make_optimizer(policy, config))
 
 
-def _episodes(policy: UnifiedModel, config: Config) -> list[Group]:
+def _episodes(policy: MoTPolicy, config: Config) -> list[Group]:
     return rollout(policy, PROMPTS, config.train.group_size, train_sampling(config), flow.Window(0, 2), seed=1)
 
 
 def _shares(state: TrainState, config: Config) -> list[list[MicroBatch]]:
     advantage_B = torch.linspace(-1, 1, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]
     episodes = flatten(_episodes(state.policy, config))
-    return weighed(replay_fixed(state.policy, episodes, config, objective_of(config)), advantage_B)
+    return weighed(score_old_and_reference(state.policy, episodes, config, objective_of(config)), advantage_B)
 
 
 def _step(config: Config, state: TrainState | None = None) -> tuple[TrainState, dict[str, float], dict]:
@@ -94,7 +94,7 @@ def test_micro_batches_change_no_gradient() -> None:
     """The denominator is the step's, whatever the pieces: 12 episodes as 12, as 7 + 5 and as twelve ones."""
     wanted = None
     for size in (12, 7, 1):
-        _, terms, grads = _step(_config(f"train.micro_batch={size}", "train.grad_clip=1e9"))
+        _, terms, grads = _step(_config(f"train.micro_batch_size={size}", "train.grad_clip=1e9"))
         if wanted is None:
             wanted, total = grads, terms["loss"]
             assert max(g.abs().max() for g in grads.values()) > 1e-4
@@ -105,7 +105,7 @@ def test_micro_batches_change_no_gradient() -> None:
 
 def test_old_scores_and_reference_stay_while_the_policy_moves() -> None:
     """At first ratio and penalty are exactly nothing; on the same episodes again both are not."""
-    config = _config("train.micro_batch=5")
+    config = _config("train.micro_batch_size=5")
     state = _state(config)
     (share,) = _shares(state, config)
     first = optimizer_step(state, share, objective_of(config), config).terms
@@ -117,10 +117,10 @@ def test_old_scores_and_reference_stay_while_the_policy_moves() -> None:
     assert again["image/velocity-mse"] > 1e-9
 
 
-def test_the_coupling_reaches_the_loss() -> None:
-    """Without a text term the text expert learns from images alone: under `full` it does, under `detach` not."""
-    for coupling, taught in (("full", True), ("detach", False)):
-        _, _, grads = _step(_config("objective.text_weight=0", f"objective.coupling={coupling}"))
+def test_grad_through_context_reaches_the_loss() -> None:
+    """Without a text term the text expert learns from images alone: with the option it does, without it not."""
+    for taught in (True, False):
+        _, _, grads = _step(_config("objective.text_weight=0", f"objective.grad_through_context={str(taught).lower()}"))
         text = [g.abs().max().item() for n, g in grads.items() if "_moe_gen" not in n]
         assert (max(text, default=0.0) > 0) == taught
         assert max(g.abs().max() for n, g in grads.items() if "_moe_gen" in n) > 0
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
 
 
 def test_the_reference_leaves_frozen_adapters_frozen() -> None:
-    config = _config("train.tune=lora", "train.lora_rank=2", "train.experts=image")
+    config = _config("train.finetune=lora", "train.lora_rank=2", "train.experts=image")
     policy = _state(config).policy
     trained = {n: len(p) for n, p in policy.trainable().items()}
     assert trained["text"] == 0 < trained["image"]
@@ -175,8 +175,8 @@ def test_the_reference_leaves_frozen_adapters_frozen() -> None:
         (["sampling.think=false", "train.experts=text"], "nothing is trained"),
         (["objective.text_weight=0", "objective.image_weight=0"], "nothing is trained"),
         (["sampling.temperature=0"], "greedy"),
-        (['train.also=["vision"]'], "no vision tower"),
-        (["train.tune=lora", 'train.also=["head"]'], "train.also is for"),
+        (['train.extra_modules=["vision"]'], "no vision tower"),
+        (["train.finetune=lora", 'train.extra_modules=["head"]'], "train.extra_modules is for"),
     ],
 )
 def test_what_could_not_learn_is_refused(settings: list[str], says: str) -> None:
@@ -192,7 +192,7 @@ def _advantages(plugins: Plugins, *settings: str) -> torch.Tensor:
         "geneval": [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.5],
         "plan": [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
     }
-    scored = {n: Scored(np.array(v), np.ones(8, bool), {}, []) for n, v in scores.items()}
+    scored = {n: RewardResult(np.array(v), np.ones(8, bool), {}, []) for n, v in scores.items()}
     with RewardSet(parse_rewards(["geneval,plan:2"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         return advantages(scored, rewards, load_config(overrides=list(settings)), 2, seed=0)
 
@@ -207,12 +207,12 @@ def test_every_choice_of_the_advantage_arrives() -> None:
     """Two rewards of one range are added: totals 0 1 3 3 | 2 2 2 2.5."""
     plain = _advantages(_loaded())
     assert plain[:4].tolist() == pytest.approx([-1.3472, -0.5774, 0.9623, 0.9623], abs=1e-3)
-    none = _advantages(_loaded(), "advantage.std=none")
+    none = _advantages(_loaded(), "advantage.normalize=none")
     assert none[:4].tolist() == pytest.approx([-1.75, -0.75, 1.25, 1.25])
-    batch = _advantages(_loaded(), "advantage.std=batch")
+    batch = _advantages(_loaded(), "advantage.normalize=batch")
     assert batch[:4].tolist() == pytest.approx((none[:4] / none.std(correction=0)).tolist(), rel=1e-4)
     assert _advantages(_loaded(), "advantage.clamp=0.9").abs().max() == pytest.approx(0.9)
-    assert _advantages(_loaded(), "advantage.clamp=0", "advantage.std=none").abs().max() == pytest.approx(1.75)
+    assert _advantages(_loaded(), "advantage.clamp=0", "advantage.normalize=none").abs().max() == pytest.approx(1.75)
     for combine in ("gdpo", "rank"):
         combined = _advantages(_loaded(), f"advantage.combine={combine}")
         assert (combined - plain).abs().max() > 0.05
@@ -244,7 +244,7 @@ def test_a_plugins_own_combination_is_checked(answer, says: str) -> None:
 
 
 def test_epochs_and_updates_are_counted() -> None:
-    config = _config("train.epochs=2", "train.updates=2", "train.prompts_per_step=2", "eval.rewards=[]")
+    config = _config("train.epochs=2", "train.minibatches=2", "train.prompts_per_step=2", "eval.rewards=[]")
     state = _state(config)
     with RewardSet(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
         done = training_step(state, PROMPTS, rewards, config)
@@ -258,7 +258,7 @@ def test_the_first_update_needs_no_pass_for_its_old_scores(updates: int) -> None
     """Metrics and weights are the same to the bit without; that its ratio is 1 is then no finding and not told."""
     left = {}
     for how in ("auto", "replay"):
-        config = _config(f"train.old_scores={how}", f"train.updates={updates}", "train.micro_batch=4")
+        config = _config(f"train.old_scores={how}", f"train.minibatches={updates}", "train.micro_batch_size=4")
         state = _state(config)
         told = []
         with RewardSet(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:

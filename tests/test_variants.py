@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward
 from unigrpo_cli.config import Advantage, Config, Objective, Sampling, Train, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.models.sizes import expert_of
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.models.mot.config import expert_of
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.state import TrainState
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.train import Step, train
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 SECTIONS = {"sampling": Sampling, "objective": Objective, "advantage": Advantage, "train": Train}
 SMALL = [
@@ -38,23 +38,23 @@ SMALL = [
     "sampling.steps=3",
     "sampling.noise_level=0.7",
     "sampling.window_size=1",
-    "sampling.window_within=[0, 2]",
-    "sampling.window_every=2",
+    "sampling.window_range=[0, 2]",
+    "sampling.window_period=2",
     "objective.text_kl=0.1",
     "objective.penalty_weight=0.1",
     "objective.image_clip=1e-4",
     "train.steps=20",
     "train.prompts_per_step=2",
     "train.group_size=3",
-    "train.micro_batch=8",
-    "train.updates=2",
+    "train.micro_batch_size=8",
+    "train.minibatches=2",
     "train.lora_rank=2",
     "train.lr_text=1e-3",
     "train.lr_image=1e-3",
 ]
 COUNTER = count()
 PROMPTS = [Prompt(t, t) for t in ("a red circle", "two stars", "a heart")]
-TOWER = ('train.also=["connector"]', 'train.also=["vision"]')
+TOWER = ('train.extra_modules=["connector"]', 'train.extra_modules=["vision"]')
 
 
 def _choices(key: str, annotation: Any) -> list[str]:
@@ -74,7 +74,13 @@ FIELDS = {
     for name, field in own.model_fields.items()
     if (choices := _choices(f"{section}.{name}", field.annotation))
 }
-NUMBERS = ["train.updates=1", "train.epochs=2", "train.micro_batch=2", "train.warmup=5", "advantage.clamp=0.5"]
+NUMBERS = [
+    "train.minibatches=1",
+    "train.epochs=2",
+    "train.micro_batch_size=2",
+    "train.warmup=5",
+    "advantage.clamp=0.5",
+]
 
 
 ALONE = ("advantage.shuffle=true", "sampling.compile=true")
@@ -86,7 +92,7 @@ def _combinations(wanted: int) -> list[tuple[str, ...]]:
     draw, found = random.Random(3), []
     while len(found) < wanted:
         settings = [draw.choice(choices) for choices in FIELDS.values()]
-        settings = [s for s in settings if not s.startswith("train.also") and s not in ALONE]
+        settings = [s for s in settings if not s.startswith("train.extra_modules") and s not in ALONE]
         settings.append(f"train.epochs={draw.choice((1, 2))}")
         if not {"sampling.think=false", "train.experts=text"} <= set(settings):
             found.append(tuple(settings))
@@ -95,8 +101,8 @@ def _combinations(wanted: int) -> list[tuple[str, ...]]:
 
 # The kernels' own log-probabilities under every trust region and penalty, which the single settings do not meet.
 CROSSED = [
-    (f"sampling.kernel={kernel}", f"objective.trust_region={trust}", f"objective.penalty={penalty}")
-    for kernel in ("dance", "cps")
+    (f"sampling.sde={sde}", f"objective.trust_region={trust}", f"objective.penalty={penalty}")
+    for sde in ("dance", "cps")
     for trust, penalty in (("ratio", "latent-kl"), ("ratio", "velocity-mse"), ("ratio-norm", "latent-kl"))
 ]
 
@@ -138,9 +144,7 @@ def _run(*settings: str) -> tuple[tuple[Step, ...], tuple[dict[str, Tensor], ...
         weights.append(_weights(policy.network))
         return False
 
-    with RewardSet(
-        parse_rewards(["vowels,light"]), plugins, RewardContext("cpu", config.seed, True, True)
-    ) as rewards:
+    with RewardSet(parse_rewards(["vowels,light"]), plugins, RewardContext("cpu", config.seed, True, True)) as rewards:
         train(state, PROMPTS, rewards, config, note)
     return tuple(steps), tuple(weights), {n: p.requires_grad for n, p in policy.network.named_parameters()}
 
@@ -151,9 +155,7 @@ def _weights(network: torch.nn.Module) -> dict[str, Tensor]:
 
 def _numbers(step: Step) -> dict[str, float]:
     """The metrics that the algorithm decides, not the machine."""
-    return {
-        n: v for n, v in step.metrics.items() if n.startswith(("loss", "reward/", "advantage/", "text/", "image/"))
-    }
+    return {n: v for n, v in step.metrics.items() if n.startswith(("loss", "reward/", "advantage/", "text/", "image/"))}
 
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor], expert: str = "") -> bool:
@@ -189,10 +191,12 @@ def test_twenty_steps(settings: Sequence[str]) -> None:
 
 def test_the_list_is_the_configurations_own() -> None:
     """What a reader would name, and each value once: nothing but the default's own values is left out."""
-    assert {"sampling.kernel=dance", "sampling.window=all", "train.tune=lora"} <= set(NAMED)
+    assert {"sampling.sde=dance", "sampling.window=all", "train.finetune=lora"} <= set(NAMED)
     everything = [s for own in FIELDS.values() for s in own]
     assert len(everything) == len(set(everything)) > 35
-    assert sum(_config(s) == _config() for s in everything) == len(FIELDS) - 1, "train.also names none by default"
+    assert sum(_config(s) == _config() for s in everything) == len(FIELDS) - 1, (
+        "train.extra_modules names none by default"
+    )
 
 
 @pytest.mark.parametrize("setting", TOWER)
@@ -203,11 +207,11 @@ def test_what_this_model_lacks_is_refused(setting: str) -> None:
 
 # One gradient norm above all: experts share one clip, and what one of them does must not scale the other's.
 FREE = ("train.grad_clip=1e9", "train.steps=2")
-FIRST = (*FREE, "train.updates=1", "train.steps=1")
+FIRST = (*FREE, "train.minibatches=1", "train.steps=1")
 SAME = {
     "no penalty is one of weight 0": (("objective.penalty=none",), ("objective.penalty_weight=0",), FREE, ""),
     "layers computed twice": (("train.activation_checkpointing=true",), (), FREE, ""),
-    "a reference on the host": (("train.reference_on=host",), (), FREE, ""),
+    "a reference on the host": (("train.reference_device=host",), (), FREE, ""),
     "auto is gdpo where ranges differ": (("advantage.combine=gdpo",), ("advantage.combine=auto",), FREE, ""),
     "no clamp is one out of reach": (("advantage.clamp=0",), ("advantage.clamp=100",), FREE, ""),
     "all is fixed on all steps but the last": (
@@ -219,9 +223,14 @@ SAME = {
     "a sliding window begins as a fixed one": (("sampling.window=sliding",), ("sampling.window=fixed",), FREE, ""),
     "the text expert alone is lambda 0": (("train.experts=text",), ("objective.image_weight=0",), FREE, ""),
     "the image expert's first step is its own": (("train.experts=image",), (), FIRST, "image"),
-    "however it is coupled": (("objective.coupling=detach",), ("objective.coupling=full",), FIRST, "image"),
+    "however it is coupled": (
+        ("objective.grad_through_context=false",),
+        ("objective.grad_through_context=true",),
+        FIRST,
+        "image",
+    ),
     "detached, images teach words nothing": (
-        ("objective.coupling=detach",),
+        ("objective.grad_through_context=false",),
         ("objective.image_weight=0",),
         FIRST,
         "text",
@@ -238,6 +247,6 @@ def test_two_ways_to_say_the_same(what: str) -> None:
     assert _equal(a[-1], b[-1], expert)
 
 
-@pytest.mark.parametrize("what", ["sampling.kernel=dance", "objective.coupling=detach", "train.epochs=2"])
+@pytest.mark.parametrize("what", ["sampling.sde=dance", "objective.grad_through_context=false", "train.epochs=2"])
 def test_and_two_that_are_not(what: str) -> None:
     assert not _equal(_run(what, *FREE)[1][-1], _run(*FREE)[1][-1])

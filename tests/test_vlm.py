@@ -25,10 +25,10 @@ from PIL import Image
 
 from unigrpo_cli import RewardBatch, RewardContext, Sample
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rewards.contract import check_reward, example_samples
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.rewards.conformance import check_reward, example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins import judge_cache, judge_server
 from unigrpo_plugins.judge_client import (
     Answer,
@@ -172,9 +172,7 @@ def test_each_question_is_asked_once_and_paid_for(judge: Callable[..., VlmReward
     assert [call["tries"] for call in calls] == [1] * 4
     assert all(call["seconds"] > 0 and call["completion_tokens"] == 1 for call in calls)
     assert figures["completion_tokens"] == figures["calls"]  # one token each
-    assert figures["cost"] == pytest.approx(
-        (2 * figures["prompt_tokens"] + 10 * figures["completion_tokens"]) / 1e6
-    )
+    assert figures["cost"] == pytest.approx((2 * figures["prompt_tokens"] + 10 * figures["completion_tokens"]) / 1e6)
     assert 0 < figures["latency_p50_s"] <= figures["latency_p95_s"]
 
 
@@ -185,9 +183,7 @@ QUICK = {"read_timeout_s": 1.0}
 
 
 @pytest.mark.parametrize("kind", [*FAULTS, "all"])
-def test_a_third_of_faults_changes_no_score(
-    server: JudgeServer, judge: Callable[..., VlmReward], kind: str
-) -> None:
+def test_a_third_of_faults_changes_no_score(server: JudgeServer, judge: Callable[..., VlmReward], kind: str) -> None:
     batch = _batch(16)
     reward = judge(**QUICK)
     expected = _scores(reward, batch)
@@ -212,9 +208,7 @@ def test_a_fault_that_stays_is_no_opinion_and_never_zero(
     assert all(np.isnan(values).all() for values in output.components.values())
 
 
-def test_a_server_that_dies_and_comes_back_loses_nothing(
-    server: JudgeServer, judge: Callable[..., VlmReward]
-) -> None:
+def test_a_server_that_dies_and_comes_back_loses_nothing(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
     batch = _batch(24)
     reward = judge(concurrency=2, attempts=16)  # time enough to come back, whatever the jitter
     expected = _scores(reward, batch)
@@ -244,9 +238,7 @@ def test_a_judge_that_is_gone_stops_the_run(server: JudgeServer, judge: Callable
     reward = judge(attempts=2, breaker=3, concurrency=1)
     server.faults = Faults(("503",), rate=1.0)
     began = server.served
-    with pytest.raises(
-        RewardError, match=r"left 3 questions in a row unanswered.*status 503 \(injected\)"
-    ) as caught:
+    with pytest.raises(RewardError, match=r"left 3 questions in a row unanswered.*status 503 \(injected\)") as caught:
         reward.score(_batch(12))
     assert caught.value.exit_code == 3
     assert server.served - began == 6
@@ -576,9 +568,7 @@ def test_the_reasoning_is_never_sent(monkeypatch: pytest.MonkeyPatch, judge: Cal
     plain = judge_server.complete
     monkeypatch.setattr(judge_server, "complete", lambda data, own: sent.append(data) or plain(data, own))
     batch = _batch(4)
-    marked = tuple(
-        replace(s, reasoning="<think> XYZZY </think>", id="XYZZY", group_id="XYZZY") for s in batch.samples
-    )
+    marked = tuple(replace(s, reasoning="<think> XYZZY </think>", id="XYZZY", group_id="XYZZY") for s in batch.samples)
     judge().score(replace(batch, samples=marked))
     assert len(sent) == 5
     assert not [data for data in sent if b"XYZZY" in data]
@@ -589,9 +579,7 @@ def test_a_field_of_every_request_can_be_set_or_taken_out(
 ) -> None:
     sent: list[dict] = []
     plain = judge_server.complete
-    monkeypatch.setattr(
-        judge_server, "complete", lambda data, own: sent.append(json.loads(data)) or plain(data, own)
-    )
+    monkeypatch.setattr(judge_server, "complete", lambda data, own: sent.append(json.loads(data)) or plain(data, own))
     judge(body='{"max_tokens": null, "max_completion_tokens": 1}').score(_batch(2))
     assert len(sent) == 3
     assert all("max_tokens" not in row and row["max_completion_tokens"] == 1 for row in sent)
@@ -761,9 +749,7 @@ def test_a_checklist_is_the_mean_of_its_questions(judge: Callable[..., VlmReward
 @pytest.mark.parametrize("row", [{}, {"questions": []}, {"questions": [["How many?", "two"]]}, {"questions": [3]}])
 def test_a_prompt_with_nothing_to_check(judge: Callable[..., VlmReward], row: dict) -> None:
     with pytest.raises(RewardError, match=r"prompt 'p': .*give `questions`"):
-        judge(mode="checklist").check_metadata(
-            [{"include": [{"class": "star", "count": 1}]}, {"prompt": "p", **row}]
-        )
+        judge(mode="checklist").check_metadata([{"include": [{"class": "star", "count": 1}]}, {"prompt": "p", **row}])
     judge(mode="yes_no").check_metadata([row])
 
 

@@ -15,24 +15,24 @@ import numpy as np
 import pytest
 import torch
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward
 from unigrpo_cli import rollout as rollout_module
 from unigrpo_cli import train as train_module
 from unigrpo_cli.algo.objective import Actions, Objective, Scores, text_term, unigrpo_loss
+from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet, Scored
-from unigrpo_cli.runtime.display import Display, TrainingView
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.seeds import derive
+from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.console import Display, TrainingView
+from unigrpo_cli.run.monitor import RULES, Watch, parting, rollout_metrics, trend
 from unigrpo_cli.train import training_step
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
-from unigrpo_cli.watch import RULES, Watch, parting, rollout_metrics, trend
-from unigrpo_cli.watch.metrics import memory, over_updates
+from unigrpo_cli.training.metrics import memory, over_updates
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import TrainState
 
 Row = dict[str, float]
 
@@ -130,7 +130,9 @@ def test_members_that_equal_another_are_counted() -> None:
         return Group(prompt, tuple(Episode(prompt, k, k, (t,)) for k, t in enumerate(texts)))
 
     scored = {
-        "r": Scored(np.array([1.0, 3.0, math.nan, 1, 1, 1, 1, 1]), np.array([1, 1, 0, 0, 0, 0, 0, 0], bool), {}, [])
+        "r": RewardResult(
+            np.array([1.0, 3.0, math.nan, 1, 1, 1, 1, 1]), np.array([1, 1, 0, 0, 0, 0, 0, 0], bool), {}, []
+        )
     }
     advantage = torch.tensor([1.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0])
     found = rollout_metrics([group([1, 1, 2, 3]), group([4, 4, 4, 1])], scored, advantage)
@@ -279,7 +281,7 @@ def test_a_healthy_run_is_left_in_peace() -> None:
 def test_one_update_a_step_is_never_clipped_and_that_is_no_news() -> None:
     still = {"text/max_abs_log_ratio": 0.0, "image/max_abs_log_ratio": 0.0}
     assert "clip-never" in _names([still] * 25)
-    assert _names([still] * 25, "train.updates=1") == []
+    assert _names([still] * 25, "train.minibatches=1") == []
 
 
 def test_lower_is_better_turns_a_trend_around() -> None:
@@ -293,7 +295,7 @@ def test_lower_is_better_turns_a_trend_around() -> None:
 
 def test_limits_are_the_configurations() -> None:
     rows = _after(0, 3, text__truncated=0.9)
-    assert _names(rows, "watch.truncated=0.95") == []
+    assert _names(rows, "monitor.truncated=0.95") == []
     assert _names(_after(0, 3, text__drift_mean=0.03), "train.drift_limit=0.1") == []
 
 
@@ -365,14 +367,14 @@ SETTINGS = [
     "sampling.height=16",
     "sampling.width=16",
     "sampling.steps=4",
-    "sampling.window_within=[0, 3]",
+    "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "train.prompts_per_step=2",
     "train.group_size=4",
-    "train.updates=2",
-    "train.micro_batch=3",  # of 4 episodes: statistics have to add up
+    "train.minibatches=2",
+    "train.micro_batch_size=3",  # of 4 episodes: statistics have to add up
     "train.lora_rank=2",
-    "watch.truncated=1",  # an untrained model seldom stops
+    "monitor.truncated=1",  # an untrained model seldom stops
 ]
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars")]
 
@@ -411,9 +413,9 @@ def _lasting(
     return seen, rows
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_a_sound_step_says_nothing(tune: str) -> None:
-    seen, rows = _lasting(5, f"train.tune={tune}")
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_a_sound_step_says_nothing(finetune: str) -> None:
+    seen, rows = _lasting(5, f"train.finetune={finetune}")
     assert seen == set()
     last = rows[-1]
     assert last["text/log_ratio_std"] > 0
@@ -426,11 +428,11 @@ def test_a_sound_step_says_nothing(tune: str) -> None:
 
 def test_a_stale_old_policy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def stale(*given, **named):
-        shares = replay_fixed(*given, **named)
+        shares = score_old_and_reference(*given, **named)
         return [[replace(m, old=replace(m.old, log_prob_BL=m.old.log_prob_BL + 1e-6)) for m in s] for s in shares]
 
-    replay_fixed = train_module.replay_fixed
-    monkeypatch.setattr(train_module, "replay_fixed", stale)
+    score_old_and_reference = train_module.score_old_and_reference
+    monkeypatch.setattr(train_module, "score_old_and_reference", stale)
     assert _lasting(1)[0] == {"stale-old-policy text"}
 
 
@@ -438,11 +440,11 @@ def test_a_reference_that_moves_with_the_policy_is_told(monkeypatch: pytest.Monk
     """Adapters left on: the penalty of every first update is 0, that of the second is not."""
 
     @contextmanager
-    def left_on(policy: UnifiedModel) -> Iterator[UnifiedModel]:
+    def left_on(policy: MoTPolicy) -> Iterator[MoTPolicy]:
         yield policy
 
-    monkeypatch.setattr(UnifiedModel, "reference", left_on)
-    seen, rows = _lasting(3, "train.tune=lora")
+    monkeypatch.setattr(MoTPolicy, "reference", left_on)
+    seen, rows = _lasting(3, "train.finetune=lora")
     assert "penalty-stuck image" in seen
     assert all(row["image/velocity-mse"] > 0 == row["image/first_velocity-mse"] for row in rows)
 

@@ -35,7 +35,7 @@ FUSED_ON_CPU = {
 def count_flops(run: Callable[[], object]) -> int:
     """What `run` computes in torch's own products: its counter does not know oneDNN's, and a GPU has no others."""
     with (
-        patch("unigrpo_cli.models.layers.onednn_is_faster", lambda: False),
+        patch("unigrpo_cli.models.mot.layers.onednn_is_faster", lambda: False),
         FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter,
     ):
         run()

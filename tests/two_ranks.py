@@ -21,22 +21,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.models.checkpoint import restore_weights
 from unigrpo_cli.models.lora import load_adapters
+from unigrpo_cli.models.mot.checkpoint import restore_weights
+from unigrpo_cli.models.mot.config import computes_wide
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.sharding import gathered, whole
-from unigrpo_cli.models.sizes import computes_wide
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.ranks import Ranks, joined
-from unigrpo_cli.rebuild.model import build_model
-from unigrpo_cli.rewards.grammar import parse_rewards
+from unigrpo_cli.parallel.ranks import Ranks, joined
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scoring import RewardSet
-from unigrpo_cli.runtime.generators import read_generators
-from unigrpo_cli.runtime.state import (
+from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.rng_state import read_generators
+from unigrpo_cli.training.state import (
     Origin,
     Reference,
     TrainState,
@@ -45,26 +46,25 @@ from unigrpo_cli.runtime.state import (
     restore_state,
     save_state,
 )
-from unigrpo_cli.tuning import make_optimizer, prepare_policy
 
 SETTINGS = [
     "sampling.max_new_tokens=6",
     "sampling.height=16",
     "sampling.width=16",
     "sampling.steps=4",
-    "sampling.window_within=[0, 3]",
+    "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "objective.image_clip=1e-3",
     "objective.penalty_weight=0.1",
     "objective.text_kl=0.01",
     "train.prompts_per_step=4",
     "train.group_size=3",
-    "train.updates=2",
-    "train.micro_batch=4",
+    "train.minibatches=2",
+    "train.micro_batch_size=4",
     "train.lr_text=1e-3",
     "train.lr_image=1e-3",
     "train.lora_rank=2",
-    "advantage.std=batch",
+    "advantage.normalize=batch",
 ]
 PROMPTS = [Prompt(name, text) for name, text in (("a", "a red circle"), ("b", "two blue stars"), ("c", "a heart"))]
 PROMPTS.append(Prompt("d", "a green square above a red ring"))
@@ -122,7 +122,7 @@ def trained(ranks: Ranks, *settings: str) -> Found:
     """Three steps: the weights, and each step's metrics, advantages and texts."""
     config = load_config(overrides=[*SETTINGS, *settings])
     state = state_of(config, ranks)
-    on_first = config.reward.on == "first" and not ranks.alone
+    on_first = config.reward.scoring_rank == "first" and not ranks.alone
     steps = []
     with rewards(on_first=on_first, here=ranks.first or not on_first) as judges:
         for _ in range(3):
@@ -142,19 +142,19 @@ def trained(ranks: Ranks, *settings: str) -> Found:
 
 
 def lora(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.tune=lora")
+    return trained(ranks, "train.finetune=lora")
 
 
 def replicated(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.tune=full", "ranks.weights=whole", 'train.also=["embeddings"]')
+    return trained(ranks, "train.finetune=full", "ranks.weights=whole", 'train.extra_modules=["embeddings"]')
 
 
 def sharded(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.tune=full", 'train.also=["embeddings"]')
+    return trained(ranks, "train.finetune=full", 'train.extra_modules=["embeddings"]')
 
 
 def judged_on_first(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.tune=lora", "reward.on=first")
+    return trained(ranks, "train.finetune=lora", "reward.scoring_rank=first")
 
 
 BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfloat16")
@@ -183,7 +183,7 @@ def refused(ranks: Ranks, _out: Path) -> Found:
 
     train.unigrpo_loss = sometimes
     try:
-        return trained(ranks, "train.tune=full", "train.micro_batch=8")
+        return trained(ranks, "train.finetune=full", "train.micro_batch_size=8")
     finally:
         train.unigrpo_loss = original
 
@@ -199,7 +199,7 @@ def failing_judge(ranks: Ranks, _out: Path) -> Found:
 
     Bright.score = score
     try:
-        trained(ranks, "train.tune=full")
+        trained(ranks, "train.finetune=full")
     except RewardError as error:
         ranks.wait()  # all are here: nobody waits elsewhere
         return {}, {"error": str(error), "everywhere": error.everywhere}
@@ -218,7 +218,7 @@ def abstaining_judge(ranks: Ranks, _out: Path) -> Found:
 
     Bright.score = score
     try:
-        weights, told = trained(ranks, "train.tune=lora")
+        weights, told = trained(ranks, "train.finetune=lora")
     finally:
         Bright.score = original
     return weights, told
@@ -226,7 +226,7 @@ def abstaining_judge(ranks: Ranks, _out: Path) -> Found:
 
 def uneven_texts(ranks: Ranks, _out: Path) -> Found:
     """Rank 1's prompts make it write to the end of a long budget, rank 0's stop it at the first word."""
-    original = UnifiedModel.logits
+    original = MoTPolicy.logits
 
     def logits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         found = original(self, hidden)
@@ -244,16 +244,16 @@ def uneven_texts(ranks: Ranks, _out: Path) -> Found:
             yield sampler
             sampling.clear()
 
-    UnifiedModel.logits, train.gathered = logits, watched
+    MoTPolicy.logits, train.gathered = logits, watched
     try:
         return trained(ranks, "sampling.max_new_tokens=24")
     finally:
-        UnifiedModel.logits, train.gathered = original, gathered
+        MoTPolicy.logits, train.gathered = original, gathered
 
 
-def _saved(ranks: Ranks, out: Path, tune: str) -> Found:
+def _saved(ranks: Ranks, out: Path, finetune: str) -> Found:
     """Two steps, a checkpoint, and a third step: what going on from it has to come to."""
-    config = load_config(overrides=[*SETTINGS, f"train.tune={tune}"])
+    config = load_config(overrides=[*SETTINGS, f"train.finetune={finetune}"])
     state = state_of(config, ranks)
     state.origin = Origin(config, Reference("none", ""), prompt_list(PROMPTS), ())
     state.generators = read_generators()
@@ -261,23 +261,23 @@ def _saved(ranks: Ranks, out: Path, tune: str) -> Found:
         for _ in range(2):
             step(state, judges, config)
         place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
-        save_state(state, place / f"{tune}.{ranks.world}")
+        save_state(state, place / f"{finetune}.{ranks.world}")
         step(state, judges, config)
     return weights_of(state), {}
 
 
-def _restored(ranks: Ranks, out: Path, tune: str) -> Found:
+def _restored(ranks: Ranks, out: Path, finetune: str) -> Found:
     """The third step from the checkpoint that the other number of ranks wrote."""
-    checkpoint = out / f"{tune}.{3 - ranks.world}"
+    checkpoint = out / f"{finetune}.{3 - ranks.world}"
     until = time.monotonic() + 120
     while not checkpoint.is_dir() and time.monotonic() < until:
         time.sleep(0.2)
-    config = load_config(overrides=[*SETTINGS, f"train.tune={tune}"])
+    config = load_config(overrides=[*SETTINGS, f"train.finetune={finetune}"])
     model = build_model(seed=3, width=32, layers=2)
-    if tune == "lora":
+    if finetune == "lora":
         load_adapters(model.network, checkpoint)
     policy = prepare_policy(model, config, ranks)
-    if tune == "full":
+    if finetune == "full":
         restore_weights(policy.network, checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_state(state, checkpoint, read_state(checkpoint))
@@ -304,9 +304,9 @@ SCENES = {
 
 
 SCENES |= {
-    f"{verb}_{tune}": partial(scene, tune=tune)
+    f"{verb}_{finetune}": partial(scene, finetune=finetune)
     for verb, scene in (("saved", _saved), ("restored", _restored))
-    for tune in ("full", "lora")
+    for finetune in ("full", "lora")
 }
 
 

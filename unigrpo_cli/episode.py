@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unigrpo_cli.algo.flow import KERNELS, Window
+from unigrpo_cli.algo.flow import SDES, Window
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.intake import read_text, refuse_odd_text
+from unigrpo_cli.io.limits import read_text, refuse_odd_text
 
 FORMAT = 1
 LARGEST_MEMBER = 10**6
@@ -109,7 +109,7 @@ class ImageActions:
         grid: token rows and columns; N = rows * columns.
         times: [T] fp32, the whole schedule; step k goes from times[k] to times[k + 1].
         window: which steps were stochastic; its size is K (0 for an image painted by Euler steps alone).
-        kernel, noise_level: the transition that drew them.
+        sde, noise_level: the transition that drew them.
         before, after: [K, N, D] fp32, latents around each stochastic step.
         log_prob: [K] fp32, mean over N and D, under the behaviour policy.
         latent: [N, D] fp32, the final latent x_0.
@@ -119,7 +119,7 @@ class ImageActions:
     grid: tuple[int, int]
     times: Tensor
     window: Window
-    kernel: str
+    sde: str
     noise_level: float
     before: Tensor
     after: Tensor
@@ -290,9 +290,7 @@ def _unpack(plain: dict, tensors: dict[str, Tensor], finite: bool) -> Segment:
     if isinstance(segment, TextActions):
         _kinds(segment, finished=bool, temperature=float | int, text=str)
         _same("log_prob", segment.log_prob.shape, segment.ids.shape)
-        if finite and bool(
-            (segment.log_prob > 1e-3).any()
-        ):  # of words, so no density; a little above 0 is rounding
+        if finite and bool((segment.log_prob > 1e-3).any()):  # of words, so no density; a little above 0 is rounding
             raise ValueError("log_prob of text is above 0")
     if isinstance(segment, ImageActions) or (isinstance(segment, GivenImage) and len(segment.latent)):
         _same("latent", segment.latent.shape[:1], (segment.grid[0] * segment.grid[1],))
@@ -310,15 +308,15 @@ def _unpack(plain: dict, tensors: dict[str, Tensor], finite: bool) -> Segment:
 
 def _sampled(image: ImageActions) -> None:
     """Refuse a schedule or transition that no rollout writes."""
-    _kinds(image, kernel=str, noise_level=float | int)
+    _kinds(image, sde=str, noise_level=float | int)
     _kinds(image.window, start=int, size=int)
     steps = len(image.times) - 1
     if image.times.ndim != 1 or steps < 1 or not (image.times.diff() < 0).all():
         raise ValueError("times must fall, from noise to data")
     if image.window.start < 0 or not 0 <= image.window.size <= steps - image.window.start:
         raise ValueError(f"window {image.window.start} + {image.window.size} is outside the {steps} steps")
-    if image.kernel not in KERNELS:
-        raise ValueError(f"kernel = {image.kernel!r}")
+    if image.sde not in SDES:
+        raise ValueError(f"kernel = {image.sde!r}")
     if not 0 <= image.noise_level < math.inf:
         raise ValueError(f"noise_level = {image.noise_level}")
 

@@ -16,12 +16,12 @@ from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.lanes import at_once
-from unigrpo_cli.models import Policy
-from unigrpo_cli.ranks import ALONE, Ranks
+from unigrpo_cli.models.policy import Policy
+from unigrpo_cli.parallel.ranks import ALONE, Ranks
+from unigrpo_cli.parallel.workers import at_once
+from unigrpo_cli.rewards.async_scoring import scores_of
 from unigrpo_cli.rewards.batch import Sample
-from unigrpo_cli.rewards.overlap import scores_of
-from unigrpo_cli.rewards.scoring import RewardSet, Scored
+from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.suites import task_of
 
@@ -98,9 +98,9 @@ def train_sampling(config: Config) -> Sampling:
         width=s.width,
         steps=s.steps,
         shift=s.shift,
-        kernel=s.kernel,
+        sde=s.sde,
         noise_level=s.noise_level,
-        rows=s.rows,
+        batch_size=s.batch_size,
         compiled=s.compile,
     )
 
@@ -146,7 +146,7 @@ def evaluate(
     seed: int,
     ranks: Ranks = ALONE,
     on_rows: Callable[[int], None] = lambda rows: None,
-    on_groups: Callable[[list[Group], dict[str, Scored]], None] = lambda groups, scored: None,
+    on_groups: Callable[[list[Group], dict[str, RewardResult]], None] = lambda groups, scored: None,
 ) -> Evaluation:
     """Sample `samples` images per prompt by Euler steps and score them.
 
@@ -158,9 +158,9 @@ def evaluate(
         on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
     """
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.asked("eval")}
-    if sampling.rows > samples:  # whole prompts, so that batches are the same however many are drawn at once
-        sampling = replace(sampling, rows=sampling.rows // samples * samples)
-    chunk = max(1, sampling.rows // samples) * at_once(len(prompts), policy.device)
+    if sampling.batch_size > samples:  # whole prompts, so that batches are the same however many are drawn at once
+        sampling = replace(sampling, batch_size=sampling.batch_size // samples * samples)
+    chunk = max(1, sampling.batch_size // samples) * at_once(len(prompts), policy.device)
     share = ranks.stretch(prompts)
     for k in range(ranks.most(-(-len(share) // chunk))):
         with ranks.together():
@@ -176,7 +176,7 @@ def evaluate(
     told = ranks.gather({name: np.concatenate([*parts, []]).tolist() for name, parts in values.items()})
     joined = {name: np.concatenate([np.asarray(own[name]) for own in told]) for name in values}
     noise = {"seed": seed, "samples": samples} | asdict(sampling)
-    for name in ("rows", "compiled", "tapered", "kernel", "noise_level"):  # no part of what Euler steps draw
+    for name in ("batch_size", "compiled", "tapered", "sde", "noise_level"):  # no part of what Euler steps draw
         noise.pop(name)
     return summarise(joined, tasks, ids, texts, noise)
 
@@ -254,6 +254,4 @@ def load_report(path: Path) -> Evaluation:
 def _read_report(data: dict[str, Any]) -> Evaluation:
     values = {k: np.array([np.nan if x is None else x for x in v]) for k, v in data["values"].items()}
     scores = {k: Estimate(**(v | {"ci95": tuple(v["ci95"])})) for k, v in data["scores"].items()}
-    return Evaluation(
-        scores, data["per_task"], values, tuple(data["prompt_ids"]), tuple(data["texts"]), data["noise"]
-    )
+    return Evaluation(scores, data["per_task"], values, tuple(data["prompt_ids"]), tuple(data["texts"]), data["noise"])

@@ -22,16 +22,15 @@ from torch.nn.utils.rnn import pad_sequence
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, structure
-from unigrpo_cli.models import Policy
-from unigrpo_cli.models.mot import MoTOutput, NoisyImage
-from unigrpo_cli.rollout import look, views_of
+from unigrpo_cli.models.mot.network import MoTOutput, NoisyImage
+from unigrpo_cli.models.policy import Policy
+from unigrpo_cli.rollout import read_image, views_of
 
-COUPLINGS = ("full", "detach")
-EDGES = 2  # boundary tokens of an image
+BOUNDARY = 2  # boundary tokens of an image
 
 
 @dataclass(frozen=True)
-class Turn:
+class Chunk:
     """Some text, given and acted, and perhaps an image after it, painted or given: what is packed together.
 
     Args:
@@ -39,7 +38,7 @@ class Turn:
         row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 where off-mask.
         action_BL, mask_BL: the acted ids, and where there are any.
         image: the recorded noisy states of a painted image, or None.
-        latent_BND, grid, view_BHWC: the finished or given image, which later turns see; see `rollout.look`.
+        latent_BND, grid, view_BHWC: the finished or given image, which later turns see; see `rollout.read_image`.
     """
 
     ids_BS: Tensor
@@ -61,16 +60,14 @@ class Batch:
     actions were drawn: text [B, L], images [B, K] one after the other.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[Chunk, ...]
     actions: Actions
     temperature: float
     behaviour_text_BL: Tensor
     behaviour_image_BK: Tensor
 
 
-def micro_batches(
-    episodes: Sequence[Episode], indices: Sequence[int], size: int, tokens: int = 0
-) -> list[list[int]]:
+def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int, tokens: int = 0) -> list[list[int]]:
     """The indices cut into parts of at most `size` episodes that can be replayed together.
 
     With `tokens` a part has at most that many, padding counted (or one episode, which may have more). The longest
@@ -80,7 +77,7 @@ def micro_batches(
         ValueError: when `size` was left open.
     """
     if size < 1:
-        raise ValueError(f"train.micro_batch={size}: a run finds a size for 0; here give the number of episodes")
+        raise ValueError(f"train.micro_batch_size={size}: a run finds a size for 0; here give the number of episodes")
     alike: dict[tuple, list[int]] = {}
     for k in indices:
         alike.setdefault(structure(episodes[k].segments), []).append(k)
@@ -106,9 +103,9 @@ def replayed_tokens(episode: Episode) -> int:
         elif isinstance(segment, TextActions):
             count += len(segment.opening) + len(segment.ids) + len(segment.closing)
         elif isinstance(segment, ImageActions):
-            count += segment.window.size * (segment.grid[0] * segment.grid[1] + EDGES)
+            count += segment.window.size * (segment.grid[0] * segment.grid[1] + BOUNDARY)
         else:
-            count += len(segment.latent) + EDGES
+            count += len(segment.latent) + BOUNDARY
     return count
 
 
@@ -141,17 +138,17 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
             steps = _image_steps(painted)
             images.append(steps)
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
-            turns.append(_turn(pending, painted, steps))
+            turns.append(_chunk(pending, painted, steps))
             pending = [[] for _ in episodes]
         elif isinstance(column[0], GivenImage):
-            turns.append(_turn(pending, [s for s in column if isinstance(s, GivenImage)], None))
+            turns.append(_chunk(pending, [s for s in column if isinstance(s, GivenImage)], None))
             pending = [[] for _ in episodes]
         else:
             for row, segment in zip(pending, column, strict=True):
                 assert isinstance(segment, GivenText | TextActions)
                 row.append(segment)
     if pending[0]:
-        turns.append(_turn(pending, [], None))
+        turns.append(_chunk(pending, [], None))
     for episode in episodes:
         own = [s.log_prob for s in episode.segments if isinstance(s, TextActions)]
         text_log_probs.append(torch.cat(own) if own else torch.zeros(0))
@@ -169,11 +166,11 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     return batch if str(device) == "cpu" else _to(batch, device)
 
 
-def _turn(
+def _chunk(
     rows: list[list[GivenText | TextActions]],
     shown: Sequence[GivenImage | ImageActions],
     steps: ImageSteps | None,
-) -> Turn:
+) -> Chunk:
     """Text segments of every row, concatenated, and the image they end in."""
     ids, at, actions = [], [], []
     for row in rows:
@@ -195,7 +192,7 @@ def _turn(
     if len({s.grid for s in shown}) > 1:
         raise ValueError("images replayed together must share one size")
     grid = shown[0].grid if shown else (0, 0)
-    return Turn(
+    return Chunk(
         ids_BS=pad_sequence(ids, batch_first=True),
         length_B=[len(row) for row in ids],
         row_BL=pad_sequence(at, batch_first=True),
@@ -210,8 +207,8 @@ def _turn(
 
 def _image_steps(painted: list[ImageActions]) -> ImageSteps:
     """The stochastic steps of one image per row."""
-    if len({(s.grid, s.window, s.kernel, s.noise_level, *s.times.tolist()) for s in painted}) > 1:
-        raise ValueError("images replayed together must share size, window, kernel, noise level and times")
+    if len({(s.grid, s.window, s.sde, s.noise_level, *s.times.tolist()) for s in painted}) > 1:
+        raise ValueError("images replayed together must share size, window, sde, noise level and times")
     times = torch.stack([s.times for s in painted])
     steps = list(painted[0].window.steps)
     return ImageSteps(
@@ -220,7 +217,7 @@ def _image_steps(painted: list[ImageActions]) -> ImageSteps:
         t_BK=times[:, steps],
         t_next_BK=times[:, [k + 1 for k in steps]],
         t_second=times[0, 1],
-        kernel=painted[0].kernel,
+        sde=painted[0].sde,
         noise_level=painted[0].noise_level,
     )
 
@@ -231,7 +228,7 @@ def _to(value, device):
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
-    if isinstance(value, Batch | Turn | Actions | ImageSteps | NoisyImage):
+    if isinstance(value, Batch | Chunk | Actions | ImageSteps | NoisyImage):
         return replace(value, **{name: _to(v, device) for name, v in vars(value).items()})
     return value
 
@@ -240,7 +237,7 @@ def replay(
     policy: Policy,
     batch: Batch,
     *,
-    coupling: str = "full",
+    grad_through_context: bool = True,
     image: bool = True,
     text: bool = True,
     copies: int | None = None,
@@ -248,9 +245,8 @@ def replay(
     """Score recorded actions under the policy's present weights.
 
     Args:
-        coupling: what the image loss teaches the text expert. "full": gradients flow through the context's
-            keys and values, for the painter's conditioning is part of the policy. "detach": the image loss
-            trains the image expert alone.
+        grad_through_context: whether the image loss also trains the text expert, through the context's keys and
+            values. False: it trains the image expert alone.
         image: False leaves out velocities (a text-only objective).
         text: False leaves the words unscored, for a reference of velocities alone: its log-probabilities
             are then 0 and mean nothing.
@@ -258,13 +254,11 @@ def replay(
             `copies_at_once`. Rounding aside, scores and gradients are the same for any number.
 
     Raises:
-        ValueError: on an unknown coupling, or fewer than one copy.
+        ValueError: on fewer than one copy.
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(f"unknown coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
     if copies is not None and copies < 1:
         raise ValueError(f"copies={copies}: a pass looks at one noisy state or more; None lets the policy choose")
-    detach = coupling == "detach"
+    detach = not grad_through_context
     context = policy.empty_context(len(batch.turns[0].length_B))
     log_probs, entropies, velocities = [], [], []
     for k, turn in enumerate(batch.turns):
@@ -288,11 +282,11 @@ def replay(
             log_probs.append(_scatter(scored.log_prob, turn.mask_BL))
             entropies.append(_scatter(scored.entropy, turn.mask_BL))
         if looks:
-            others = [policy.forward(out.context, image=look, detach_context=detach) for look in looks[1:]]
+            others = [policy.forward(out.context, image=noisy, detach_context=detach) for noisy in looks[1:]]
             velocities.append(_all_copies([out, *others]))
         context = out.context
         if turn.latent_BND is not None and k + 1 < len(batch.turns):
-            context = look(policy, context, turn.latent_BND, turn.grid, turn.view_BHWC)
+            context = read_image(policy, context, turn.latent_BND, turn.grid, turn.view_BHWC)
     rows = len(batch.turns[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(

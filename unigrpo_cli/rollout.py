@@ -1,6 +1,7 @@
 """Episodes under the behaviour policy: write, paint, and the program prompt -> reasoning -> image.
 
-`write_text` and `paint` each draw one segment for all rows at once, `look` puts a picture into the context.
+`sample_text` and `sample_image` each draw one segment for all rows at once; `read_image` puts a
+picture into the context.
 Programs of several rounds are longer sequences of the three, each round with seeds of its own,
 `derive(seed, "round", k)`. `replay.py` is this file's mirror image: it scores what was drawn here with the same
 functions of `algo`.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
+from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import (
     Episode,
@@ -30,12 +32,11 @@ from unigrpo_cli.episode import (
     TextActions,
     structure,
 )
-from unigrpo_cli.lanes import at_once, side_by_side
-from unigrpo_cli.models import Policy
-from unigrpo_cli.models.context import Context
-from unigrpo_cli.models.mot import NoisyImage
-from unigrpo_cli.outgrown import outgrown
-from unigrpo_cli.seeds import derive, normal, uniform
+from unigrpo_cli.models.mot.context import Context
+from unigrpo_cli.models.mot.network import NoisyImage
+from unigrpo_cli.models.policy import Policy
+from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
+from unigrpo_cli.parallel.workers import at_once, parallel_map
 
 NO_GUIDANCE = Guidance()
 
@@ -51,8 +52,8 @@ class Sampling:
         height, width: of the image, in pixels.
         steps: network calls per image.
         shift: of the time grid; above 1 spends more steps at high noise.
-        kernel, noise_level: the stochastic transition inside the window.
-        rows: episodes in one batch. Changes speed and memory, no sample.
+        sde, noise_level: the stochastic transition inside the window.
+        batch_size: episodes in one batch. Changes speed and memory, no sample.
         compiled: by `Policy.compiled`.
         tapered: the last two batches are drawn in halves, for whoever takes up finished ones: little is left to do
             when the last is drawn, also where several are drawn side by side.
@@ -66,9 +67,9 @@ class Sampling:
     width: int
     steps: int
     shift: float
-    kernel: str
+    sde: str
     noise_level: float
-    rows: int
+    batch_size: int
     guidance: Guidance = NO_GUIDANCE
     compiled: bool = False
     tapered: bool = False
@@ -94,34 +95,34 @@ def rollout(
         on_rows, on_episodes: told after each batch how many, and given them.
 
     Raises:
-        ValueError: when `sampling.rows` was left open.
+        ValueError: when `sampling.batch_size` was left open.
     """
-    if sampling.rows < 1:
-        raise ValueError(f"sampling.rows={sampling.rows}: a command finds a size for 0; here give the number")
+    if sampling.batch_size < 1:
+        raise ValueError(
+            f"sampling.batch_size={sampling.batch_size}: a command finds a size for 0; here give the number"
+        )
     if sampling.compiled:
         policy = policy.compiled()
     asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
     alike: dict[tuple, list[tuple[int, int]]] = {}
     for k, (_, given) in enumerate(asked):
         alike.setdefault(structure(given), []).extend((k, member) for member in range(members))
-    batches = [part for todo in alike.values() for part in _cut(todo, sampling.rows)]
+    batches = [part for todo in alike.values() for part in _cut(todo, sampling.batch_size)]
     if sampling.tapered:
         batches[-2:] = [half for batch in batches[-2:] for half in _cut(batch, -(-len(batch) // 2))]
 
     @torch.no_grad()  # which threads do not inherit
     def draw(rows: list[tuple[int, int]]) -> list[Episode]:
-        with outgrown("a rollout", "sampling.rows", len(rows)):
+        with out_of_memory_hint("a rollout", "sampling.batch_size", len(rows)):
             return _think_then_paint(policy, asked, rows, sampling, window, seed)
 
     episodes: dict[tuple[int, int], Episode] = {}
     beside = at_once(len(batches), policy.device)
-    for rows, drawn in zip(batches, side_by_side(draw, batches, beside), strict=True):
+    for rows, drawn in zip(batches, parallel_map(draw, batches, beside), strict=True):
         episodes |= zip(rows, drawn, strict=True)
         on_rows(len(rows))
         on_episodes(drawn)
-    return [
-        Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)
-    ]
+    return [Group(prompt, tuple(episodes[k, member] for member in range(members))) for k, prompt in enumerate(prompts)]
 
 
 def _cut(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
@@ -151,15 +152,17 @@ def _think_then_paint(
     context = read(lambda given: given)
     texts: list[TextActions] = []
     if sampling.think:
-        context, texts = write_text(policy, context, sampling, seeds)
-    poorer = None
+        context, texts = sample_text(policy, context, sampling, seeds)
+    unconditional = None
     if sampling.guidance.on:
-        poorer = Poorer(
+        unconditional = UnconditionalContexts(
             less_text=read(lambda given: given[:-1]),
             less_image=read(lambda given: tuple(s for s in given if isinstance(s, GivenText))),
         )
     sources = [s for s in asked[own[0]][1] if isinstance(s, GivenImage)]
-    images = paint(policy, context, sampling, window, seeds, sources[-1].grid if sources else None, poorer)
+    images = sample_image(
+        policy, context, sampling, window, seeds, sources[-1].grid if sources else None, unconditional
+    )
     return [
         Episode(asked[k][0], member, seeds[row], (*asked[k][1], *texts[row : row + 1], images[row]))
         for row, (k, member) in enumerate(rows)
@@ -172,7 +175,7 @@ def answer(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: 
     texts = []
     for prompt in prompts:
         context = read_given(policy, [policy.question(prompt, sampling.think)])
-        texts += write_text(policy, context, sampling, [derive(seed, prompt.id, 0)])[1]
+        texts += sample_text(policy, context, sampling, [derive(seed, prompt.id, 0)])[1]
     return texts
 
 
@@ -194,7 +197,7 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
         if isinstance(column[0], GivenImage):
             images = [s for s in column if isinstance(s, GivenImage)]
             latent = torch.stack([image.latent for image in images]).to(policy.device)
-            context = look(policy, read_pending(context), latent, images[0].grid, views_of(images))
+            context = read_image(policy, read_pending(context), latent, images[0].grid, views_of(images))
             continue
         for row, segment in zip(pending, column, strict=True):
             assert isinstance(segment, GivenText)
@@ -202,7 +205,7 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
     return read_pending(context)
 
 
-def look(
+def read_image(
     policy: Policy, context: Context, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
 ) -> Context:
     """The context after seeing one picture per row: its clean latents unless N = 0, then the tower's view."""
@@ -220,7 +223,7 @@ def views_of(images: Sequence[GivenImage | ImageActions]) -> Tensor | None:
     return torch.stack(views) if views else None
 
 
-def write_text(
+def sample_text(
     policy: Policy, context: Context, sampling: Sampling, seeds: Sequence[int]
 ) -> tuple[Context, list[TextActions]]:
     """Sample one text per row with a key-value cache, until all rows have stopped or the budget is spent.
@@ -242,9 +245,7 @@ def write_text(
     out = policy.forward(whole, torch.full((rows, 1), open_id, device=policy.device))
     for k in range(budget):
         assert out.hidden_BLC is not None
-        drawn = token(
-            policy.logits(out.hidden_BLC[:, -1]), temperature=sampling.temperature, uniform=uniform_BL[at, k]
-        )
+        drawn = token(policy.logits(out.hidden_BLC[:, -1]), temperature=sampling.temperature, uniform=uniform_BL[at, k])
         ids_BL[at, k], log_prob_BL[at, k] = drawn.id, drawn.log_prob.float()
         out = policy.forward(out.context, drawn.id[:, None], going)
         stops = (drawn.id == stop_id) & ~finished[at]
@@ -281,21 +282,21 @@ def write_text(
 
 
 @dataclass(frozen=True)
-class Poorer:
+class UnconditionalContexts:
     """Contexts that guidance compares with: without the last user text, and without pictures; both unreasoned."""
 
     less_text: Context
     less_image: Context
 
 
-def paint(
+def sample_image(
     policy: Policy,
     context: Context,
     sampling: Sampling,
     window: flow.Window,
     seeds: Sequence[int],
     grid: tuple[int, int] | None = None,
-    poorer: Poorer | None = None,
+    unconditional: UnconditionalContexts | None = None,
 ) -> list[ImageActions]:
     """Integrate one image per row from noise: stochastic steps inside the window, Euler steps elsewhere.
 
@@ -303,7 +304,7 @@ def paint(
         grid: token rows and columns of the images, where `sampling` does not say: an edit has its source's.
         poorer: for guidance, which only Euler steps can have: its steps are no actions of the policy.
     """
-    if poorer is not None and window.size:
+    if unconditional is not None and window.size:
         raise ValueError("guidance is for evaluation; a stochastic window cannot have it")
     grid = grid or policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
@@ -314,13 +315,13 @@ def paint(
     before, after, log_probs = [], [], []
     for k, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(policy, context, x, t, grid)
-        if poorer is not None and sampling.guidance.acts(float(t)):
-            v = _guided(policy, poorer, x, t, grid, v, sampling.guidance)
+        if unconditional is not None and sampling.guidance.acts(float(t)):
+            v = _guided(policy, unconditional, x, t, grid, v, sampling.guidance)
         if k not in window.steps:
             x = flow.euler(x, v, t, t_next)
             continue
         action = flow.step(
-            sampling.kernel,
+            sampling.sde,
             x,
             v,
             t,
@@ -346,7 +347,7 @@ def paint(
             grid=grid,
             times=times,
             window=window,
-            kernel=sampling.kernel,
+            sde=sampling.sde,
             noise_level=sampling.noise_level,
             before=before_BKND[row].clone(),
             after=after_BKND[row].clone(),
@@ -368,13 +369,13 @@ def velocity(policy: Policy, context: Context, x_BND: Tensor, t: Tensor, grid: t
 
 def _guided(
     policy: Policy,
-    poorer: Poorer,
+    unconditional: UnconditionalContexts,
     x_BND: Tensor,
     t: Tensor,
     grid: tuple[int, int],
     v_BND: Tensor,
     guidance: Guidance,
 ) -> Tensor:
-    less_text = velocity(policy, poorer.less_text, x_BND, t, grid)
-    less_image = velocity(policy, poorer.less_image, x_BND, t, grid) if guidance.image > 1 else None
+    less_text = velocity(policy, unconditional.less_text, x_BND, t, grid)
+    less_image = velocity(policy, unconditional.less_image, x_BND, t, grid) if guidance.image > 1 else None
     return guided(v_BND, less_text, less_image, guidance)

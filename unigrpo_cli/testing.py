@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unigrpo_cli.rewards.contract import Check, check_reward, example_samples
+from unigrpo_cli.rewards.conformance import Check, check_reward, example_samples
 
 __all__ = ["Check", "assert_reward_contract", "check_reward", "example_samples"]
 

@@ -20,23 +20,23 @@ from torch import Tensor
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.advantage import combined_advantage
 from unigrpo_cli.algo.objective import Loss, Objective, Scores, unigrpo_loss
+from unigrpo_cli.algo.rng import derive, uniform
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import RefusedUpdateError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
-from unigrpo_cli.lanes import at_once, side_by_side
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.sharding import gathered, is_sharded
-from unigrpo_cli.models.unified import UnifiedModel
-from unigrpo_cli.ranks import ALONE, Ranks, local
+from unigrpo_cli.parallel.ranks import ALONE, Ranks, local
+from unigrpo_cli.parallel.workers import at_once, parallel_map
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
-from unigrpo_cli.rewards.overlap import Scoring, taken
-from unigrpo_cli.rewards.scoring import RewardSet, Scored
+from unigrpo_cli.rewards.async_scoring import Scoring, taken
+from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
 from unigrpo_cli.rollout import rollout
-from unigrpo_cli.runtime.state import TrainState
-from unigrpo_cli.seeds import derive, uniform
-from unigrpo_cli.tuning import warmup
-from unigrpo_cli.watch import metrics as standing
-from unigrpo_cli.watch import refusal
+from unigrpo_cli.training import metrics as step_metrics
+from unigrpo_cli.training import update_guard
+from unigrpo_cli.training.optimizer import warmup
+from unigrpo_cli.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Step:
 
     metrics: dict[str, float]
     groups: list[Group]
-    scored: dict[str, Scored]
+    scored: dict[str, RewardResult]
     advantage_B: Tensor
     skipped: str | None = None
 
@@ -122,7 +122,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     with _timed(seconds, "rollout"), gathered(policy) as sampler, ranks.together():
         groups = rollout(
             sampler,
-            ranks.share(prompts_P, config.train.updates),
+            ranks.share(prompts_P, config.train.minibatches),
             config.train.group_size,
             replace(train_sampling(config), tapered=scoring.begins_early),
             window_of(config, step),
@@ -130,30 +130,30 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
         )
     with _timed(seconds, "reward"):
-        scoring.ask([s.id for s in samples_of(groups, step)], parts=config.train.updates)
+        scoring.ask([s.id for s in samples_of(groups, step)], parts=config.train.minibatches)
     apart = config.train.old_scores == "replay" or config.train.epochs > 1 or step % RATIO_CHECKED == 0
     with _timed(seconds, "old"):
-        fixed = replay_fixed(policy, flatten(groups), config, objective, ranks, apart)
+        fixed = score_old_and_reference(policy, flatten(groups), config, objective, ranks, apart)
     with _timed(seconds, "reward"):
         scored = scoring.finish()
     advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
 
-    own = ranks.share(range(len(advantage_B)), config.train.updates)
+    own = ranks.share(range(len(advantage_B)), config.train.minibatches)
     shares = weighed(fixed, advantage_B[own])
-    metrics = standing.rollout_metrics(groups, scored, advantage_B)
+    metrics = step_metrics.rollout_metrics(groups, scored, advantage_B)
     updates: list[Update] = []
     skipped = None
     with _timed(seconds, "update"):
         try:
             with ranks.together():
-                refusal.check_batch(groups, [(m.batch, m.old, m.reference) for share in shares for m in share])
+                update_guard.check_batch(groups, [(m.batch, m.old, m.reference) for share in shares for m in share])
             for share in shares * config.train.epochs:
                 updates.append(optimizer_step(state, share, objective, config))
         except RefusedUpdateError as refused:  # updates made before it stay: docs/decisions/0014
             skipped = f"update {len(updates) + 1} of {len(shares) * config.train.epochs}: {refused}"
     later = [(m.batch, m.old) for share in shares for m in share if m.old is not None]
-    metrics |= standing.drift(later if apart else [r for u in updates[:1] for r in u.replayed] + later)
-    metrics |= standing.over_updates([u.terms for u in updates], ratio_checked=apart) | standing.memory()
+    metrics |= step_metrics.drift(later if apart else [r for u in updates[:1] for r in u.replayed] + later)
+    metrics |= step_metrics.over_updates([u.terms for u in updates], ratio_checked=apart) | step_metrics.memory()
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
     scored = {name: taken(s, own) for name, s in scored.items()}
     return Step(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
@@ -189,9 +189,9 @@ def window_of(config: Config, step: int) -> flow.Window:
         s.window,
         steps=s.steps,
         size=s.window_size,
-        within=s.window_within,
+        within=s.window_range,
         uniform=float(uniform(derive(config.seed, "window", step), 1)),
-        turn=step // s.window_every,
+        turn=step // s.window_period,
     )
 
 
@@ -210,7 +210,7 @@ def objective_of(config: Config) -> Objective:
     )
 
 
-def advantages(scored: dict[str, Scored], rewards: RewardSet, config: Config, prompts: int, seed: int) -> Tensor:
+def advantages(scored: dict[str, RewardResult], rewards: RewardSet, config: Config, prompts: int, seed: int) -> Tensor:
     """One advantage per episode, fp32 [B], from all rewards of its group."""
     reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
     valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
@@ -229,7 +229,7 @@ def advantages(scored: dict[str, Scored], rewards: RewardSet, config: Config, pr
             rewards.weights,
             valid_PG,
             how=combination(rewards, config),
-            std=config.advantage.std,
+            normalize=config.advantage.normalize,
             clamp=config.advantage.clamp or None,
         )
     advantage_B = advantage_PG.flatten().float()
@@ -247,8 +247,8 @@ def combination(rewards: RewardSet, config: Config) -> str:
     return "gdpo" if len(ranges) > 1 else "sum"
 
 
-def replay_fixed(
-    policy: UnifiedModel,
+def score_old_and_reference(
+    policy: MoTPolicy,
     episodes: Sequence[Episode],
     config: Config,
     objective: Objective,
@@ -267,18 +267,21 @@ def replay_fixed(
     """
     paints = objective.image_weight > 0
     needs_reference = objective.text_kl > 0 or (paints and objective.penalty != "none")
-    each = len(episodes) // config.train.updates
+    each = len(episodes) // config.train.minibatches
     parts = []
     for start in range(0, len(episodes), each):
         own = micro_batches(
-            episodes, range(start, start + each), config.train.micro_batch, config.train.micro_tokens
+            episodes,
+            range(start, start + each),
+            config.train.micro_batch_size,
+            config.train.max_tokens_per_micro_batch,
         )
         parts.append(split_up(own, ranks.most(len(own))))
     batches = [[collate([episodes[k] for k in part], policy.device) for part in share] for share in parts]
 
     @torch.no_grad()  # which threads do not inherit
     def score_old(batch: Batch) -> Scores:
-        return replay(policy, batch, coupling=config.objective.coupling, image=paints)
+        return replay(policy, batch, grad_through_context=config.objective.grad_through_context, image=paints)
 
     @torch.no_grad()
     def score_reference(batch: Batch) -> Scores:
@@ -286,7 +289,7 @@ def replay_fixed(
 
     def scored(score: Callable[[Batch], Scores], share: list[Batch]) -> list[Scores | None]:
         """An update's batches beside each other, as they will be learnt from: with as many threads for each."""
-        return list(side_by_side(score, share, _beside(policy, len(share))))
+        return list(parallel_map(score, share, _beside(policy, len(share))))
 
     nothing: list[list[Scores | None]] = [[None] * len(share) for share in batches]
     old = [scored(score_old, share) if apart or k else nothing[k] for k, share in enumerate(batches)]
@@ -321,7 +324,7 @@ def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Ob
     beside = _beside(state.policy, len(share))
 
     def learn(m: MicroBatch) -> tuple[Scores, Loss, Sequence[Tensor | None]]:
-        new = replay(state.policy, m.batch, coupling=config.objective.coupling, image=paints)
+        new = replay(state.policy, m.batch, grad_through_context=config.objective.grad_through_context, image=paints)
         old = m.old or new.detached()
         loss = unigrpo_loss(m.batch.actions, new, old, m.reference, m.advantage_B, objective, episodes=episodes)
         if beside == 1:
@@ -332,18 +335,18 @@ def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Ob
         return old, loss, [None if g is None else g.contiguous() for g in found]
 
     try:
-        for m, (old, loss, gradients) in zip(share, side_by_side(learn, share, beside), strict=True):
+        for m, (old, loss, gradients) in zip(share, parallel_map(learn, share, beside), strict=True):
             with ranks.together():
-                refusal.check_loss(loss.total)
+                update_guard.check_loss(loss.total)
             for parameter, gradient in zip(every, gradients, strict=False):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            standing.add_terms(terms, loss)
+            step_metrics.add_terms(terms, loss)
             replayed.append((m.batch, old))
         ranks.sum_gradients(every)
         norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
-        refusal.check_gradient(norms, facts, config.watch.explosion)
-        refusal.remember_norms(norms, facts, taught=ranks.any(any(bool(m.advantage_B.any()) for m in share)))
+        update_guard.check_gradient(norms, facts, config.monitor.explosion)
+        update_guard.remember_norms(norms, facts, taught=ranks.any(any(bool(m.advantage_B.any()) for m in share)))
         norm = ranks.clip_gradients(every, config.train.grad_clip)
         for group in state.optimizer.param_groups:
             group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
@@ -352,13 +355,13 @@ def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Ob
     finally:
         state.optimizer.zero_grad()
     with ranks.together():
-        refusal.check_weights([local(p) for p in every], state.step)
+        update_guard.check_weights([local(p) for p in every], state.step)
     terms = ranks.summed(terms)
     terms |= {f"{expert}/grad_norm": value for expert, value in norms.items()}
     return Update(terms | {"grad_clipped": float(norm > config.train.grad_clip)}, replayed)
 
 
-def _beside(policy: UnifiedModel, batches: int) -> int:
+def _beside(policy: MoTPolicy, batches: int) -> int:
     """How many micro-batches are replayed at the same time; one where ranks make their passes together."""
     return 1 if is_sharded(policy.network) else at_once(batches, policy.device)
 

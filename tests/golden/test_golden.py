@@ -24,7 +24,7 @@ def _needs(path: Path) -> Path:
 
 
 def test_flow_steps_agree_with_flow_grpo(golden: Path) -> None:
-    """Mean and both log-probabilities of every case within 1e-6."""
+    """Mean and both log-probabilities of every case within 1e-6, of numbers above 1 relative: fp32 holds seven digits."""
     data = load_file(_needs(golden / "flow_sde.safetensors"))
     cases = sorted({name.split(".")[0] for name in data})
     assert cases
@@ -39,7 +39,7 @@ def test_flow_steps_agree_with_flow_grpo(golden: Path) -> None:
         for x_next, expected in ((drawn, g["log_prob_of_prev"]), (other, g["log_prob_of_other_prev"])):
             action = flow.step("flow", x, v, sigmas[k], sigmas[k + 1], x_next=x_next, **common)
             assert (action.p.mean.reshape(shape) - g["prev_mean"]).abs().max() <= 1e-6, case
-            assert (action.log_prob - expected).abs().max() <= 1e-6, case
+            assert ((action.log_prob - expected).abs() <= 1e-6 * expected.abs().clamp_min(1)).all(), case
 
 
 def test_geneval_verdicts_are_the_official_ones(golden: Path) -> None:

@@ -21,13 +21,21 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import GivenImage, GivenText
-from unigrpo_cli.models.checkpoint import load_model
-from unigrpo_cli.models.context import Context
-from unigrpo_cli.models.mot import NoisyImage
-from unigrpo_cli.models.pictures import Resize
-from unigrpo_cli.models.unified import PLAN_FIRST, UnifiedModel
-from unigrpo_cli.models.vision import patchify
-from unigrpo_cli.rollout import Poorer, Sampling, look, paint, read_given, velocity, write_text
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.context import Context
+from unigrpo_cli.models.mot.network import NoisyImage
+from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
+from unigrpo_cli.models.mot.resize import Resize
+from unigrpo_cli.models.mot.vision import patchify
+from unigrpo_cli.rollout import (
+    Sampling,
+    UnconditionalContexts,
+    read_given,
+    read_image,
+    sample_image,
+    sample_text,
+    velocity,
+)
 
 TEXT, VELOCITY, PATH, GUIDED, EDIT, ANSWER, PACKED = 2e-5, 1e-5, 2e-5, 3e-5, 2e-5, 2e-5, 1e-5
 
@@ -36,7 +44,7 @@ TEXT, VELOCITY, PATH, GUIDED, EDIT, ANSWER, PACKED = 2e-5, 1e-5, 2e-5, 3e-5, 2e-
 class Golden:
     """A fixture: the model loaded from it in fp32, its stored tensors, what `golden.json` says."""
 
-    model: UnifiedModel
+    model: MoTPolicy
     g: dict[str, Tensor]
     says: dict[str, Any]
 
@@ -98,9 +106,9 @@ def plain(steps: int, shift: float, guidance: Guidance | None = None) -> Samplin
         width=0,
         steps=steps,
         shift=shift,
-        kernel="flow",
+        sde="flow",
         noise_level=1.0,
-        rows=1,
+        batch_size=1,
         guidance=guidance or Guidance(),
     )
 
@@ -125,7 +133,7 @@ def test_tokens_are_the_official_ones(bagel: Golden) -> None:
     assert strings["system_prompt"] == PLAN_FIRST
     ids = bagel.says["special_token_ids"]
     assert (bagel.model.open_id, bagel.model.stop_id) == (ids["<|im_start|>"], ids["<|im_end|>"])
-    assert bagel.model.network.edge_ids == (ids["<|vision_start|>"], ids["<|vision_end|>"])
+    assert bagel.model.network.boundary_ids == (ids["<|vision_start|>"], ids["<|vision_end|>"])
 
 
 @torch.no_grad()
@@ -153,7 +161,7 @@ def test_greedy_thinking(bagel: Golden) -> None:
     wanted = bagel.g["text.greedy_ids"]
     sampling = Sampling(True, len(wanted), 0.0, 0, 0, 1, 1.0, "flow", 1.0, 1)
     context = bagel.read(*bagel.text("system", "prompt"))
-    _, (written,) = write_text(bagel.model, context, sampling, [0])
+    _, (written,) = sample_text(bagel.model, context, sampling, [0])
     assert written.ids.tolist() == wanted.tolist()
 
 
@@ -189,7 +197,7 @@ def test_the_whole_denoising_path_and_its_picture(
     assert off(x[0], g[f"{name}.latents"][-1]) < PATH
     seeded(monkeypatch, g[f"{name}.init_noise"])
     sampling = plain(steps, settings["timestep_shift"])
-    painted = paint(bagel.model, context, sampling, flow.Window(0, 0), [0], grid)[0]
+    painted = sample_image(bagel.model, context, sampling, flow.Window(0, 0), [0], grid)[0]
     assert off(painted.latent, x[0]) == 0
     assert painted.pixels.shape == (*size, 3)
     assert (painted.pixels.int() - g[f"{name}.image_uint8"].int()).abs().max() <= 1
@@ -206,17 +214,19 @@ def test_guidance(bagel: Golden, cfg_cases: dict[str, Any], monkeypatch: pytest.
     size = settings["sizes_hw"][0]
     name, grid = f"denoise.{size[0]}x{size[1]}", bagel.grid(*size)
     context = bagel.read(*bagel.text("system", "prompt", "think"))
-    poorer = Poorer(
+    unconditional = UnconditionalContexts(
         less_text=bagel.read(*bagel.text("system")), less_image=bagel.read(*bagel.text("system", "prompt"))
     )
     x, t = g[f"{name}.init_noise"][None], torch.tensor(1.0)
-    branches = [velocity(bagel.model, c, x, t, grid) for c in (context, poorer.less_text, poorer.less_image)]
+    branches = [
+        velocity(bagel.model, c, x, t, grid) for c in (context, unconditional.less_text, unconditional.less_image)
+    ]
     for found, branch in zip(branches, ("v_cond", "v_text_uncond", "v_img_uncond"), strict=True):
         assert off(found[0], g[f"cfg.first_step.{branch}"]) < GUIDED
     assert off(guided(*branches, guidance)[0], g[f"cfg.{cfg_cases['name']}.first_velocity"]) < GUIDED
     seeded(monkeypatch, x[0])
     sampling = plain(settings["num_timesteps"] - 1, settings["timestep_shift"], guidance)
-    painted = paint(bagel.model, context, sampling, flow.Window(0, 0), [0], grid, poorer)[0]
+    painted = sample_image(bagel.model, context, sampling, flow.Window(0, 0), [0], grid, unconditional)[0]
     assert off(painted.latent, g[f"cfg.{cfg_cases['name']}.final_latent"]) < GUIDED
 
 
@@ -290,7 +300,7 @@ def test_editing(bagel: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     assert off(bagel.model.forward(context, image=image).velocity_BKND[0], g["edit.v"]) < EDIT
     seeded(monkeypatch, g["edit.init_noise"])
     sampling = plain(settings["num_timesteps"] - 1, settings["timestep_shift"])
-    painted = paint(bagel.model, context, sampling, flow.Window(0, 0), [0], picture.grid)[0]
+    painted = sample_image(bagel.model, context, sampling, flow.Window(0, 0), [0], picture.grid)[0]
     assert off(painted.latent, g["edit.nocfg.final_latent"]) < EDIT
 
 
@@ -300,11 +310,13 @@ def test_guided_editing(bagel: Golden, edit_cfg_cases: dict[str, Any], monkeypat
     g, settings = bagel.g, bagel.says["settings"]
     picture = source(bagel, "edit", latents=True)
     context = bagel.read(picture, *bagel.text("instruction"))
-    poorer = Poorer(less_text=bagel.read(picture), less_image=bagel.read(*bagel.text("instruction")))
+    unconditional = UnconditionalContexts(
+        less_text=bagel.read(picture), less_image=bagel.read(*bagel.text("instruction"))
+    )
     seeded(monkeypatch, g["edit.init_noise"])
     guidance = case_guidance(edit_cfg_cases)
     sampling = plain(settings["num_timesteps"] - 1, settings["timestep_shift"], guidance)
-    painted = paint(bagel.model, context, sampling, flow.Window(0, 0), [0], picture.grid, poorer)[0]
+    painted = sample_image(bagel.model, context, sampling, flow.Window(0, 0), [0], picture.grid, unconditional)[0]
     assert off(painted.latent, g[f"edit.cfg.{edit_cfg_cases['name']}.final_latent"]) < EDIT
 
 
@@ -313,12 +325,12 @@ def test_understanding(bagel: Golden) -> None:
     """A picture that is only looked at, a question, a greedy answer; logits at every position."""
     g, model = bagel.g, bagel.model
     picture = source(bagel, "und", latents=False)
-    context = look(model, model.empty_context(1), picture.latent[None], picture.grid, picture.view[None])
+    context = read_image(model, model.empty_context(1), picture.latent[None], picture.grid, picture.view[None])
     out = model.forward(context, g["und.input_ids"][None])
     assert off(model.network.logits(out.hidden_BLC)[0], g["und.logits"]) < ANSWER
     wanted = g["und.greedy_ids"]
     sampling = Sampling(True, len(wanted), 0.0, 0, 0, 1, 1.0, "flow", 1.0, 1)
-    _, (answer,) = write_text(model, bagel.read(picture, *bagel.text("question")), sampling, [0])
+    _, (answer,) = sample_text(model, bagel.read(picture, *bagel.text("question")), sampling, [0])
     assert answer.ids.tolist() == wanted.tolist()
 
 

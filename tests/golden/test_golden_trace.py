@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.trace import COMMAND, ELSEWHERE, RUNS, Row, differences, read, trace, written
 from unigrpo_cli import train as training
 from unigrpo_cli.algo import advantage, flow, surrogate
-from unigrpo_cli.rebuild.trace import COMMAND, ELSEWHERE, RUNS, Row, differences, read, trace, written
 from unigrpo_cli.train import combined_advantage, prompts_for
 
 FILE = Path(__file__).parent / "trace.txt"
@@ -69,15 +69,15 @@ STEPS = "train.steps=2"
         "objective.image_weight=1.01",
         "objective.text_weight=1.01",
         "objective.trust_region=ratio",
-        "objective.coupling=detach",
-        "advantage.std=batch",
+        "objective.grad_through_context=false",
+        "advantage.normalize=batch",
         "train.betas=[0.901, 0.999]",
         "train.betas=[0.9, 0.9991]",
         "train.lr_text=1.001e-3",
         "train.lr_image=3.003e-4",
         "train.grad_clip=1.001",
         "train.weight_decay=1e-3",
-        "train.updates=1",
+        "train.minibatches=1",
     ],
 )
 def test_a_setting_a_little_off_is_seen_within_two_steps(golden: dict[str, list[Row]], change: str) -> None:
@@ -97,9 +97,7 @@ BREAKAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "another eps": lambda patch: patch.setitem(advantage.group_advantage.__kwdefaults__, "eps", 1e-4),
     "prompts in another order": lambda patch: patch.setattr(training, "prompts_for", _in_another_order),
     "ratios cut at 1": lambda patch: patch.setattr(surrogate, "MAX_LOG_RATIO", 0.1),
-    "steps of another length": lambda patch: patch.setattr(
-        flow, "euler", lambda x, v, t, t_next: x + v * (t - t_next)
-    ),
+    "steps of another length": lambda patch: patch.setattr(flow, "euler", lambda x, v, t, t_next: x + v * (t - t_next)),
 }
 
 
@@ -115,10 +113,10 @@ def test_a_broken_algorithm_is_seen_within_two_steps(
 @pytest.mark.parametrize(
     "change",
     [
-        "train.micro_batch=5",
-        "sampling.rows=7",
+        "train.micro_batch_size=5",
+        "sampling.batch_size=7",
         "train.activation_checkpointing=true",
-        "train.reference_on=host",
+        "train.reference_device=host",
         "reward.overlap=none",
     ],
 )

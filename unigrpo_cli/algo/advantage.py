@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STDS = ("group", "batch", "none")
+NORMALIZERS = ("group", "batch", "none")
 COMBINATIONS = ("sum", "gdpo", "rank")
 EPS = 1e-6
 """Added to the standard deviation. The paper has none, Flow-GRPO 1e-4; a constant group is handled exactly,
@@ -16,7 +16,7 @@ def group_advantage(
     reward_PG: Tensor,
     valid_PG: Tensor | None = None,
     *,
-    std: str = "group",
+    normalize: str = "group",
     clamp: float | None = None,
     eps: float = EPS,
 ) -> Tensor:
@@ -25,14 +25,14 @@ def group_advantage(
     Args:
         reward_PG: rewards; one row is one prompt's group.
         valid_PG: False where a reward abstained: such a member gets 0 and counts in no statistic.
-        std: "group" the population deviation of each group (the paper), "batch" that of all valid centred
+        normalize: "group" the population deviation of each group (the paper), "batch" that of all valid centred
             rewards, "none" no division (Dr. GRPO).
         clamp: largest magnitude, or None.
 
     A group whose valid rewards are all equal, or that has fewer than two, is exactly 0.
     """
-    if std not in STDS:
-        raise ValueError(f"unknown std {std!r}; choose one of {', '.join(STDS)}")
+    if normalize not in NORMALIZERS:
+        raise ValueError(f"unknown normalize {normalize!r}; choose one of {', '.join(NORMALIZERS)}")
     reward = reward_PG.double()
     valid = torch.ones_like(reward, dtype=torch.bool) if valid_PG is None else valid_PG
     low = reward.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
@@ -41,9 +41,9 @@ def group_advantage(
     count = valid.sum(dim=1, keepdim=True).clamp_min(1)
     known = reward.masked_fill(~valid, 0)
     centred = (known - known.sum(dim=1, keepdim=True) / count).masked_fill(~live, 0)
-    if std == "group":
+    if normalize == "group":
         scale = (centred.square().sum(dim=1, keepdim=True) / count).sqrt() + eps
-    elif std == "batch":
+    elif normalize == "batch":
         scale = (centred.square().sum() / valid.sum().clamp_min(1)).sqrt() + eps
     else:
         scale = torch.ones_like(centred)
@@ -57,7 +57,7 @@ def combined_advantage(
     valid: dict[str, Tensor],
     *,
     how: str,
-    std: str = "group",
+    normalize: str = "group",
     clamp: float | None = None,
 ) -> Tensor:
     """Advantages from several rewards of one batch, float64 [P, G].
@@ -65,7 +65,7 @@ def combined_advantage(
     "sum": weighted sum of raw rewards, then `group_advantage`; right when scales are alike. A member counts
     only where every weighted reward is valid.
     "gdpo": `group_advantage` of each reward, weighted, added, divided by the batch deviation; a reward's
-    scale no longer decides its influence (so here std "none" means "batch": something has to take it away).
+    scale no longer decides its influence (so here normalize "none" means "batch": something has to take it away).
     A member that abstains in one reward keeps the others.
     "rank": as "gdpo" with each reward first replaced by its mid-rank inside the group; immune to outliers.
 
@@ -80,11 +80,11 @@ def combined_advantage(
         total = sum(weights[n] * rewards[n].double().masked_fill(~valid[n], 0) for n in names)
         everyone = torch.stack([valid[n] for n in names]).all(dim=0)
         assert isinstance(total, Tensor)
-        return group_advantage(total, everyone, std=std, clamp=clamp)
+        return group_advantage(total, everyone, normalize=normalize, clamp=clamp)
     terms = []
     for name in names:
         reward = group_rank(rewards[name], valid[name]) if how == "rank" else rewards[name]
-        own = group_advantage(reward, valid[name], std="batch" if std == "none" else std)
+        own = group_advantage(reward, valid[name], normalize="batch" if normalize == "none" else normalize)
         terms.append(weights[name] * own)
     added = torch.stack(terms).sum(dim=0)
     total = added / (added.square().mean().sqrt() + EPS)

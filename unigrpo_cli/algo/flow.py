@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KERNELS = ("flow", "dance", "cps")
+SDES = ("flow", "dance", "cps")
 WINDOWS = ("all", "fixed", "random", "sliding")
 
 
@@ -94,7 +94,7 @@ class Transition:
 
 
 def transition(
-    kernel: str, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, *, noise_level: float, t_second: Tensor
+    sde: str, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, *, noise_level: float, t_second: Tensor
 ) -> Transition:
     """The stochastic step of a flow (paper eq 3), in the dtype of its arguments.
 
@@ -116,27 +116,27 @@ def transition(
         t_second: the grid's second point, a scalar tensor.
     """
     dt = t_next - t
-    if kernel == "cps":
+    if sde == "cps":
         std = t_next * math.sin(noise_level * math.pi / 2)
         clean, noise = x - t * v, x + (1 - t) * v
         return Transition((1 - t_next) * clean + (t_next**2 - std**2).sqrt() * noise, std)
-    if kernel == "flow":
+    if sde == "flow":
         sigma = (t / (1 - torch.where(t == 1, t_second, t))) ** 0.5 * noise_level
-    elif kernel == "dance":
+    elif sde == "dance":
         sigma = torch.full_like(t, noise_level)
     else:
-        raise ValueError(f"unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}")
+        raise ValueError(f"unknown sde {sde!r}; choose one of {', '.join(SDES)}")
     mean = x * (1 + sigma**2 / (2 * t) * dt) + v * (1 + sigma**2 * (1 - t) / (2 * t)) * dt
     return Transition(mean, sigma * (-dt) ** 0.5)
 
 
-def log_prob(kernel: str, x_next: Tensor, p: Transition) -> Tensor:
+def log_prob(sde: str, x_next: Tensor, p: Transition) -> Tensor:
     """Mean over (N, D) of the log-density of `x_next`.
 
     For "cps" the density's scale is left out, as its authors do: minus the mean squared distance.
     """
     square = (x_next - p.mean) ** 2
-    if kernel == "cps":
+    if sde == "cps":
         return -square.mean(dim=(-2, -1))
     density = -square / (2 * p.std**2) - torch.log(p.std) - math.log(math.sqrt(2 * math.pi))
     return density.mean(dim=(-2, -1))
@@ -152,7 +152,7 @@ class Action:
 
 
 def step(
-    kernel: str,
+    sde: str,
     x: Tensor,
     v: Tensor,
     t: Tensor,
@@ -170,11 +170,11 @@ def step(
     """
     if (noise is None) == (x_next is None):
         raise ValueError("give step() either noise, to draw an action, or x_next, to score one")
-    p = transition(kernel, x, v, t, t_next, noise_level=noise_level, t_second=t_second)
+    p = transition(sde, x, v, t, t_next, noise_level=noise_level, t_second=t_second)
     if x_next is None:
         assert noise is not None
         x_next = p.mean + p.std * noise
-    return Action(x_next, log_prob(kernel, x_next, p), p)
+    return Action(x_next, log_prob(sde, x_next, p), p)
 
 
 def euler(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -182,14 +182,14 @@ def euler(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x + v * (t_next - t)
 
 
-def log_ratio(kernel: str, x_next: Tensor, new: Transition, old: Transition) -> Tensor:
+def log_ratio(sde: str, x_next: Tensor, new: Transition, old: Transition) -> Tensor:
     """log r = log p_new(x_next) - log p_old(x_next), mean over (N, D).
 
     Computed from the difference of the means, so that no large terms cancel: with e = (x_next - mu_old)/s,
     log r = mean(e d - d^2 / 2), d = (mu_new - mu_old)/s. For "cps", whose log-probability has no scale, s is
     1 and the factor 2 of its square appears.
     """
-    if kernel == "cps":
+    if sde == "cps":
         d = new.mean - old.mean
         return (2 * (x_next - old.mean) * d - d**2).mean(dim=(-2, -1))
     d = (new.mean - old.mean) / old.std

@@ -26,7 +26,7 @@ class ImageSteps:
         x_BKND, x_next_BKND: latents before and after each step.
         t_BK, t_next_BK: times before and after each step.
         t_second: second point of the time grid, scalar.
-        kernel, noise_level: the transition that drew them.
+        sde, noise_level: the transition that drew them.
     """
 
     x_BKND: Tensor
@@ -34,7 +34,7 @@ class ImageSteps:
     t_BK: Tensor
     t_next_BK: Tensor
     t_second: Tensor
-    kernel: str
+    sde: str
     noise_level: float
 
 
@@ -65,9 +65,7 @@ class Scores:
 
     def detached(self) -> Scores:
         """The same numbers, through which nothing is learnt."""
-        return Scores(
-            self.log_prob_BL.detach(), self.entropy_BL.detach(), tuple(v.detach() for v in self.velocities)
-        )
+        return Scores(self.log_prob_BL.detach(), self.entropy_BL.detach(), tuple(v.detach() for v in self.velocities))
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,7 @@ def image_term(
 
 
 @torch.no_grad()
-def _ratio_statistics(
-    kind: str, log_ratio: Tensor, clipped: Tensor, mask: Tensor, episodes: int
-) -> dict[str, Tensor]:
+def _ratio_statistics(kind: str, log_ratio: Tensor, clipped: Tensor, mask: Tensor, episodes: int) -> dict[str, Tensor]:
     """First two moments of the log-ratio, and on which side the clip binds; float64, for image log-ratios are 1e-6.
 
     Shares of a mean over `episodes` of means over an episode's actions. The square, not the deviation: squares add.
@@ -156,7 +152,7 @@ def per_episode_mean(value_BL: Tensor, mask_BL: Tensor) -> Tensor:
 def step_densities(steps: ImageSteps, v_BKND: Tensor) -> flow.Transition:
     """The transition of every recorded step under the velocities of one policy."""
     return flow.transition(
-        steps.kernel,
+        steps.sde,
         steps.x_BKND,
         v_BKND,
         steps.t_BK[..., None, None],
@@ -174,7 +170,7 @@ def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objec
         if objective.trust_region == "ratio-norm":
             ratios.append(flow.ratio_norm(steps.x_next_BKND, p, p_old).mean(dim=(-2, -1)))
         else:
-            ratios.append(flow.log_ratio(steps.kernel, steps.x_next_BKND, p, p_old))
+            ratios.append(flow.log_ratio(steps.sde, steps.x_next_BKND, p, p_old))
     return torch.cat(ratios, dim=1)
 
 

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import doctoring, evaluating, generating, inspecting, rewarding, rolling, training
+from unigrpo_cli.cli import doctor, eval, generate, inspect, rewards, rollout, train
 from unigrpo_cli.errors import UsageError
 
 app = typer.Typer(
@@ -23,13 +23,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 error, 2 usage, 3 reward or plugin, 4 gate not met, 5 weights, "
     "6 fault found by the doctor, 130 interrupted.",
 )
-app.command("train")(training.train)
-app.command("rollout")(rolling.rollout)
-app.command("eval")(evaluating.evaluate)
-app.command("generate")(generating.generate)
-app.command("doctor")(doctoring.doctor)
-app.command("inspect")(inspecting.inspect)
-app.add_typer(rewarding.app, name="rewards")
+app.command("train")(train.train)
+app.command("rollout")(rollout.rollout)
+app.command("eval")(eval.evaluate)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+app.command("inspect")(inspect.inspect)
+app.add_typer(rewards.app, name="rewards")
 
 
 def _version(asked: bool) -> None:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from unigrpo_cli.credentials import redacted
 from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, one_line
+from unigrpo_cli.io.secrets import redacted
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
-    from unigrpo_cli.rewards.grammar import RewardChoice
     from unigrpo_cli.rewards.registry import Plugins
-    from unigrpo_cli.rewards.scoring import RewardSet
-    from unigrpo_cli.runtime.display import Display
+    from unigrpo_cli.rewards.scorer import RewardSet
+    from unigrpo_cli.rewards.spec import RewardSpec
+    from unigrpo_cli.run.console import Display
 
 Model = Annotated[
     str | None,
@@ -57,9 +57,7 @@ PluginsDir = Annotated[
     Path | None,
     typer.Option("--plugins-dir", help="Folder whose .py files are loaded as plugins (runs them)."),
 ]
-Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
-]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
 Prompts = Annotated[str | None, typer.Option("--prompts", help="`shapes` or a .txt or .jsonl file of prompts.")]
@@ -108,7 +106,7 @@ def _said(error: Exception) -> str:
     if "No space left on device" in str(error) or "File too large" in str(error):  # safetensors' own errors
         return f"{error}; {PLACE_REMEDIES[errno.ENOSPC]}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
-        return f"out of memory ({error}); smaller sampling.rows, train.micro_batch or images need less"
+        return f"out of memory ({error}); smaller sampling.batch_size, train.micro_batch_size or images need less"
     return f"{type(error).__name__}: {error} (`unigrpo --debug ...` shows where)"
 
 
@@ -126,10 +124,10 @@ def resolve_config(
 
     named = dict(named or {})
     if reward:
-        named["reward.use"] = reward
+        named["reward.names"] = reward
     if reward_opt:
         named["reward.options"] = reward_options(reward_opt)
-    from unigrpo_cli.session import model_defaults
+    from unigrpo_cli.run.setup import model_defaults
 
     return load_config(preset=preset, file=config, overrides=overrides, named=named, model_defaults=model_defaults)
 
@@ -137,7 +135,7 @@ def resolve_config(
 def reward_options(texts: list[str] | None) -> dict[str, Any]:
     """`--reward-opt` texts as `alias.key` and value."""
     from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.rewards.grammar import scalar
+    from unigrpo_cli.rewards.spec import scalar
 
     options = {}
     for text in texts or ():
@@ -160,7 +158,7 @@ def load_plugins(plugin: list[str] | None, directory: Path | None, display: Disp
 
 
 def rewards_alone(
-    choices: Sequence[RewardChoice], plugins: Plugins, device: str, timeout_s: float | None = None
+    choices: Sequence[RewardSpec], plugins: Plugins, device: str, timeout_s: float | None = None
 ) -> RewardSet:
     """Rewards without a run around them: nothing of models is imported, and to abstain is an answer.
 
@@ -172,7 +170,7 @@ def rewards_alone(
 
     from unigrpo_cli.errors import UsageError
     from unigrpo_cli.rewards.batch import RewardContext
-    from unigrpo_cli.rewards.scoring import Policy, RewardSet
+    from unigrpo_cli.rewards.scorer import Policy, RewardSet
 
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -203,7 +201,7 @@ def stdout_for_json(wanted: bool) -> Iterator[None]:
 
 def print_json(content: Any) -> None:
     """The one object (or list) on stdout."""
-    from unigrpo_cli.jsontext import to_json
+    from unigrpo_cli.io.json import to_json
 
     stream = _json_stream[-1]
     stream.write(to_json(content) + "\n")

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from unigrpo_cli.errors import NotFetchedError, WeightsError
-from unigrpo_cli.models.release import COMPANIONS, INDEX
+from unigrpo_cli.models.mot.bagel import COMPANIONS, INDEX
 
 EMBEDDED = "embedded"
 WANTED_FILES = [*COMPANIONS, INDEX, "*.safetensors"]
@@ -17,7 +17,7 @@ WANTED_FILES = [*COMPANIONS, INDEX, "*.safetensors"]
 
 def embedded_directory() -> Path:
     """Where the embedded model lies inside the installed package."""
-    return Path(str(files("unigrpo_cli") / "embedded" / "model"))
+    return Path(str(files("unigrpo_cli") / "toy" / "weights" / "model"))
 
 
 def locate(model: str, fetch: bool = True) -> tuple[Path, str | None]:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.intake import parse_json, read_text
-from unigrpo_cli.models.layers import Linear, widen
-from unigrpo_cli.models.mot import MoT
+from unigrpo_cli.io.limits import parse_json, read_text
+from unigrpo_cli.models.mot.layers import Linear, widen
+from unigrpo_cli.models.mot.network import MoT
 
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -92,9 +92,7 @@ def load_adapters(network: MoT, directory: Path) -> None:
         WeightsError: when files are missing or damaged, or do not fit the network.
     """
     if not (directory / "adapter_config.json").is_file():
-        raise WeightsError(
-            f"{directory} is no adapter: adapter_config.json is missing; give the directory that has it"
-        )
+        raise WeightsError(f"{directory} is no adapter: adapter_config.json is missing; give the directory that has it")
     facts = _facts(directory / "adapter_config.json")
     kind = facts.get("peft_type")
     if kind != "LORA":

@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unigrpo_cli.models.layers import widen
-from unigrpo_cli.models.mot import MoT
-from unigrpo_cli.models.sizes import LAYERS
-from unigrpo_cli.models.unified import UnifiedModel
+from unigrpo_cli.models.mot.config import LAYERS
+from unigrpo_cli.models.mot.layers import widen
+from unigrpo_cli.models.mot.network import MoT
+from unigrpo_cli.models.mot.policy import MoTPolicy
 
 
 def shard(network: MoT, world: int) -> None:
@@ -36,7 +36,7 @@ def shard(network: MoT, world: int) -> None:
     mesh = init_device_mesh(network.device.type, (world,))
     layers = network.language_model.model.layers
     for layer in layers:
-        masters(layer)
+        fp32_masters(layer)
         fully_shard(layer, mesh=mesh)
     outside = {p for name, p in network.named_parameters() if not name.startswith(LAYERS)}
     fully_shard(network, mesh=mesh, ignored_params=outside)
@@ -45,7 +45,7 @@ def shard(network: MoT, world: int) -> None:
         module.set_force_sum_reduction_for_comms(True)  # else a factor is a kind of sum that gloo does not have
 
 
-def masters(module: nn.Module) -> None:
+def fp32_masters(module: nn.Module) -> None:
     """Keep what is trained in fp32."""
     for parameter in module.parameters():
         if parameter.requires_grad and (wide := widen(parameter.data)).dtype != parameter.dtype:
@@ -69,7 +69,7 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)  # asks nobody
 
 
-def gathered_on_host(policy: UnifiedModel, keep: bool) -> UnifiedModel:
+def gathered_on_host(policy: MoTPolicy, keep: bool) -> MoTPolicy:
     """The policy with whole weights in host memory, to be saved; of one that is not sharded, itself.
 
     Args:
@@ -79,7 +79,7 @@ def gathered_on_host(policy: UnifiedModel, keep: bool) -> UnifiedModel:
     if not is_sharded(network):
         return policy
     with torch.device("meta"):
-        copy = MoT(network.config, network.edge_ids)
+        copy = MoT(network.config, network.boundary_ids)
     state = {}
     for name, value in network.state_dict().items():
         full = whole(value.detach())
@@ -93,7 +93,7 @@ def gathered_on_host(policy: UnifiedModel, keep: bool) -> UnifiedModel:
 
 
 @contextmanager
-def gathered(policy: UnifiedModel) -> Iterator[UnifiedModel]:
+def gathered(policy: MoTPolicy) -> Iterator[MoTPolicy]:
     """The policy with whole weights, to sample with: no pass waits for other ranks, whatever each one writes.
 
     A copy in the dtypes that the layers compute in, so it says what the sharded one would; gone afterwards. A
@@ -104,7 +104,7 @@ def gathered(policy: UnifiedModel) -> Iterator[UnifiedModel]:
         yield policy
         return
     with torch.device("meta"):
-        copy = MoT(network.config, network.edge_ids)
+        copy = MoT(network.config, network.boundary_ids)
     state = {}
     for name, value in network.state_dict().items():
         value = value.detach()

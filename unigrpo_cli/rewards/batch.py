@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from unigrpo_cli.rewards.shared import Shared
+from unigrpo_cli.rewards.model_cache import Shared
 
 if TYPE_CHECKING:
     import numpy as np

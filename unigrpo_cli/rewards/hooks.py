@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from unigrpo_cli.rewards.batch import RewardBatch, RewardContext
     from unigrpo_cli.rewards.registry import RewardRegistry
-    from unigrpo_cli.rewards.scoring import Scored
+    from unigrpo_cli.rewards.scorer import RewardResult
     from unigrpo_cli.suites import SuiteRegistry
 
 PROJECT = "unigrpo"
@@ -52,7 +52,7 @@ class Hooks:
         """Give back a changed batch (resized, cropped) of the same samples, or None to leave it."""
 
     @hookspec
-    def unigrpo_after_score(self, name: str, batch: RewardBatch, scored: Scored) -> None:
+    def unigrpo_after_score(self, name: str, batch: RewardBatch, scored: RewardResult) -> None:
         """See a reward's scores of a batch. Only looks: an exception here is a warning and does not stop a run."""
 
     @hookspec(firstresult=True)

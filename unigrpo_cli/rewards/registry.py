@@ -192,9 +192,7 @@ class Plugins:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever a stranger's module raises at import
-            raise RewardError(
-                f"--plugin {text}: {type(error).__name__}: {error}; mend it, or leave it out"
-            ) from error
+            raise RewardError(f"--plugin {text}: {type(error).__name__}: {error}; mend it, or leave it out") from error
         origin = Path(text).stem if text.endswith(".py") else text
         try:
             number = version(text.split(".")[0])

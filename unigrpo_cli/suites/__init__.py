@@ -11,10 +11,10 @@ from typing import Any
 
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, suggest
-from unigrpo_cli.intake import LineError, parse_json, read_lines, refuse_odd_text
-from unigrpo_cli.shapes.prompts import held_out_prompts, parse_prompt, train_prompts
+from unigrpo_cli.io.limits import LineError, parse_json, read_lines, refuse_odd_text
 from unigrpo_cli.suites.geneval import geneval_rows
 from unigrpo_cli.suites.readers import READERS, read_foreign
+from unigrpo_cli.toy.prompts import held_out_prompts, parse_prompt, train_prompts
 
 TASKLESS = "all"
 

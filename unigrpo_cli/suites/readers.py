@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.intake import parse_json, read_text, refuse_odd_text
+from unigrpo_cli.io.limits import parse_json, read_text, refuse_odd_text
 
 Row = dict[str, Any]
 
@@ -162,9 +162,7 @@ READERS = {
     reader.name: reader
     for reader in (
         Reader("geneval++", "GenEval's form with three and more objects", "Apache-2.0", geneval_plus),
-        Reader(
-            "geneval2", "800 prompts with questions for a judge", "CC BY-NC 4.0, not for commercial use", geneval2
-        ),
+        Reader("geneval2", "800 prompts with questions for a judge", "CC BY-NC 4.0, not for commercial use", geneval2),
         Reader("t2i-compbench", "eight categories of compositions", "MIT", t2i_compbench),
         Reader("dpg", "1,065 long prompts, with questions for a judge", "Apache-2.0", dpg),
         Reader("parti", "1,600 prompts in categories (PartiPrompts)", "Apache-2.0", parti),

@@ -1,0 +1,253 @@
+"""`unigrpo eval`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unigrpo_cli.cli import common
+from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.errors import GateError, UsageError, suggest
+from unigrpo_cli.parallel.heartbeat import launched
+
+if TYPE_CHECKING:
+    from unigrpo_cli.config import Config
+    from unigrpo_cli.episode import Group, Prompt
+    from unigrpo_cli.evaluate import Evaluation
+    from unigrpo_cli.models.mot.policy import MoTPolicy
+    from unigrpo_cli.parallel.ranks import Ranks
+    from unigrpo_cli.rewards.registry import Plugins
+    from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+    from unigrpo_cli.rewards.spec import RewardSpec
+    from unigrpo_cli.run.console import Display
+    from unigrpo_cli.run.directory import Run
+
+
+@one_error_line
+def evaluate(
+    model: common.Model = None,
+    weights_file: common.WeightsFile = None,
+    adapter: common.Adapter = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="shapes, geneval, or a .txt or .jsonl file.")] = None,
+    reward: common.Reward = None,
+    reward_opt: common.RewardOpt = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images per prompt.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="Only the first n prompts of each task.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--compare", help="Another model, checkpoint or run, on the same noise.")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option("--fail-under", help="NAME=VALUE: exit with 4 when that mean is lower."),
+    ] = None,
+    out: common.Out = None,
+    seed: common.Seed = None,
+    preset: common.Preset = None,
+    config: common.ConfigFile = None,
+    overrides: common.Set = None,
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Score a model on held-out prompts, with 95 % intervals; compare two on the same noise.
+
+    Rewards: --reward, or else those of the configuration (reward.names, geneval where there is none) and, on the
+    shapes suite, eval.rewards. Writes --out: eval.json, images/.
+    """
+    from unigrpo_cli.parallel.ranks import joined
+    from unigrpo_cli.run.console import Display
+
+    rank, _, _ = launched()
+    display = Display(json=json, quiet=quiet, rank=rank)
+    with joined() as ranks:
+        with ranks.together():
+            settings = common.resolve_config(
+                preset=preset,
+                config=config,
+                overrides=overrides,
+                named={
+                    "model": model,
+                    "weights_file": weights_file,
+                    "adapter": adapter,
+                    "eval.suite": suite,
+                    "eval.samples": samples,
+                    "eval.limit": limit,
+                    "eval.seed": seed,
+                },
+                reward=reward,
+                reward_opt=reward_opt,
+            )
+            gates = [_gate(text) for text in fail_under or []]
+            plugins = common.load_plugins(plugin, plugins_dir, display)
+            plugins.call("unigrpo_configure", config=settings)
+            choices = _choices(settings, only_these=bool(reward))
+            _refuse_unknown_gates(gates, [choice.alias for choice in choices])
+        report = _report(settings, plugins, choices, against, out, display, ranks)
+    if rank > 0:
+        return
+    _table(display, settings, report)
+    display.say(f"written to {report['run']}")
+    if json:
+        common.print_json(report)
+    _check_gates(gates, report)
+
+
+def _report(
+    settings: Config,
+    plugins: Plugins,
+    choices: list[RewardSpec],
+    against: str | None,
+    out: Path | None,
+    display: Display,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """One model's evaluation, or that of two and their difference, on all ranks; the first one writes it."""
+    from unigrpo_cli.evaluate import compare, limited
+    from unigrpo_cli.run.directory import Run, fresh_directory
+    from unigrpo_cli.run.memory.plan import with_rows
+    from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
+    from unigrpo_cli.suites import SuiteRegistry
+
+    suites = SuiteRegistry()
+    with ranks.together():
+        plugins.call("unigrpo_register_suites", registry=suites)
+        prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
+        models = 1 + (against is not None)
+        settings = with_rows(settings, prompts, settings.eval.samples, display.say, models=models)
+        policy = load_policy(model_of(settings), settings.adapter, settings)
+        other = None if against is None else load_policy(against, None, settings)
+    with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:
+        with ranks.together():
+            rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
+            place = fresh_directory(out, "eval") if ranks.first else None
+        run = Run(Path(ranks.from_first(str(place))))
+        report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}
+        try:
+            first = _evaluate(settings, settings.model, policy, prompts, rewards, display, run, ranks)
+        except BaseException:
+            if ranks.first:
+                run.remove_if_only_described()
+            raise
+        report |= first.report()
+        _write(run, report, ranks)
+        if other is not None:
+            second = _evaluate(settings, str(against), other, prompts, rewards, display, None, ranks)
+            report |= {
+                "compare": {"model": against} | second.report(),
+                "difference": compare(first, second, settings.eval.seed),
+            }
+            _write(run, report, ranks)
+    return report
+
+
+def _write(run: Run, report: dict[str, Any], ranks: Ranks) -> None:
+    with ranks.together():
+        if ranks.first:
+            run.write_json("eval.json", report)
+
+
+def _choices(config: Config, only_these: bool) -> list[RewardSpec]:
+    """The rewards to evaluate with."""
+    from unigrpo_cli.rewards.spec import parse_rewards
+    from unigrpo_cli.run.setup import watched_choices
+
+    choices = parse_rewards(config.reward.names or ("geneval",), config.reward.options)
+    if not only_these and config.eval.suite == "shapes":
+        choices += watched_choices(config, {choice.alias for choice in choices})
+    return choices
+
+
+def _refuse_unknown_gates(gates: list[tuple[str, float]], names: list[str]) -> None:
+    for name, _ in gates:
+        if name not in names:
+            raise UsageError(f"--fail-under {name}: {suggest(name, names)}")
+
+
+def _evaluate(
+    config: Config,
+    model: str,
+    policy: MoTPolicy,
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    display: Display,
+    run: Run | None,
+    ranks: Ranks,
+) -> Evaluation:
+    """One model on the prompts, its pictures saved when `run` is given, each by the rank that painted it."""
+    from unigrpo_cli.episode import flatten
+    from unigrpo_cli.evaluate import eval_sampling, evaluate
+    from unigrpo_cli.io.pictures import save_png
+    from unigrpo_cli.run.setup import warn_of_unknown_words
+
+    warn_of_unknown_words(policy, prompts, display.warn)
+    each = config.eval.samples
+    places = iter([prompt * each + k for prompt in ranks.stretch(range(len(prompts))) for k in range(each)])
+
+    def save(groups: list[Group], scored: dict[str, RewardResult]) -> None:
+        assert run is not None
+        for k, (episode, place) in enumerate(zip(flatten(groups), places, strict=False)):
+            story = {
+                "prompt": episode.prompt.text,
+                "reasoning": episode.reasoning,
+                "scores": {n: float(s.scores[k]) for n, s in scored.items() if s.valid[k]},
+                "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
+            }
+            save_png(episode.pixels.numpy(), run.directory / "images" / f"{place:05d}.png", story)
+
+    with display.progress(len(prompts) * each, f"evaluating {model}") as advance:
+        return evaluate(
+            policy,
+            prompts,
+            rewards,
+            eval_sampling(config),
+            samples=each,
+            seed=config.eval.seed,
+            ranks=ranks,
+            on_rows=lambda rows: advance(rows * ranks.world),
+            on_groups=save if run is not None else lambda groups, scored: None,
+        )
+
+
+def _table(display: Display, config: Config, report: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{report['model']} on {config.eval.suite}, {report['n']} images"
+    table = Table(title=Text(title), title_style="bold")
+    table.add_column("reward")
+    for column in ("mean", "95 %", *report["per_task"]):
+        table.add_column(Text(column), justify="right")
+    for name, score in report["scores"].items():
+        low, high = score["ci95"]
+        tasks = [report["per_task"][task].get(name) for task in report["per_task"]]
+        cells = ["-" if value is None else f"{value:.2f}" for value in tasks]
+        table.add_row(*map(Text, (name, f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}", *cells)))
+    display.say(table)
+    for name, difference in report.get("difference", {}).items():
+        low, high = difference["ci95"]
+        display.say(
+            f"{name}: {report['compare']['model']} minus {report['model']} = "
+            f"{difference['mean']:+.3f} (95 % {low:+.3f} to {high:+.3f})"
+        )
+
+
+def _gate(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        least = float(value)
+    except ValueError:
+        least = math.nan
+    if not math.isfinite(least):
+        raise UsageError(f"--fail-under {text}: write it as NAME=VALUE, e.g. geneval=0.6")
+    return name, least
+
+
+def _check_gates(gates: list[tuple[str, float]], report: dict[str, Any]) -> None:
+    for name, least in gates:
+        mean = report["scores"][name]["mean"]
+        if mean < least:
+            raise GateError(f"{name} {mean:.3f} is under --fail-under {name}={least:g}")

@@ -1,0 +1,201 @@
+"""`unigrpo rollout`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unigrpo_cli.cli import common
+from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.parallel.heartbeat import launched
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from unigrpo_cli.config import Config
+    from unigrpo_cli.episode import Group, Prompt
+    from unigrpo_cli.models.mot.policy import MoTPolicy
+    from unigrpo_cli.parallel.ranks import Ranks
+    from unigrpo_cli.rewards.registry import Plugins
+    from unigrpo_cli.rewards.scorer import RewardResult
+    from unigrpo_cli.run.console import Display
+    from unigrpo_cli.run.directory import Run
+
+PROMPTS = 8
+
+
+@one_error_line
+def rollout(
+    reward: common.Reward = None,
+    reward_opt: common.RewardOpt = None,
+    model: common.Model = None,
+    weights_file: common.WeightsFile = None,
+    adapter: common.Adapter = None,
+    prompts: common.Prompts = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help=f"How many prompts, from the first (default {PROMPTS}).")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", min=2, help="Episodes per prompt (train.group_size).")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Score the episodes saved in this directory; samples nothing."),
+    ] = None,
+    out: common.Out = None,
+    seed: common.Seed = None,
+    preset: common.Preset = None,
+    config: common.ConfigFile = None,
+    overrides: common.Set = None,
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
+    json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Sample groups of episodes as training would, or score saved ones again with other rewards.
+
+    Writes --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
+    """
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.parallel.ranks import joined
+    from unigrpo_cli.run.console import Display
+
+    rank, _, _ = launched()
+    display = Display(json=json, quiet=quiet, rank=rank)
+    with joined() as ranks:
+        with ranks.together():
+            plugins = common.load_plugins(plugin, plugins_dir, display)
+            settings = common.resolve_config(
+                preset=preset,
+                config=config,
+                overrides=overrides,
+                named={
+                    "model": model,
+                    "weights_file": weights_file,
+                    "adapter": adapter,
+                    "prompts": prompts,
+                    "train.group_size": group_size,
+                    "seed": seed,
+                },
+                reward=reward,
+                reward_opt=reward_opt,
+            )
+            plugins.call("unigrpo_configure", config=settings)
+            if not settings.reward.names:
+                raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
+            idle = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
+            idle["--weights-file"] = weights_file
+            given = [name for name, value in idle.items() if value is not None]
+            if source is not None and given:
+                raise UsageError(f"--from scores saved episodes and samples nothing: leave out {', '.join(given)}")
+        summary = _drawn_and_judged(settings, plugins, source, limit or PROMPTS, out, display, ranks)
+    if rank > 0:
+        return
+    words = ", ".join(f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in summary["rewards"].items())
+    counts = f"{summary['episodes']} episodes in {summary['groups']} groups"
+    display.say(f"{counts}: {words}\nwritten to {summary['run']}")
+    if json:
+        common.print_json(summary)
+
+
+def _drawn_and_judged(
+    settings: Config,
+    plugins: Plugins,
+    source: Path | None,
+    limit: int,
+    out: Path | None,
+    display: Display,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Whole groups, sampled or saved, shared out among ranks; the first one writes them and has the summary."""
+    from unigrpo_cli.episode import load_episodes, save_episodes
+    from unigrpo_cli.errors import RewardError
+    from unigrpo_cli.evaluate import samples_of
+    from unigrpo_cli.rewards.async_scoring import scores_of_all
+    from unigrpo_cli.rewards.spec import parse_rewards
+    from unigrpo_cli.run.directory import Run, new_directory
+    from unigrpo_cli.run.memory.plan import with_rows
+    from unigrpo_cli.run.records import groups_of_all
+    from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
+    from unigrpo_cli.suites import training_prompts
+
+    with ranks.together():
+        choices = parse_rewards(settings.reward.names, settings.reward.options)
+        if source is not None:
+            saved = load_episodes(source)
+            chosen = [group.prompt for group in saved]
+            embedded, thinks = settings.model == "embedded", _all_think(saved)
+        else:
+            chosen = training_prompts(settings.prompts)[:limit]
+            settings = with_rows(settings, chosen, settings.train.group_size, display.say)
+            policy = load_policy(model_of(settings), settings.adapter, settings)
+            embedded, thinks = is_embedded(policy), settings.sampling.think
+    with open_rewards(choices, plugins, settings, embedded=embedded, ranks=ranks) as rewards, ExitStack() as held:
+        with ranks.together():
+            rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
+            run = Run(held.enter_context(new_directory(out, "rollout"))) if ranks.first else None
+        if source is not None:
+            groups, own = saved, ranks.stretch(saved)
+        else:
+            own = _sampled(policy, chosen, settings, display, ranks)
+            groups = groups_of_all(own, ranks)
+        with ranks.together():
+            if run is not None:
+                run.describe(settings)
+                save_episodes(groups, run.directory)
+        try:
+            scored = scores_of_all(rewards, samples_of(own), ranks, split="train")
+        except RewardError:
+            if run is not None:
+                display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")
+            raise
+        with ranks.together():
+            return {} if run is None else _record(run, groups, scored)
+
+
+def _sampled(
+    policy: MoTPolicy, prompts: Sequence[Prompt], settings: Config, display: Display, ranks: Ranks
+) -> list[Group]:
+    """This rank's own groups of those that the first training step would draw of these prompts."""
+    from unigrpo_cli.evaluate import train_sampling
+    from unigrpo_cli.rollout import rollout as sample
+    from unigrpo_cli.train import window_of
+
+    members = settings.train.group_size
+    with display.progress(len(prompts) * members, "sampling") as advance, ranks.together():
+        window = window_of(settings, 0)
+        return sample(
+            policy,
+            ranks.stretch(prompts),
+            members,
+            train_sampling(settings),
+            window,
+            settings.seed,
+            lambda rows: advance(rows * ranks.world),
+        )
+
+
+def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult]) -> dict[str, Any]:
+    """Write rewards.json and images/; gives the summary."""
+    from unigrpo_cli.episode import flatten
+    from unigrpo_cli.io.pictures import save_png
+    from unigrpo_cli.run.records import reward_rows
+
+    rows = reward_rows(groups, scored)
+    run.write_json("rewards.json", rows)
+    for row, episode in zip(rows, flatten(groups), strict=True):
+        save_png(episode.pixels.numpy(), run.directory / "images" / row["image"], row)
+    return {
+        "run": str(run.directory),
+        "episodes": len(rows),
+        "groups": len(groups),
+        "rewards": {name: own.mean for name, own in scored.items()},
+        "abstained": {name: int((~own.valid).sum()) for name, own in scored.items()},
+    }
+
+
+def _all_think(groups: Sequence[Group]) -> bool:
+    return all(e.reasoning is not None for g in groups for e in g.episodes)

@@ -1,0 +1,185 @@
+"""Configuration from a preset, a file, `--set` and named options; later wins. Unknown keys name the near misses."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from unigrpo_cli.config.schema import PRESETS, Config
+from unigrpo_cli.errors import UsageError, suggest
+from unigrpo_cli.io.limits import read_text, refuse_depth, refuse_odd_text
+
+LARGEST_FILE = 2**20
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: list[str] | None = None,
+    named: dict[str, Any] | None = None,
+    model_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
+) -> Config:
+    """The resolved configuration.
+
+    Args:
+        preset: name of a preset; None takes the file's, or else the model's, or else "embedded".
+        file: TOML file.
+        overrides: `a.b=c` strings; c is a TOML value, or else a plain string.
+        named: dotted keys to values, None meaning "not given".
+        model_defaults: what the model asked for brings of its own, as a preset and values on top of it. Whatever is
+            given outranks it; another preset leaves it out.
+
+    Raises:
+        UsageError: on an unknown key, a value of the wrong kind, or an unreadable file.
+    """
+    from_file = _read_toml(file) if file else {}
+    given: dict[str, Any] = {}
+    _merge(given, from_file)
+    for text in overrides or []:
+        key, found, value = text.partition("=")
+        if not found or not key.strip():
+            raise UsageError(f"--set {text}: write it as section.key=value, e.g. --set train.steps=50")
+        if key.strip() == "preset":
+            raise UsageError(f"a preset is chosen by --preset {value.strip()}, before --set")
+        _merge(given, _nest(key.strip(), _toml_value(value.strip())))
+    for key, value in (named or {}).items():
+        if value is not None:
+            _merge(given, _nest(key, value))
+    own = model_defaults(given) if {"model", "adapter"} & given.keys() else {}
+    chosen = preset or from_file.get("preset") or own.get("preset") or "embedded"
+    if chosen not in PRESETS:
+        raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
+    values = tomllib.loads((files("unigrpo_cli") / "config" / "presets" / f"{chosen}.toml").read_text())
+    if own.get("preset") == chosen:
+        _merge(values, own)
+    _merge(values, given)
+    values["preset"] = chosen
+    _check_keys(values, Config, "")
+    for key, value in values.items():
+        try:
+            refuse_odd_text(value)
+        except ValueError as error:
+            raise UsageError(f"{key}: {error}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_one_line(error)) from error
+
+
+def _read_toml(path: Path) -> dict:
+    try:
+        found = tomllib.loads(read_text(path, LARGEST_FILE))
+        refuse_depth(found)
+        return found
+    except FileNotFoundError as error:
+        raise UsageError(f"no configuration file {path}: give a TOML file with --config") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not readable TOML: nested too deep") from error
+    except OSError as error:
+        raise UsageError(f"{path} is not readable TOML: {error.strerror}; give a TOML file with --config") from error
+    except ValueError as error:  # TOMLDecodeError among them, and numbers of thousands of digits
+        raise UsageError(f"{path} is not readable TOML: {error}") from error
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
+
+
+def _nest(dotted: str, value: Any) -> dict:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(into: dict, new: dict) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _check_keys(values: dict, section: type[BaseModel], prefix: str) -> None:
+    """Name the unknown key and its near misses, which pydantic does not."""
+    for key, value in values.items():
+        if key not in section.model_fields:
+            known = [prefix + name for name in section.model_fields]
+            elsewhere = [path for path in config_keys() if path.rsplit(".", 1)[-1] == key]
+            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else suggest(prefix + key, known)
+            raise UsageError(f"unknown configuration key {prefix + key!r}: {hint}")
+        inner = section.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, dict):
+                raise UsageError(f"{prefix + key} is a section: set its keys, e.g. {prefix + key}.KEY=VALUE")
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[str, Any]]:
+    """All dotted keys with their description and default."""
+    keys: dict[str, tuple[str, Any]] = {}
+    for name, info in section.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys |= config_keys(inner, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = (info.description or "", info.default)
+    return keys
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "tuple_type" and isinstance(first["input"], str):
+        return f'{where} = {first["input"]!r}: a list is needed, e.g. ["{first["input"]}"]'
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """The configuration with other values of dotted keys, which are taken as they are."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            section, name, value = "", section, getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={name: value})
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML, to be read again by `--config`."""
+    lines: list[str] = []
+    sections: list[tuple[str, dict]] = []
+    for key, value in config.model_dump().items():
+        if isinstance(value, dict) and key != "options":
+            sections.append((key, value))
+        elif value is not None:
+            lines.append(f"{key} = {_toml(value)}")
+    for name, section in sections:
+        lines.append(f"\n[{name}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        pairs = (f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items() if v is not None)  # TOML has no null
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

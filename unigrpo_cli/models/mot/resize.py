@@ -1,0 +1,70 @@
+"""Given pictures brought to a size that the model can take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.io.limits import open_image
+
+MOST_PIXELS = 14 * 14 * 9 * 1024
+"""BAGEL's limit on one picture."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Sides between `shortest` and `longest`, each a multiple of `stride`, the shape kept as well as that allows.
+
+    BAGEL's rule. A picture is enlarged when its short side is under `shortest`, and the long side has the last
+    word: a very long picture may end with a short side below it.
+    """
+
+    longest: int
+    shortest: int
+    stride: int
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """New width and height."""
+        scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
+        new = self._scaled(width, height, scale)
+        if new[0] * new[1] > MOST_PIXELS:
+            new = self._scaled(*new, MOST_PIXELS / (new[0] * new[1]))
+        if max(new) > self.longest:
+            new = self._scaled(*new, self.longest / max(new))
+        return new
+
+    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
+        def whole(side: int) -> int:
+            return max(self.stride, round(round(side * scale) / self.stride) * self.stride)
+
+        return whole(width), whole(height)
+
+    def __call__(self, pixels_HWC: Tensor) -> Tensor:
+        """A uint8 picture [H, W, 3] at its new size, bicubic with antialiasing."""
+        height, width = pixels_HWC.shape[:2]
+        resized = Image.fromarray(pixels_HWC.numpy()).resize(self.size(width, height), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(resized))
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A file as uint8 [H, W, 3]; what is transparent becomes white.
+
+    Raises:
+        UsageError: when it is missing or no picture.
+    """
+    try:
+        image = open_image(path)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB")))
+    except FileNotFoundError as error:
+        raise UsageError(f"no picture {path}: give a file") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not readable as a picture: {error}") from error

@@ -1,0 +1,1 @@
+"""Ranks, worker threads, out-of-memory hints."""

@@ -1,0 +1,345 @@
+"""One reward behind HTTP, for a judge that needs other packages or another machine. Its client: plugins/remote.py.
+
+Protocol 1, JSON both ways (docs/rewards.md has it in full):
+
+    GET  /v1/info   what the reward is and which columns it wants to be sent
+    POST /v1/check  {"metadata": [...], "has_reasoning": true}: would these prompts do?
+    POST /v1/score  {"samples": [{"prompt", "image", "reasoning", "metadata", "id", "group_id"}], "step", "split"}
+
+Images travel as base64 PNG, which keeps every pixel; a score of null is "no opinion". Nothing that is sent is ever
+run: JSON and PNG alone are read, and requests have a largest size.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import io
+import ipaddress
+import json
+import math
+import socket
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unigrpo_cli.errors import RewardError, UsageError
+from unigrpo_cli.io.json import to_json
+from unigrpo_cli.rewards.batch import Sample
+from unigrpo_cli.rewards.scorer import FailedCallError, LoadedReward, RewardSet
+
+PROTOCOL = 1
+COLUMNS_SENT = ("image", "reasoning", "metadata")
+MAX_BYTES = 256 * 2**20  # of a request: 64 pictures of 1024 x 1024 are about 100 MiB
+MAX_PIXELS = 64 * 2**20  # of a picture: a PNG of a few bytes can unfold into gigabytes
+DRAIN_BYTES = 2**30  # of a refused request that is read and dropped, so that the refusal can be heard
+IDLE_S = 60.0  # a connection that says nothing for so long is closed
+
+
+class RefusedError(Exception):
+    """An answer other than 200: its status, what is wrong, and what sort of thing that is."""
+
+    def __init__(self, status: int, text: str, kind: str = "request"):
+        super().__init__(text)
+        self.status, self.kind = status, kind
+
+
+class RewardServer(ThreadingHTTPServer):
+    """Serves the one reward of `rewards`. Connections are many, scoring is one at a time.
+
+    Make it, set up the reward, then `listen` and `serve_forever`: a port in use is found before weights are read,
+    and nobody is let in before the reward is ready.
+
+    Args:
+        token: what clients must send as `Authorization: Bearer`; None lets in everybody on this machine.
+
+    Raises:
+        UsageError: when the address cannot be had, or is reachable from outside without a token.
+    """
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, token: str | None = None, max_bytes: int = MAX_BYTES):
+        if not token and not is_loopback(host):
+            raise UsageError(
+                f"--host {host} can be reached from other machines: give a --token-file (or UNIGRPO_REWARD_TOKEN), "
+                "or stay on 127.0.0.1"
+            )
+        self.token, self.max_bytes = token, max_bytes
+        self.rewards: RewardSet | None = None
+        self.facts: dict[str, Any] = {}
+        self.scoring = threading.Lock()
+        self.stopping = False
+        self.lost = ""
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host, port), Exchange, bind_and_activate=False)
+            self.server_bind()
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"cannot serve at {host}:{port}: {error}; give another --host or --port") from error
+
+    @property
+    def url(self) -> str:
+        host, port = self.server_address[:2]
+        name = f"[{host!s}]" if self.address_family == socket.AF_INET6 else str(host)
+        return f"http://{name}:{port}"
+
+    def server_bind(self) -> None:
+        """Bind without looking up the machine's name, which can take seconds and is not used."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def listen(self, rewards: RewardSet, version: str) -> None:
+        """Let clients in; `rewards` holds the one reward."""
+        self.rewards = rewards
+        self.facts = facts_of(rewards.rewards[0], version) | {"max_bytes": self.max_bytes}
+        self.server_activate()
+
+    def stop(self) -> None:
+        """End `serve_forever` soon, from any thread or signal; who asks meanwhile is told to come again."""
+        self.stopping = True
+        threading.Thread(target=self.shutdown, daemon=True).start()
+
+    def close(self, patience_s: float = 10.0) -> None:
+        """Close the socket once the scoring under way has ended, or `patience_s` is over."""
+        self.stopping = True
+        if self.scoring.acquire(timeout=patience_s):
+            self.scoring.release()
+        self.server_close()
+
+    @contextmanager
+    def _chunk(self) -> Iterator[RewardSet]:
+        """The reward, for one request alone."""
+        with self.scoring:
+            if self.stopping or self.rewards is None:
+                raise RefusedError(503, "the reward server is stopping", "stopping")
+            yield self.rewards
+
+    def check(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether prompts carry what the reward needs."""
+        rows = body.get("metadata")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise RefusedError(400, "`metadata` must be a list of objects")
+        with self._chunk() as rewards:
+            try:
+                rewards.check_needs(rows, has_reasoning=bool(body.get("has_reasoning", True)), split="train")
+            except RewardError as error:
+                raise RefusedError(422, str(error), "needs") from error
+        return {"protocol": PROTOCOL, "ok": True}
+
+    def score(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores of the samples in a request."""
+        samples = read_samples(body)
+        step, split = body.get("step", 0), body.get("split", "train")
+        if type(step) is not int or split not in ("train", "eval"):
+            raise RefusedError(400, '`step` must be a whole number and `split` "train" or "eval"')
+        with self._chunk() as rewards:
+            opened = rewards.rewards[0]
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a score out of range is said where the run is
+                    scored = rewards.score(samples, step=step, split=split)[opened.alias]
+            except FailedCallError as error:
+                raise RefusedError(500, str(error), "failed") from error
+            except RewardError as error:
+                if opened.lane.lost:
+                    self.lost = str(error)
+                    self.stop()
+                raise RefusedError(500, str(error), "contract") from error
+        return {
+            "protocol": PROTOCOL,
+            "scores": scored.scores,
+            "components": scored.components,
+            "info": scored.info,
+        }
+
+
+class Exchange(BaseHTTPRequestHandler):
+    """One connection: requests are authorised before their bodies are read, and read before they are scored."""
+
+    server: RewardServer
+    protocol_version = "HTTP/1.1"
+    timeout = IDLE_S
+    server_version = "unigrpo"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The server's output is the one line with its address."""
+
+    def _answer(self, found: Any) -> None:
+        self._unread = self._length() or 0
+        try:
+            self._authorise()
+            status, content = 200, to_json(found())
+        except RefusedError as refusal:
+            body = {"protocol": PROTOCOL, "error": str(refusal), "kind": refusal.kind}
+            status, content = refusal.status, to_json(body)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+            return
+        except Exception as error:  # ours, not the client's: said, and the server lives on
+            body = {"protocol": PROTOCOL, "error": f"{type(error).__name__}: {error}", "kind": "server"}
+            status, content = 500, to_json(body)
+        self._send(status, content.encode())
+
+    def _length(self) -> int | None:
+        text = self.headers.get("Content-Length", "")
+        return int(text) if text.isdecimal() and len(text) < 16 else None
+
+    def _send(self, status: int, content: bytes) -> None:
+        if self._unread or self.server.stopping:  # what is left of a request is no next one
+            self.close_connection = True
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        try:
+            self.end_headers()
+            self.wfile.write(content)
+            self.wfile.flush()
+            left = 0 if status == 401 else min(self._unread, DRAIN_BYTES)
+            while left > 0 and (piece := self.rfile.read(min(left, 2**16))):
+                left -= len(piece)
+        except OSError:
+            self.close_connection = True
+
+    def _authorise(self) -> None:
+        token = self.server.token
+        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise RefusedError(401, "this reward server wants a token: `Authorization: Bearer TOKEN`", "token")
+
+    def _get(self) -> dict[str, Any]:
+        if self.path != "/v1/info":
+            raise RefusedError(404, f"nothing at {self.path}; GET /v1/info, POST /v1/check, POST /v1/score")
+        return self.server.facts
+
+    def _post(self) -> dict[str, Any]:
+        actions = {"/v1/check": self.server.check, "/v1/score": self.server.score}
+        if self.path not in actions:
+            raise RefusedError(404, f"nothing at {self.path}; GET /v1/info, POST /v1/check, POST /v1/score")
+        body = self._body()
+        if body.get("protocol") != PROTOCOL:
+            said = body.get("protocol")
+            raise RefusedError(400, f"this server speaks protocol {PROTOCOL}, the request {said!r}", "protocol")
+        return actions[self.path](body)
+
+    def _body(self) -> dict[str, Any]:
+        # a web page can make a browser post plain text to a loopback address, but not JSON without asking first
+        if self.headers.get_content_type() != "application/json":
+            raise RefusedError(415, "send Content-Type: application/json")
+        length, limit = self._length(), self.server.max_bytes
+        if length is None:
+            self.close_connection = True  # where this request ends is anybody's guess
+            raise RefusedError(411, "send Content-Length")
+        if length > limit:
+            raise RefusedError(413, f"the request has {length} bytes, the limit is {limit}; see --max-mb", "size")
+        content = self.rfile.read(length)
+        self._unread = 0
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(400, f"the request is no JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise RefusedError(400, "the request must be a JSON object")
+        return body
+
+
+def facts_of(opened: LoadedReward, version: str) -> dict[str, Any]:
+    """What a client has to know of a reward; a bound that is not finite is null."""
+    reward = opened.reward
+    return {
+        "protocol": PROTOCOL,
+        "name": opened.choice.name,
+        "address": opened.address,
+        "version": version,
+        "summary": str(getattr(reward, "summary", "")),
+        "licence": str(getattr(reward, "licence", "not declared")),
+        "range": [x if math.isfinite(x) else None for x in opened.range],
+        "needs": sorted(getattr(reward, "needs", ())),
+        "sends": columns_sent(reward),
+        "scope": str(getattr(reward, "scope", "sample")),
+        "batch_size": getattr(reward, "batch_size", None),
+        "higher_is_better": bool(getattr(reward, "higher_is_better", True)),
+    }
+
+
+def columns_sent(reward: Any) -> list[str]:
+    """The columns that a reward reads, by its parameters or its `needs`; all of them where it declares neither."""
+    if not hasattr(reward, "needs"):
+        return list(COLUMNS_SENT)
+    kinds = {need.partition(":")[0] for need in reward.needs}
+    columns = set(getattr(reward, "columns", ()))
+    if "batch" in columns:
+        return list(COLUMNS_SENT)
+    return [name for name in COLUMNS_SENT if name in kinds | columns]
+
+
+def read_samples(body: Mapping[str, Any]) -> list[Sample]:
+    """The samples of a request.
+
+    Raises:
+        RefusedError: naming the sample and what is wrong with it.
+    """
+    rows = body.get("samples")
+    if not isinstance(rows, list):
+        raise RefusedError(400, "`samples` must be a list of objects")
+    return [_sample(k, row) for k, row in enumerate(rows)]
+
+
+def _sample(k: int, row: Any) -> Sample:
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise RefusedError(400, f"samples[{k}] must be an object with a text `prompt`")
+    reasoning, metadata = row.get("reasoning"), row.get("metadata") or {}
+    if not isinstance(reasoning, str | None) or not isinstance(metadata, dict):
+        raise RefusedError(400, f"samples[{k}]: `reasoning` is text or null, `metadata` an object")
+    return Sample(
+        row["prompt"],
+        # what is not sent has no pixels, so that a reward which looks all the same fails loudly
+        np.zeros((0, 0, 3), np.uint8) if row.get("image") is None else _pixels(k, row["image"]),
+        reasoning,
+        metadata,
+        str(row.get("id", "")),
+        str(row.get("group_id", "")),
+    )
+
+
+def _pixels(k: int, text: Any) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RefusedError(413, f"samples[{k}]: {image.width} x {image.height} pixels are too many", "size")
+            if image.mode != "RGB":
+                raise RefusedError(400, f"samples[{k}]: the picture is {image.mode}; RGB is needed")
+            return np.asarray(image)
+    except (TypeError, ValueError, binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RefusedError(400, f"samples[{k}]: `image` is no base64 PNG: {error}") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone; other names count as reachable from outside."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

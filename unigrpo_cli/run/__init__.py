@@ -1,0 +1,1 @@
+"""A run: its directory, setup, trainer, monitor, doctor and memory table. Stands on train.py."""

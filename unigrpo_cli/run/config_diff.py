@@ -1,0 +1,113 @@
+"""What another configuration means for a run that goes on: every key has a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from unigrpo_cli.config import Config
+
+
+class Effect(Enum):
+    """What a change of a key does to a run that goes on; the value is how it is said."""
+
+    NONE = "changes no result"
+    ROUNDING = "changes results by rounding alone"
+    MEASURED = "evaluations before and after are not comparable"
+    LEARNT = "changes what is learnt from here on"
+    REFUSED = "cannot change in a run"
+
+
+_NONE = (
+    "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_checkpoint_every "
+    "train.samples_every train.drift_limit train.old_scores eval.every eval.best reward.timeout_s "
+    "reward.setup_timeout_s reward.max_abstain reward.strict reward.offload"
+)
+_ROUNDING = (
+    "device threads sampling.batch_size sampling.vae_tile_rows sampling.compile train.micro_batch_size "
+    "train.max_tokens_per_micro_batch "
+    "train.reference_device train.activation_checkpointing reward.overlap reward.scoring_rank"
+)
+_MEASURED = (
+    "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
+    "eval.guidance_image eval.guidance_interval eval.guidance_renorm eval.guidance_renorm_min eval.seed"
+)
+_LEARNT = (
+    "prompts seed dtype sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
+    "sampling.steps sampling.shift sampling.sde sampling.noise_level sampling.window sampling.window_size "
+    "sampling.window_range sampling.window_period objective.text_weight objective.image_weight objective.text_clip "
+    "objective.image_clip objective.text_kl objective.trust_region objective.penalty objective.penalty_weight "
+    "objective.grad_through_context advantage.normalize advantage.clamp advantage.combine advantage.shuffle "
+    "train.prompts_per_step "
+    "train.group_size train.minibatches train.epochs train.lr_text train.lr_image train.betas train.weight_decay "
+    "train.grad_clip train.warmup reward.names reward.options reward.on_error monitor.explosion"
+)
+_REFUSED = (
+    "model weights_file adapter train.finetune train.experts train.extra_modules train.lora_rank train.lora_alpha"
+)
+EFFECTS = {
+    key: effect
+    for effect, keys in (
+        (Effect.NONE, _NONE),
+        (Effect.ROUNDING, _ROUNDING),
+        (Effect.MEASURED, _MEASURED),
+        (Effect.LEARNT, _LEARNT),
+        (Effect.REFUSED, _REFUSED),
+    )
+    for key in keys.split()
+}
+SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "watch": Effect.NONE}
+"""Sections that only look at a run, but for keys that are classed by themselves."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is another than when the checkpoint was written."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def effect(self) -> Effect:
+        return effect_of(self.key)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_said(self.old)} -> {_said(self.new)} ({self.effect.value})"
+
+
+def effect_of(key: str) -> Effect:
+    """The class of a dotted key.
+
+    Raises:
+        KeyError: for a key that nobody has classed.
+    """
+    return EFFECTS.get(key) or SECTIONS[key.partition(".")[0]]
+
+
+def changes(old: dict[str, Any], new: Config) -> list[Change]:
+    """Differences between a kept configuration and the one to go on with, in the latter's order.
+
+    Keys that only one of them knows are of another version, and pass.
+    """
+    before, after = flat(old), flat(new.model_dump(mode="json"))
+    return [Change(key, before[key], value) for key, value in after.items() if before.get(key, value) != value]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A kept configuration by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "options":
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _said(value: Any) -> str:
+    """As --set takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)

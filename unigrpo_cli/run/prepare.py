@@ -1,0 +1,124 @@
+"""What a run needs before its first step: sizes of its batches, the policy, the optimizer, and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unigrpo_cli.config import Config, with_values
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
+from unigrpo_cli.models.hub import locate
+from unigrpo_cli.models.mot.bagel import read_release, weights_digest
+from unigrpo_cli.models.mot.checkpoint import restore_weights
+from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.ranks import ALONE, Ranks
+from unigrpo_cli.run.memory import left_open
+from unigrpo_cli.run.memory.plan import Plan, plan_of, refuse_too_large, said_of_sizes
+from unigrpo_cli.run.resume import refuse_changes, with_kept_sizes
+from unigrpo_cli.run.setup import find_checkpoint, load_policy, model_of
+from unigrpo_cli.suites import training_prompts
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.state import Reference, TrainState, read_state, restore_state
+
+
+def plan(config: Config, checkpoint: Path | None) -> Plan:
+    """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing.
+
+    Raises:
+        UsageError: when groups cannot be shared out among the ranks.
+    """
+    rank, world, here = launched()
+    Ranks(rank, world, here).refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
+    if checkpoint is not None:
+        content = read_state(checkpoint)
+        config = with_kept_sizes(content, config)
+        refuse_changes(content, checkpoint, config)
+    pictures = any(prompt.image for prompt in training_prompts(config.prompts))
+    return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True, pictures=pictures)
+
+
+def with_sizes(
+    config: Config,
+    checkpoint: Path | None,
+    prompts: Sequence[Prompt],
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> Config:
+    """The configuration with numbers for the sizes of batches that it leaves open: those that fit every rank."""
+    if not left_open(config):
+        return config
+    with ranks.together():
+        pictures = any(prompt.image for prompt in prompts)
+        planned = plan_of(config, *_origin(config, checkpoint), pictures=pictures)
+    every = ranks.gather(planned.sizes)
+    sizes = {key: min(own[key] for own in every) for key in planned.sizes}
+    say(said_of_sizes(sizes, planned.free))
+    return with_values(config, sizes)
+
+
+def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tuple[str, str | None]:
+    """The base, and the adapter that it begins with: of a fresh run, or as a checkpoint has them."""
+    if checkpoint is None:
+        try:
+            name = model_of(config, fetch)
+        except NotFetchedError:
+            name = config.model
+        base, own_adapter = find_checkpoint(name)
+        adapter = config.adapter or own_adapter
+        if adapter and config.train.finetune == "full":
+            raise UsageError("train.finetune=full cannot start from an adapter; use --set train.finetune=lora")
+        return base, adapter
+    content = read_state(checkpoint)
+    base = content["base"]
+    if Path(base).is_absolute() and not Path(base).exists():  # it was moved: take it where it is now said to be
+        base = find_checkpoint(model_of(config, fetch))[0]
+    return base, str(checkpoint) if content["finetune"] == "lora" else None
+
+
+def prepare(
+    config: Config,
+    checkpoint: Path | None,
+    content: dict[str, Any] | None,
+    warn: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> tuple[TrainState, Reference, Plan]:
+    """Policy, optimizer, what the base is and what it will take, fresh or as a checkpoint left them.
+
+    The reference is always the base: never the weights that a run is resumed from, and with adapters the network
+    without them, also when training starts from an adapter.
+    """
+    base, adapter = _origin(config, checkpoint)
+    planned = plan_of(config, base, adapter)
+    refuse_too_large(planned)
+    if planned.present is not None and planned.available > planned.present:
+        warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.present:.1f} GiB")
+    reference = Reference(base, weights_digest(read_release(*locate(base))))
+    if content is None or checkpoint is None:
+        policy = load_policy(model_of(config), config.adapter, config)
+        _warn_of_rank(policy, config, warn)
+        policy = prepare_policy(policy, config, ranks)
+        return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference, planned
+    if reference.digest != content["reference"]:
+        raise WeightsError(
+            f"{base} does not hold the weights that this run began with, which stay its reference; put those of "
+            f"{content['base']} back, or begin a new run from the checkpoint with --model {checkpoint}"
+        )
+    policy = prepare_policy(load_policy(base, adapter, config), config, ranks)
+    if adapter is None:
+        restore_weights(policy.network, checkpoint)
+    state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
+    restore_state(state, checkpoint, content)
+    return state, reference, planned
+
+
+def _warn_of_rank(policy: MoTPolicy, config: Config, warn: Callable[[str], None]) -> None:
+    """An adapter that training starts from has a rank of its own."""
+    own = getattr(policy.network, "adapter_config", None)
+    if own is not None and (own.r, own.lora_alpha) != (config.train.lora_rank, config.train.lora_alpha):
+        warn(
+            f"the adapter has rank {own.r} and alpha {own.lora_alpha:g}, which stay; train.lora_rank and "
+            "train.lora_alpha are for fresh adapters"
+        )

@@ -1,0 +1,69 @@
+"""Sample sheets: the same held-out prompts on the same noise, again and again while a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unigrpo_cli.episode import Group
+from unigrpo_cli.io.atomic import new_directory, new_file
+from unigrpo_cli.io.pictures import Tile, save_png, sheet
+from unigrpo_cli.rewards.scorer import RewardResult
+
+SHOWN = 8
+MOST_COLUMNS = 8
+
+
+def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int) -> None:
+    """One PNG with its story per prompt in `step_NNNNNN/`, and a sheet of them beside it."""
+    tiles = []
+    name = f"step_{step:06d}"
+    with new_directory(folder / name, sums=False) as pictures:
+        for k, group in enumerate(groups):
+            episode = group.episodes[0]
+            scores = {name: float(s.scores[k]) for name, s in scored.items() if s.valid[k]}
+            story = {
+                "step": step,
+                "prompt": group.prompt.text,
+                "reasoning": episode.reasoning,
+                "scores": scores,
+                "seed": episode.seed,
+            }
+            pixels = episode.pixels.numpy()
+            save_png(pixels, pictures / f"{k}.png", story)
+            words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+            tiles.append(Tile(pixels, group.prompt.text, tuple(filter(None, (episode.reasoning, words)))))
+    page = sheet([tiles[:4], tiles[4:]] if len(tiles) > 4 else [tiles], f"step {step}")
+    _save_sheet(page, folder / f"{name}.png")
+
+
+def save_progress(folder: Path) -> None:
+    """`progress.png`: a row per prompt, a column per step, from the pictures on disk."""
+    steps = sorted(p for p in folder.glob("step_*") if p.is_dir() and not p.suffix)
+    if len(steps) > MOST_COLUMNS:
+        steps = [steps[round(k)] for k in np.linspace(0, len(steps) - 1, MOST_COLUMNS)]
+    rows: dict[str, list[Tile]] = {}
+    for step in steps:
+        for path in sorted(step.glob("*.png"), key=lambda p: int(p.stem)):
+            try:
+                story = json.loads(path.with_suffix(".json").read_text())
+                pixels = np.asarray(Image.open(path))
+            except (OSError, ValueError):  # cut short by a crash; the checkpoint is what matters
+                continue
+            rows.setdefault(story["prompt"], []).append(Tile(pixels, _title(story), (story["reasoning"] or "",)))
+    if rows:
+        page = sheet(list(rows.values()), "the same prompts on the same noise, step by step")
+        _save_sheet(page, folder / "progress.png")
+
+
+def _save_sheet(page: Image.Image, path: Path) -> None:
+    with new_file(path) as partial:
+        page.save(partial, format="PNG")
+
+
+def _title(story: dict) -> str:
+    return story["prompt"] if story["step"] == 0 else f"step {story['step']}"

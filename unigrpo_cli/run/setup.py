@@ -1,0 +1,228 @@
+"""From configuration to live objects: device, plugins, rewards, policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unigrpo_cli.config import Config, Sampling, load_config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
+from unigrpo_cli.models.hub import EMBEDDED, locate
+from unigrpo_cli.models.mot.bagel import read_release
+from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.config import BAGEL_NETWORK
+from unigrpo_cli.models.mot.policy import UNKNOWN, MoTPolicy
+from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.ranks import ALONE, Ranks
+from unigrpo_cli.rewards.batch import RewardContext
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
+from unigrpo_cli.training.state import STATE, incomplete, newest_checkpoint, read_header
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device_of(config: Config, *, planned: bool = False) -> torch.device:
+    """The device of a configuration.
+
+    Args:
+        planned: only to be asked what it has; then it need not be clear which one a process would take.
+
+    Raises:
+        UsageError: when it is not there, or several processes were launched for a command of one.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    _, world, here = launched()
+    if world > 1 and not planned:
+        return _device_of_rank(config, here)
+    if config.device == "auto":
+        from accelerate import PartialState
+
+        return PartialState().device
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {config.device!r} cannot be used ({reason}); try device=cpu") from error
+    return device
+
+
+def _device_of_rank(config: Config, here: int) -> torch.device:
+    """Of several processes each takes the accelerator of its number on its machine."""
+    if not torch.distributed.is_initialized():
+        raise UsageError("only train, eval and rollout run in several processes; start this without a launcher")
+    if ":" in config.device:
+        raise UsageError(f"device={config.device} is one for all ranks; give device=cuda, and each takes its own")
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if here >= torch.cuda.device_count():
+        raise UsageError(
+            f"{here + 1} or more processes were launched on a machine with {torch.cuda.device_count()} GPUs; start "
+            "as many as it has, or give device=cpu"
+        )
+    return torch.device("cuda", here)
+
+
+def model_of(config: Config, fetch: bool = True) -> str:
+    """The configured model, as one name: with `weights_file` the path of that file.
+
+    Raises:
+        WeightsError: when there is no such file; NotFetchedError without `fetch`, for a model of the hub.
+    """
+    if config.weights_file is None:
+        return config.model
+    directory, _ = locate(config.model, fetch)
+    path = directory / config.weights_file
+    if not path.is_file():
+        others = ", ".join(sorted(p.name for p in directory.glob("*.safetensors"))) or "none"
+        raise WeightsError(f"no weights file {config.weights_file} in {directory}; it has {others}")
+    return str(path)
+
+
+def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """What a model brings: its run's sampling, or for a BAGEL the paper's preset at its size, in bf16.
+
+    Args:
+        given: what was asked for, of which `model`, `weights_file` and `adapter` are looked at. An adapter of a run
+            brings that run's sampling.
+    """
+    model, adapter = str(given.get("model", EMBEDDED)), given.get("adapter")
+    for path in [Path(p) for p in (adapter, model) if isinstance(p, str)]:
+        for directory in (path, *path.absolute().parents[1:2]):
+            if os.path.isdir(directory / "checkpoints") and os.path.isfile(directory / "config.toml"):
+                own = load_config(file=directory / "config.toml")
+                drawn = own.sampling.model_dump(exclude={"batch_size", "compile"})  # those are the machine's
+                return {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
+    if model == EMBEDDED:
+        return {}
+    try:
+        directory, file = locate(find_checkpoint(model)[0], fetch=False)
+        release = read_release(directory, given.get("weights_file") or file)
+        network, paints_pixels = release.config, release.kind == "pixels"
+    except NotFetchedError:
+        network, paints_pixels = BAGEL_NETWORK, False  # the hub has no other models of this form
+    except (WeightsError, UsageError):
+        return {}  # whoever loads it will say what is wrong
+    if paints_pixels:
+        return {}
+    side = min(network.largest_side, Sampling().height)
+    return {"preset": "paper", "dtype": "bfloat16", "sampling": {"height": side, "width": side}}
+
+
+def find_checkpoint(path: str) -> tuple[str, str | None]:
+    """Model and adapter behind a name: a model, a checkpoint, or a run (then its newest complete checkpoint).
+
+    Paths come back absolute, so that what is written down stays true elsewhere.
+    """
+    directory = Path(os.path.abspath(path))  # links stay: the hub's cache links names to files that have none
+    if path == EMBEDDED or os.path.isfile(directory):  # os.path: a name that no system takes is only not there
+        return (path if path == EMBEDDED else str(directory)), None
+    if os.path.isdir(directory / "checkpoints"):
+        directory = newest_checkpoint(directory)
+    if os.path.isfile(directory / STATE):
+        lacking = incomplete(directory)
+        if lacking is not None:
+            raise WeightsError(f"{directory} is not complete: {lacking}; take another checkpoint of that run")
+        content = read_header(directory)
+        if content["finetune"] == "lora":
+            return content["base"], str(directory)
+    return str(directory) if os.path.isdir(directory) else path, None
+
+
+def load_policy(model: str, adapter: str | None, config: Config) -> MoTPolicy:
+    """A policy ready for sampling.
+
+    Raises:
+        WeightsError: when its files are missing or do not fit.
+    """
+    found, own_adapter = find_checkpoint(model)
+    strip = config.sampling.vae_tile_rows
+    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype], vae_tile_rows=strip)
+    policy.network.requires_grad_(False)
+    for name in (own_adapter, adapter):
+        if name is not None:
+            from unigrpo_cli.models.lora import has_adapters, load_adapters
+
+            if has_adapters(policy.network):
+                raise WeightsError(f"{model} has an adapter of its own; --adapter {adapter} cannot be added")
+            if not os.path.isdir(name):
+                raise WeightsError(f"no adapter directory {name}: give one that holds adapter_config.json")
+            load_adapters(policy.network, Path(name))
+    check_size(policy, config)
+    return policy
+
+
+def check_size(policy: MoTPolicy, config: Config) -> None:
+    """Refuse an image size that the model cannot paint."""
+    try:
+        policy.grid(config.sampling.height, config.sampling.width)
+    except ValueError as error:
+        raise UsageError(f"sampling.height, sampling.width: {error}") from error
+
+
+def is_embedded(policy: MoTPolicy) -> bool:
+    """Whether a policy speaks the words of the shapes world, i.e. is the embedded model or grown from it."""
+    from unigrpo_cli.toy.world import CELLS
+
+    return all(policy.tokenizer.token_to_id(cell) is not None for cell in CELLS)
+
+
+def warn_of_unknown_words(policy: MoTPolicy, prompts: Sequence[Prompt], warn: Callable[[str], None]) -> None:
+    """Say which words of the prompts the model cannot read."""
+    unknown = sorted({word for prompt in prompts for word in policy.unknown_words(prompt.text)})
+    if unknown:
+        more = " ..." if len(unknown) > 5 else ""
+        warn(f"the model has no word for {', '.join(unknown[:5])}{more}; it reads {UNKNOWN} there")
+
+
+def reward_choices(config: Config) -> list[RewardSpec]:
+    """The trained rewards and, marked so, those that evaluation alone looks at.
+
+    Raises:
+        UsageError: when none is chosen.
+    """
+    if not config.reward.names:
+        raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
+    trained = parse_rewards(config.reward.names, config.reward.options)
+    if not any(choice.weight for choice in trained):
+        raise UsageError("every reward has weight 0, so there is nothing to train on; give one a weight, name:1")
+    return trained + watched_choices(config, {c.alias for c in trained})
+
+
+def watched_choices(config: Config, taken: set[str]) -> list[RewardSpec]:
+    """Rewards of `eval.rewards` that are not chosen already."""
+    watched = parse_rewards(config.eval.rewards) if config.eval.rewards else []
+    return [RewardSpec(c.alias, c.name, 0.0, c.options, eval_only=True) for c in watched if c.alias not in taken]
+
+
+def open_rewards(
+    choices: Sequence[RewardSpec], plugins: Plugins, config: Config, *, embedded: bool, ranks: Ranks = ALONE
+) -> RewardSet:
+    """Set up rewards for a run: on each rank, or with `reward.scoring_rank = "first"` on the first alone.
+
+    Raises:
+        RewardError: when one is unknown, misconfigured or cannot be set up.
+    """
+    context = RewardContext(
+        device=str(device_of(config)),
+        seed=config.seed,
+        embedded=embedded,
+        offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
+    )
+    r = config.reward
+    strictness = Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict, r.offload)
+    on_first = r.scoring_rank == "first" and not ranks.alone
+    with ranks.together():
+        here = ranks.first or not on_first
+        rewards = RewardSet(choices, plugins, context, strictness, on_first=on_first, here=here)
+    if on_first:  # a server's reward learns its range there
+        rewards.declare(ranks.from_first([opened.range for opened in rewards.rewards]))
+    return rewards

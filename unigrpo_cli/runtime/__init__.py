@@ -1,1 +1,0 @@
-"""Everything with a side effect: run directories, checkpoints, screens, pictures on disk."""

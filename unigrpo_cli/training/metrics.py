@@ -1,0 +1,169 @@
+"""Standing metrics of a training step: what was drawn, how it was judged, how exactly it is replayed, what moved.
+
+docs/files.md says what each is. They are looked at and never trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import reduce
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.objective import Loss, Scores, step_densities
+from unigrpo_cli.episode import Episode, Group, ImageActions, TextActions, flatten
+from unigrpo_cli.replay import Batch
+from unigrpo_cli.rewards.scorer import RewardResult
+
+GIB = 2**30
+PENALTIES = ("image/velocity-mse", "image/latent-kl")
+
+
+def rollout_metrics(groups: Sequence[Group], scored: dict[str, RewardResult], advantage_B: Tensor) -> dict[str, float]:
+    """What was drawn and how it was judged, before any update.
+
+    Args:
+        groups: this rank's own; scores and advantages are of all ranks.
+    """
+    metrics: dict[str, float] = {}
+    for name, own in scored.items():
+        metrics[f"reward/{name}"] = math.nan if own.mean is None else own.mean
+        metrics[f"reward/{name}/abstained"] = float((~own.valid).mean())
+        metrics[f"reward/{name}/spread"] = float(own.scores[own.valid].std()) if own.valid.any() else math.nan
+        for part, values in own.components.items():
+            known = values[own.valid & np.isfinite(values)]  # a part may be about some prompts only
+            metrics[f"reward/{name}/{part}"] = float(known.mean()) if len(known) else math.nan
+    advantage_PG = advantage_B.view(-1, len(groups[0].episodes))
+    metrics["advantage/zero_groups"] = float((advantage_PG == 0).all(dim=1).float().mean())
+    metrics["advantage/zero"] = float((advantage_B == 0).float().mean())
+    metrics["advantage/std"] = float(advantage_B.std(correction=0))
+    episodes = flatten(groups)
+    texts = [s for e in episodes for s in e.segments if isinstance(s, TextActions)]
+    if texts:
+        metrics["text/length"] = sum(len(t.ids) for t in texts) / len(texts)
+        metrics["text/truncated"] = sum(not t.finished for t in texts) / len(texts)
+        metrics["text/duplicates"] = _duplicates([[_words(e) for e in g.episodes] for g in groups])
+    if any(e.images for e in episodes):
+        metrics["image/duplicates"] = _duplicates([[_pictures(e) for e in g.episodes] for g in groups])
+    return metrics
+
+
+def _duplicates(groups: Sequence[Sequence[bytes]]) -> float:
+    """Share of members that equal another member of their group."""
+    shared = sum(sum(n for n in Counter(group).values() if n > 1) for group in groups)
+    return shared / sum(map(len, groups))
+
+
+def _words(episode: Episode) -> bytes:
+    """A digest of all that was written in an episode."""
+    return _digest([s.ids for s in episode.segments if isinstance(s, TextActions)])
+
+
+def _pictures(episode: Episode) -> bytes:
+    """A digest of all that was painted: latents, for pixels round small differences away."""
+    return _digest([s.latent for s in episode.segments if isinstance(s, ImageActions)])
+
+
+def _digest(tensors: Sequence[Tensor]) -> bytes:
+    digest = blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def drift(replayed: Sequence[tuple[Batch, Scores]]) -> dict[str, float]:
+    """How far replay is from rollout, in log-probability: the same weights, another way to compute them."""
+    text: list[Tensor] = []
+    image: list[Tensor] = []
+    for batch, old in replayed:
+        mask = batch.actions.mask_BL
+        text.append((old.log_prob_BL - batch.behaviour_text_BL)[mask].abs())
+        if old.velocities:
+            scores = [
+                flow.log_prob(steps.sde, steps.x_next_BKND, step_densities(steps, v))
+                for steps, v in zip(batch.actions.images, old.velocities, strict=True)
+            ]
+            image.append((torch.cat(scores, dim=1) - batch.behaviour_image_BK).abs())
+    found: dict[str, float] = {}
+    for name, parts in (("text", text), ("image", [i.flatten() for i in image])):
+        values = torch.cat(parts) if parts else torch.zeros(0)
+        if len(values):
+            found |= {f"{name}/drift_max": values.max().item(), f"{name}/drift_mean": values.mean().item()}
+    if image and len({i.shape[1] for i in image}) == 1:  # else their steps are not comparable
+        means = torch.cat(image).mean(dim=0).tolist()
+        found |= {f"image/drift_mean/step_{k}": value for k, value in enumerate(means)}
+    return found
+
+
+def add_terms(terms: dict[str, float], loss: Loss) -> None:
+    """Add the terms and statistics of one micro-batch to those of its update."""
+    for name, value in (loss.means | {"loss": loss.total.detach()}).items():
+        terms[name] = terms.get(name, 0.0) + value.item()
+    for name, value in loss.maxima.items():
+        terms[name] = _larger(terms.get(name, 0.0), value.item())
+
+
+def over_updates(updates: Sequence[dict[str, float]], *, ratio_checked: bool = True) -> dict[str, float]:
+    """Statistics of a step from those of its updates: means, maxima of maxima, and what the first ones were.
+
+    Before the first update policy and old policy are one, so `first_max_abs_log_ratio` must be 0; and from the
+    second step on policy and reference are two, so a penalty's `first_` must not.
+
+    Args:
+        ratio_checked: whether the first update's old scores were computed apart; else that ratio is no finding.
+    """
+    found: dict[str, float] = {}
+    for name in updates[0] if updates else ():
+        values = [u[name] for u in updates if name in u]
+        if "max_abs" in name:
+            found[name] = reduce(_larger, values)
+            if ratio_checked:
+                found[name.replace("max_abs", "first_max_abs")] = values[0]
+        elif name.endswith("/log_ratio_square"):  # moments add up, a deviation does not
+            mean = sum(u[name.replace("square", "mean")] for u in updates) / len(updates)
+            spread = sum(values) / len(values) - mean**2
+            found[name.replace("square", "std")] = math.sqrt(max(spread, 0.0))
+        else:
+            found[name] = sum(values) / len(values)
+            if name in PENALTIES:
+                found[name.replace("image/", "image/first_")] = values[0]
+    return found
+
+
+def _larger(a: float, b: float) -> float:
+    """The maximum, or NaN where there is one, which `max` may lose."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def memory() -> dict[str, float]:
+    """GiB: what the process holds and has held at most; with a GPU, its most since the last call."""
+    found = {"memory/process": _resident() / GIB, "memory/process_peak": _peak_resident() / GIB}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["memory/gpu_peak"] = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def _peak_resident() -> int:
+    """Bytes; the system counts kibibytes, macOS bytes."""
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _resident() -> int:
+    """Bytes now, or at most where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return _peak_resident()

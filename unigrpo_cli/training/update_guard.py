@@ -1,0 +1,111 @@
+"""Updates that must not be made: a batch, a loss or a gradient that has left the numbers, or is about to.
+
+Nothing here moves a weight. What refuses raises `RefusedUpdateError`, before the optimizer has seen anything; the
+rest of that training step is skipped (docs/decisions/0014).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from unigrpo_cli.algo.objective import Scores
+from unigrpo_cli.episode import Group, ImageActions, TextActions, flatten
+from unigrpo_cli.errors import DivergedError, RefusedUpdateError
+from unigrpo_cli.replay import Batch
+
+RECENT = 32  # accepted updates whose median a new norm is compared with
+ENOUGH = 8  # of them, before there is a rule: the first updates, warm-up say, are like no others
+
+
+def check_batch(groups: Sequence[Group], fixed: Sequence[tuple[Batch, Scores | None, Scores | None]]) -> None:
+    """Before any backward pass: are all recorded actions finite, and all scores that stay fixed?
+
+    Raises:
+        RefusedUpdateError: naming what is not.
+    """
+    episodes = flatten(groups)
+    bad = [e for e in episodes for s in e.segments if not all(v.isfinite().all() for v in _numbers(s))]
+    if bad:
+        raise RefusedUpdateError(
+            f"latents or log-probabilities of the rollout are not finite (first for prompt "
+            f"{bad[0].prompt.text!r}, member {bad[0].member}; {len(bad)} of {len(episodes)} episodes)"
+        )
+    for batch, old, reference in fixed:
+        for whose, scores in (("old policy's", old), ("reference's", reference)):
+            if scores is not None and not _finite(scores, batch.actions.mask_BL):
+                raise RefusedUpdateError(f"the {whose} scores of the recorded actions are not finite")
+
+
+def _numbers(segment: object) -> tuple[Tensor, ...]:
+    if isinstance(segment, ImageActions):
+        return segment.before, segment.after, segment.latent, segment.log_prob
+    return (segment.log_prob,) if isinstance(segment, TextActions) else ()
+
+
+def _finite(scores: Scores, mask_BL: Tensor) -> bool:
+    text = scores.log_prob_BL[mask_BL] if mask_BL.shape == scores.log_prob_BL.shape else scores.log_prob_BL
+    return bool(text.isfinite().all()) and all(bool(v.isfinite().all()) for v in scores.velocities)
+
+
+def check_loss(total: Tensor) -> None:
+    """Before gradients are added.
+
+    Raises:
+        RefusedUpdateError: when the loss is not finite.
+    """
+    if not total.isfinite():
+        raise RefusedUpdateError(f"the loss is {total.item()}, not finite, so no update was made")
+
+
+def check_gradient(norms: dict[str, float], facts: dict[str, Any], limit: float) -> None:
+    """Before the optimizer's step: is each expert's gradient finite, and of a size like those before it?
+
+    Compared with the median of the last accepted updates that had something to learn (`remember_norms`). Each
+    expert on its own: norms may be a thousandfold apart, and the larger would hide the smaller's explosion.
+
+    Args:
+        limit: how many times the median; `monitor.explosion`.
+
+    Raises:
+        RefusedUpdateError: naming the expert.
+    """
+    for expert, norm in norms.items():
+        if not math.isfinite(norm):
+            raise RefusedUpdateError(f"the gradient of the {expert} expert is not finite, so no update was made")
+        known = facts.get("norms", {}).get(expert, [])
+        if len(known) >= ENOUGH and norm > limit * median(known):
+            raise RefusedUpdateError(
+                f"the gradient of the {expert} expert exploded: its norm {norm:.3g} is above "
+                f"monitor.explosion={limit:g} times the recent median {median(known):.3g}, so no update was made"
+            )
+
+
+def remember_norms(norms: dict[str, float], facts: dict[str, Any], taught: bool) -> None:
+    """Keep the norms of an accepted update.
+
+    Not those of zero, nor those of a share in which every advantage is 0: penalties alone pull a thousandfold more
+    weakly, and after a few such updates every true gradient would look like an explosion.
+    """
+    for expert, norm in norms.items():
+        if taught and norm > 0:
+            known = facts.setdefault("norms", {}).setdefault(expert, [])
+            known.append(norm)
+            del known[:-RECENT]
+
+
+def check_weights(parameters: Sequence[Tensor], step: int) -> None:
+    """After the optimizer's step, which cannot be taken back.
+
+    Raises:
+        DivergedError: when a weight is not finite: no checkpoint may hold it.
+    """
+    if not all(bool(p.isfinite().all()) for p in parameters):
+        raise DivergedError(
+            f"step {step + 1}: weights overflowed in an update whose gradient was finite; lower train.lr_text and "
+            "train.lr_image, and go on from the last checkpoint"
+        )
