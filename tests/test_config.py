@@ -46,7 +46,7 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
     [
         ("train.stpes=3", "unknown configuration key 'train.stpes': did you mean train.steps"),
         ("steps=3", "did you mean"),
-        ("train.kernel=cps", "did you mean sampling.sde"),
+        ("train.sde=cps", "did you mean sampling.sde"),
         ("nonsense.key=1", "unknown configuration key 'nonsense'"),
         ("train=3", "is a section"),
         ("train.steps", "section.key=value"),

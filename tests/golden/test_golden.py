@@ -24,7 +24,7 @@ def _needs(path: Path) -> Path:
 
 
 def test_flow_steps_agree_with_flow_grpo(golden: Path) -> None:
-    """Mean and both log-probabilities of every case within 1e-6, of numbers above 1 relative: fp32 holds seven digits."""
+    """Mean and both log-probabilities of every case within 1e-6; relative for numbers above 1, as fp32 rounds."""
     data = load_file(_needs(golden / "flow_sde.safetensors"))
     cases = sorted({name.split(".")[0] for name in data})
     assert cases
