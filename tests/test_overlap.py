@@ -18,7 +18,7 @@ from unigrpo_cli import train
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.parallel.workers import Lane
+from unigrpo_cli.parallel.workers import Worker
 from unigrpo_cli.rewards.async_scoring import Scoring, begins_early
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.registry import Plugins
@@ -206,11 +206,11 @@ def test_a_judge_behind_an_endpoint_is_asked_early_and_one_that_computes_here_is
     from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
     reward = VlmReward(VlmOptions(**options))
-    opened = LoadedReward(RewardSpec("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Lane("vlm"))
+    opened = LoadedReward(RewardSpec("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Worker("vlm"))
     assert begins_early(opened, "auto") is early
 
 
-def test_lanes_end_with_their_rewards() -> None:
+def test_workers_end_with_their_rewards() -> None:
     """No thread and no reward outlives its set."""
     before, alive = threading.active_count(), []
     for _ in range(3):
@@ -254,7 +254,7 @@ def _stepped(judge: type, monkeypatch: pytest.MonkeyPatch, replaying: Callable[[
         return fixed(*given)
 
     monkeypatch.setattr(train, "score_old_and_reference", score_old_and_reference)
-    sampling = ["max_new_tokens=4", "height=16", "width=16", "steps=4", "window_within=[0, 3]", "window_size=2"]
+    sampling = ["max_new_tokens=4", "height=16", "width=16", "steps=4", "window_range=[0, 3]", "window_size=2"]
     config = load_config(
         overrides=[
             *(f"sampling.{s}" for s in sampling),

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from unigrpo_cli import errors
 from unigrpo_cli.errors import EndedElsewhereError, RankError, UnigrpoError, UsageError
 from unigrpo_cli.parallel.heartbeat import Heartbeat, launched
-from unigrpo_cli.parallel.workers import Lane
+from unigrpo_cli.parallel.workers import Worker
 
 T = TypeVar("T")
 
@@ -299,12 +299,9 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(here % torch.cuda.device_count())
     try:
-        meeting = Lane("meeting")  # which waits outside Python, where no signal would reach the main thread
-        met, answer = meeting.wait(meeting.submit(partial(_meet, rank, world)), None)
+        meeting = Worker("meeting")  # waits outside Python, where no signal would reach the main thread
+        peers: Heartbeat = meeting.submit(partial(_meet, rank, world)).result()
         meeting.close()
-        if not met:
-            raise answer
-        peers: Heartbeat = answer
     except (ValueError, RuntimeError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Threads that are handed calls: for each reward, for the meeting of ranks, for each batch that is beside others.
+"""Threads: one per reward, with deadlines, and a pool that computes batches at the same time on a CPU.
 
-A reward has a thread of its own, so that one that hangs can be left behind and one that waits keeps nobody
-waiting. Batches have one each on a CPU, because operators on small tensors gain next to nothing from the threads
-inside them: two cores are used by two batches.
+A reward has a thread of its own, so a call that hangs can be abandoned and a call that waits delays nothing else.
+On a CPU each batch has a thread, because operators on small tensors gain next to nothing from threads inside them: two
+cores are used best by two batches.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,134 +22,126 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     import torch
 
-LAST_CALL_S = 1.0
-"""How long a lane that is closed is waited for; a call that an interrupt left behind may take longer."""
+CLOSE_WAIT_S = 1.0
+"""Seconds that closing a worker waits for its thread; a call abandoned by an interrupt may take longer."""
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
-@dataclass
-class Pending:
-    """A call that was handed to a lane; `answer` is whether it came back, and its result or its exception."""
+class Worker:
+    """A single-thread executor whose thread may hang.
 
-    function: Callable[[], Any]
-    done: threading.Event = field(default_factory=threading.Event)
-    answer: tuple[bool, Any] = (False, None)
-
-
-class Lane:
-    """A thread that makes calls in the order in which they were handed over.
-
-    One thread for all calls: torch starts a new pool of workers for every new thread that computes, and gives
-    it as many as there are cores whatever the main thread was told.
+    `ThreadPoolExecutor` waits for its threads when Python exits, so one reward that hangs would keep the process alive.
+    This thread is a daemon. It is one thread for all calls, because torch starts a new pool for every new thread that
+    computes and gives it as many threads as there are cores.
     """
 
     def __init__(self, name: str):
         self.name = name
+        self.hung = False
         torch = sys.modules.get("torch")
-        self._limit = None if torch is None else partial(_limit_threads, torch.get_num_threads())
-        self._asked: queue.Queue[Pending | None] = queue.Queue()
+        self._set_threads = None if torch is None else partial(_limit_threads, torch.get_num_threads())
+        self._calls: queue.Queue[tuple[Future, Callable[[], Any]] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self.lost = False
 
-    def _work(self) -> None:
-        if self._limit is not None:
-            self._limit()
-        while True:
-            call = self._asked.get()
-            if call is None:
-                return
-            try:
-                call.answer = (True, call.function())
-            except BaseException as error:  # a reward may even call sys.exit
-                call.answer = (False, error)
-            call.done.set()
-            del call  # or this thread would keep the reward alive until it is asked again
+    def _run(self) -> None:
+        if self._set_threads is not None:
+            self._set_threads()
+        while (call := self._calls.get()) is not None:
+            future, function = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # a reward may even call sys.exit
+                    future.set_exception(error)
+            del call, future, function  # else this thread keeps the reward alive until the next call
 
-    def submit(self, function: Callable[[], Any]) -> Pending:
-        """Hand over a call without waiting for it."""
+    def submit(self, function: Callable[[], Any]) -> Future:
+        """Queue a call and return at once."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True, name=self.name)
+            self._thread = threading.Thread(target=self._run, daemon=True, name=self.name)
             self._thread.start()
-        call = Pending(function)
-        self._asked.put(call)
-        return call
+        future: Future = Future()
+        self._calls.put((future, function))
+        return future
 
-    def drop(self) -> None:
-        """Forget calls that have not begun."""
-        with suppress(queue.Empty):
-            while True:
-                self._asked.get_nowait()
-
-    def close(self) -> None:
-        """No more calls: the thread ends when it has made those it was handed; it is waited for, not for long."""
-        self._asked.put(None)
-        if self._thread is not None and not self.lost:
-            self._thread.join(LAST_CALL_S)
-
-    def wait(self, call: Pending, timeout_s: float | None) -> tuple[bool, Any]:
-        """Whether it came back, and its result or its exception.
+    def wait(self, call: Future, timeout_s: float | None) -> BaseException | None:
+        """Wait for a call to end. Returns its exception, or None when it has a result.
 
         Raises:
-            TimeoutError: when it did not come back in time; the lane is then lost.
+            TimeoutError: after `timeout_s`; the worker then counts as hung.
         """
-        if not call.done.wait(timeout_s):
-            self.lost = True
-            raise TimeoutError
-        return call.answer
+        try:
+            return call.exception(timeout_s)
+        except TimeoutError:
+            self.hung = True
+            raise
+
+    def cancel_queued(self) -> None:
+        """Drop calls that have not started."""
+        with suppress(queue.Empty):
+            while True:
+                if (call := self._calls.get_nowait()) is not None:
+                    call[0].cancel()
+
+    def close(self) -> None:
+        """Accept no more calls. The thread ends after those already queued."""
+        self._calls.put(None)
+        if self._thread is not None and not self.hung:
+            self._thread.join(CLOSE_WAIT_S)
 
 
 def _limit_threads(count: int) -> None:
-    """Torch's threads of the thread that calls this, and of threads that are new."""
+    """Set torch's threads for the calling thread and for threads that start later."""
     import torch
 
-    torch.get_num_threads()  # a thread's first use sets its number to the latest that anyone has asked for
+    torch.get_num_threads()  # a thread's first use sets its number to the latest value set anywhere
     torch.set_num_threads(count)
 
 
-_in_turn = ContextVar("in_turn", default=False)
+_sequential = ContextVar("sequential", default=False)
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
-    """Inside, batches are computed one after the other: for who watches what a policy is asked."""
-    token = _in_turn.set(True)
+def sequential() -> Iterator[None]:
+    """Compute batches one after another inside: for code that records the calls of a policy."""
+    token = _sequential.set(True)
     try:
         yield
     finally:
-        _in_turn.reset(token)
+        _sequential.reset(token)
 
 
 def at_once(batches: int, device: torch.device) -> int:
-    """How many batches are computed at the same time: on a CPU one for each of torch's threads, else one."""
+    """How many batches run at the same time: on a CPU one per torch thread, else one."""
     import torch
 
-    return 1 if device.type != "cpu" or _in_turn.get() else max(1, min(batches, torch.get_num_threads()))
+    return 1 if device.type != "cpu" or _sequential.get() else max(1, min(batches, torch.get_num_threads()))
 
 
-def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], beside: int) -> Iterator[Result]:
-    """`function` of each part, in their order, `beside` of them at the same time; one alone when it is asked for.
+def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], at_once: int) -> Iterator[Result]:
+    """`function` of each part, in their order, `at_once` of them at the same time; with 1 in this thread, when asked.
 
-    Torch's threads are shared out, so a result is the same to the bit whatever is computed beside it, where as many
-    are. At most `beside` results wait to be asked for. The first exception is raised here. However this ends, what
-    has not begun is left out, and what runs is waited for: a process that ends amid torch's operators crashes.
+    Torch's threads are divided among the workers, so a result is bitwise the same whatever else runs, for equal
+    `at_once`. At most `at_once` results wait to be taken. The first exception is raised here. Parts that have not
+    started are then dropped and running ones are waited for: a process that ends inside a torch operator crashes.
     """
-    if beside == 1:
+    if at_once == 1:
         yield from map(function, parts)
         return
     import torch
 
-    threads, todo = torch.get_num_threads(), iter(parts)
-    own_threads = partial(_limit_threads, max(1, threads // beside))
-    pool = ThreadPoolExecutor(beside, "batches", initializer=own_threads)
+    threads, waiting = torch.get_num_threads(), iter(parts)
+    set_threads = partial(_limit_threads, max(1, threads // at_once))
+    pool = ThreadPoolExecutor(at_once, "batches", initializer=set_threads)
     try:
-        handed = deque(pool.submit(function, part) for part in islice(todo, beside))
-        while handed:
-            result = handed.popleft().result()
-            handed += [pool.submit(function, part) for part in islice(todo, 1)]
+        started = deque(pool.submit(function, part) for part in islice(waiting, at_once))
+        while started:
+            result = started.popleft().result()
+            started += [pool.submit(function, part) for part in islice(waiting, 1)]
             yield result
-            del result  # or it would live until the next is there
+            del result  # else it lives until the next one is there
     finally:
         pool.shutdown(cancel_futures=True)
         _limit_threads(threads)

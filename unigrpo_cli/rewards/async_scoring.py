@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
-from unigrpo_cli.parallel.workers import Pending
 from unigrpo_cli.rewards.batch import RewardBatch, Sample
 from unigrpo_cli.rewards.scorer import LoadedReward, RewardResult, RewardSet, waits_elsewhere
 
@@ -51,9 +51,9 @@ class Scoring:
         self._parts = 1
         asked = rewards.asked(split)
         early = [] if rewards.on_first else [r for r in asked if begins_early(r, overlap)]
-        self._early: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in early}
+        self._early: dict[str, list[tuple[int, Future]]] = {r.alias: [] for r in early}
         away = [] if rewards.on_first or overlap == "none" else [r for r in asked if waits_elsewhere(r)]
-        self._away: dict[str, list[tuple[int, Pending]]] = {r.alias: [] for r in away}
+        self._away: dict[str, list[tuple[int, Future]]] = {r.alias: [] for r in away}
         self._known: dict[str, RewardResult] = {}
 
     @property
@@ -127,7 +127,7 @@ class Scoring:
         added = [sample for batch in self._batches for sample in batch.samples]
         return replace(self._batches[0], samples=tuple(added[k] for k in self._order))
 
-    def _in_order(self, opened: LoadedReward, calls: list[tuple[int, Pending]]) -> RewardResult:
+    def _in_order(self, opened: LoadedReward, calls: list[tuple[int, Future]]) -> RewardResult:
         """What a reward said, in the order asked for; batches that began early were in their own."""
         assert self._order is not None
         scored = self.rewards.collect(opened, calls)

@@ -119,16 +119,17 @@ def _scoring(rewards: RewardSet, given: Sequence[Sample], max_seconds: float | N
         checks += _again(score, first, given, alone=getattr(opened.reward, "scope", "sample") == "sample")
     except RewardError as error:
         checks.append(Check("answers again", False, str(error)))
-    if not opened.lane.lost:
+    if not opened.worker.hung:
         checks.append(_nothing(opened))
     return checks
 
 
 def _nothing(opened: LoadedReward) -> Check:
     """No samples, no scores. A run never asks that, so refusing with an exception is as good as an empty answer."""
-    ok, answer = opened.lane.wait(opened.lane.submit(lambda: opened.reward.score(RewardBatch(()))), None)
-    if not ok:
-        return Check("says nothing about nothing", True, f"refuses: {type(answer).__name__}")
+    call = opened.worker.submit(lambda: opened.reward.score(RewardBatch(())))
+    if (error := opened.worker.wait(call, None)) is not None:
+        return Check("says nothing about nothing", True, f"refuses: {type(error).__name__}")
+    answer = call.result()
     scores = answer.scores if isinstance(answer, RewardOutput) else answer
     count = len(scores) if hasattr(scores, "__len__") else -1
     seen = f"{count} scores for no samples" if count >= 0 else f"one {type(scores).__name__} for no samples"

@@ -152,7 +152,7 @@ class RewardServer(ThreadingHTTPServer):
             except FailedCallError as error:
                 raise RefusedError(500, str(error), "failed") from error
             except RewardError as error:
-                if opened.lane.lost:
+                if opened.worker.hung:
                     self.lost = str(error)
                     self.stop()
                 raise RefusedError(500, str(error), "contract") from error

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.io.secrets import from_environment, names_secret
-from unigrpo_cli.parallel.workers import Lane, Pending
+from unigrpo_cli.parallel.workers import Worker
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.registry import Plugins
@@ -62,7 +63,7 @@ class LoadedReward:
     address: str
     reward: Any
     range: tuple[float, float]
-    lane: Lane
+    worker: Worker
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT))
     warned_range: bool = False
 
@@ -131,7 +132,7 @@ class RewardSet:
         try:
             for choice, address, reward in made:
                 opened = LoadedReward(
-                    choice, address, reward, _range_of(choice, reward), Lane(f"reward {choice.alias}")
+                    choice, address, reward, _range_of(choice, reward), Worker(f"reward {choice.alias}")
                 )
                 if here and hasattr(reward, "setup"):
                     self._call(opened, partial(reward.setup, context), "setup")
@@ -153,19 +154,19 @@ class RewardSet:
         opened_rewards, self.rewards = self.rewards, []
         for opened in opened_rewards:
             if kind is not None:
-                opened.lane.drop()
+                opened.worker.cancel_queued()
             for close in (self._say_farewell, self._tear_down) if self.here else ():
                 try:
                     close(opened)
                 except RewardError as error:  # the work is done: said, not raised
                     warnings.warn(str(error), stacklevel=2)
-            opened.lane.close()
+            opened.worker.close()
 
     def _say_farewell(self, opened: LoadedReward) -> None:
         self.plugins.call("unigrpo_reward_teardown", name=opened.alias, reward=opened.reward)
 
     def _tear_down(self, opened: LoadedReward) -> None:
-        if hasattr(opened.reward, "teardown") and not opened.lane.lost:
+        if hasattr(opened.reward, "teardown") and not opened.worker.hung:
             self._call(opened, opened.reward.teardown, "teardown")
 
     @property
@@ -296,14 +297,14 @@ class RewardSet:
             if hasattr(opened.reward, "reload"):
                 self._call(opened, opened.reward.reload, "reload")
 
-    def submit(self, opened: LoadedReward, batch: RewardBatch) -> list[tuple[int, Pending]]:
+    def submit(self, opened: LoadedReward, batch: RewardBatch) -> list[tuple[int, Future]]:
         """Hand a batch to a reward in pieces of its size, without waiting: how many samples, and the call."""
         batch = replace(batch, samples=tuple(map(_for_one_reward, batch.samples)))
         size = _batch_size_of(opened) or len(batch) or 1  # without samples nobody is asked
         pieces = [batch[at : at + size] for at in range(0, len(batch), size)]
-        return [(len(p), opened.lane.submit(partial(opened.reward.score, p))) for p in pieces]
+        return [(len(p), opened.worker.submit(partial(opened.reward.score, p))) for p in pieces]
 
-    def collect(self, opened: LoadedReward, calls: Sequence[tuple[int, Pending]]) -> RewardResult:
+    def collect(self, opened: LoadedReward, calls: Sequence[tuple[int, Future]]) -> RewardResult:
         """What a reward said of the batches it was handed, checked.
 
         Raises:
@@ -312,9 +313,9 @@ class RewardSet:
         return _join([self._read(opened, self._wait(opened, call, "score", n), n) for n, call in calls])
 
     def _call(self, opened: LoadedReward, function: Callable[[], Any], what: str) -> Any:
-        return self._wait(opened, opened.lane.submit(function), what)
+        return self._wait(opened, opened.worker.submit(function), what)
 
-    def _wait(self, opened: LoadedReward, call: Pending, what: str, count: int | None = None) -> Any:
+    def _wait(self, opened: LoadedReward, call: Future, what: str, count: int | None = None) -> Any:
         """The answer of a call into a plugin, with a deadline.
 
         Raises:
@@ -323,16 +324,16 @@ class RewardSet:
         where = f"reward {opened.alias!r} ({opened.address})"
         limit = "setup_timeout_s" if what == "setup" else "timeout_s"
         try:
-            ok, value = opened.lane.wait(call, getattr(self.policy, limit))
+            error = opened.worker.wait(call, getattr(self.policy, limit))
         except TimeoutError:
             raise RewardError(
                 f"{where} gave no answer in {what} within {getattr(self.policy, limit):g} s; "
                 f"raise reward.{limit} if it is only slow"
             ) from None
-        if ok:
-            return value
-        if isinstance(value, RewardError):
-            raise value
+        if error is None:
+            return call.result()
+        if isinstance(error, RewardError):
+            raise error
         if count is not None and self.policy.on_error == "abstain":
             return [math.nan] * count
         remedy = (
@@ -341,7 +342,7 @@ class RewardSet:
             if what == "score"
             else f"see `unigrpo rewards info {opened.choice.name}`"
         )
-        raise FailedCallError(f"{where} failed in {what}: {type(value).__name__}: {value}; {remedy}") from value
+        raise FailedCallError(f"{where} failed in {what}: {type(error).__name__}: {error}; {remedy}") from error
 
     def _read(self, opened: LoadedReward, result: Any, count: int) -> RewardResult:
         """A reward's answer, whatever it is: what cannot be read is the reward's fault, by name."""

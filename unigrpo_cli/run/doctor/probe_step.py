@@ -24,7 +24,7 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
 from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of
-from unigrpo_cli.parallel.workers import in_turn
+from unigrpo_cli.parallel.workers import sequential
 from unigrpo_cli.rewards.batch import Sample
 from unigrpo_cli.rewards.scorer import LoadedReward, RewardSet, waits_elsewhere
 from unigrpo_cli.run.doctor.findings import Drawn, Evidence, Judged, Moved, Pushes, Replayed
@@ -83,7 +83,7 @@ def gather(
     chosen = train.prompts_for(prompts, small, state.step)
     witness = Recorder(state.policy)
     trouble: dict[str, str] = {}
-    with _generators_untouched(), _undisturbed(rewards), in_turn():
+    with _generators_untouched(), _undisturbed(rewards), sequential():
         drawn, scored = _draw(witness, chosen, rewards, small, state.step, thorough)
         judged = _judge(drawn, scored, rewards, small, state.step, thorough)
         replayed = _replay(witness, drawn, judged, small, trouble)

@@ -157,11 +157,13 @@ def unreadable(opened: LoadedReward, sample: Sample, part: str, timeout_s: float
 
     batch = _batch(sample, part, refuse)
     try:
-        ok, answer = opened.lane.wait(opened.lane.submit(lambda: opened.reward.score(batch)), timeout_s)
+        call = opened.worker.submit(lambda: opened.reward.score(batch))
+        error = opened.worker.wait(call, timeout_s)
     except TimeoutError:
         return LATE
-    if not ok:
+    if error is not None:
         return RAISES
+    answer = call.result()
     scores = answer.scores if isinstance(answer, RewardOutput) else answer
     try:
         first = next(iter(scores))

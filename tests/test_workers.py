@@ -1,4 +1,4 @@
-"""Batches computed at the same time: in order, to the bit as alone, and nothing left running."""
+"""Batches at the same time equal batches one after another; workers with deadlines; out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward, train
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt, flatten
+from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.policy import Policy
-from unigrpo_cli.parallel.workers import at_once, in_turn, parallel_map
+from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits, is_out_of_memory, out_of_memory_hint
+from unigrpo_cli.parallel.workers import Worker, at_once, parallel_map, sequential
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import RewardSet
@@ -42,7 +44,7 @@ def four_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _lanes() -> list[threading.Thread]:
+def _batch_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
@@ -57,10 +59,10 @@ def test_parts_run_at_the_same_time_and_come_in_order(four_threads: None) -> Non
         found = list(parallel_map(meet, range(6), 2))
     assert found == [(part, 2, True) for part in range(6)]
     assert torch.get_num_threads() == 4
-    assert not _lanes()
+    assert not _batch_threads()
 
 
-def test_one_beside_none_runs_here_and_when_asked_for() -> None:
+def test_one_at_a_time_runs_in_this_thread_when_asked_for() -> None:
     begun: list[int] = []
     results = parallel_map(lambda part: begun.append(part) or threading.current_thread(), range(3), 1)
     assert next(results) is threading.current_thread()
@@ -85,7 +87,7 @@ def test_the_first_failure_is_raised_and_what_has_not_begun_is_left_out() -> Non
         next(results)
     assert len(begun) < 6
     assert sorted([*ended, 1]) == sorted(begun), "what runs is waited for"
-    assert not _lanes()
+    assert not _batch_threads()
 
 
 def test_results_are_not_kept() -> None:
@@ -107,7 +109,8 @@ def test_results_are_not_kept() -> None:
 
 INTERRUPTED = """
 import sys, time, torch
-from unigrpo_cli.parallel.workers import side_by_side
+from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits, is_out_of_memory, out_of_memory_hint
+from unigrpo_cli.parallel.workers import parallel_map
 torch.set_num_threads(2)
 x = torch.randn(900, 900)
 def work(part):
@@ -116,7 +119,7 @@ def work(part):
     for _ in range(60):
         x @ x
 try:
-    list(side_by_side(work, range(50), 2))
+    list(parallel_map(work, range(50), 2))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -135,9 +138,107 @@ def test_a_process_that_is_interrupted_amid_batches_ends_as_it_says() -> None:
 def test_how_many_at_once(four_threads: None) -> None:
     assert [at_once(n, CPU) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
     assert at_once(9, torch.device("cuda")) == 1
-    with in_turn():
+    with sequential():
         assert at_once(9, CPU) == 1
     assert at_once(9, CPU) == 4
+
+
+# ----- a worker with deadlines
+
+
+def test_a_worker_runs_calls_in_order_and_hands_back_results_and_exceptions() -> None:
+    worker, seen = Worker("w"), []
+    calls = [worker.submit(lambda k=k: seen.append(k) or k) for k in range(3)]
+    failing = worker.submit(lambda: sys.exit(3))
+    assert [worker.wait(call, 5) for call in calls] == [None] * 3
+    assert [call.result() for call in calls] == seen == [0, 1, 2]
+    assert isinstance(worker.wait(failing, 5), SystemExit)
+    assert not worker.hung
+    worker.close()
+    assert worker._thread is not None and not worker._thread.is_alive()
+
+
+def test_a_call_that_raises_a_timeout_of_its_own_is_not_a_hung_worker() -> None:
+    worker, error = Worker("w"), TimeoutError("the server is slow")
+
+    def raise_it() -> None:
+        raise error
+
+    assert worker.wait(worker.submit(raise_it), 5) is error
+    assert not worker.hung
+    worker.close()
+
+
+def test_a_hung_call_is_abandoned_and_queued_ones_are_cancelled() -> None:
+    worker, release = Worker("w"), threading.Event()
+    stuck, queued = worker.submit(release.wait), worker.submit(lambda: 1)
+    with pytest.raises(TimeoutError):
+        worker.wait(stuck, 0.05)
+    assert worker.hung
+    worker.cancel_queued()
+    assert queued.cancelled()
+    began = time.monotonic()
+    worker.close()
+    assert time.monotonic() - began < 0.5, "a hung worker is not waited for"
+    release.set()
+
+
+# ----- out of memory
+
+ALLOCATORS = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtMatmul(...)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("NCCL Error 1: unhandled cuda error. Last error:\nFailed to CUDA calloc async 608 bytes"),
+    RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed.\nCuda failure 2 'out of memory'"),
+]
+
+
+@pytest.mark.parametrize("error", ALLOCATORS, ids=lambda error: (str(error) or "MemoryError")[:30])
+def test_out_of_memory_errors_name_the_setting(error: Exception) -> None:
+    with (
+        pytest.raises(TooLargeError, match=r"an update with train\.micro_batch_size=3: give \S+=1 "),
+        out_of_memory_hint("an update", "train.micro_batch_size", 3),
+    ):
+        raise error
+    with pytest.raises(TooLargeError, match="dtype=bfloat16"), out_of_memory_hint("an update", "x", 1):
+        raise error
+
+
+def test_other_errors_pass_unchanged() -> None:
+    for error in (RuntimeError("CUBLAS_STATUS_INVALID_VALUE"), RuntimeError("an error of ours"), ValueError("memory")):
+        assert not is_out_of_memory(error)
+        with pytest.raises(type(error)), out_of_memory_hint("an update", "x", 3):
+            raise error
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    tried: list[int] = []
+    said: list[str] = []
+
+    def run(size: int) -> str:
+        tried.append(size)
+        if size > 2:
+            raise TooLargeError("out of memory")
+        return "done"
+
+    assert halve_until_it_fits(run, 9, said.append) == "done"
+    assert tried == [9, 4, 2]
+    assert said[0] == "out of memory with a batch of 9: retrying with 4"
+
+    def never(size: int) -> None:
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        halve_until_it_fits(never, 4, said.append)
+    with pytest.raises(ZeroDivisionError):
+        halve_until_it_fits(lambda size: 1 // 0, 4, said.append)
+
+
+# ----- a training step
 
 
 @pytest.mark.parametrize("settings", [(), ("train.finetune=lora", "train.lora_rank=2"), ("objective.text_kl=0.1",)])
