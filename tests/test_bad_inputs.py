@@ -135,6 +135,10 @@ def lines(*rows: Any, name: str = "p.jsonl") -> Callable[[Path, Made], Any]:
     return text(name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def folder(name: str) -> Callable[[Path, Made], Any]:
+    return lambda here, made: (here / name).mkdir()
+
+
 # ----- configuration
 
 
@@ -176,23 +180,17 @@ CONFIGURATION = [
     config("very-deep", f"seed = {DEEP}\n", "c.toml", "nested too deep"),
     config("terminal-codes", '"\\u001b[31mred" = 1\n', "unknown configuration key", "accepted"),
     config("window-outside", "[sampling]\nsteps = 2\n", "sampling.steps=2", "window"),
-    config("window-backwards", "[sampling]\nwindow_within = [5, 2]\n", "sampling.window_range=[5, 2]", "does not fit"),
+    config("window-backwards", "[sampling]\nwindow_range = [5, 2]\n", "sampling.window_range=[5, 2]", "does not fit"),
     config(
         "updates-do-not-divide",
-        "[train]\nupdates = 2\nprompts_per_step = 3\n",
+        "[train]\nminibatches = 2\nprompts_per_step = 3\n",
         "train.minibatches=2",
         "must divide",
     ),
-    config("cps-noise", '[sampling]\nkernel = "cps"\nnoise_level = 2.0\n', "noise_level", "up to 1"),
-    config("unknown-choice", '[train]\ntune = "half"\n', "train.finetune = 'half'", "'full' or 'lora'"),
+    config("cps-noise", '[sampling]\nsde = "cps"\nnoise_level = 2.0\n', "noise_level", "up to 1"),
+    config("unknown-choice", '[train]\nfinetune = "half"\n', "train.finetune = 'half'", "'full' or 'lora'"),
     config("model-name-too-long", f'model = "{"m" * 5000}"\n', "no model at mmm", "give `embedded`", code=5),
-    Bad(
-        "config-is-a-directory",
-        [*GENERATE, "--config", "d"],
-        2,
-        ("d ", "directory"),
-        lambda h, m: (h / "d").mkdir(),
-    ),
+    Bad("config-is-a-directory", [*GENERATE, "--config", "d"], 2, ("d ", "directory"), folder("d")),
     Bad("config-name-too-long", [*GENERATE, "--config", "c" * 300], 2, ("ccc", "too long")),
     Bad("config-is-an-endless-file", [*GENERATE, "--config", "/dev/zero"], 2, ("/dev/zero", "the limit")),
     setting("set-without-a-value", "train.steps", "--set train.steps", "section.key=value"),
@@ -235,6 +233,7 @@ PROMPTS = [
     prompts("prompts-empty", "", "p.jsonl", "holds no prompt"),
     prompts("prompts-blank", "\n  \n", "p.jsonl", "holds no prompt", command=TRAIN),
     prompts("prompts-no-json", '{"prompt": "a"}\n{x\n', "p.jsonl:2", "each line is one object", command=ROLLOUT),
+    Bad("no-prompt", ["generate"], 2, ("say what to paint", "--prompts FILE")),
     prompts("prompts-a-list", "[1]\n", "p.jsonl:1", 'text "prompt"'),
     prompts("prompts-missing-key", '{"text": "a"}\n', "p.jsonl:1", 'text "prompt"', command=TRAIN),
     prompts("prompts-number", '{"prompt": 3}\n', "p.jsonl:1", 'text "prompt"'),
@@ -255,18 +254,9 @@ PROMPTS = [
     prompts("prompts-image-too-long", json.dumps({"prompt": "a", "image": "x" * 5000}), "p.jsonl:1", "beside"),
     prompts("prompts-clauses", '{"prompt": "a", "include": [{"class": 3}]}\n', "p.jsonl:1", '"class" (text)'),
     prompts(
-        "prompts-count-true",
-        '{"prompt": "a", "include": [{"class": "a", "count": true}]}\n',
-        "p.jsonl:1",
-        "1 or more",
+        "prompts-count-true", '{"prompt": "a", "include": [{"class": "a", "count": true}]}\n', "p.jsonl:1", "1 or more"
     ),
-    Bad(
-        "prompts-a-directory",
-        [*TRAIN, "--prompts", "d.jsonl"],
-        2,
-        ("d.jsonl", "directory"),
-        lambda h, m: (h / "d.jsonl").mkdir(),
-    ),
+    Bad("prompts-a-directory", [*TRAIN, "--prompts", "d.jsonl"], 2, ("d.jsonl", "directory"), folder("d.jsonl")),
     Bad("prompts-of-another-kind", [*TRAIN, "--prompts", "p.csv"], 2, ("p.csv", ".txt"), text("p.csv", "a\n")),
     Bad(
         "prompts-endless",
@@ -275,13 +265,7 @@ PROMPTS = [
         ("p.txt:1", "at most"),
         lambda h, m: (h / "p.txt").symlink_to("/dev/zero"),
     ),
-    Bad(
-        "prompts-loop",
-        [*TRAIN, "--prompts", "p.txt"],
-        2,
-        ("p.txt",),
-        lambda h, m: (h / "p.txt").symlink_to("p.txt"),
-    ),
+    Bad("prompts-loop", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt",), lambda h, m: (h / "p.txt").symlink_to("p.txt")),
     Bad("text-nul", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt:1", "NUL"), text("p.txt", "a\x00cat\n")),
     Bad("suite-unknown", [*_SUITE, "shape"], 2, ("unknown suite 'shape'", "did you mean shapes")),
     Bad("suite-nothing-there", [*_SUITE, "geneval2:none.json"], 2, ("geneval2:none.json", "no such file")),
@@ -294,14 +278,10 @@ PROMPTS = [
         ("p.jsonl:1", "surrogate"),
         lines({"prompt": "\ud800", "vqa_list": [["a", "b"]]}),
     ),
-    Bad("suite-a-directory", [*_SUITE, "parti:d"], 2, ("d ", "not readable text"), lambda h, m: (h / "d").mkdir()),
+    Bad("suite-a-directory", [*_SUITE, "parti:d"], 2, ("d ", "not readable text"), folder("d")),
     Bad("suite-table", [*_SUITE, "parti:p.tsv"], 2, ("p.tsv", "Prompt"), text("p.tsv", "a\tb\nc\td\n")),
     Bad(
-        "suite-table-field",
-        [*_SUITE, "parti:p.tsv"],
-        2,
-        ("p.tsv", "table"),
-        text("p.tsv", "Prompt\n" + "a" * 200_000),
+        "suite-table-field", [*_SUITE, "parti:p.tsv"], 2, ("p.tsv", "table"), text("p.tsv", "Prompt\n" + "a" * 200_000)
     ),
     Bad("prompt-empty", ["generate", " ", "--out", "out"], 2, ("empty prompt", "write what to paint")),
     Bad("prompt-surrogate", ["generate", "a \udcff cat", "--out", "out"], 2, ("PROMPT", "UTF-8")),
@@ -325,7 +305,29 @@ def rejson(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def put(name: str, content: str | bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cut(name: str, size: int) -> Callable[[Path], Any]:
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def gone(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).unlink()
+
+
+def changed(name: str, **values: Any) -> Callable[[Path], Any]:
+    return lambda folder: rejson(folder / name, **values)
+
+
+def replaced(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
 HEAD = "language_model.lm_head.weight"
+EMA, LLM, STATE = "ema.safetensors", "llm_config.json", "state.json"
+AGAIN, DAMAGED_HEADER, OTHER = "fetch or save it again", "header is damaged", "another checkpoint"
 
 
 def model(name: str, damage: Callable[[Path], Any], *says: str, code: int = 5, command: list[Any] = GENERATE) -> Bad:
@@ -362,168 +364,57 @@ def _index(m: Path, table: Any) -> None:
 
 
 MODELS = [
-    model(
-        "weights-cut",
-        lambda m: os.truncate(m / "ema.safetensors", 100_000),
-        "ema.safetensors",
-        "fetch or save it again",
-    ),
-    model(
-        "weights-empty",
-        lambda m: (m / "ema.safetensors").write_bytes(b""),
-        "ema.safetensors",
-        "fetch or save it again",
-        command=EVAL,
-    ),
-    model(
-        "weights-five-bytes",
-        lambda m: (m / "ema.safetensors").write_bytes(b"hello"),
-        "ema.safetensors",
-        "fetch or save it again",
-    ),
-    model(
-        "header-of-100-GB",
-        lambda m: (m / "ema.safetensors").write_bytes(struct.pack("<Q", 100 * 2**30) + b"{}"),
-        "ema.safetensors",
-        "fetch or save it again",
-    ),
-    model(
-        "header-of-2-to-the-63",
-        lambda m: (m / "ema.safetensors").write_bytes(b"\xff" * 8 + b"{}"),
-        "ema.safetensors",
-        "fetch or save it again",
-    ),
-    model(
-        "header-deep",
-        lambda m: (m / "ema.safetensors").write_bytes(struct.pack("<Q", len(DEEP)) + DEEP.encode()),
-        "ema.safetensors",
-        "header is damaged",
-    ),
-    model(
-        "header-a-list",
-        lambda m: (m / "ema.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]"),
-        "ema.safetensors",
-        "header is damaged",
-    ),
-    model(
-        "header-not-utf8",
-        lambda m: (m / "ema.safetensors").write_bytes(struct.pack("<Q", 4) + b'"\xff"}'),
-        "ema.safetensors",
-        "header is damaged",
-    ),
-    model("tensor-twice", _twice, "ema.safetensors", f"{HEAD} twice"),
-    weights("offset-negative", _entry(data_offsets=[-8, 100]), "ema.safetensors", "header is damaged"),
-    weights("offset-huge", _entry(data_offsets=[0, 10**30]), "ema.safetensors", "truncated"),
-    weights("offset-backwards", _entry(data_offsets=[100, 0]), "ema.safetensors", "header is damaged"),
-    weights("offset-float", _entry(data_offsets=[0.5, 8.5]), "ema.safetensors", "header is damaged"),
-    weights("offset-nan", _entry(data_offsets=[float("nan"), 8]), "ema.safetensors", "header is damaged"),
+    model("weights-cut", cut(EMA, 100_000), EMA, AGAIN),
+    model("weights-empty", put(EMA, b""), EMA, AGAIN, command=EVAL),
+    model("weights-five-bytes", put(EMA, b"hello"), EMA, AGAIN),
+    model("header-of-100-GB", put(EMA, struct.pack("<Q", 100 * 2**30) + b"{}"), EMA, AGAIN),
+    model("header-of-2-to-the-63", put(EMA, b"\xff" * 8 + b"{}"), EMA, AGAIN),
+    model("header-deep", put(EMA, struct.pack("<Q", len(DEEP)) + DEEP.encode()), EMA, DAMAGED_HEADER),
+    model("header-a-list", put(EMA, struct.pack("<Q", 2) + b"[]"), EMA, DAMAGED_HEADER),
+    model("header-not-utf8", put(EMA, struct.pack("<Q", 4) + b'"\xff"}'), EMA, DAMAGED_HEADER),
+    model("tensor-twice", _twice, EMA, f"{HEAD} twice"),
+    weights("offset-negative", _entry(data_offsets=[-8, 100]), EMA, DAMAGED_HEADER),
+    weights("offset-huge", _entry(data_offsets=[0, 10**30]), EMA, "truncated"),
+    weights("offset-backwards", _entry(data_offsets=[100, 0]), EMA, DAMAGED_HEADER),
+    weights("offset-float", _entry(data_offsets=[0.5, 8.5]), EMA, DAMAGED_HEADER),
+    weights("offset-nan", _entry(data_offsets=[float("nan"), 8]), EMA, DAMAGED_HEADER),
     weights(
-        "offsets-overlap",
-        lambda h: h[HEAD].update(data_offsets=h["vae2llm.bias"]["data_offsets"]),
-        "ema.safetensors",
-        "header is damaged",
+        "offsets-overlap", lambda h: h[HEAD].update(data_offsets=h["vae2llm.bias"]["data_offsets"]), EMA, DAMAGED_HEADER
     ),
+    weights("shape-negative", lambda h: h[HEAD].update(shape=[-n for n in h[HEAD]["shape"]]), EMA, DAMAGED_HEADER),
+    weights("shape-text", _entry(shape="ab"), EMA, DAMAGED_HEADER),
+    weights("shape-huge", _entry(shape=[10**12, 10**12]), EMA, DAMAGED_HEADER),
     weights(
-        "shape-negative",
-        lambda h: h[HEAD].update(shape=[-n for n in h[HEAD]["shape"]]),
-        "ema.safetensors",
-        "header is damaged",
+        "shape-turned", lambda h: h[HEAD].update(shape=h[HEAD]["shape"][::-1]), EMA, "another shape", command=TRAIN
     ),
-    weights("shape-text", _entry(shape="ab"), "ema.safetensors", "header is damaged"),
-    weights("shape-huge", _entry(shape=[10**12, 10**12]), "ema.safetensors", "header is damaged"),
-    weights(
-        "shape-turned",
-        lambda h: h[HEAD].update(shape=h[HEAD]["shape"][::-1]),
-        "ema.safetensors",
-        "another shape",
-        command=TRAIN,
-    ),
-    weights("dtype-unknown", _entry(dtype="F3"), "ema.safetensors", "not of floating-point"),
-    weights("dtype-integers", _entry(dtype="I32"), "ema.safetensors", "not of floating-point", command=EVAL),
-    weights("tensor-missing", lambda h: h.pop(HEAD) and None, "ema.safetensors", "1 tensor missing"),
+    weights("dtype-unknown", _entry(dtype="F3"), EMA, "not of floating-point"),
+    weights("dtype-integers", _entry(dtype="I32"), EMA, "not of floating-point", command=EVAL),
+    weights("tensor-missing", lambda h: h.pop(HEAD) and None, EMA, "1 tensor missing"),
     weights(
         "tensor-too-many",
         lambda h: {**h, "x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
-        "ema.safetensors",
+        EMA,
         "unexpected",
     ),
-    model(
-        "weights-a-pickle",
-        lambda m: (m / "ema.safetensors").write_bytes(b"\x80\x04\x95" + b"." * 200),
-        "ema.safetensors",
-        "fetch or save it again",
-    ),
-    model(
-        "weights-a-directory",
-        lambda m: ((m / "ema.safetensors").unlink(), (m / "ema.safetensors").mkdir()),
-        "ema.safetensors",
-        "missing",
-    ),
-    model("config-deep", lambda m: (m / "llm_config.json").write_text(DEEP), "llm_config.json", "fetch it again"),
-    model(
-        "config-digits",
-        lambda m: (m / "llm_config.json").write_text(f'{{"hidden_size": {LONG}}}'),
-        "llm_config.json",
-        "fetch it again",
-    ),
-    model("config-a-list", lambda m: (m / "llm_config.json").write_text("[]"), "llm_config.json", "object is needed"),
-    model(
-        "config-not-utf8",
-        lambda m: (m / "llm_config.json").write_bytes(b"\xff"),
-        "llm_config.json",
-        "cannot be read",
-    ),
-    model(
-        "config-of-billions",
-        lambda m: rejson(m / "llm_config.json", num_hidden_layers=10**9),
-        "m: ",
-        "num_hidden_layers",
-    ),
-    model(
-        "config-negative",
-        lambda m: rejson(m / "llm_config.json", hidden_size=-128),
-        "hidden_size = -128",
-        "above 0",
-    ),
-    model(
-        "config-text",
-        lambda m: rejson(m / "llm_config.json", hidden_size="128"),
-        "hidden_size = '128'",
-        "whole number",
-    ),
-    model(
-        "config-nan",
-        lambda m: rejson(m / "llm_config.json", rms_norm_eps=float("nan")),
-        "rms_norm_eps = nan",
-        "above 0",
-    ),
-    model(
-        "config-theta",
-        lambda m: rejson(m / "llm_config.json", rope_theta=float("inf")),
-        "rope_theta = inf",
-        "above 0",
-    ),
-    model(
-        "system-prompt-a-number",
-        lambda m: rejson(m / "config.json", system_prompt=3),
-        "system_prompt = 3",
-        "string",
-    ),
-    model(
-        "system-prompt-a-surrogate",
-        lambda m: rejson(m / "config.json", system_prompt="\ud800"),
-        "system_prompt",
-        "surrogate",
-    ),
-    model("tokenizer-cut", lambda m: os.truncate(m / "tokenizer.json", 100), "tokenizer.json", "unreadable tokenizer"),
-    model(
-        "tokenizer-of-others",
-        lambda m: (m / "tokenizer.json").write_text(
-            (m / "tokenizer.json").read_text().replace("<|im_end|>", "<|eom|>")
-        ),
-        "m",
-        "<|im_end|>",
-    ),
+    model("weights-a-pickle", put(EMA, b"\x80\x04\x95" + b"." * 200), EMA, AGAIN),
+    model("weights-a-directory", lambda m: ((m / EMA).unlink(), (m / EMA).mkdir()), EMA, "missing"),
+    model("config-deep", put(LLM, DEEP), LLM, "fetch it again"),
+    model("config-digits", put(LLM, f'{{"hidden_size": {LONG}}}'), LLM, "fetch it again"),
+    model("config-a-list", put(LLM, "[]"), LLM, "object is needed"),
+    model("config-not-utf8", put(LLM, b"\xff"), LLM, "cannot be read"),
+    model("config-of-billions", changed(LLM, num_hidden_layers=10**9), "m: ", "num_hidden_layers"),
+    model("config-negative", changed(LLM, hidden_size=-128), "hidden_size = -128", "above 0"),
+    model("config-text", changed(LLM, hidden_size="128"), "hidden_size = '128'", "whole number"),
+    model("config-nan", changed(LLM, rms_norm_eps=float("nan")), "rms_norm_eps = nan", "above 0"),
+    model("config-of-fewer-layers", changed(LLM, num_hidden_layers=3), "unexpected"),
+    model("config-of-wider-layers", changed(LLM, intermediate_size=352), "of another shape", command=EVAL),
+    model("config-empty", put(LLM, "{}"), "unreadable configuration"),
+    model("config-cut", put("config.json", "{"), "config.json: invalid JSON"),
+    model("config-theta", changed(LLM, rope_theta=float("inf")), "rope_theta = inf", "above 0"),
+    model("system-prompt-a-number", changed("config.json", system_prompt=3), "system_prompt = 3", "string"),
+    model("system-prompt-a-surrogate", changed("config.json", system_prompt="\ud800"), "system_prompt", "surrogate"),
+    model("tokenizer-cut", cut("tokenizer.json", 100), "tokenizer.json", "unreadable tokenizer"),
+    model("tokenizer-of-others", lambda m: replaced(m / "tokenizer.json", "<|im_end|>", "<|eom|>"), "m", "<|im_end|>"),
     model("index-escapes", lambda m: _index(m, {HEAD: "../secret.safetensors"}), "index.json", "outside its directory"),
     model("index-absolute", lambda m: _index(m, {HEAD: "/etc/passwd"}), "index.json", "outside its directory"),
     model("index-to-the-parent", lambda m: _index(m, {HEAD: ".."}), "index.json", "outside its directory"),
@@ -532,13 +423,7 @@ MODELS = [
     model("index-nul", lambda m: _index(m, {HEAD: "a\x00b"}), "index.json", "outside its directory"),
     Bad("model-missing", ["generate", "a", "--model", "none"], 5, ("none", "give `embedded`")),
     Bad("model-a-file", ["generate", "a", "--model", "x.bin"], 5, ("x.bin", "give `embedded`"), text("x.bin", "x")),
-    Bad(
-        "model-empty-directory",
-        [*EVAL, "--model", "m"],
-        5,
-        ("m is not a complete model", "missing"),
-        lambda h, m: (h / "m").mkdir(),
-    ),
+    Bad("model-empty-directory", [*EVAL, "--model", "m"], 5, ("m is not a complete model", "missing"), folder("m")),
     Bad(
         "weights-file-escapes",
         [*GENERATE, "--model", "m", "--weights-file", "../../x"],
@@ -551,11 +436,8 @@ MODELS = [
         "inspect-cut",
         ["inspect", "m"],
         5,
-        ("ema.safetensors", "fetch or save it again"),
-        lambda h, m: (
-            shutil.copytree(embedded_directory(), h / "m"),
-            os.truncate(h / "m" / "ema.safetensors", 9_999),
-        ),
+        (EMA, AGAIN),
+        lambda h, m: (shutil.copytree(embedded_directory(), h / "m"), os.truncate(h / "m" / EMA, 9_999)),
     ),
     Bad(
         "inspect-an-adapter",
@@ -583,102 +465,33 @@ STEP = "run/checkpoints/step_000000"
 FROM = ["generate", "a red heart", "--out", "out", "--model", STEP]
 ON = ["train", "--resume", STEP]
 CHECKPOINTS = [
-    checkpoint(
-        "state-no-json",
-        lambda c: (c / "state.json").write_text("{"),
-        "state.json",
-        "another checkpoint",
-        command=FROM,
-    ),
-    checkpoint(
-        "state-no-json-resumed",
-        lambda c: (c / "state.json").write_text("{"),
-        "state.json",
-        "another checkpoint",
-        command=ON,
-    ),
-    checkpoint(
-        "state-deep",
-        lambda c: (c / "state.json").write_text(DEEP),
-        "state.json",
-        "another checkpoint",
-        command=FROM,
-    ),
-    checkpoint(
-        "state-digits",
-        lambda c: (c / "state.json").write_text(f'{{"step": {LONG}}}'),
-        "state.json",
-        "another checkpoint",
-        command=FROM,
-    ),
-    checkpoint(
-        "state-not-utf8",
-        lambda c: (c / "state.json").write_bytes(b"\xff"),
-        "state.json",
-        "another checkpoint",
-        command=FROM,
-    ),
-    checkpoint("state-a-list", lambda c: (c / "state.json").write_text("[]"), "step_000000", "format", command=FROM),
-    checkpoint(
-        "state-of-the-future", lambda c: rejson(c / "state.json", format=99), "step_000000", "format", command=FROM
-    ),
-    checkpoint(
-        "state-of-the-future-resumed",
-        lambda c: rejson(c / "state.json", format=99),
-        "step_000000",
-        "format",
-        command=ON,
-    ),
-    checkpoint(
-        "state-step-text",
-        lambda c: rejson(c / "state.json", step="3"),
-        "state.json",
-        "another checkpoint",
-        command=FROM,
-    ),
-    checkpoint(
-        "state-base-a-number",
-        lambda c: rejson(c / "state.json", base=3),
-        "state.json",
-        "another checkpoint",
-        command=FROM,
-    ),
-    checkpoint("state-missing", lambda c: (c / "state.json").unlink(), "state.json", "missing", command=ON),
-    checkpoint(
-        "weights-missing", lambda c: (c / "ema.safetensors").unlink(), "ema.safetensors", "missing", command=FROM
-    ),
-    checkpoint(
-        "weights-missing-resumed",
-        lambda c: (c / "ema.safetensors").unlink(),
-        "ema.safetensors",
-        "missing",
-        command=ON,
-    ),
+    checkpoint("state-no-json", put(STATE, "{"), STATE, OTHER, command=FROM),
+    checkpoint("state-no-json-resumed", put(STATE, "{"), STATE, OTHER, command=ON),
+    checkpoint("state-deep", put(STATE, DEEP), STATE, OTHER, command=FROM),
+    checkpoint("state-digits", put(STATE, f'{{"step": {LONG}}}'), STATE, OTHER, command=FROM),
+    checkpoint("state-not-utf8", put(STATE, b"\xff"), STATE, OTHER, command=FROM),
+    checkpoint("state-a-list", put(STATE, "[]"), "step_000000", "format", command=FROM),
+    checkpoint("state-of-the-future", changed(STATE, format=99), "step_000000", "format", command=FROM),
+    checkpoint("state-of-the-future-resumed", changed(STATE, format=99), "step_000000", "format", command=ON),
+    checkpoint("state-step-text", changed(STATE, step="3"), STATE, OTHER, command=FROM),
+    checkpoint("state-base-a-number", changed(STATE, base=3), STATE, OTHER, command=FROM),
+    checkpoint("state-missing", gone(STATE), STATE, "missing", command=ON),
+    checkpoint("weights-missing", gone(EMA), EMA, "missing", command=FROM),
+    checkpoint("weights-missing-resumed", gone(EMA), EMA, "missing", command=ON),
     checkpoint(
         "weights-cut-resumed",
-        lambda c: os.truncate(c / "ema.safetensors", 50_000),
+        cut(EMA, 50_000),
         "ema.safetensors has 50,000 bytes",
         "no earlier one is whole",
         command=ON,
     ),
+    checkpoint("moments-cut", cut("optimizer.safetensors", 5), "optimizer.safetensors", "damaged", command=ON),
     checkpoint(
-        "moments-cut",
-        lambda c: os.truncate(c / "optimizer.safetensors", 5),
-        "optimizer.safetensors",
-        "damaged",
-        command=ON,
-    ),
-    checkpoint(
-        "base-gone",
-        lambda c: rejson(c / "state.json", base="/nowhere/model"),
-        "/nowhere/model",
-        "give `embedded`",
-        command=FROM,
-        lora=True,
+        "base-gone", changed(STATE, base="/nowhere/model"), "/nowhere/model", "give `embedded`", command=FROM, lora=True
     ),
     checkpoint(
         "lora-weights-missing",
-        lambda c: (c / "adapter_model.safetensors").unlink(),
+        gone("adapter_model.safetensors"),
         "adapter_model.safetensors",
         "missing",
         command=FROM,
@@ -712,75 +525,32 @@ def _drop(state: dict[str, torch.Tensor]) -> None:
 
 ADAPTERS = [
     Bad("adapter-missing", [*GENERATE, "--adapter", "none"], 5, ("no adapter directory none", "adapter_config.json")),
-    adapter(
-        "adapter-no-config",
-        lambda a: (a / "adapter_config.json").unlink(),
-        "a is no adapter",
-        "adapter_config.json is missing",
-    ),
-    adapter(
-        "adapter-config-no-json",
-        lambda a: (a / "adapter_config.json").write_text("{"),
-        "adapter_config.json",
-        "fetch or save it again",
-    ),
-    adapter(
-        "adapter-config-deep",
-        lambda a: (a / "adapter_config.json").write_text(DEEP),
-        "adapter_config.json",
-        "fetch or save it again",
-    ),
-    adapter(
-        "adapter-config-a-list",
-        lambda a: (a / "adapter_config.json").write_text("[]"),
-        "adapter_config.json",
-        "fetch or save it again",
-    ),
-    adapter(
-        "adapter-of-another-kind",
-        lambda a: rejson(a / "adapter_config.json", peft_type="LOHA"),
-        "kind LOHA",
-        "LoRA",
-    ),
-    adapter("adapter-of-another-rank", lambda a: rejson(a / "adapter_config.json", r=3), "rank 3", "rank 4"),
-    adapter("adapter-of-huge-rank", lambda a: rejson(a / "adapter_config.json", r=10**9), "rank 1000000000", "rank 4"),
-    adapter("adapter-rank-text", lambda a: rejson(a / "adapter_config.json", r="4"), "rank '4'", "rank 4"),
-    adapter(
-        "adapter-of-other-layers",
-        lambda a: rejson(a / "adapter_config.json", target_modules=["nothing"]),
-        "a: ",
-        "nothing",
-    ),
+    adapter("adapter-no-config", gone("adapter_config.json"), "a is no adapter", "adapter_config.json is missing"),
+    adapter("adapter-config-no-json", put("adapter_config.json", "{"), "adapter_config.json", AGAIN),
+    adapter("adapter-config-deep", put("adapter_config.json", DEEP), "adapter_config.json", AGAIN),
+    adapter("adapter-config-a-list", put("adapter_config.json", "[]"), "adapter_config.json", AGAIN),
+    adapter("adapter-of-another-kind", changed("adapter_config.json", peft_type="LOHA"), "kind LOHA", "LoRA"),
+    adapter("adapter-of-another-rank", changed("adapter_config.json", r=3), "rank 3", "rank 4"),
+    adapter("adapter-of-huge-rank", changed("adapter_config.json", r=10**9), "rank 1000000000", "rank 4"),
+    adapter("adapter-rank-text", changed("adapter_config.json", r="4"), "rank '4'", "rank 4"),
+    adapter("adapter-of-other-layers", changed("adapter_config.json", target_modules=["nothing"]), "a: ", "nothing"),
     adapter(
         "adapter-names-a-module",
-        lambda a: rejson(a / "adapter_config.json", megatron_config={}, megatron_core="antigravity"),
+        changed("adapter_config.json", megatron_config={}, megatron_core="antigravity"),
         "megatron",
         "leave",
     ),
     adapter(
-        "adapter-bad-pattern",
-        lambda a: rejson(a / "adapter_config.json", target_modules="(("),
-        "a: ",
-        "cannot be used",
+        "adapter-bad-pattern", lambda a: rejson(a / "adapter_config.json", target_modules="(("), "a: ", "cannot be used"
     ),
-    adapter(
-        "adapter-no-weights",
-        lambda a: (a / "adapter_model.safetensors").unlink(),
-        "adapter_model.safetensors",
-        "missing",
-    ),
+    adapter("adapter-no-weights", gone("adapter_model.safetensors"), "adapter_model.safetensors", "missing"),
     adapter(
         "adapter-a-pickle",
         lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"),
         "adapter_model.bin",
         "adapter_model.safetensors",
     ),
-    adapter(
-        "adapter-cut",
-        lambda a: os.truncate(a / "adapter_model.safetensors", 500),
-        "adapter_model.safetensors",
-        "fetch or save it again",
-    ),
+    adapter("adapter-cut", cut("adapter_model.safetensors", 500), "adapter_model.safetensors", AGAIN),
     adapter(
         "adapter-tensor-missing",
         lambda a: retensor(a / "adapter_model.safetensors", _drop),
@@ -859,28 +629,16 @@ def _tensor(e: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor]
 
 DAMAGED = "save them again"
 EPISODES = [
-    episodes("episodes-no-json", lambda e: (e / "episodes.json").write_text("{"), DAMAGED),
-    episodes("episodes-deep", lambda e: (e / "episodes.json").write_text(DEEP), DAMAGED),
-    episodes("episodes-digits", lambda e: (e / "episodes.json").write_text(f'{{"format": {LONG}}}'), DAMAGED),
-    episodes("episodes-a-list", lambda e: (e / "episodes.json").write_text("[]"), DAMAGED),
-    episodes("episodes-not-utf8", lambda e: (e / "episodes.json").write_bytes(b"\xff"), DAMAGED),
-    episodes(
-        "episodes-of-the-future",
-        lambda e: rejson(e / "episodes.json", format=99),
-        "format 99",
-        "this version reads",
-    ),
-    episodes("episodes-none", lambda e: rejson(e / "episodes.json", groups=[]), "empty"),
-    episodes(
-        "episodes-missing", lambda e: (e / "episodes.json").unlink(), "holds no episodes", "unigrpo rollout --out"
-    ),
-    episodes(
-        "episodes-tensors-missing",
-        lambda e: (e / "episodes.safetensors").unlink(),
-        "holds no episodes",
-        "unigrpo rollout --out",
-    ),
-    episodes("episodes-tensors-cut", lambda e: os.truncate(e / "episodes.safetensors", 999), DAMAGED),
+    episodes("episodes-no-json", put("episodes.json", "{"), DAMAGED),
+    episodes("episodes-deep", put("episodes.json", DEEP), DAMAGED),
+    episodes("episodes-digits", put("episodes.json", f'{{"format": {LONG}}}'), DAMAGED),
+    episodes("episodes-a-list", put("episodes.json", "[]"), DAMAGED),
+    episodes("episodes-not-utf8", put("episodes.json", b"\xff"), DAMAGED),
+    episodes("episodes-of-the-future", changed("episodes.json", format=99), "format 99", "this version reads"),
+    episodes("episodes-none", changed("episodes.json", groups=[]), "empty"),
+    episodes("episodes-missing", gone("episodes.json"), "holds no episodes", "unigrpo rollout --out"),
+    episodes("episodes-tensors-missing", gone("episodes.safetensors"), "holds no episodes", "unigrpo rollout --out"),
+    episodes("episodes-tensors-cut", cut("episodes.safetensors", 999), DAMAGED),
     episodes("episodes-tensor-gone", lambda e: _tensor(e, ".after", None), DAMAGED),
     episodes("episodes-tensor-short", lambda e: _tensor(e, ".before", lambda x: x[:1]), "before has shape", DAMAGED),
     episodes("episodes-latent-nan", lambda e: _tensor(e, ".latent", _spoiled), "latent", "finite", DAMAGED),
@@ -950,6 +708,10 @@ def _cut_png(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def with_picture(here: Path, made: Made) -> None:
+    _painted_png(here / "i.png")
+
+
 PICTURES = [
     picture("picture-none", lambda p: None, "no picture", "give a file"),
     picture("picture-text", lambda p: p.write_text("hello"), "PNG, JPEG"),
@@ -983,7 +745,7 @@ PICTURES = [
         [*GENERATE, "--image", "i.png"],
         2,
         ("no vision tower", "cannot be given pictures"),
-        lambda h, m: _painted_png(h / "i.png"),
+        with_picture,
     ),
     Bad("score-nothing", ["rewards", "score", "jpeg"], 2, ("--image", "--prompts")),
     Bad(
@@ -991,14 +753,14 @@ PICTURES = [
         [*SCORE, "--image", "i.png", "--prompts", "p.jsonl"],
         2,
         ("--prompts", "leave out"),
-        lambda h, m: _painted_png(h / "i.png"),
+        with_picture,
     ),
     Bad(
         "score-split",
         [*SCORE, "--image", "i.png", "--split", "test"],
         2,
         ("--split test", "accepted: eval, train"),
-        lambda h, m: _painted_png(h / "i.png"),
+        with_picture,
     ),
     Bad(
         "score-prompts-without-images",
@@ -1008,18 +770,13 @@ PICTURES = [
         lines({"prompt": "a"}),
     ),
     Bad("calibrate-nothing", ["rewards", "calibrate", "jpeg", "clip"], 2, ("--images", "--prompts")),
-    Bad(
-        "calibrate-no-folder",
-        ["rewards", "calibrate", "jpeg", "clip", "--images", "d"],
-        2,
-        ("--images d", "folder"),
-    ),
+    Bad("calibrate-no-folder", ["rewards", "calibrate", "jpeg", "clip", "--images", "d"], 2, ("--images d", "folder")),
     Bad(
         "calibrate-empty-folder",
         ["rewards", "calibrate", "jpeg", "clip", "--images", "d"],
         2,
         ("--images d", ".png"),
-        lambda h, m: (h / "d").mkdir(),
+        folder("d"),
     ),
     Bad(
         "calibrate-a-threshold",
@@ -1066,11 +823,7 @@ PLUGINS = [
     plugin("plugin-imports-nothing", "import no_such_module\n", "--plugin mine.py", "no_such_module", "mend it"),
     plugin("plugin-raises", "raise RuntimeError('no licence')\n", "--plugin mine.py", "no licence", "mend it"),
     plugin(
-        "plugin-raises-lines",
-        "raise RuntimeError('one\\ntwo\\x1b[31m')\n",
-        "--plugin mine.py",
-        "one two",
-        "mend it",
+        "plugin-raises-lines", "raise RuntimeError('one\\ntwo\\x1b[31m')\n", "--plugin mine.py", "one two", "mend it"
     ),
     plugin("plugin-exits", "import sys\nsys.exit(0)\n", "--plugin mine.py", "SystemExit", "mend it"),
     plugin("plugin-recurses", "def f(): return f()\nf()\n", "--plugin mine.py", "RecursionError", "mend it"),
@@ -1098,30 +851,26 @@ PLUGINS = [
         "did you mean",
     ),
     Bad("plugin-missing", ["rewards", "list", "--plugin", "none.py"], 3, ("--plugin none.py", "no file")),
+    Bad("plugin-a-directory", ["rewards", "list", "--plugin", "d.py"], 3, ("--plugin d.py", "no file"), folder("d.py")),
     Bad(
-        "plugin-a-directory",
-        ["rewards", "list", "--plugin", "d.py"],
-        3,
-        ("--plugin d.py", "no file"),
-        lambda h, m: (h / "d.py").mkdir(),
-    ),
-    Bad(
-        "plugin-no-module",
-        ["rewards", "list", "--plugin", "no.such.module"],
-        3,
-        ("--plugin no.such.module", "mend it"),
+        "plugin-no-module", ["rewards", "list", "--plugin", "no.such.module"], 3, ("--plugin no.such.module", "mend it")
     ),
     Bad("plugin-relative-module", ["rewards", "list", "--plugin", "..x"], 3, ("--plugin ..x", "mend it")),
-    Bad(
-        "plugins-no-folder",
-        ["rewards", "list", "--plugins-dir", "d"],
-        2,
-        ("no plugins directory d", "--plugins-dir"),
-    ),
+    Bad("plugins-no-folder", ["rewards", "list", "--plugins-dir", "d"], 2, ("no plugins directory d", "--plugins-dir")),
     rewards("reward-unknown", "klip", 3, "'klip'", "did you mean clip"),
     rewards("reward-empty", "", 2, "''", "[alias=]name"),
     rewards("reward-grammar", "clip:x", 2, "'clip:x'", "[alias=]name"),
     rewards("reward-grammar-at", "clip@@", 2, "'clip'", "@key=value"),
+    rewards("reward-without-its-weights", "clip@model=ViT-B-32", 3, "needs @pretrained="),
+    rewards("reward-of-an-unknown-model", "clip@model=nowhere@pretrained=x", 3, "cannot be loaded"),
+    Bad("reward-opt-of-another-reward", [*TRAIN, "-R", "clip.mode=x"], 2, ("--reward-opt clip.mode",)),
+    Bad(
+        "reward-needs-reasoning",
+        ["rollout", "--reward", "plan", "--set", "sampling.think=false", "--out", "out"],
+        3,
+        ("does not think",),
+    ),
+    Bad("suite-beyond-a-reward", ["eval", "--suite", "geneval", "--out", "out"], 3, ("cannot see", "airplane")),
     rewards("reward-twice", "clip,clip", 2, "'clip' is given twice", "clip2="),
     rewards("reward-weight-nan", "clip:nan", 2, "'clip:nan'", "[alias=]name"),
     rewards("reward-weight-inf", "clip:1e999", 2, "'1e999'", "finite number, e.g. clip:0.5"),
@@ -1188,14 +937,7 @@ PLUGINS = [
         text("f", ""),
         json=False,
     ),
-    Bad(
-        "new-exists",
-        ["rewards", "new", "x"],
-        2,
-        ("x.py exists", "choose another name"),
-        text("x.py", ""),
-        json=False,
-    ),
+    Bad("new-exists", ["rewards", "new", "x"], 2, ("x.py exists", "choose another name"), text("x.py", ""), json=False),
     Bad("serve-several", ["rewards", "serve", "jpeg,clip"], 2, ("not 2", "start one for each")),
     Bad("serve-unknown", ["rewards", "serve", "jpg"], 3, ("'jpg'", "did you mean jpeg")),
     Bad(
@@ -1212,10 +954,7 @@ PLUGINS = [
         text("t", "abc"),
     ),
     Bad(
-        "serve-token-missing",
-        ["rewards", "serve", "jpeg", "--token-file", "t"],
-        2,
-        ("--token-file t", "openssl rand"),
+        "serve-token-missing", ["rewards", "serve", "jpeg", "--token-file", "t"], 2, ("--token-file t", "openssl rand")
     ),
     Bad(
         "serve-token-empty",
@@ -1267,11 +1006,7 @@ PLACES = [
     Bad("resume-nowhere", ["train", "--resume", "none"], 2, ("--resume none", "no such checkpoint or run")),
     Bad("resume-nothing", ["train", "--resume", "auto"], 2, ("--resume auto", "--out DIR")),
     Bad(
-        "resume-an-empty-run",
-        ["train", "--resume", "r"],
-        2,
-        ("r holds no checkpoint", "give a directory"),
-        lambda h, m: (h / "r").mkdir(),
+        "resume-an-empty-run", ["train", "--resume", "r"], 2, ("r holds no checkpoint", "give a directory"), folder("r")
     ),
     Bad(
         "resume-with-another-out",
@@ -1349,18 +1084,7 @@ EXAMINED = [
 ]
 
 
-TABLE = [
-    *EXAMINED,
-    *CONFIGURATION,
-    *PROMPTS,
-    *MODELS,
-    *CHECKPOINTS,
-    *ADAPTERS,
-    *EPISODES,
-    *PICTURES,
-    *PLUGINS,
-    *PLACES,
-]
+TABLE = [*EXAMINED, *CONFIGURATION, *PROMPTS, *MODELS, *CHECKPOINTS, *ADAPTERS, *EPISODES, *PICTURES, *PLUGINS, *PLACES]
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
@@ -1418,13 +1142,9 @@ def test_a_server_of_another_kind(
     name: str, kind: str, odd_server: str, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = f"{name}.url={odd_server}/{kind}"
-    more = [
-        "-R",
-        f"{name}.deadline_s=0.3",
-        *(["-R", "vlm.attempts=1", "-R", "vlm.model=m"] if name == "vlm" else []),
-    ]
+    more = ["-R", f"{name}.deadline_s=0.3", *(["-R", "vlm.attempts=1", "-R", "vlm.model=m"] if name == "vlm" else [])]
     command = ["rewards", "score", name, "--image", "i.png", "--prompt", "a", "-R", given, *more]
-    bad = Bad(kind, command, 3, (odd_server, "@"), lambda h, m: _painted_png(h / "i.png"))
+    bad = Bad(kind, command, 3, (odd_server, "@"), with_picture)
     check(bad, tmp_path, made, monkeypatch)
 
 
@@ -1449,9 +1169,7 @@ def test_an_address_that_is_none(
     given = f"{name}.url={_refused_port() if url is None else url}"
     command = ["rewards", "score", name, "--image", "i.png", "--prompt", "a", "-R", given]
     command += ["-R", f"{name}.deadline_s=0.3"]
-    bad = Bad(
-        "url", command, 3, (name if url is not None else "127.0.0.1", says), lambda h, m: _painted_png(h / "i.png")
-    )
+    bad = Bad("url", command, 3, (name if url is not None else "127.0.0.1", says), with_picture)
     check(bad, tmp_path, made, monkeypatch)
 
 
@@ -1540,7 +1258,7 @@ def _fuzz(path: Path, content: bytes, *arguments: object, out: Path | None = Non
 
 
 SETTINGS = (
-    b'seed = 3\nmodel = "embedded"\n[sampling]\nthink = false\nsteps = 9\nwindow_within = [0, 4]\n'
+    b'seed = 3\nmodel = "embedded"\n[sampling]\nthink = false\nsteps = 9\nwindow_range = [0, 4]\n'
     b"[train]\nlr_text = 1e-6\n"
 )
 ROWS = b'{"prompt": "a red heart"}\n{"prompt": "a cat", "include": [{"class": "cat", "count": 2}], "tag": "x"}\n'

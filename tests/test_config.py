@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from unigrpo_cli.config import PRESETS, Config, config_keys, load_config, to_toml
+from unigrpo_cli.config.loading import RENAMED
 from unigrpo_cli.errors import UsageError
 
 
@@ -60,13 +62,13 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         ("train.minibatches=3", "must divide train.prompts_per_step"),
         ("sampling.shift=inf", "finite"),
         ("train.betas=[2, 3]", "less than 1"),
-        ("sampling.shift=1e9", "less than 1e-6 apart; give a shift nearer to 1 or fewer steps"),
+        ("sampling.shift=1e9", "less than 1e-6 apart; set a shift nearer to 1 or fewer steps"),
         ("sampling.shift=1e-7", "less than 1e-6 apart"),
         ("eval.steps=1000000", r"eval.steps=1000000 puts times"),
-        ("sampling.noise_level=1e-5", "give 0.001 to 10"),
-        ("sampling.noise_level=30", "give 0.001 to 10"),
-        ("sampling.temperature=1e-3", "sampling.temperature=0.001: give 0.01 to 100, or 0 for greedy"),
-        ("eval.temperature=1000", "eval.temperature=1000: give 0.01 to 100"),
+        ("sampling.noise_level=1e-5", "set 0.001 to 10"),
+        ("sampling.noise_level=30", "set 0.001 to 10"),
+        ("sampling.temperature=1e-3", "sampling.temperature=0.001: set 0.01 to 100, or 0 for greedy"),
+        ("eval.temperature=1000", "eval.temperature=1000: set 0.01 to 100"),
         ("eval.guidance_text=1e30", "a scale up to 100"),
         ("reward.names=geneval", r'e.g. \["geneval"\]'),
         ("preset=paper", "--preset paper"),
@@ -75,6 +77,18 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
 def test_what_is_refused(override: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         load_config(overrides=[override])
+
+
+def test_old_keys_say_what_became_of_them(tmp_path: Path) -> None:
+    """Each by itself, and all of a file in one message; every new name is a key or a section."""
+    for old, new in RENAMED.items():
+        key = old if "." in old else f"{old}.kl_text"
+        with pytest.raises(UsageError, match=re.escape(f"{old} is now {new}")):
+            load_config(overrides=[f"{key}=1"])
+        assert new.split(" ")[0] in {*config_keys(), *Config.model_fields}
+    (tmp_path / "c.toml").write_text('[train]\ntune = "lora"\nsteps = 3\nupdates = 2\n[watch]\nkl_text = 1.0\n')
+    with pytest.raises(UsageError, match=r"train\.minibatches; train\.tune is now train\.finetune; watch is now monitor"):
+        load_config(file=tmp_path / "c.toml")
 
 
 def test_unknown_presets() -> None:
@@ -103,7 +117,7 @@ def test_it_is_frozen_and_every_key_is_described() -> None:
 
 
 def test_a_window_of_all_steps_needs_two() -> None:
-    with pytest.raises(UsageError, match=r"give sampling\.steps=2 or more"):
+    with pytest.raises(UsageError, match=r"set sampling\.steps=2 or more"):
         load_config(overrides=["sampling.window=all", "sampling.steps=1"])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward
-from unigrpo_cli.config import Advantage, Config, Objective, Sampling, Train, load_config
+from unigrpo_cli.config import AdvantageConfig, Config, ObjectiveConfig, SamplingConfig, TrainConfig, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.mot.config import expert_of
@@ -29,7 +29,12 @@ from unigrpo_cli.train import Step, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 
-SECTIONS = {"sampling": Sampling, "objective": Objective, "advantage": Advantage, "train": Train}
+SECTIONS = {
+    "sampling": SamplingConfig,
+    "objective": ObjectiveConfig,
+    "advantage": AdvantageConfig,
+    "train": TrainConfig,
+}
 SMALL = [
     "threads=1",
     "sampling.max_new_tokens=3",

@@ -316,7 +316,7 @@ def _sampled(image: ImageActions) -> None:
     if image.window.start < 0 or not 0 <= image.window.size <= steps - image.window.start:
         raise ValueError(f"window {image.window.start} + {image.window.size} is outside the {steps} steps")
     if image.sde not in SDES:
-        raise ValueError(f"kernel = {image.sde!r}")
+        raise ValueError(f"sde = {image.sde!r}")
     if not 0 <= image.noise_level < math.inf:
         raise ValueError(f"noise_level = {image.noise_level}")
 

@@ -1,16 +1,24 @@
 """Configuration: schema, loading, presets."""
 
 from unigrpo_cli.config.loading import config_keys, load_config, to_toml, with_values
-from unigrpo_cli.config.schema import PRESETS, Advantage, Config, Objective, Sampling, Section, Train
+from unigrpo_cli.config.schema import (
+    PRESETS,
+    AdvantageConfig,
+    Config,
+    ObjectiveConfig,
+    SamplingConfig,
+    Section,
+    TrainConfig,
+)
 
 __all__ = [
     "PRESETS",
-    "Advantage",
+    "AdvantageConfig",
     "Config",
-    "Objective",
-    "Sampling",
+    "ObjectiveConfig",
+    "SamplingConfig",
     "Section",
-    "Train",
+    "TrainConfig",
     "config_keys",
     "load_config",
     "to_toml",

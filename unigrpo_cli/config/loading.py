@@ -17,6 +17,27 @@ from unigrpo_cli.io.limits import read_text, refuse_depth, refuse_odd_text
 
 LARGEST_FILE = 2**20
 
+RENAMED = {
+    "sampling.rows": "sampling.batch_size",
+    "sampling.decode_strip": "sampling.vae_tile_rows",
+    "sampling.window_within": "sampling.window_range",
+    "sampling.window_every": "sampling.window_period",
+    "sampling.kernel": "sampling.sde",
+    "objective.coupling": "objective.grad_through_context (full: true, detach: false)",
+    "advantage.std": "advantage.normalize",
+    "train.updates": "train.minibatches",
+    "train.tune": "train.finetune",
+    "train.also": "train.extra_modules",
+    "train.reference_on": "train.reference_device",
+    "train.micro_batch": "train.micro_batch_size",
+    "train.micro_tokens": "train.max_tokens_per_micro_batch",
+    "train.keep_every": "train.keep_checkpoint_every",
+    "reward.use": "reward.names",
+    "reward.on": "reward.scoring_rank",
+    "watch": "monitor",
+}
+"""Keys of version 0.1 and what they are called now. A key of a renamed section keeps its own name."""
+
 
 def load_config(
     *,
@@ -31,10 +52,10 @@ def load_config(
     Args:
         preset: name of a preset; None takes the file's, or else the model's, or else "embedded".
         file: TOML file.
-        overrides: `a.b=c` strings; c is a TOML value, or else a plain string.
-        named: dotted keys to values, None meaning "not given".
-        model_defaults: what the model asked for brings of its own, as a preset and values on top of it. Whatever is
-            given outranks it; another preset leaves it out.
+        overrides: `a.b=c` strings; c is a TOML value, or else plain text.
+        named: values by dotted key; None means "not given".
+        model_defaults: gives the model's own defaults, a preset and values on top of it. Given values take precedence;
+            another preset drops them.
 
     Raises:
         UsageError: on an unknown key, a value of the wrong kind, or an unreadable file.
@@ -47,16 +68,17 @@ def load_config(
         if not found or not key.strip():
             raise UsageError(f"--set {text}: write it as section.key=value, e.g. --set train.steps=50")
         if key.strip() == "preset":
-            raise UsageError(f"a preset is chosen by --preset {value.strip()}, before --set")
+            raise UsageError(f"choose a preset with --preset {value.strip()}, not with --set")
         _merge(given, _nest(key.strip(), _toml_value(value.strip())))
     for key, value in (named or {}).items():
         if value is not None:
             _merge(given, _nest(key, value))
+    _refuse_old_keys(given)
     own = model_defaults(given) if {"model", "adapter"} & given.keys() else {}
     chosen = preset or from_file.get("preset") or own.get("preset") or "embedded"
     if chosen not in PRESETS:
         raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
-    values = tomllib.loads((files("unigrpo_cli") / "config" / "presets" / f"{chosen}.toml").read_text())
+    values = tomllib.loads((files("unigrpo_cli") / "config" / "presets" / f"{chosen}.toml").read_text("utf-8"))
     if own.get("preset") == chosen:
         _merge(values, own)
     _merge(values, given)
@@ -73,6 +95,18 @@ def load_config(
         raise UsageError(_one_line(error)) from error
 
 
+def _refuse_old_keys(given: dict[str, Any]) -> None:
+    """Say for every key of version 0.1 what became of it."""
+    found = []
+    for old, new in RENAMED.items():
+        section, _, key = old.rpartition(".")
+        table = given.get(section) if section else given
+        if isinstance(table, dict) and key in table:
+            found.append(f"{old} is now {new}")
+    if found:
+        raise UsageError(f"keys of version 0.1: {'; '.join(found)}")
+
+
 def _read_toml(path: Path) -> dict:
     try:
         found = tomllib.loads(read_text(path, LARGEST_FILE))
@@ -84,7 +118,7 @@ def _read_toml(path: Path) -> dict:
         raise UsageError(f"{path} is not readable TOML: nested too deep") from error
     except OSError as error:
         raise UsageError(f"{path} is not readable TOML: {error.strerror}; give a TOML file with --config") from error
-    except ValueError as error:  # TOMLDecodeError among them, and numbers of thousands of digits
+    except ValueError as error:  # TOMLDecodeError among them, and numbers with thousands of digits
         raise UsageError(f"{path} is not readable TOML: {error}") from error
 
 
@@ -110,7 +144,7 @@ def _merge(into: dict, new: dict) -> None:
 
 
 def _check_keys(values: dict, section: type[BaseModel], prefix: str) -> None:
-    """Name the unknown key and its near misses, which pydantic does not."""
+    """Refuse an unknown key and name its near misses, which pydantic does not do."""
     for key, value in values.items():
         if key not in section.model_fields:
             known = [prefix + name for name in section.model_fields]
@@ -148,7 +182,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """The configuration with other values of dotted keys, which are taken as they are."""
+    """The configuration with other values, by dotted key, which are not validated."""
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         if section:
@@ -158,7 +192,7 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML, to be read again by `--config`."""
+    """The resolved configuration as TOML that `--config` reads."""
     lines: list[str] = []
     sections: list[tuple[str, dict]] = []
     for key, value in config.model_dump().items():

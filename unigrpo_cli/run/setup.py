@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from unigrpo_cli.config import Config, Sampling, load_config
+from unigrpo_cli.config import Config, SamplingConfig, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
 from unigrpo_cli.models.hub import EMBEDDED, locate
@@ -113,7 +113,7 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
         return {}  # whoever loads it will say what is wrong
     if paints_pixels:
         return {}
-    side = min(network.largest_side, Sampling().height)
+    side = min(network.largest_side, SamplingConfig().height)
     return {"preset": "paper", "dtype": "bfloat16", "sampling": {"height": side, "width": side}}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from unigrpo_cli.config import Config, Sampling, Train
+from unigrpo_cli.config import Config, SamplingConfig, TrainConfig
 from unigrpo_cli.models.mot.config import LAYERS, AutoencoderConfig, MoTConfig, autoencoder_shapes
 from unigrpo_cli.run.memory.phases import GIB, Item, Phase, sampling, some, training
 from unigrpo_cli.run.memory.workload import WIDE, Workload
@@ -79,10 +79,10 @@ def needs(model: MoTConfig, autoencoder: AutoencoderConfig | None) -> dict[str, 
     the reference of full tuning on the device.
     """
     side = min(512 // model.pixels_per_token, model.max_latent_size) * model.pixels_per_token
-    painting = Sampling(height=side, width=side, batch_size=1)
+    painting = SamplingConfig(height=side, width=side, batch_size=1)
 
     def work(finetune: str) -> Workload:
-        train = Train(
+        train = TrainConfig(
             finetune=finetune, micro_batch_size=1, activation_checkpointing=True, prompts_per_step=2, group_size=2
         )
         return Workload(model, autoencoder, Config(dtype="bfloat16", sampling=painting, train=train))
