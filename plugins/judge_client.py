@@ -1,8 +1,7 @@
-"""Transport to a judge that speaks OpenAI's chat completions: patient with the network, never inventing an answer.
+"""Client of a judge behind OpenAI's chat completions: retries, deadlines, errors. It never invents an answer.
 
-Whatever may pass by itself is tried again: a busy or failing server, a lost connection, half an answer. What the
-server refuses is an error at once. A question that stays open within its budget is `UnansweredError`, and when that
-happens many times in a row, the run stops: the judge is gone.
+Faults that may pass are retried: a busy or failing server, a lost connection, half an answer. A refusal is an error at
+once. A question without an answer within its budget is `UnansweredError`; many in a row stop the run.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 import os
 import queue
 import random
-import re
 import threading
 import time
 from collections import deque
@@ -24,13 +22,14 @@ from typing import Any, TypeVar
 from pydantic import SecretStr
 
 from unigrpo_cli.errors import RewardError
+from unigrpo_plugins.http_client import ClosedError, HttpClient, NoAnswerError, checked_url
 
 A = TypeVar("A")
 T = TypeVar("T")
 
 KEY_NAMES = ("UNIGRPO_JUDGE_KEY", "OPENAI_API_KEY")
-PASSING = frozenset({408, 409, 425, 429})  # and every 5xx: the same request may succeed later
-LARGEST_ANSWER = 4 << 20  # bytes; an answer is a few kilobytes
+RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx: the same request may succeed later
+MAX_ANSWER_BYTES = 4 << 20  # an answer is a few kilobytes
 REMEDIES = {
     400: "the server does not take this request; try @mode=auto, and see @body for what the model wants otherwise",
     401: f"set {' or '.join(KEY_NAMES)} to a valid key",
@@ -44,7 +43,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try: seconds to connect and to wait for data; a question's budget in seconds and tries.
+    """Limits: seconds to connect and between two reads; seconds and tries of one question with its retries.
 
     `breaker` questions in a row without an answer stop the run.
     """
@@ -60,9 +59,9 @@ class Patience:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge said: its text, the likeliest first tokens with their log-probabilities, why it stopped.
+    """A judge's answer: text, the likeliest first tokens with their log-probabilities, and its finish reason.
 
-    `call` is what it took to get it: tries, seconds, tokens. It is no part of what was said, and not remembered.
+    `call` counts tries, seconds and tokens. It is not cached.
     """
 
     text: str
@@ -81,11 +80,11 @@ class Answer:
 
 
 class UnansweredError(Exception):
-    """No answer within the budget of one question; the text says what came instead."""
+    """No answer within the budget of one question; the text names the last failure."""
 
 
 class RefusedError(RewardError):
-    """A status that no repetition cures."""
+    """A status that a retry cannot change."""
 
     def __init__(self, text: str, status: int):
         super().__init__(text)
@@ -93,7 +92,7 @@ class RefusedError(RewardError):
 
 
 class _PassingError(Exception):
-    """One try that failed in a way that may pass; `least_s` is how long the server asks to wait."""
+    """A try whose failure may pass; `least_s` is the wait that the server asks for."""
 
     def __init__(self, why: str, least_s: float = 0.0):
         super().__init__(why)
@@ -101,16 +100,16 @@ class _PassingError(Exception):
 
 
 def key_from_environment() -> SecretStr | None:
-    """The key, kept so that no repr shows it.
+    """The API key; no repr shows it.
 
     Raises:
-        RewardError: when it cannot stand in a header.
+        RewardError: when a header cannot carry it.
     """
     for name in KEY_NAMES:
         key = os.environ.get(name, "").strip()
         if key:
             if not (key.isascii() and key.isprintable()):
-                raise RewardError(f"{name} holds characters that no key has; set it again")
+                raise RewardError(f"{name} holds characters that a header cannot carry; set it again")
             return SecretStr(key)
     return None
 
@@ -119,7 +118,7 @@ class Endpoint:
     """One server. Threads may share it.
 
     Args:
-        url: up to where `/chat/completions` begins.
+        url: the address in front of `/chat/completions`.
         clock, now, rest, draw: monotonic seconds, seconds since 1970, waiting, a number in [0, 1) for the jitter.
         transport: of httpx2, for tests without a socket.
     """
@@ -129,7 +128,6 @@ class Endpoint:
         url: str,
         key: SecretStr | None,
         patience: Patience = Patience(),
-        connections: int = 16,
         *,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
@@ -137,22 +135,14 @@ class Endpoint:
         draw: Callable[[], float] | None = None,
         transport: Any = None,
     ):
-        import httpx2
-
+        address, local = checked_url("vlm", url, "an address such as http://localhost:8000/v1", KEY_NAMES[0])
+        self.url = address.removesuffix("/chat/completions")
         self.patience = patience
-        self.url, local = _checked_url(url)
         self._key = key
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-        self._client = httpx2.Client(
-            headers=headers,
-            transport=transport,
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-            # without TLS on our own loopback there is nothing to verify, and loading the authorities takes a while
-            verify=not (local and self.url.startswith("http://")),
-            trust_env=not local,  # a proxy cannot reach our own loopback
-        )
+        self._client = HttpClient(self.url, local=local, headers=headers, transport=transport, clock=clock)
         self._closed = threading.Event()
-        # Jitter of its own: waiting must not move random numbers that others draw.
+        # Jitter of its own: waiting must not move the run's random numbers.
         self._clock, self._now, self._draw = clock, now, draw or random.Random().random
         self._rest = rest or self._closed.wait
         self._lock = threading.Lock()
@@ -174,15 +164,15 @@ class Endpoint:
         with self._lock:
             self._counts["calls"] += 1
         began = self._clock()
-        answer, tried = self._exchange("POST", "/chat/completions", body, self._answer_of)
-        return replace(answer, call={"tries": tried, "seconds": self._clock() - began, **answer.call})
+        answer, tries = self._exchange("POST", "/chat/completions", body, self._answer_of)
+        return replace(answer, call={"tries": tries, "seconds": self._clock() - began, **answer.call})
 
     def models(self) -> list[str]:
-        """Ids of the models that are served; raises like `ask`."""
+        """Ids of the served models; raises like `ask`."""
         return self._exchange("GET", "/models", None, lambda row: [str(model["id"]) for model in row["data"]])[0]
 
     def figures(self) -> dict[str, float]:
-        """Counts so far, and median and 95th percentile of the seconds that an answer took."""
+        """Counts so far, and median and 95th percentile of the seconds of an answer."""
         with self._lock:
             seconds = sorted(self._seconds)
             return {
@@ -192,70 +182,64 @@ class Endpoint:
             }
 
     def close(self) -> None:
-        """Wakes whoever waits; further questions are unanswered."""
+        """Wake all threads that wait; their questions stay unanswered."""
         self._closed.set()
         self._client.close()
 
     def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T]
     ) -> tuple[T, int]:
-        """What `read` makes of the answer, and at which try."""
+        """What `read` makes of the answer, and the number of tries."""
         content = None if body is None else json.dumps(body).encode()
         p = self.patience
         deadline = self._clock() + p.deadline_s
-        tried, why = 0, "the deadline had passed"
-        while tried < p.attempts and self._clock() < deadline:
+        tries, why = 0, "the deadline had passed"
+        while tries < p.attempts and self._clock() < deadline:
             self._stop_if_broken()
-            tried += 1
+            tries += 1
             try:
-                found = self._once(method, path, content, deadline, read)
+                found = self._try(method, path, content, deadline, read)
             except _PassingError as passing:
                 why, least = str(passing), passing.least_s
             else:
                 with self._lock:
                     self._in_a_row = 0
-                return found, tried
-            if tried == p.attempts:
+                return found, tries
+            if tries == p.attempts:
                 break
-            # full jitter: many that failed together must not come back together
-            wait = max(least, self._draw() * min(p.backoff_most_s, p.backoff_s * 2 ** (tried - 1)))
+            # Full jitter: requests that failed together must not return together.
+            wait = max(least, self._draw() * min(p.backoff_most_s, p.backoff_s * 2 ** (tries - 1)))
             if self._clock() + wait >= deadline:
                 break
             with self._lock:
                 self._counts["retries"] += 1
             self._rest(wait)
         self._give_up(why)
-        raise UnansweredError(f"{why} (after {tried} tries)")
+        raise UnansweredError(f"{why} (after {tries} tries)")
 
-    def _once(self, method: str, path: str, content: bytes | None, deadline: float, read: Callable[[Any], T]) -> T:
-        import httpx2
-
-        if self._closed.is_set():
-            raise UnansweredError("the judge was closed")
+    def _try(self, method: str, path: str, content: bytes | None, deadline: float, read: Callable[[Any], T]) -> T:
         p, began = self.patience, self._clock()
-        left = max(deadline - began, 0.01)
-        timeout = httpx2.Timeout(min(p.read_s, left), connect=min(p.connect_s, left), pool=left)
-        headers = {"Content-Type": "application/json"}
         try:
-            with self._client.stream(
-                method, self.url + path, content=content, headers=headers, timeout=timeout
-            ) as response:
-                data = bytearray()
-                for chunk in response.iter_bytes():
-                    data += chunk
-                    # each chunk may come within the read timeout and their sum never end
-                    if self._clock() > deadline or len(data) > LARGEST_ANSWER:
-                        raise _PassingError("an answer without end")
-                status, asked = response.status_code, response.headers.get("Retry-After")
-        except (httpx2.RequestError, OSError) as error:
-            raise _PassingError(self._without_key(f"{type(error).__name__}: {error}")) from None
-        except RuntimeError:  # what a client says that was closed meanwhile
+            answer = self._client.request(
+                method,
+                path,
+                content,
+                deadline_s=max(deadline - began, 0.01),
+                connect_s=p.connect_s,
+                read_s=p.read_s,
+                max_bytes=MAX_ANSWER_BYTES,
+            )
+        except NoAnswerError as error:
+            raise _PassingError(self._without_key(str(error))) from None
+        except ClosedError:
             raise UnansweredError("the judge was closed") from None
-        if status in PASSING or status >= 500:
-            raise _PassingError(f"status {status}{self._said(data)}", _retry_after(asked, self._now()))
+        status, data = answer.status, answer.body
+        if status in RETRIED or status >= 500:
+            least = _retry_after(answer.headers.get("retry-after"), self._now())
+            raise _PassingError(f"status {status}{self._message(data)}", least)
         if not 200 <= status < 300:
             remedy = REMEDIES.get(status, "check @url")
-            raise RefusedError(f"judge {self.url}{path} gave status {status}{self._said(data)}; {remedy}", status)
+            raise RefusedError(f"judge {self.url}{path} gave status {status}{self._message(data)}; {remedy}", status)
         try:
             found = read(json.loads(data))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -269,12 +253,12 @@ class Endpoint:
         message, listed = choice["message"], (choice.get("logprobs") or {}).get("content") or []
         text = message["content"] if message.get("content") is not None else ""
         if not isinstance(text, str):
-            raise TypeError("content that is no text")
-        text = self._without_key(text)  # reasons are written down
+            raise TypeError("content is not text")
+        text = self._without_key(text)  # reasons are saved
         first: dict[str, float] = {}
         if listed:
             for entry in [*listed[0].get("top_logprobs", []), listed[0]]:
-                # the sampled token stands in the list too: each token counts once
+                # the sampled token is in the list too; each token counts once
                 first.setdefault(str(entry["token"]), _number(entry["logprob"]))
         usage = row.get("usage") or {}
         tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
@@ -290,7 +274,7 @@ class Endpoint:
             if self._in_a_row >= self.patience.breaker and self._broken is None:
                 self._broken = (
                     f"judge {self.url} left {self._in_a_row} questions in a row unanswered, the last with: {why}; "
-                    "see that it runs, or give it more time with @deadline_s, @attempts or less @concurrency"
+                    "check that it runs, or set a larger @deadline_s or @attempts, or a smaller @concurrency"
                 )
         self._stop_if_broken()
 
@@ -298,8 +282,8 @@ class Endpoint:
         if self._broken is not None:
             raise RewardError(self._broken)
 
-    def _said(self, data: bytes | bytearray) -> str:
-        """What an error's body says, in one short line."""
+    def _message(self, data: bytes | bytearray) -> str:
+        """The message of an error's body, as one short line."""
         text = bytes(data[:4096]).decode(errors="replace")
         try:
             row = json.loads(text)
@@ -315,10 +299,9 @@ class Endpoint:
 
 
 def in_parallel(ask: Callable[[A], T], items: Sequence[A], width: int) -> list[T]:
-    """`ask` of every item, `width` at a time; the first exception is raised and the rest left.
+    """`ask` of every item, `width` at a time. The first exception is raised at once.
 
-    Threads of our own, for those of a pool are waited for when the interpreter ends: a judge that hangs would
-    hold a run that has already stopped.
+    Daemon threads: the interpreter waits for those of a thread pool, so a judge that hangs would hold a stopped run.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
@@ -349,29 +332,8 @@ def in_parallel(ask: Callable[[A], T], items: Sequence[A], width: int) -> list[T
     return [found[k] for k in range(len(items))]
 
 
-def _checked_url(url: str) -> tuple[str, bool]:
-    """The url without a slash at its end, and whether it is this machine's. Errors do not repeat its secrets."""
-    import httpx2
-
-    try:
-        parts = httpx2.URL(url)
-    except (httpx2.InvalidURL, TypeError):
-        raise RewardError("reward 'vlm': @url cannot be read; write it as http://host:port/v1") from None
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise RewardError("reward 'vlm': @url must begin with http:// or https://, e.g. http://localhost:8000/v1")
-    if not re.fullmatch(r"[\w.:-]+", parts.host) or not 0 < (parts.port or 80) < 2**16:
-        raise RewardError("reward 'vlm': @url has no host or port that can be; write it as http://host:port/v1")
-    if parts.userinfo or parts.query or parts.fragment:
-        raise RewardError(
-            "reward 'vlm': @url must hold no user, password, query or fragment, for it is printed and logged; put "
-            f"the key in {KEY_NAMES[0]}"
-        )
-    plain = str(parts).rstrip("/").removesuffix("/chat/completions")
-    return plain, parts.host in ("localhost", "127.0.0.1", "::1")
-
-
 def _retry_after(text: str | None, now: float) -> float:
-    """Seconds that a Retry-After header asks for: a number, or a date; 0 when it has none or makes no sense."""
+    """Seconds of a Retry-After header, a number or a date; 0 without one or when it cannot be parsed."""
     if not text:
         return 0.0
     try:
@@ -387,7 +349,7 @@ def _retry_after(text: str | None, now: float) -> float:
 def _number(value: Any) -> float:
     number = float(value)
     if math.isnan(number):
-        raise ValueError("a log-probability that is no number")
+        raise ValueError("a log-probability is NaN")
     return number
 
 

@@ -203,7 +203,7 @@ class VlmReward:
             backoff_s=o.backoff_s,
             breaker=o.breaker,
         )
-        endpoint = Endpoint(url, key, patience, o.concurrency)
+        endpoint = Endpoint(url, key, patience)
         try:
             model = judge_endpoint.find_model(endpoint, o.model)
             axes, extra = axes_of(o.axes), json.loads(o.body or "{}")

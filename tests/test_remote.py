@@ -488,7 +488,7 @@ def test_information_that_is_none(info: bytes, says: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ({"scores": [1.0]}, "not one score, component and remark for each of 2"),
+        ({"scores": [1.0]}, "not one score, component and info row for each of 2"),
         ({"scores": 1.0}, "not one score"),
         ({}, "not one score"),
         ({"scores": [1.0, 1.0], "components": {"part": [1.0]}}, "not one score"),
