@@ -37,8 +37,8 @@ from unigrpo_cli.models.mot.network import MoT, NoisyImage
 from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
 from unigrpo_cli.replay import collate, micro_batches, replay
 from unigrpo_cli.rollout import Sampling, read_given, rollout
-from unigrpo_cli.run.monitor import drift
 from unigrpo_cli.train import score_old_and_reference, weighed
+from unigrpo_cli.training.metrics import drift
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unigrpo_cli.config import PRESETS, Config, config_keys, load_config, to_toml
-from unigrpo_cli.config.loading import RENAMED
+from unigrpo_cli.config.loading import REMOVED, RENAMED
 from unigrpo_cli.errors import UsageError
 
 
@@ -86,8 +86,14 @@ def test_old_keys_say_what_became_of_them(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=re.escape(f"{old} is now {new}")):
             load_config(overrides=[f"{key}=1"])
         assert new.split(" ")[0] in {*config_keys(), *Config.model_fields}
+    for old, why in REMOVED.items():
+        assert old not in config_keys()
+        with pytest.raises(UsageError, match=re.escape(f"{old} is removed: {why}")):
+            load_config(overrides=[f"{old}=1"])
     (tmp_path / "c.toml").write_text('[train]\ntune = "lora"\nsteps = 3\nupdates = 2\n[watch]\nkl_text = 1.0\n')
-    with pytest.raises(UsageError, match=r"train\.minibatches; train\.tune is now train\.finetune; watch is now monitor"):
+    with pytest.raises(
+        UsageError, match=r"train\.minibatches; train\.tune is now train\.finetune; watch is now monitor"
+    ):
         load_config(file=tmp_path / "c.toml")
 
 

@@ -17,8 +17,8 @@ from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput
 from unigrpo_cli.rewards.conformance import example_samples
 from unigrpo_cli.rewards.scorer import RewardResult
-from unigrpo_cli.run.monitor import rollout_metrics
 from unigrpo_cli.toy.world import COLORS
+from unigrpo_cli.training.metrics import rollout_metrics
 from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name_color, named
 from unigrpo_plugins.detectors import Detection
 from unigrpo_plugins.encoders import shared_encoder

@@ -15,8 +15,8 @@ from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.network import NoisyImage
 from unigrpo_cli.replay import replay
 from unigrpo_cli.rollout import Sampling, rollout
-from unigrpo_cli.run.monitor import drift
 from unigrpo_cli.train import score_old_and_reference, weighed
+from unigrpo_cli.training.metrics import drift
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

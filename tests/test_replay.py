@@ -29,7 +29,7 @@ from unigrpo_cli.models.mot.network import Attention, NoisyImage
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import _shared_out, collate, micro_batches, replay, replayed_tokens
 from unigrpo_cli.rollout import Sampling, read_given, read_image, rollout, sample_image, sample_text
-from unigrpo_cli.run.monitor import drift
+from unigrpo_cli.training.metrics import drift
 
 SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
 WINDOW = flow.Window(1, 3)

@@ -75,13 +75,13 @@ def rewards() -> str:
     return "\n".join(blocks)
 
 
-def watch() -> str:
-    """Every rule of the watch with its condition, its usual cause and its remedy."""
-    lines = ["| rule | said when | usual cause | remedy |", "|---|---|---|---|"]
+def monitor() -> str:
+    """Every rule of the monitor with its condition, its usual cause and its remedy."""
+    lines = ["| rule | condition | usual cause | remedy |", "|---|---|---|---|"]
     for rule in RULES:
-        n, m = rule.lasting
+        n, m = rule.persistence
         often = "" if m == 1 else f", in {n} of {m} steps"
-        lines.append(f"| `{rule.name}` | {rule.when}{often} | {rule.means} | {rule.remedy} |")
+        lines.append(f"| `{rule.name}` | {rule.when}{often} | {rule.cause} | {rule.remedy} |")
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +135,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "hooks": hooks,
     "rewards": rewards,
     "commands": commands,
-    "watch": watch,
+    "monitor": monitor,
     "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
     "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),
 }

@@ -38,6 +38,12 @@ RENAMED = {
 }
 """Keys of version 0.1 and what they are called now. A key of a renamed section keeps its own name."""
 
+REMOVED = {
+    "watch.slower": "the rule is gone; seconds of each phase are in metrics.jsonl",
+    "monitor.slower": "the rule is gone; seconds of each phase are in metrics.jsonl",
+}
+"""Keys of version 0.1 that no longer exist, and why."""
+
 
 def load_config(
     *,
@@ -97,12 +103,14 @@ def load_config(
 
 def _refuse_old_keys(given: dict[str, Any]) -> None:
     """Say for every key of version 0.1 what became of it."""
+    what = {old: f"{old} is now {new}" for old, new in RENAMED.items()}
+    what |= {old: f"{old} is removed: {why}" for old, why in REMOVED.items()}
     found = []
-    for old, new in RENAMED.items():
+    for old, became in what.items():
         section, _, key = old.rpartition(".")
         table = given.get(section) if section else given
         if isinstance(table, dict) and key in table:
-            found.append(f"{old} is now {new}")
+            found.append(became)
     if found:
         raise UsageError(f"keys of version 0.1: {'; '.join(found)}")
 

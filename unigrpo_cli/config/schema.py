@@ -238,10 +238,9 @@ class MonitorConfig(Section):
     entropy: AboveZero = Field(0.1, description="warn when entropy falls below this share of its initial value")
     truncated: NonNegative = Field(0.5, description="warn when a larger share of texts is truncated")
     duplicates: NonNegative = Field(0.1, description="warn when a larger share of a group's images is identical")
-    zero_groups: NonNegative = Field(0.5, description="warn when a larger share of groups has equal rewards")
-    abstained: NonNegative = Field(0.1, description="warn when a reward abstains on a larger, and growing, share")
-    slower: Annotated[float, Field(gt=1, allow_inf_nan=False)] = Field(
-        2.0, description="warn when a phase takes this many times its initial seconds"
+    zero_groups: NonNegative = Field(0.5, description="warn when a larger share of groups has only zero advantages")
+    abstained: NonNegative = Field(
+        0.1, description="warn when a reward abstains on a larger share, and on twice its initial one"
     )
 
 
@@ -249,7 +248,7 @@ class DoctorConfig(Section):
     """Checks before training (docs/troubleshooting.md)."""
 
     at_start: Literal["stop", "warn", "off"] = Field(
-        "stop", description="what a fault found by the short check at the start of a run leads to"
+        "stop", description="check a run before its first step: stop on a fault, warn of it, or do not check"
     )
     prompts: Positive = Field(2, description="groups that the doctor samples")
     members: Annotated[int, Field(ge=2)] = Field(4, description="episodes in each group, at most train.group_size")

@@ -57,7 +57,7 @@ EFFECTS = {
     )
     for key in keys.split()
 }
-SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "watch": Effect.NONE}
+SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
 """Sections that only look at a run, but for keys that are classed by themselves."""
 
 

@@ -33,8 +33,9 @@ from unigrpo_cli.rewards.scorer import RewardSet
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run
+from unigrpo_cli.run.first_ratio import ratio_limits
 from unigrpo_cli.run.memory import batch_of
-from unigrpo_cli.run.monitor import Watch
+from unigrpo_cli.run.monitor import Monitor
 from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.run.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.run.signals import DroppedError, Interrupts
@@ -74,7 +75,8 @@ class Trainer:
             self.bad_steps /= f"rank_{self.ranks.rank}"
         asked = rewards.asked("train")
         signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
-        self.watch = Watch(state.facts.setdefault("watch", {}), config, rewards.weights, signs)
+        limits = ratio_limits(state.policy, config.objective)
+        self.monitor = Monitor(state.facts.setdefault("watch", {}), config, rewards.weights, signs, limits)
         self.logged = state.step  # the last step whose metrics are on disk
         self.settled: dict[str, Any] = {}  # facts as they were when it was done
 
@@ -151,12 +153,12 @@ class Trainer:
                 def after_step(step: Step) -> bool:
                     with self.interrupts.shield():
                         self._remember(step.metrics)
-                        warnings = self.watch.see(step.metrics, step.skipped)
-                        run.log({"step": state.step} | step.metrics | self.watch.row(step.skipped))
+                        warnings = self.monitor.check(step.metrics, step.skipped)
+                        run.log({"step": state.step} | step.metrics | self.monitor.row(step.skipped))
                         self.logged = state.step
                         for line in warnings:
                             self.display.warn(f"step {state.step}: {line}")
-                        view.update(state.step, step.metrics, self.watch.lasting)
+                        view.update(state.step, step.metrics, self.monitor.lasting)
                         self._owe()
                         with self.ranks.together():
                             self._study(step)
@@ -329,7 +331,7 @@ class Trainer:
             found = (step.groups, step.scored, step.advantage_B, step.metrics)
             path = save_bad_step(self.bad_steps, self.state.step, step.skipped, *found)
             try:
-                self.watch.stop_if_diverged(self.state.step, step.skipped, str(path))
+                self.monitor.stop_if_diverged(self.state.step, step.skipped, str(path))
             finally:
                 self._settle()  # the count begins anew in the checkpoint of this stop, too
 

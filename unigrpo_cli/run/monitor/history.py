@@ -1,71 +1,73 @@
-"""The course of a run as rules look at it: its first rows, its last ones, and whether a series has a trend."""
+"""The metrics that rules read: a run's first steps, its latest steps, and trends over them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from unigrpo_cli.config import Config
 
-FIRST = 5  # rows that say how a run began
-LAST = 20  # rows over which trends are taken
-CLEAR = 3.0  # t statistics; noise without a trend rises so over one stretch of twenty steps in two hundred
+FIRST = 5  # steps that define the start of a run
+LAST = 20  # steps over which a trend is computed
+CLEAR = 3.0  # t statistic of a clear trend; false-alarm rate: about 1 in 200 windows of 20 steps
 
 Row = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a rule may look at.
+class History:
+    """Metrics of a run.
 
     Args:
-        first: metrics of the first FIRST steps that were not skipped; numbers that are not finite are left out.
-        last: those of the last LAST, the present one at the end.
-        config: the run's.
-        weights: of each reward asked in training, by name; 0 where it is held out.
-        signs: -1 where lower is better, else 1.
+        first: the first FIRST steps that were not skipped, without non-finite numbers.
+        last: the last LAST such steps; the current step is the last one.
+        config: the run's settings.
+        weights: the weight of each training reward by name; 0 for a held-out reward.
+        signs: -1 for a reward where lower is better, else 1.
+        ratio_limits: largest first log-ratio of text and image that the device's rounding explains.
     """
 
     first: Sequence[Row]
     last: Sequence[Row]
     config: Config
-    weights: dict[str, float]
-    signs: dict[str, int]
+    weights: Mapping[str, float]
+    signs: Mapping[str, int]
+    ratio_limits: Mapping[str, float]
 
     def now(self, key: str, missing: float = math.nan) -> float:
-        """The present value."""
+        """The current step's value."""
         return self.last[-1].get(key, missing)
 
     def start(self, key: str) -> float:
-        """The median of the first values; NaN, with which nothing compares, until the beginning is over."""
+        """The median over the first steps; NaN, which no comparison accepts, until there are FIRST of them."""
         values = [row[key] for row in self.first if key in row]
         return median(values) if values and len(self.first) == FIRST else math.nan
 
     def series(self, key: str) -> list[float]:
-        """The last values, NaN where there was none."""
+        """The latest values; NaN where a step has none."""
         return [row.get(key, math.nan) for row in self.last]
 
     def full(self) -> bool:
-        """Whether there are enough rows for a trend."""
+        """Whether there are enough steps for a trend."""
         return len(self.last) == LAST
 
     def rewards(self) -> list[Row]:
-        """Of the last rows the rewards' means by name, larger always better."""
+        """Mean rewards of the latest steps by name, signed so that larger is better."""
         return [{n: s * row.get(f"reward/{n}", math.nan) for n, s in self.signs.items()} for row in self.last]
 
     @property
-    def trained(self) -> list[str]:
-        return [name for name, weight in self.weights.items() if weight]
+    def trained(self) -> tuple[str, ...]:
+        return tuple(name for name, weight in self.weights.items() if weight)
 
     @property
-    def held_out(self) -> list[str]:
-        return [name for name, weight in self.weights.items() if not weight]
+    def held_out(self) -> tuple[str, ...]:
+        return tuple(name for name, weight in self.weights.items() if not weight)
 
 
 def trend(values: Sequence[float]) -> float:
-    """Slope of a series in units of its standard error (a t statistic); 0 for fewer than three finite values."""
+    """The slope of a series divided by its standard error (a t statistic); 0 for fewer than three finite values."""
     pairs = [(float(k), v) for k, v in enumerate(values) if math.isfinite(v)]
     if len(pairs) < 3:
         return 0.0
@@ -78,15 +80,12 @@ def trend(values: Sequence[float]) -> float:
     return slope / math.sqrt(rest / spread)
 
 
-def parting(history: Sequence[Row], trained: Sequence[str], held_out: Sequence[str]) -> list[str]:
-    """Held-out rewards that fall while a trained one rises: how it looks when a policy learns its judge's weakness.
+def reward_hacking(rewards: Sequence[Row], trained: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Held-out rewards with a clear falling trend while a trained reward has a clear rising one.
 
     Args:
-        history: of each step the rewards' means by name, all with larger meaning better.
-
-    Returns:
-        Names of the held-out rewards, when trends over `history` are clear (|t| > 3) and opposite.
+        rewards: mean rewards of each step by name, signed so that larger is better.
     """
-    if not any(trend([row.get(name, math.nan) for row in history]) > CLEAR for name in trained):
+    if not any(trend([row.get(name, math.nan) for row in rewards]) > CLEAR for name in trained):
         return []
-    return [name for name in held_out if trend([row.get(name, math.nan) for row in history]) < -CLEAR]
+    return [name for name in held_out if trend([row.get(name, math.nan) for row in rewards]) < -CLEAR]
