@@ -20,10 +20,10 @@ from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.parallel.workers import in_turn
-from unigrpo_cli.rewards.async_scoring import Scoring
 from unigrpo_cli.rewards.batch import RewardBatch
+from unigrpo_cli.rewards.loaded import LoadedReward
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import PendingScores
 from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.setup import load_policy, open_rewards, reward_choices
 from unigrpo_cli.suites import training_prompts
@@ -36,7 +36,7 @@ OPERATORS = "Operators of a training step of the embedded model, those above 2 %
 WHOLE = "whole step"
 CALLS = {
     "rollout": (algorithm, "rollout"),
-    "reward": (Scoring, "ask"),  # where those judge that compute here; `finish` waits for others
+    "reward": (PendingScores, "submit"),  # runs local rewards; `finish` waits for remote ones
     "old": (algorithm, "replay_fixed"),
     "update": (algorithm, "optimizer_step"),
 }
@@ -141,7 +141,7 @@ def profile(bench: Comparison, run: Callable[[], object]) -> None:
     with ExitStack() as stack:
         stack.enter_context(marked(MoT, "forward", lambda *_: NETWORK))
         stack.enter_context(marked(MoTPolicy, "logits", lambda *_: HEAD))
-        stack.enter_context(marked(RewardSet, "collect", lambda _, opened, *__: f"{REWARD} {opened.alias}"))
+        stack.enter_context(marked(LoadedReward, "collect", lambda loaded, *_: f"{REWARD} {loaded.alias}"))
         seen = stack.enter_context(torch.profiler.profile(activities=[ProfilerActivity.CPU]))
         began = time.perf_counter()
         with in_turn():
@@ -274,16 +274,16 @@ class Moments:
 
 def moments_of(step: Callable[[], object]) -> Moments:
     found = [time.perf_counter()]
-    ask, finish = Scoring.ask, Scoring.finish
+    submit, finish = PendingScores.submit, PendingScores.finish
 
-    def asked(scoring: Scoring, *given: Any, **named: Any) -> None:
+    def submitted(scoring: PendingScores, *given: Any, **named: Any) -> None:
         found.append(time.perf_counter())
-        ask(scoring, *given, **named)
+        submit(scoring, *given, **named)
 
-    def finished(scoring: Scoring) -> Any:
+    def finished(scoring: PendingScores) -> Any:
         found.append(time.perf_counter())
         return finish(scoring)
 
-    with patch.object(Scoring, "ask", asked), patch.object(Scoring, "finish", finished):
+    with patch.object(PendingScores, "submit", submitted), patch.object(PendingScores, "finish", finished):
         step()
     return Moments(*found)

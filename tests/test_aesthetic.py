@@ -20,7 +20,7 @@ from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.conformance import check_reward, example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.aesthetic import AestheticReward
 from unigrpo_plugins.clip import ClipReward
@@ -137,7 +137,7 @@ def test_it_equals_open_clip_and_the_layers_one_by_one(tmp_path: Path) -> None:
     path = saved(tmp_path / "head.safetensors", state_of(module))
     choice = parse_rewards(["aesthetic@model=embedded"], {"aesthetic.head": path})
     samples = example_samples(4)
-    with RewardSet(choice, plugins_with(AestheticReward), context()) as rewards:
+    with Scorer(choice, plugins_with(AestheticReward), context()) as rewards:
         scores = rewards.score(samples)["aesthetic"].scores
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{ROOT}/unigrpo_cli/toy/weights/clip")
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_it_equals_open_clip_and_the_layers_one_by_one(tmp_path: Path) -> None:
 def test_clip_and_aesthetic_look_through_one_encoder() -> None:
     here = context()
     plugins = plugins_with(AestheticReward, ClipReward)
-    with RewardSet(parse_rewards(["clip", "aesthetic", "again=aesthetic"]), plugins, here) as rewards:
+    with Scorer(parse_rewards(["clip", "aesthetic", "again=aesthetic"]), plugins, here) as rewards:
         assert len({id(r.reward.encoder) for r in rewards.rewards}) == 1
     assert list(here.shared.loads.values()) == [1]
     assert not here.shared._held

@@ -21,7 +21,7 @@ from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Group, Prompt, flatten, load_episodes
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.train import Step, training_step
@@ -60,7 +60,7 @@ def _state(*settings: str) -> tuple[TrainState, Config]:
 def _step(state: TrainState, config: Config) -> Step:
     plugins = Plugins()
     plugins.rewards.add("bright", bright)
-    with RewardSet(parse_rewards(["bright"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
+    with Scorer(parse_rewards(["bright"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         done = training_step(state, PROMPTS, rewards, config)
     state.step += 1
     return done

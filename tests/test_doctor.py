@@ -24,7 +24,7 @@ from unigrpo_cli.models import lora
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.run.doctor import CHECKS, FAULT, Finding, environment, findings, gather
 from unigrpo_cli.run.doctor.findings import Evidence
@@ -66,14 +66,14 @@ def _state(config: Config) -> TrainState:
     return TrainState(policy, make_optimizer(policy, config))
 
 
-def _rewards(*functions: Callable) -> RewardSet:
+def _rewards(*functions: Callable) -> Scorer:
     plugins = Plugins()
     names = []
     for function in functions:
         made = function.__unigrpo_reward__
         plugins.rewards._put(RewardEntry(made.name, "tests", "-", load=lambda function=function: function))
         names.append(made.name)
-    return RewardSet(parse_rewards(names), plugins, RewardContext("cpu", 0, True, True))
+    return Scorer(parse_rewards(names), plugins, RewardContext("cpu", 0, True, True))
 
 
 def _examine(
@@ -150,7 +150,7 @@ def test_the_short_form_leaves_everything_as_it_was() -> None:
             found = findings(gather(state, PROMPTS, rewards, config, thorough=False))
             assert not [f for f in found if f.verdict == FAULT]
             assert all(not opened.recent for opened in rewards.rewards)
-            assert rewards.policy.max_abstain == 0.25
+            assert rewards.limits.max_abstain == 0.25
         assert wanted == (torch.rand(1).item(), random.random(), np.random.rand())
         after = state.policy.network.state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 from unigrpo_cli.cli import app
 from unigrpo_cli.episode import Episode, Group, Prompt
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult
 from unigrpo_cli.rewards.conformance import example_samples
-from unigrpo_cli.rewards.scorer import RewardResult
 from unigrpo_cli.toy.world import COLORS
 from unigrpo_cli.training.metrics import rollout_metrics
 from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name_color, named

@@ -15,7 +15,7 @@ from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
@@ -69,11 +69,11 @@ def _train(*settings: str) -> tuple[list[Step], MoTPolicy]:
     return steps, policy
 
 
-def _rewards(config: Config) -> RewardSet:
+def _rewards(config: Config) -> Scorer:
     plugins = Plugins()
     plugins.rewards.add("red", red)
     plugins.rewards.add("light", light)
-    return RewardSet(parse_rewards(["red,light"]), plugins, RewardContext("cpu", config.seed, True, True))
+    return Scorer(parse_rewards(["red,light"]), plugins, RewardContext("cpu", config.seed, True, True))
 
 
 def _course(steps: list[Step]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,8 +24,9 @@ from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.run.console import Display, TrainingView
 from unigrpo_cli.run.first_ratio import ratio_limits
@@ -382,7 +383,7 @@ def _warned(
     plugins, seen, rows = Plugins(), set(), []
     plugins.rewards.add("bright", bright)
     plugins.rewards.add("same", same)
-    with RewardSet(parse_rewards([of]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
+    with Scorer(parse_rewards([of]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         limits = ratio_limits(policy, config.objective)
         monitor = Monitor(state.facts.setdefault("watch", {}), config, rewards.weights, {of: 1}, limits)
         for state.step in range(steps):

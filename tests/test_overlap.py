@@ -18,11 +18,10 @@ from unigrpo_cli import train
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.parallel.workers import Worker
-from unigrpo_cli.rewards.async_scoring import Scoring, begins_early
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
-from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import LoadedReward, Policy, RewardSet
+from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits
+from unigrpo_cli.rewards.registry import Plugins, RewardEntry
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
@@ -56,10 +55,10 @@ class Judge:
 
 
 @contextmanager
-def opened(policy: Policy | None = None, **attributes: object) -> Iterator[tuple[RewardSet, Judge]]:
+def opened(policy: RewardLimits | None = None, **attributes: object) -> Iterator[tuple[Scorer, Judge]]:
     plugins = Plugins()
     plugins.rewards.add("judge", type("Judge", (Judge,), attributes))
-    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, policy or Policy()) as rewards:
+    with Scorer([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, policy or RewardLimits()) as rewards:
         yield rewards, rewards.rewards[0].reward
 
 
@@ -77,10 +76,10 @@ ORDER = [str(i) for i in range(6)]
 def test_scores_come_in_the_order_that_is_asked_for(overlap: str, attributes: dict) -> None:
     """Batches may be added in any order; scores, parts and remarks follow the ids."""
     with opened(**attributes) as (rewards, judge):
-        scoring = Scoring(rewards, step=3, overlap=overlap)
+        scoring = rewards.start(step=3, overlap=overlap)
         for part in ((4, 5), (0, 1, 2), (3,)):
             scoring.add(samples(*part))
-        scoring.ask(ORDER)
+        scoring.submit(ORDER)
         scored = scoring.finish()["judge"]
         assert scored.scores.tolist() == list(range(6))
         assert scored.components["half"].tolist() == [i / 2 for i in range(6)]
@@ -94,10 +93,10 @@ def test_scores_come_in_the_order_that_is_asked_for(overlap: str, attributes: di
 def test_what_wants_the_whole_rollout_gets_it_in_one_call() -> None:
     """A reward without a batch size may compare the members of a group."""
     with opened() as (rewards, judge):
-        scoring = Scoring(rewards, step=0, overlap="all")
+        scoring = rewards.start(step=0, overlap="all")
         scoring.add(samples(1, 0))
         scoring.add(samples(2))
-        scoring.ask(["0", "1", "2"])
+        scoring.submit(["0", "1", "2"])
         scoring.finish()
         assert judge.seen == [["0", "1", "2"]]
 
@@ -108,11 +107,11 @@ def test_waiting_is_hidden_behind_sampling() -> None:
     def seconds(overlap: str) -> float:
         with opened(concurrency=1, wait_s=0.1) as (rewards, _):
             began = time.perf_counter()
-            scoring = Scoring(rewards, step=0, overlap=overlap)
+            scoring = rewards.start(step=0, overlap=overlap)
             for k in range(4):
                 time.sleep(0.1)
                 scoring.add(samples(k))
-            scoring.ask(["0", "1", "2", "3"])
+            scoring.submit(["0", "1", "2", "3"])
             scoring.finish()
             return time.perf_counter() - began
 
@@ -142,10 +141,10 @@ def test_judges_elsewhere_are_not_waited_for_when_all_is_there(scope: str, overl
 
     plugins = Plugins()
     plugins.rewards.add("judge", type("Judge", (Elsewhere,), {"scope": scope}))
-    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
-        scoring = Scoring(rewards, step=0, overlap=overlap)
+    with Scorer([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        scoring = rewards.start(step=0, overlap=overlap)
         scoring.add(samples(0, 1))
-        scoring.ask(["1", "0"])
+        scoring.submit(["1", "0"])
         asked.set()
         assert heard.wait(5)
         assert scoring.finish()["judge"].scores.tolist() == [1.0, 1.0]
@@ -166,7 +165,7 @@ def test_rewards_that_wait_elsewhere_wait_together() -> None:
     plugins.rewards.add("a", Meets)
     plugins.rewards.add("b", type("Other", (Meets,), {}))
     choices = [RewardSpec(name, name, 1.0, {}) for name in "ab"]
-    with RewardSet(choices, plugins, CONTEXT) as rewards:
+    with Scorer(choices, plugins, CONTEXT) as rewards:
         assert rewards.score(samples(0))["b"].scores.tolist() == [1.0]
 
 
@@ -179,16 +178,16 @@ def test_a_failure_while_sampling_stops_the_step() -> None:
 
     plugins = Plugins()
     plugins.rewards.add("judge", Fails)
-    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
-        scoring = Scoring(rewards, step=0)
+    with Scorer([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        scoring = rewards.start(step=0)
         scoring.add(samples(0))
-        scoring.ask(["0"])
+        scoring.submit(["0"])
         with pytest.raises(RewardError, match="ValueError: no judge"):
             scoring.finish()
 
 
 def test_rewards_rest_between_scorings_where_that_is_asked_for() -> None:
-    with opened(Policy(offload=True)) as (rewards, judge):
+    with opened(RewardLimits(offload=True)) as (rewards, judge):
         for _ in range(2):
             rewards.score(samples(0))
         assert judge.rested == ["off", "on", "off"]
@@ -206,8 +205,9 @@ def test_a_judge_behind_an_endpoint_is_asked_early_and_one_that_computes_here_is
     from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
     reward = VlmReward(VlmOptions(**options))
-    opened = LoadedReward(RewardSpec("vlm", "vlm", 1.0, {}), "vlm", reward, (0.0, 1.0), Worker("vlm"))
-    assert begins_early(opened, "auto") is early
+    entry = RewardEntry("vlm", "unigrpo-cli", "-", lambda: VlmReward)
+    loaded = LoadedReward(RewardSpec("vlm", "vlm"), entry, reward, RewardLimits())
+    assert loaded.begins_early("auto") is early
 
 
 def test_workers_end_with_their_rewards() -> None:
@@ -240,7 +240,7 @@ def test_a_failing_farewell_does_not_keep_a_reward_open() -> None:
     plugins.rewards.add("judge", type("Judge", (Judge,), {"teardown": lambda self: closed.append("judge")}))
     plugins.manager.register(Rude())
     with pytest.warns(UserWarning, match="no goodbye"):
-        with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
+        with Scorer([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT) as rewards:
             rewards.score(samples(0))
     assert closed == ["judge"]
 
@@ -266,7 +266,7 @@ def _stepped(judge: type, monkeypatch: pytest.MonkeyPatch, replaying: Callable[[
     model = prepare_policy(build_model(seed=3, width=32, layers=2), config)
     plugins = Plugins()
     plugins.rewards.add("judge", judge)
-    with RewardSet([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, Policy(**policy)) as rewards:
+    with Scorer([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, RewardLimits(**policy)) as rewards:
         state = TrainState(model, make_optimizer(model, config))
         return train.training_step(state, [Prompt("a", "a red circle")], rewards, config)
 
@@ -326,9 +326,9 @@ def test_after_an_error_nobody_waits_for_what_has_not_begun() -> None:
         raise MemoryError
 
     with opened(concurrency=1, batch_size=1, wait_s=0.2) as (rewards, judge), suppress(MemoryError), rewards:
-        scoring = Scoring(rewards, step=0)
+        scoring = rewards.start(step=0)
         scoring.add(samples(*range(8)))
-        scoring.ask([str(k) for k in range(8)])
+        scoring.submit([str(k) for k in range(8)])
         while not judge.seen:
             time.sleep(0.01)
         fails()
@@ -338,7 +338,7 @@ def test_after_an_error_nobody_waits_for_what_has_not_begun() -> None:
 
 def test_scores_must_be_asked_for() -> None:
     with opened() as (rewards, _):
-        scoring = Scoring(rewards, step=0)
+        scoring = rewards.start(step=0)
         scoring.add(samples(0))
-        with pytest.raises(ValueError, match="before they are asked for"):
+        with pytest.raises(ValueError, match="finish\\(\\) before submit"):
             scoring.finish()

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from unigrpo_cli import RewardContext, Sample
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.conformance import check_reward, example_samples
+from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.jpeg import JpegReward
 from unigrpo_plugins.reasoning import FormatReward, LengthReward
@@ -35,7 +36,7 @@ def plugins() -> Plugins:
 
 def scores_of(text: str, samples: list[Sample], extra: dict | None = None, embedded: bool = True) -> list[float]:
     context = RewardContext("cpu", 0, embedded, True)
-    with RewardSet(parse_rewards([text], extra), plugins(), context, Policy(max_abstain=1)) as rewards:
+    with Scorer(parse_rewards([text], extra), plugins(), context, RewardLimits(max_abstain=1)) as rewards:
         (scored,) = rewards.score(samples).values()
     return scored.scores.tolist()
 

@@ -19,7 +19,7 @@ from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.conformance import example_samples
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.preference import HPSv2Reward, PickScoreReward
 from unigrpo_plugins.weights import conversion
@@ -102,7 +102,7 @@ def test_two_pickscores_are_one_model(pickscore: Path) -> None:
     plugins = Plugins()
     plugins.rewards.add("pickscore", PickScoreReward)
     choices = parse_rewards(["a=pickscore", "b=pickscore@scale=unit"], {k: {"model": str(pickscore)} for k in "ab"})
-    with RewardSet(choices, plugins, here) as rewards:
+    with Scorer(choices, plugins, here) as rewards:
         assert set(rewards.score(oblong())) == {"a", "b"}
     assert list(here.shared.loads.values()) == [1]
     assert not here.shared._held

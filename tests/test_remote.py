@@ -30,15 +30,17 @@ from typer.testing import CliRunner
 from unigrpo_cli import RewardContext, RewardOutput, Sample, reward
 from unigrpo_cli.cli import app
 from unigrpo_cli.errors import RewardError, UsageError
+from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.conformance import example_samples
 from unigrpo_cli.rewards.http import RewardServer, columns_sent
+from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import Policy, RewardResult, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=False, offline=True)
-LENIENT = Policy(max_abstain=1.0)
-ABSTAIN = Policy(on_error="abstain", max_abstain=1.0)
+LENIENT = RewardLimits(max_abstain=1.0)
+ABSTAIN = RewardLimits(on_error="abstain", max_abstain=1.0)
 
 
 def _plugins(*factories: object) -> Plugins:
@@ -50,10 +52,10 @@ def _plugins(*factories: object) -> Plugins:
 
 
 @contextmanager
-def _served(text: str, *factories: object, policy: Policy = LENIENT, **how: Any) -> Iterator[RewardServer]:
+def _served(text: str, *factories: object, policy: RewardLimits = LENIENT, **how: Any) -> Iterator[RewardServer]:
     """A server of a reward in a thread; `how` goes to RewardServer."""
     server = RewardServer("127.0.0.1", how.pop("port", 0), **how)
-    with RewardSet(parse_rewards([text]), _plugins(*factories), CONTEXT, policy) as rewards:
+    with Scorer(parse_rewards([text]), _plugins(*factories), CONTEXT, policy) as rewards:
         server.listen(rewards, "1.0")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
@@ -66,20 +68,20 @@ def _served(text: str, *factories: object, policy: Policy = LENIENT, **how: Any)
 
 
 @contextmanager
-def _remote(url: str, policy: Policy = LENIENT, **options: Any) -> Iterator[RewardSet]:
+def _remote(url: str, policy: RewardLimits = LENIENT, **options: Any) -> Iterator[Scorer]:
     (choice,) = parse_rewards(["remote"])
     choice.options.update({"url": url, "deadline_s": 20.0} | options)
-    with RewardSet([choice], _plugins(), CONTEXT, policy) as rewards:
+    with Scorer([choice], _plugins(), CONTEXT, policy) as rewards:
         yield rewards
 
 
-def _ask(rewards: RewardSet, samples: list[Sample], **how: Any) -> RewardResult:
+def _ask(rewards: Scorer, samples: list[Sample], **how: Any) -> RewardResult:
     (scored,) = rewards.score(samples, **how).values()
     return scored
 
 
 def _local(text: str, samples: list[Sample], *factories: object, **how: Any) -> RewardResult:
-    with RewardSet(parse_rewards([text]), _plugins(*factories), CONTEXT, LENIENT) as rewards:
+    with Scorer(parse_rewards([text]), _plugins(*factories), CONTEXT, LENIENT) as rewards:
         return _ask(rewards, samples, **how)
 
 
@@ -310,7 +312,7 @@ def test_one_scoring_at_a_time_and_waiting_for_it_is_no_timeout() -> None:
         busy.pop()
         return [float(len(p)) for p in prompts]
 
-    with _served("slow", slow, policy=Policy(timeout_s=0.6)) as server:
+    with _served("slow", slow, policy=RewardLimits(timeout_s=0.6)) as server:
         found: dict[int, Any] = {}
 
         def post(k: int) -> None:
@@ -371,7 +373,7 @@ def test_what_passes_is_tried_again(status: int) -> None:
 
 
 def test_a_dead_server_stops_the_run_or_abstains_and_is_never_zero() -> None:
-    for policy in (Policy(), ABSTAIN):
+    for policy in (RewardLimits(), ABSTAIN):
         with _served("geneval") as server:
             opened = _remote(server.url, policy, deadline_s=0.5)
             rewards = opened.__enter__()
@@ -410,7 +412,7 @@ def test_a_reward_that_hangs_ends_its_server() -> None:
     def stuck(prompts):
         time.sleep(60)
 
-    with _served("stuck", stuck, policy=Policy(timeout_s=0.2)) as server, _remote(server.url) as rewards:
+    with _served("stuck", stuck, policy=RewardLimits(timeout_s=0.2)) as server, _remote(server.url) as rewards:
         with pytest.raises(RewardError, match=r"no answer in score within 0\.2 s"):
             _ask(rewards, example_samples(2))
         assert "stuck" in server.lost

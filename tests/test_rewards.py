@@ -15,8 +15,9 @@ from pydantic import Field
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample, hookimpl, reward
 from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.rewards.conformance import check_reward, example_samples
+from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
@@ -32,10 +33,10 @@ def _plugins(*factories: object) -> Plugins:
     return plugins
 
 
-def _score(factory: object, text: str | None = None, count: int = 4, policy: Policy | None = None):
+def _score(factory: object, text: str | None = None, count: int = 4, policy: RewardLimits | None = None):
     made = getattr(factory, "__unigrpo_reward__", factory)
     choices = parse_rewards([text or made.name])
-    with RewardSet(choices, _plugins(factory), CONTEXT, policy or Policy()) as rewards:
+    with Scorer(choices, _plugins(factory), CONTEXT, policy or RewardLimits()) as rewards:
         return rewards.score(example_samples(count))[choices[0].alias]
 
 
@@ -211,7 +212,7 @@ def _faulty(answer):
     ],
 )
 def test_a_wrong_shape_stops_even_when_errors_may_abstain(answer, says: str) -> None:
-    for policy in (Policy(), Policy(on_error="abstain", max_abstain=1.0)):
+    for policy in (RewardLimits(), RewardLimits(on_error="abstain", max_abstain=1.0)):
         with pytest.raises(RewardError, match=says):
             _score(_faulty(answer), policy=policy)
 
@@ -232,7 +233,7 @@ def test_an_exception_stops_naming_reward_and_remedy(error: BaseException) -> No
 
 
 def test_an_exception_may_abstain_but_is_never_zero() -> None:
-    scored = _score(_faulty(_raise(ValueError("x"))), policy=Policy(on_error="abstain", max_abstain=1.0))
+    scored = _score(_faulty(_raise(ValueError("x"))), policy=RewardLimits(on_error="abstain", max_abstain=1.0))
     assert not scored.valid.any()
     assert np.isnan(scored.scores).all()
     assert scored.mean is None
@@ -264,7 +265,7 @@ def test_a_reward_that_hangs_is_left_behind() -> None:
 
     began = time.perf_counter()
     with pytest.raises(RewardError, match=r"no answer in score within 0.2 s.*reward.timeout_s"):
-        _score(Hanging, policy=Policy(timeout_s=0.2))
+        _score(Hanging, policy=RewardLimits(timeout_s=0.2))
     assert time.perf_counter() - began < 5
 
 
@@ -288,12 +289,12 @@ def test_outside_its_range_warns_once_or_stops() -> None:
     def loud(prompts):
         return [0.5, 3.0, 0.5, 0.5]
 
-    with RewardSet(parse_rewards(["loud"]), _plugins(loud), CONTEXT) as rewards:
+    with Scorer(parse_rewards(["loud"]), _plugins(loud), CONTEXT) as rewards:
         with pytest.warns(UserWarning, match=r"gave 3, outside its declared range \[0, 1\]"):
             rewards.score(example_samples(4))
         rewards.score(example_samples(4))
     with pytest.raises(RewardError, match="outside its declared range"):
-        _score(loud, policy=Policy(strict=True))
+        _score(loud, policy=RewardLimits(strict=True))
 
 
 @pytest.mark.parametrize(
@@ -308,11 +309,11 @@ def test_outside_its_range_warns_once_or_stops() -> None:
 )
 def test_wrong_options_are_named(text: str, says: str) -> None:
     with pytest.raises(RewardError, match=says):
-        RewardSet(parse_rewards([text]), _plugins(Gained), CONTEXT)
+        Scorer(parse_rewards([text]), _plugins(Gained), CONTEXT)
 
 
 def test_missing_metadata_is_found_before_sampling() -> None:
-    with RewardSet(parse_rewards(["gained"]), _plugins(Gained), CONTEXT) as rewards:
+    with Scorer(parse_rewards(["gained"]), _plugins(Gained), CONTEXT) as rewards:
         with pytest.raises(RewardError, match="needs metadata 'secret', which 1 of 2 prompts lack"):
             rewards.check_needs([{"secret": 1}, {}], has_reasoning=True, split="train")
 
@@ -322,7 +323,7 @@ def test_reasoning_is_needed_by_whoever_reads_it() -> None:
     def words(reasoning):
         return [float(len(r)) for r in reasoning]
 
-    with RewardSet(parse_rewards(["words"]), _plugins(words), CONTEXT) as rewards:
+    with Scorer(parse_rewards(["words"]), _plugins(words), CONTEXT) as rewards:
         rewards.check_needs([{}], has_reasoning=True, split="train")
         with pytest.raises(RewardError, match="does not think"):
             rewards.check_needs([{}], has_reasoning=False, split="train")
@@ -333,13 +334,13 @@ def test_lower_is_better_flips_the_weight() -> None:
         name = "cost"
         higher_is_better = False
 
-    with RewardSet(parse_rewards(["cost:2"]), _plugins(Cost), CONTEXT) as rewards:
+    with Scorer(parse_rewards(["cost:2"]), _plugins(Cost), CONTEXT) as rewards:
         assert rewards.weights == {"cost": -2.0}
 
 
 def test_eval_only_rewards_are_asked_in_evaluation_alone() -> None:
     choices = [*parse_rewards(["geneval"]), RewardSpec("plan", "plan", 0.0, {}, eval_only=True)]
-    with RewardSet(choices, _plugins(), CONTEXT) as rewards:
+    with Scorer(choices, _plugins(), CONTEXT) as rewards:
         assert set(rewards.score(example_samples(4))) == {"geneval"}
         assert set(rewards.score(example_samples(4), split="eval")) == {"geneval", "plan"}
         assert set(rewards.weights) == {"geneval"}
@@ -499,7 +500,7 @@ def test_hooks_are_called_in_order_and_observers_cannot_stop_a_run() -> None:
     plugins._register(observer, "observer", "tests", "-")
     assert plugins.rewards.find("observed").origin == "tests"
     with pytest.warns(UserWarning, match="an observer's fault"):
-        with RewardSet(parse_rewards(["observed@gain=3"]), plugins, CONTEXT) as rewards:
+        with Scorer(parse_rewards(["observed@gain=3"]), plugins, CONTEXT) as rewards:
             rewards.score(example_samples(2))
     assert observer.seen == ["setup observed", "before", "after [3.0, 3.0]", "teardown observed"]
 
@@ -522,7 +523,7 @@ def test_before_score_may_change_pictures_but_not_their_number() -> None:
 
     plugins = _plugins(Gained)
     plugins._register(Cutter(), "cutter", "tests", "-")
-    with RewardSet(parse_rewards(["gained"]), plugins, CONTEXT) as rewards:
+    with Scorer(parse_rewards(["gained"]), plugins, CONTEXT) as rewards:
         with pytest.raises(RewardError, match="the same 4 samples"):
             rewards.score(example_samples(4))
 
@@ -535,7 +536,7 @@ def test_a_failing_hook_is_named() -> None:
 
     plugins = _plugins(Gained)
     plugins._register(Boom(), "boomer", "tests", "-")
-    with RewardSet(parse_rewards(["gained"]), plugins, CONTEXT) as rewards:
+    with Scorer(parse_rewards(["gained"]), plugins, CONTEXT) as rewards:
         with pytest.raises(RewardError, match=r"boomer failed in unigrpo_before_score: RuntimeError: boom"):
             rewards.score(example_samples(4))
 
@@ -554,10 +555,10 @@ def test_what_a_reward_writes_into_its_input_nobody_else_sees() -> None:
         return [0.0] * len(pixels)
 
     given = [Sample("p", np.ones((2, 2, 3), np.uint8), metadata={"a": [1]})]
-    with RewardSet(parse_rewards(["vandal"]), _plugins(vandal), CONTEXT) as rewards:
+    with Scorer(parse_rewards(["vandal"]), _plugins(vandal), CONTEXT) as rewards:
         rewards.score(given)
     assert given[0].metadata == {"a": [1]}
-    with RewardSet(parse_rewards(["painter"]), _plugins(painter), CONTEXT) as rewards:
+    with Scorer(parse_rewards(["painter"]), _plugins(painter), CONTEXT) as rewards:
         with pytest.raises(RewardError, match="read-only"):
             rewards.score(given)
 
@@ -578,7 +579,7 @@ def test_setup_has_a_deadline_and_what_is_up_is_torn_down() -> None:
             time.sleep(60)
 
     with pytest.raises(RewardError, match=r"'slow'.*in setup within 0.2 s.*reward.setup_timeout_s"):
-        RewardSet(parse_rewards(["first,slow"]), _plugins(First, Slow), CONTEXT, Policy(setup_timeout_s=0.2))
+        Scorer(parse_rewards(["first,slow"]), _plugins(First, Slow), CONTEXT, RewardLimits(setup_timeout_s=0.2))
     assert down == ["first"]
 
 
@@ -646,7 +647,7 @@ def test_the_contract_finds_each_fault(tmp_path: Path, body: str, broken: str) -
 def test_example_samples_are_judged_right() -> None:
     """The pictures are painted from true plans, so every judge of the shapes world agrees with them."""
     choices = parse_rewards(["geneval@mode=strict,plan,fidelity,clean"])
-    with RewardSet(choices, _plugins(), CONTEXT) as rewards:
+    with Scorer(choices, _plugins(), CONTEXT) as rewards:
         scored = rewards.score([*example_samples(24)])
     for name in ("geneval", "plan", "fidelity"):
         assert scored[name].scores.mean() == 1.0, name

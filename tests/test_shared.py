@@ -7,7 +7,7 @@ import threading
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.model_cache import Shared
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 
 
@@ -61,7 +61,7 @@ def test_two_clip_rewards_have_one_encoder() -> None:
     plugins.load()
     context = RewardContext("cpu", 0, True, True)
     choices = parse_rewards(["a=clip", "b=clip@scale=percent", "c=clip@precision=bf16"])
-    with RewardSet(choices, plugins, context) as rewards:
+    with Scorer(choices, plugins, context) as rewards:
         a, b, c = (r.reward for r in rewards.rewards)
         assert a.encoder is b.encoder
         assert c.encoder is not a.encoder

@@ -17,9 +17,10 @@ from unigrpo_cli.episode import Group, Prompt, flatten
 from unigrpo_cli.errors import DivergedError, RewardError, UsageError
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.train import (
@@ -193,7 +194,7 @@ def _advantages(plugins: Plugins, *settings: str) -> torch.Tensor:
         "plan": [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
     }
     scored = {n: RewardResult(np.array(v), np.ones(8, bool), {}, []) for n, v in scores.items()}
-    with RewardSet(parse_rewards(["geneval,plan:2"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
+    with Scorer(parse_rewards(["geneval,plan:2"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         return advantages(scored, rewards, load_config(overrides=list(settings)), 2, seed=0)
 
 
@@ -246,7 +247,7 @@ def test_a_plugins_own_combination_is_checked(answer, says: str) -> None:
 def test_epochs_and_updates_are_counted() -> None:
     config = _config("train.epochs=2", "train.minibatches=2", "train.prompts_per_step=2", "eval.rewards=[]")
     state = _state(config)
-    with RewardSet(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
+    with Scorer(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
         done = training_step(state, PROMPTS, rewards, config)
     assert {int(s["step"]) for s in state.optimizer.state.values()} == {4}
     assert done.metrics["text/max_abs_log_ratio"] > 0 == done.metrics["text/first_max_abs_log_ratio"]
@@ -261,7 +262,7 @@ def test_the_first_update_needs_no_pass_for_its_old_scores(updates: int) -> None
         config = _config(f"train.old_scores={how}", f"train.minibatches={updates}", "train.micro_batch_size=4")
         state = _state(config)
         told = []
-        with RewardSet(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
+        with Scorer(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
             for state.step in (0, 1, RATIO_CHECKED):
                 own = training_step(state, PROMPTS, rewards, config).metrics
                 told.append({k: v for k, v in own.items() if not k.startswith(("seconds/", "memory/"))})

@@ -23,7 +23,7 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.mot.config import expert_of
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
@@ -149,7 +149,7 @@ def _run(*settings: str) -> tuple[tuple[Step, ...], tuple[dict[str, Tensor], ...
         weights.append(_weights(policy.network))
         return False
 
-    with RewardSet(parse_rewards(["vowels,light"]), plugins, RewardContext("cpu", config.seed, True, True)) as rewards:
+    with Scorer(parse_rewards(["vowels,light"]), plugins, RewardContext("cpu", config.seed, True, True)) as rewards:
         train(state, PROMPTS, rewards, config, note)
     return tuple(steps), tuple(weights), {n: p.requires_grad for n, p in policy.network.named_parameters()}
 

@@ -26,8 +26,9 @@ from PIL import Image
 from unigrpo_cli import RewardBatch, RewardContext, Sample
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.conformance import check_reward, example_samples
+from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins import judge_cache, judge_server
 from unigrpo_plugins.judge_client import (
@@ -113,7 +114,7 @@ def test_it_keeps_the_contract(mode: str) -> None:
     checks = check_reward(f"vlm@mode={mode}", plugins=plugins, samples=samples)
     assert all(c.ok for c in checks), [c for c in checks if not c.ok]
     assert len(checks) >= 7
-    with RewardSet(parse_rewards([f"vlm@mode={mode}"]), plugins, CONTEXT, Policy()) as rewards:
+    with Scorer(parse_rewards([f"vlm@mode={mode}"]), plugins, CONTEXT, RewardLimits()) as rewards:
         scored = rewards.score(samples)["vlm"]
     right, wrong = scored.scores[1::2], scored.scores[0::2]
     assert right.min() > 0.9
@@ -768,7 +769,7 @@ def test_wrong_options_are_named(text: str, says: str) -> None:
     plugins.load()
     plugins.rewards.add("vlm", VlmReward, override=True)
     with pytest.raises(RewardError, match=says):
-        RewardSet(parse_rewards([text]), plugins, CONTEXT)
+        Scorer(parse_rewards([text]), plugins, CONTEXT)
 
 
 # ----- the cache

@@ -27,7 +27,7 @@ from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits, is_out_of_me
 from unigrpo_cli.parallel.workers import Worker, at_once, parallel_map, sequential
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
@@ -251,7 +251,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
     for threads in (1, 3):
         policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
         state = TrainState(policy, make_optimizer(policy, config))
-        with RewardSet(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
+        with Scorer(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
             torch.set_num_threads(threads)
             try:
                 for _ in range(2):  # in the second the reference is not the policy
@@ -274,7 +274,7 @@ def test_the_first_ratio_is_one_on_any_number_of_cores(threads: int) -> None:
     config = load_config(preset="embedded", overrides=["train.prompts_per_step=2", "sampling.batch_size=6", *own])
     policy = prepare_policy(build_model(seed=3, width=128, layers=6), config)
     state = TrainState(policy, make_optimizer(policy, config))
-    with RewardSet(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
+    with Scorer(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
         torch.set_num_threads(threads)
         step = train.training_step(state, PROMPTS, rewards, config)
     assert step.metrics["image/first_max_abs_log_ratio"] == step.metrics["text/first_max_abs_log_ratio"] == 0
@@ -328,7 +328,7 @@ def test_a_step_tapers_its_rollout_where_a_reward_begins_early(waits: bool, monk
     monkeypatch.setattr(train, "rollout", watched)
     config = load_config(overrides=[*SETTINGS])
     policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
-    with RewardSet(parse_rewards(["elsewhere"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
+    with Scorer(parse_rewards(["elsewhere"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         train.training_step(TrainState(policy, make_optimizer(policy, config)), PROMPTS, rewards, config)
     assert asked == [waits]
 

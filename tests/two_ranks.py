@@ -33,7 +33,7 @@ from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.sharding import gathered, whole
 from unigrpo_cli.parallel.ranks import Ranks, joined
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.rng_state import read_generators
@@ -91,12 +91,10 @@ class Bright:
         return [float(s.pixels.mean()) / 255 / (1 + len(s.reasoning or "")) for s in batch.samples]
 
 
-def rewards(**more: Any) -> RewardSet:
+def rewards(**more: Any) -> Scorer:
     plugins = Plugins()
     plugins.rewards.add("bright", Bright)
-    return RewardSet(
-        parse_rewards(["bright"], {}), plugins, RewardContext("cpu", 0, embedded=False, offline=True), **more
-    )
+    return Scorer(parse_rewards(["bright"], {}), plugins, RewardContext("cpu", 0, embedded=False, offline=True), **more)
 
 
 def state_of(config: Config, ranks: Ranks) -> TrainState:
@@ -108,7 +106,7 @@ def state_of(config: Config, ranks: Ranks) -> TrainState:
     return TrainState(policy, make_optimizer(policy, config), ranks=ranks)
 
 
-def step(state: TrainState, judges: RewardSet, config: Config) -> train.Step:
+def step(state: TrainState, judges: Scorer, config: Config) -> train.Step:
     done = train.training_step(state, PROMPTS, judges, config)
     state.step, state.between = state.step + 1, False
     return done
@@ -124,7 +122,7 @@ def trained(ranks: Ranks, *settings: str) -> Found:
     state = state_of(config, ranks)
     on_first = config.reward.scoring_rank == "first" and not ranks.alone
     steps = []
-    with rewards(on_first=on_first, here=ranks.first or not on_first) as judges:
+    with rewards(first_rank_only=on_first, local=ranks.first or not on_first) as judges:
         for _ in range(3):
             done = step(state, judges, config)
             steps.append(
@@ -137,7 +135,7 @@ def trained(ranks: Ranks, *settings: str) -> Found:
                     "scores": done.scored["bright"].scores.tolist(),
                 }
             )
-        asked, abstained = judges.rewards[0].reward.asked, judges.recent()["bright"]
+        asked, abstained = judges.rewards[0].reward.asked, judges.abstentions()["bright"]
     return weights_of(state), {"steps": steps, "asked": asked, "setups": Bright.setups, "abstained": abstained}
 
 

@@ -31,7 +31,7 @@ from unigrpo_cli.episode import ImageActions, Prompt, TextActions, flatten
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.train import Step, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
@@ -185,11 +185,11 @@ def trace(run: Run, changes: Sequence[str] = (), after_step: Callable[[Step], bo
     return rows
 
 
-def _rewards(config: Config) -> RewardSet:
+def _rewards(config: Config) -> Scorer:
     plugins = Plugins()
     plugins.rewards.add("vowels", vowels)
     plugins.rewards.add("light", light)
-    return RewardSet(parse_rewards([REWARDS]), plugins, RewardContext("cpu", config.seed, True, True))
+    return Scorer(parse_rewards([REWARDS]), plugins, RewardContext("cpu", config.seed, True, True))
 
 
 def _metrics(step: Step) -> Row:

@@ -19,9 +19,8 @@ from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.parallel.workers import at_once
-from unigrpo_cli.rewards.async_scoring import scores_of
-from unigrpo_cli.rewards.batch import Sample
-from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.batch import RewardResult, Sample
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.suites import task_of
 
@@ -139,7 +138,7 @@ def limited(prompts: Sequence[Prompt], per_task: int) -> list[Prompt]:
 def evaluate(
     policy: Policy,
     prompts: Sequence[Prompt],
-    rewards: RewardSet,
+    rewards: Scorer,
     sampling: Sampling,
     *,
     samples: int,
@@ -157,7 +156,7 @@ def evaluate(
         on_rows: told how many episodes are done here, for a progress bar.
         on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
     """
-    values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.asked("eval")}
+    values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.active("eval")}
     if sampling.batch_size > samples:  # whole prompts, so that batches are the same however many are drawn at once
         sampling = replace(sampling, batch_size=sampling.batch_size // samples * samples)
     chunk = max(1, sampling.batch_size // samples) * at_once(len(prompts), policy.device)
@@ -166,7 +165,10 @@ def evaluate(
         with ranks.together():
             part = share[k * chunk : (k + 1) * chunk]
             groups = rollout(policy, part, samples, sampling, NO_NOISE, seed, on_rows)
-        scored = scores_of(rewards, samples_of(groups), ranks, split="eval")
+        drawn = samples_of(groups)
+        begin = sum(ranks.gather(len(drawn))[: ranks.rank])
+        everyone = rewards.score(drawn, split="eval", ranks=ranks)
+        scored = {name: result.select(range(begin, begin + len(drawn))) for name, result in everyone.items()}
         for name, own in scored.items():
             values[name].append(own.scores)
         on_groups(groups, scored)

@@ -30,8 +30,8 @@ from unigrpo_cli.models.sharding import gathered, is_sharded
 from unigrpo_cli.parallel.ranks import ALONE, Ranks, local
 from unigrpo_cli.parallel.workers import at_once, parallel_map
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
-from unigrpo_cli.rewards.async_scoring import Scoring, taken
-from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.training import metrics as step_metrics
 from unigrpo_cli.training import update_guard
@@ -97,7 +97,7 @@ RATIO_CHECKED = 16
 def train(
     state: TrainState,
     prompts: Sequence[Prompt],
-    rewards: RewardSet,
+    rewards: Scorer,
     config: Config,
     after_step: Callable[[Step], bool],
 ) -> None:
@@ -109,7 +109,7 @@ def train(
             return
 
 
-def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: RewardSet, config: Config) -> Step:
+def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Scorer, config: Config) -> Step:
     """One rollout and the updates on it; the algorithm, in order.
 
     Of the step's prompts each rank draws, judges and replays its own; what moves the weights is of all.
@@ -118,7 +118,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     policy, objective, step, ranks = state.policy, objective_of(config), state.step, state.ranks
     seed = derive(config.seed, "step", step)
 
-    scoring = Scoring(rewards, step=step, overlap=config.reward.overlap, ranks=ranks)
+    scoring = rewards.start(step=step, overlap=config.reward.overlap, ranks=ranks)
     with _timed(seconds, "rollout"), gathered(policy) as sampler, ranks.together():
         groups = rollout(
             sampler,
@@ -130,7 +130,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
         )
     with _timed(seconds, "reward"):
-        scoring.ask([s.id for s in samples_of(groups, step)], parts=config.train.minibatches)
+        scoring.submit([s.id for s in samples_of(groups, step)], parts=config.train.minibatches)
     apart = config.train.old_scores == "replay" or config.train.epochs > 1 or step % RATIO_CHECKED == 0
     with _timed(seconds, "old"):
         fixed = score_old_and_reference(policy, flatten(groups), config, objective, ranks, apart)
@@ -155,7 +155,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Rewar
     metrics |= step_metrics.drift(later if apart else [r for u in updates[:1] for r in u.replayed] + later)
     metrics |= step_metrics.over_updates([u.terms for u in updates], ratio_checked=apart) | step_metrics.memory()
     metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
-    scored = {name: taken(s, own) for name, s in scored.items()}
+    scored = {name: s.select(own) for name, s in scored.items()}
     return Step(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
 
 
@@ -210,7 +210,7 @@ def objective_of(config: Config) -> Objective:
     )
 
 
-def advantages(scored: dict[str, RewardResult], rewards: RewardSet, config: Config, prompts: int, seed: int) -> Tensor:
+def advantages(scored: dict[str, RewardResult], rewards: Scorer, config: Config, prompts: int, seed: int) -> Tensor:
     """One advantage per episode, fp32 [B], from all rewards of its group."""
     reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
     valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
@@ -239,7 +239,7 @@ def advantages(scored: dict[str, RewardResult], rewards: RewardSet, config: Conf
     return advantage_B
 
 
-def combination(rewards: RewardSet, config: Config) -> str:
+def combination(rewards: Scorer, config: Config) -> str:
     """How several rewards are combined: as configured, or gdpo when the trained ones differ in range."""
     if config.advantage.combine != "auto":
         return config.advantage.combine

@@ -21,7 +21,7 @@ from unigrpo_cli.io.secrets import redacted
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
     from unigrpo_cli.rewards.registry import Plugins
-    from unigrpo_cli.rewards.scorer import RewardSet
+    from unigrpo_cli.rewards.scorer import Scorer
     from unigrpo_cli.rewards.spec import RewardSpec
     from unigrpo_cli.run.console import Display
 
@@ -159,7 +159,7 @@ def load_plugins(plugin: list[str] | None, directory: Path | None, display: Disp
 
 def rewards_alone(
     choices: Sequence[RewardSpec], plugins: Plugins, device: str, timeout_s: float | None = None
-) -> RewardSet:
+) -> Scorer:
     """Rewards without a run around them: nothing of models is imported, and to abstain is an answer.
 
     Raises:
@@ -170,7 +170,8 @@ def rewards_alone(
 
     from unigrpo_cli.errors import UsageError
     from unigrpo_cli.rewards.batch import RewardContext
-    from unigrpo_cli.rewards.scorer import Policy, RewardSet
+    from unigrpo_cli.rewards.loaded import RewardLimits
+    from unigrpo_cli.rewards.scorer import Scorer
 
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -179,7 +180,7 @@ def rewards_alone(
         raise UsageError(f"--device {device} cannot be used here: {error}") from error
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     context = RewardContext(device=name, seed=0, embedded=False, offline=offline)
-    return RewardSet(choices, plugins, context, Policy(timeout_s=timeout_s, max_abstain=1.0))
+    return Scorer(choices, plugins, context, RewardLimits(timeout_s=timeout_s, max_abstain=1.0))
 
 
 _json_stream: list[TextIO] = []

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from unigrpo_cli.evaluate import Evaluation
     from unigrpo_cli.models.mot.policy import MoTPolicy
     from unigrpo_cli.parallel.ranks import Ranks
+    from unigrpo_cli.rewards.batch import RewardResult
     from unigrpo_cli.rewards.registry import Plugins
-    from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+    from unigrpo_cli.rewards.scorer import Scorer
     from unigrpo_cli.rewards.spec import RewardSpec
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.directory import Run
@@ -172,7 +173,7 @@ def _evaluate(
     model: str,
     policy: MoTPolicy,
     prompts: list[Prompt],
-    rewards: RewardSet,
+    rewards: Scorer,
     display: Display,
     run: Run | None,
     ranks: Ranks,

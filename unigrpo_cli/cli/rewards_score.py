@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from unigrpo_cli.rewards.batch import Sample
-    from unigrpo_cli.rewards.scorer import RewardResult
+    from unigrpo_cli.rewards.batch import RewardResult, Sample
     from unigrpo_cli.rewards.spec import RewardSpec
 
 PromptsFile = Annotated[

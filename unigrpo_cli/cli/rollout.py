@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from unigrpo_cli.episode import Group, Prompt
     from unigrpo_cli.models.mot.policy import MoTPolicy
     from unigrpo_cli.parallel.ranks import Ranks
+    from unigrpo_cli.rewards.batch import RewardResult
     from unigrpo_cli.rewards.registry import Plugins
-    from unigrpo_cli.rewards.scorer import RewardResult
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.directory import Run
 
@@ -114,7 +114,6 @@ def _drawn_and_judged(
     from unigrpo_cli.episode import load_episodes, save_episodes
     from unigrpo_cli.errors import RewardError
     from unigrpo_cli.evaluate import samples_of
-    from unigrpo_cli.rewards.async_scoring import scores_of_all
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.directory import Run, new_directory
     from unigrpo_cli.run.memory.plan import with_rows
@@ -147,7 +146,7 @@ def _drawn_and_judged(
                 run.describe(settings)
                 save_episodes(groups, run.directory)
         try:
-            scored = scores_of_all(rewards, samples_of(own), ranks, split="train")
+            scored = rewards.score(samples_of(own), split="train", ranks=ranks)
         except RewardError:
             if run is not None:
                 display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")

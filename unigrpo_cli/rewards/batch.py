@@ -129,6 +129,70 @@ class RewardOutput:
 
 
 @dataclass(frozen=True)
+class RewardResult:
+    """One reward's checked answer for B samples.
+
+    Args:
+        scores: fp64, NaN where the reward abstained.
+        valid: where it did not.
+        components, info: as in `RewardOutput`.
+    """
+
+    scores: NDArray[np.float64]
+    valid: NDArray[np.bool_]
+    components: dict[str, NDArray[np.float64]]
+    info: list[dict[str, Any]]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over valid samples; None when there is none."""
+        return float(self.scores[self.valid].mean()) if self.valid.any() else None
+
+    def select(self, index: Sequence[int]) -> RewardResult:
+        """The results of some samples, in the given order."""
+        rows = list(index)
+        return RewardResult(
+            self.scores[rows] if rows else self.scores[:0],
+            self.valid[rows] if rows else self.valid[:0],
+            {name: values[rows] if rows else values[:0] for name, values in self.components.items()},
+            [self.info[k] for k in rows],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[RewardResult]) -> RewardResult:
+        """Results of one batch after the other. A component that a batch lacks is NaN there."""
+        import numpy as np
+
+        names = dict.fromkeys(name for part in parts for name in part.components)
+        return cls(
+            np.concatenate([np.zeros(0), *(p.scores for p in parts)]),
+            np.concatenate([np.zeros(0, bool), *(p.valid for p in parts)]),
+            {n: np.concatenate([p.components.get(n, np.full(len(p.scores), np.nan)) for p in parts]) for n in names},
+            [row for p in parts for row in p.info],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As lists, which JSON keeps to the bit."""
+        return {
+            "scores": self.scores.tolist(),
+            "valid": self.valid.tolist(),
+            "components": {name: values.tolist() for name, values in self.components.items()},
+            "info": self.info,
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> RewardResult:
+        import numpy as np
+
+        return cls(
+            np.asarray(row["scores"], dtype=np.float64),
+            np.asarray(row["valid"], dtype=bool),
+            {name: np.asarray(values, dtype=np.float64) for name, values in row["components"].items()},
+            row["info"],
+        )
+
+
+@dataclass(frozen=True)
 class RewardContext:
     """What a reward may use in `setup`.
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult, Sample
 from unigrpo_cli.rewards.function import MARK
+from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
-from unigrpo_cli.rewards.scorer import LoadedReward, Policy, RewardResult, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 from unigrpo_cli.toy.prompts import draw_scene, held_out_prompts
 from unigrpo_cli.toy.render import render
@@ -74,7 +75,7 @@ def check_reward(
     choice = _choice(reward, options or {}, plugins)
     given = list(samples if samples is not None else example_samples())
     context = RewardContext(device="cpu", seed=0, embedded=True, offline=False)
-    rewards = RewardSet([choice], plugins, context, Policy(max_abstain=1.0))
+    rewards = Scorer([choice], plugins, context, RewardLimits(max_abstain=1.0))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with rewards:
@@ -99,7 +100,7 @@ def _choice(reward: Any, options: Mapping[str, Any], plugins: Plugins) -> Reward
     return RewardSpec(name, f"{origin}/{name}", 1.0, dict(options))
 
 
-def _scoring(rewards: RewardSet, given: Sequence[Sample], max_seconds: float | None) -> list[Check]:
+def _scoring(rewards: Scorer, given: Sequence[Sample], max_seconds: float | None) -> list[Check]:
     """All checks of a reward that is set up."""
     opened = rewards.rewards[0]
 
@@ -126,10 +127,9 @@ def _scoring(rewards: RewardSet, given: Sequence[Sample], max_seconds: float | N
 
 def _nothing(opened: LoadedReward) -> Check:
     """No samples, no scores. A run never asks that, so refusing with an exception is as good as an empty answer."""
-    call = opened.worker.submit(lambda: opened.reward.score(RewardBatch(())))
-    if (error := opened.worker.wait(call, None)) is not None:
-        return Check("says nothing about nothing", True, f"refuses: {type(error).__name__}")
-    answer = call.result()
+    answer = opened.raw_score(RewardBatch(()))
+    if isinstance(answer, BaseException):
+        return Check("says nothing about nothing", True, f"refuses: {type(answer).__name__}")
     scores = answer.scores if isinstance(answer, RewardOutput) else answer
     count = len(scores) if hasattr(scores, "__len__") else -1
     seen = f"{count} scores for no samples" if count >= 0 else f"one {type(scores).__name__} for no samples"

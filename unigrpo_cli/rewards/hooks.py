@@ -14,9 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unigrpo_cli.rewards.batch import RewardBatch, RewardContext
-    from unigrpo_cli.rewards.registry import RewardRegistry
-    from unigrpo_cli.rewards.scorer import RewardResult
+    from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardResult
     from unigrpo_cli.suites import SuiteRegistry
 
 PROJECT = "unigrpo"
@@ -28,7 +26,7 @@ class Hooks:
     """All hooks, in the order in which a run calls them."""
 
     @hookspec(historic=True)
-    def unigrpo_register_rewards(self, registry: RewardRegistry) -> None:
+    def unigrpo_register_rewards(self, registry: Any) -> None:
         """Add rewards: `registry.add(name, factory)`. For plugins with several; one needs only an entry point."""
 
     @hookspec(historic=True)

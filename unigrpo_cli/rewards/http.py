@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.rewards.batch import Sample
-from unigrpo_cli.rewards.scorer import FailedCallError, LoadedReward, RewardSet
+from unigrpo_cli.rewards.loaded import FailedCallError, LoadedReward
+from unigrpo_cli.rewards.scorer import Scorer
 
 PROTOCOL = 1
 COLUMNS_SENT = ("image", "reasoning", "metadata")
@@ -74,7 +75,7 @@ class RewardServer(ThreadingHTTPServer):
                 "or stay on 127.0.0.1"
             )
         self.token, self.max_bytes = token, max_bytes
-        self.rewards: RewardSet | None = None
+        self.rewards: Scorer | None = None
         self.facts: dict[str, Any] = {}
         self.scoring = threading.Lock()
         self.stopping = False
@@ -99,7 +100,7 @@ class RewardServer(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
-    def listen(self, rewards: RewardSet, version: str) -> None:
+    def listen(self, rewards: Scorer, version: str) -> None:
         """Let clients in; `rewards` holds the one reward."""
         self.rewards = rewards
         self.facts = facts_of(rewards.rewards[0], version) | {"max_bytes": self.max_bytes}
@@ -118,7 +119,7 @@ class RewardServer(ThreadingHTTPServer):
         self.server_close()
 
     @contextmanager
-    def _chunk(self) -> Iterator[RewardSet]:
+    def _chunk(self) -> Iterator[Scorer]:
         """The reward, for one request alone."""
         with self.scoring:
             if self.stopping or self.rewards is None:
@@ -269,8 +270,8 @@ def facts_of(opened: LoadedReward, version: str) -> dict[str, Any]:
     reward = opened.reward
     return {
         "protocol": PROTOCOL,
-        "name": opened.choice.name,
-        "address": opened.address,
+        "name": opened.spec.name,
+        "address": opened.entry.address,
         "version": version,
         "summary": str(getattr(reward, "summary", "")),
         "licence": str(getattr(reward, "licence", "not declared")),

@@ -1,520 +1,333 @@
-"""Run rewards over samples: set up, call, check, and never let a failure become a number.
+"""From samples to scores: one path for training, evaluation, saved episodes and single pictures.
 
-A wrong shape always stops. An exception stops the run, naming reward and remedy, or abstains where the user
-chose so. NaN and None abstain. A call that does not come back in time stops. Nothing becomes 0.
+`Scorer.score` scores samples now. `Scorer.start` scores them as they come, while others are sampled; the scores are
+the same.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import math
-import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
 
-from unigrpo_cli.errors import RewardError, suggest
-from unigrpo_cli.io.json import to_json
-from unigrpo_cli.io.secrets import from_environment, names_secret
-from unigrpo_cli.parallel.workers import Worker
-from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
-from unigrpo_cli.rewards.function import Options
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.parallel.ranks import ALONE, Ranks
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardResult, Sample
+from unigrpo_cli.rewards.gather import results_of_all, results_of_first, samples_of_all
+from unigrpo_cli.rewards.loaded import DEFAULT_LIMITS, Call, LoadedReward, RewardIdentity, RewardLimits, load_reward
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.spec import RewardSpec
 
-RECENT = 512  # samples over which the share of abstentions is taken
 
-
-@dataclass(frozen=True)
-class RewardResult:
-    """One reward's answer for B samples: fp64 scores (NaN where it abstained), validity, parts, remarks."""
-
-    scores: NDArray[np.float64]
-    valid: NDArray[np.bool_]
-    components: dict[str, NDArray[np.float64]]
-    info: list[dict[str, Any]]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean over valid samples; None when there is none."""
-        return float(self.scores[self.valid].mean()) if self.valid.any() else None
-
-
-class FailedCallError(RewardError):
-    """An exception of a reward's own code, which `reward.on_error` is about; broken promises always stop."""
-
-
-@dataclass
-class LoadedReward:
-    """A reward that is set up for a run."""
-
-    choice: RewardSpec
-    address: str
-    reward: Any
-    range: tuple[float, float]
-    worker: Worker
-    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT))
-    warned_range: bool = False
-
-    @property
-    def alias(self) -> str:
-        return self.choice.alias
-
-
-@dataclass(frozen=True)
-class RewardIdentity:
-    """What decides a reward's scores, as far as it can be named.
-
-    Args:
-        address: `origin/name (module:class)`.
-        version: of its distribution; of a loose file the beginning of its sha256.
-        options: as given.
-    """
-
-    alias: str
-    address: str
-    version: str
-    options: dict[str, Any]
-    weight: float
-    range: list[float]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How strictly rewards are run; see the `reward` section of the configuration."""
-
-    timeout_s: float | None = 120.0  # None waits for ever
-    setup_timeout_s: float = 1800.0
-    max_abstain: float = 0.25
-    on_error: str = "raise"
-    strict: bool = False
-    offload: bool = False
-
-
-class RewardSet:
-    """The rewards of one run. Use as a context manager: leaving it tears them down."""
+class Scorer:
+    """The rewards of a run. A context manager: leaving it tears them down."""
 
     def __init__(
         self,
-        choices: Sequence[RewardSpec],
+        specs: Sequence[RewardSpec],
         plugins: Plugins,
         context: RewardContext,
-        policy: Policy = Policy(),
+        limits: RewardLimits = DEFAULT_LIMITS,
         *,
-        on_first: bool = False,
-        here: bool = True,
+        first_rank_only: bool = False,
+        local: bool = True,
     ):
         """Find, configure and set up every reward.
 
         Args:
-            on_first: of several processes the first judges for all.
-            here: set them up; False for a process that leaves judging to the first and only knows their names.
+            first_rank_only: of several ranks, the first scores the samples of all.
+            local: False sets up nothing: another rank scores, this one only knows the rewards' names.
 
         Raises:
-            RewardError: on an unknown reward, a wrong option, or a failing setup.
+            RewardError: on an unknown reward, a wrong option, or a failed setup.
         """
-        self.plugins, self.context, self.policy = plugins, context, policy
-        self.on_first, self.here = on_first, here
-        self._resting = False
+        self.plugins, self.context, self.limits = plugins, context, limits
+        self.first_rank_only, self.local = first_rank_only, local
         self.rewards: list[LoadedReward] = []
-        made = [(choice, *_construct(choice, plugins)) for choice in choices]
+        self._offloaded = False
+        found = [load_reward(spec, plugins, limits) for spec in specs]  # all options first: setup can take minutes
         try:
-            for choice, address, reward in made:
-                opened = LoadedReward(
-                    choice, address, reward, _range_of(choice, reward), Worker(f"reward {choice.alias}")
-                )
-                if here and hasattr(reward, "setup"):
-                    self._call(opened, partial(reward.setup, context), "setup")
-                    opened.range = _range_of(choice, reward)  # some learn it there, e.g. from a server
-                self.rewards.append(opened)
-                if here:
-                    plugins.call("unigrpo_reward_setup", name=choice.alias, reward=reward, context=context)
+            for loaded in found:
+                if local:
+                    loaded.setup(context)
+                self.rewards.append(loaded)
+                if local:
+                    plugins.call("unigrpo_reward_setup", name=loaded.alias, reward=loaded.reward, context=context)
         except BaseException:
             self.__exit__(None)
+            for loaded in found:
+                loaded.close()
             raise
 
-    def __enter__(self) -> RewardSet:
+    def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Tear down all but those left hanging; what goes wrong now is a warning. After an error nobody waits for
-        judgements that have not begun.
-        """
-        opened_rewards, self.rewards = self.rewards, []
-        for opened in opened_rewards:
+        """Tear down all but rewards that hang; errors are warnings. After an error, queued calls are dropped."""
+        rewards, self.rewards = self.rewards, []
+        for loaded in rewards:
             if kind is not None:
-                opened.worker.cancel_queued()
-            for close in (self._say_farewell, self._tear_down) if self.here else ():
-                try:
-                    close(opened)
-                except RewardError as error:  # the work is done: said, not raised
-                    warnings.warn(str(error), stacklevel=2)
-            opened.worker.close()
+                loaded.worker.cancel_queued()
+            if self.local:
+                with _warned():
+                    self.plugins.call("unigrpo_reward_teardown", name=loaded.alias, reward=loaded.reward)
+                with _warned():
+                    loaded.teardown()
+            loaded.close()
 
-    def _say_farewell(self, opened: LoadedReward) -> None:
-        self.plugins.call("unigrpo_reward_teardown", name=opened.alias, reward=opened.reward)
+    # ----- which rewards
 
-    def _tear_down(self, opened: LoadedReward) -> None:
-        if hasattr(opened.reward, "teardown") and not opened.worker.hung:
-            self._call(opened, opened.reward.teardown, "teardown")
+    def active(self, split: str) -> list[LoadedReward]:
+        """The rewards that score "train" or "eval" samples."""
+        return [r for r in self.rewards if split == "eval" or not r.spec.eval_only]
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight in training by alias, its sign flipped for rewards where lower is better."""
-        return {
-            r.alias: r.choice.weight * (1 if getattr(r.reward, "higher_is_better", True) else -1)
-            for r in self.asked("train")
-        }
+        """Weight in training by alias, negative where lower scores are better."""
+        return {r.alias: r.spec.weight * r.sign for r in self.active("train")}
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Declared range by alias, of the rewards asked in training."""
-        return {r.alias: r.range for r in self.asked("train")}
+        """Declared range by alias, of the rewards active in training."""
+        return {r.alias: r.range for r in self.active("train")}
 
-    def declare(self, ranges: Sequence[tuple[float, float]]) -> None:
-        """Take over ranges that were learnt where the rewards are set up."""
-        for opened, (low, high) in zip(self.rewards, ranges, strict=True):
-            opened.range = (low, high)
+    def set_ranges(self, ranges: Sequence[tuple[float, float]]) -> None:
+        """Take ranges from the rank that set the rewards up."""
+        for loaded, (low, high) in zip(self.rewards, ranges, strict=True):
+            loaded.range = (low, high)
 
     def identities(self) -> tuple[RewardIdentity, ...]:
-        """Which rewards these are, to be told from others later; options and ranges as JSON has them."""
-        return tuple(
-            RewardIdentity(
-                alias=r.alias,
-                address=f"{r.address} ({type(r.reward).__module__}:{type(r.reward).__qualname__})",
-                version=_version_of(self.plugins.rewards.find(r.choice.name).version, r.reward),
-                options=json.loads(json.dumps(r.choice.options, default=str)),
-                weight=r.choice.weight,
-                range=list(r.range),
-            )
-            for r in self.rewards
-        )
+        return tuple(r.identity() for r in self.rewards)
 
-    def recent(self) -> dict[str, list[bool]]:
-        """Which of the last samples each reward abstained on, by alias."""
+    def abstentions(self) -> dict[str, list[bool]]:
+        """By alias, on which of the last samples each reward abstained: part of a checkpoint."""
         return {r.alias: list(r.recent) for r in self.rewards}
 
-    def remember(self, recent: dict[str, list[bool]]) -> None:
-        """The same, as an earlier process left it; rewards that it did not have begin with nothing."""
-        for opened in self.rewards:
-            opened.recent.extend(recent.get(opened.alias, ()))
-
-    def asked(self, split: str) -> list[LoadedReward]:
-        """The rewards that are asked in "train" or "eval"."""
-        return [r for r in self.rewards if split == "eval" or not r.choice.eval_only]
+    def restore_abstentions(self, abstentions: dict[str, list[bool]]) -> None:
+        """The same from a checkpoint; rewards that it lacks start empty."""
+        for loaded in self.rewards:
+            loaded.recent.extend(abstentions.get(loaded.alias, ()))
 
     def check_needs(self, metadata: Sequence[Any], *, has_reasoning: bool, split: str) -> None:
-        """Before sampling: does every prompt carry what the rewards of a split need?
+        """Check, before sampling, that every prompt carries what the rewards of a split need.
 
         Raises:
-            RewardError: naming the reward, what it lacks and for how many prompts.
+            RewardError: naming the reward, what it needs and how many prompts lack it.
         """
-        for opened in self.asked(split):
-            for need in sorted(getattr(opened.reward, "needs", ())):
+        for loaded in self.active(split):
+            for need in sorted(getattr(loaded.reward, "needs", ())):
                 kind, _, key = need.partition(":")
                 if kind == "metadata":
                     lacking = [m for m in metadata if key not in m]
                     if lacking:
                         raise RewardError(
-                            f"reward {opened.alias!r} needs metadata {key!r}, which {len(lacking)} of "
+                            f"reward {loaded.alias!r} needs metadata {key!r}, which {len(lacking)} of "
                             f"{len(metadata)} prompts lack; give a .jsonl file with it in every row"
                         )
                 elif kind == "reasoning" and not has_reasoning:
                     raise RewardError(
-                        f"reward {opened.alias!r} needs reasoning, but the policy does not think "
+                        f"reward {loaded.alias!r} needs reasoning, but the policy does not think "
                         "(sampling.think is false)"
                     )
-            if self.here and hasattr(opened.reward, "check_metadata"):
-                self._call(opened, partial(opened.reward.check_metadata, metadata), "check_metadata")
+            if self.local:
+                loaded.call("check_metadata", metadata)
+
+    # ----- scoring
 
     def score(
-        self, samples: Sequence[Sample], *, step: int = 0, split: str = "train", watched: bool = True
+        self, samples: Sequence[Sample], *, step: int = 0, split: str = "train", ranks: Ranks = ALONE
     ) -> dict[str, RewardResult]:
-        """Scores of every reward that is asked in this split, by alias. Those that wait for others wait together.
-
-        Args:
-            watched: False leaves it to the caller to `watch`, when it has the scores of all ranks.
+        """Results by alias, of all ranks' samples in the order of the ranks. All ranks must call this.
 
         Raises:
-            RewardError: when a reward fails, breaks its contract or abstains too often.
+            RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
         """
-        batch = self.prepare(samples, step=step, split=split)
-        asked = self.asked(split)
-        waiting = {r.alias: self.submit(r, batch) for r in asked if waits_elsewhere(r)}
-        results = {r.alias: self.collect(r, waiting.get(r.alias) or self.submit(r, batch)) for r in asked}
-        if watched:
-            self.watch({alias: scored.valid for alias, scored in results.items()})
-        self.announce(batch, results)
-        self.rest(self.rewards)
-        return results
+        pending = self.start(step=step, split=split, ranks=ranks)
+        with pending.together():
+            pending.add(samples)
+        pending.submit()
+        return pending.finish()
+
+    def start(
+        self, *, step: int = 0, split: str = "train", overlap: str = "auto", ranks: Ranks = ALONE
+    ) -> PendingScores:
+        """Begin the scoring of one rollout."""
+        return PendingScores(self, step, split, overlap, ranks)
 
     def prepare(self, samples: Sequence[Sample], *, step: int, split: str) -> RewardBatch:
-        """Samples as rewards get them, after whoever changes them by hook."""
-        self.wake()
-        batch = RewardBatch(tuple(samples), step, split, self.context.device)
+        """Samples as rewards get them: after `unigrpo_before_score`, with rewards back on the device."""
+        self._reload()
+        batch = _frozen(RewardBatch(tuple(samples), step, split, self.context.device))
         changed = self.plugins.call("unigrpo_before_score", batch=batch)
         if changed is None:
             return batch
         if not isinstance(changed, RewardBatch) or len(changed) != len(batch):
             raise RewardError(f"unigrpo_before_score must give a RewardBatch of the same {len(batch)} samples")
-        return changed
+        return _frozen(changed)
 
-    def announce(self, batch: RewardBatch, results: dict[str, RewardResult]) -> None:
-        """Tell observers."""
-        for alias, scored in results.items():
-            try:
-                self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=scored)
-            except RewardError as error:  # an observer's fault is not the run's
-                warnings.warn(str(error), stacklevel=2)
+    def notify(self, batch: RewardBatch, results: dict[str, RewardResult]) -> None:
+        """Show results to plugins. An observer's error is a warning."""
+        for alias, result in results.items():
+            with _warned():
+                self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=result)
 
-    def rest(self, those: Sequence[LoadedReward]) -> None:
-        """Give the device back until the next scoring where that is asked for."""
-        if self.policy.offload:
-            self._resting = True
-            for opened in those:
-                if hasattr(opened.reward, "offload"):
-                    self._call(opened, opened.reward.offload, "offload")
+    def record_abstentions(self, valid: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Count abstentions by alias. Every rank counts those of all, so all stop together.
+
+        Raises:
+            RewardError: when a reward abstains too often.
+        """
+        for loaded in self.rewards:
+            if loaded.alias in valid:
+                loaded.record_abstentions(valid[loaded.alias])
+
+    def offload(self, rewards: Sequence[LoadedReward]) -> None:
+        """Free the device until the next scoring, with `reward.offload`."""
+        if self.limits.offload:
+            self._offloaded = True
+            for loaded in rewards:
+                loaded.call("offload")
             self.context.shared.move("cpu")
 
-    def wake(self) -> None:
-        """Bring what rests in host memory back to the device."""
-        if not self._resting:
+    def _reload(self) -> None:
+        if self._offloaded:
+            self._offloaded = False
+            self.context.shared.move(self.context.device)
+            for loaded in self.rewards:
+                loaded.call("reload")
+
+
+class PendingScores:
+    """The scoring of one rollout: `add` samples as they come, `submit` when all are there, `finish` to get results."""
+
+    def __init__(self, scorer: Scorer, step: int, split: str, overlap: str, ranks: Ranks):
+        self._scorer, self._step, self._split, self._ranks = scorer, step, split, ranks
+        self._elsewhere = scorer.first_rank_only and ranks.world > 1
+        self._active = scorer.active(split)
+        usable = [] if self._elsewhere else self._active
+        self._early = {r.alias for r in usable if r.begins_early(overlap)}
+        self._remote = {r.alias for r in usable if r.is_remote and overlap != "none"}
+        self._samples: list[Sample] = []
+        self._batches: list[RewardBatch] = []
+        self._order: list[int] | None = None
+        self._parts: int | None = None
+        self._calls: dict[str, list[Call]] = {r.alias: [] for r in self._active}
+        self._results: dict[str, RewardResult] = {}
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether a reward scores samples before all are there."""
+        return bool(self._early)
+
+    def together(self) -> AbstractContextManager[None]:
+        """`Ranks.together`: an error on one rank is an error on all."""
+        return nullcontext() if self._ranks.world == 1 else self._ranks.together()
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Add finished episodes; rewards that begin early start to score them."""
+        self._samples += samples
+        if self._elsewhere or not samples:
             return
-        self._resting = False
-        self.context.shared.move(self.context.device)
-        for opened in self.rewards:
-            if hasattr(opened.reward, "reload"):
-                self._call(opened, opened.reward.reload, "reload")
+        batch = self._scorer.prepare(samples, step=self._step, split=self._split)
+        self._batches.append(batch)
+        for loaded in self._active:
+            if loaded.alias in self._early:
+                self._calls[loaded.alias] += loaded.submit(batch)
 
-    def submit(self, opened: LoadedReward, batch: RewardBatch) -> list[tuple[int, Future]]:
-        """Hand a batch to a reward in pieces of its size, without waiting: how many samples, and the call."""
-        batch = replace(batch, samples=tuple(map(_for_one_reward, batch.samples)))
-        size = _batch_size_of(opened) or len(batch) or 1  # without samples nobody is asked
-        pieces = [batch[at : at + size] for at in range(0, len(batch), size)]
-        return [(len(p), opened.worker.submit(partial(opened.reward.score, p))) for p in pieces]
+    def submit(self, ids: Sequence[str] | None = None, parts: int | None = None) -> None:
+        """All samples are there: score them with local rewards, and start the remote ones that have not begun.
 
-    def collect(self, opened: LoadedReward, calls: Sequence[tuple[int, Future]]) -> RewardResult:
-        """What a reward said of the batches it was handed, checked.
+        Args:
+            ids: of this rank's samples, in the order of the results; None for the order in which they were added.
+            parts: into which `Ranks.share` cut the samples; None puts one rank's results after the other's.
 
         Raises:
-            RewardError: when it failed or broke its contract.
+            RewardError: when a local reward, or any on the first rank, fails or breaks its contract.
         """
-        return _join([self._read(opened, self._wait(opened, call, "score", n), n) for n, call in calls])
+        at = {sample.id: k for k, sample in enumerate(self._samples)}
+        self._order = list(range(len(self._samples))) if ids is None else [at[i] for i in ids]
+        self._parts = parts
+        if self._elsewhere:
+            self._score_on_first([self._samples[k] for k in self._order])
+            return
+        with self.together():
+            whole = self._whole()
+            begun = set(self._early)
+            for loaded in self._active:
+                if loaded.alias in self._remote - begun:
+                    self._calls[loaded.alias] = loaded.submit(whole)
+            for loaded in self._active:
+                if loaded.alias not in self._remote:
+                    if loaded.alias not in begun:
+                        self._calls[loaded.alias] = loaded.submit(whole)
+                    self._results[loaded.alias] = self._collect(loaded)
+            self._scorer.offload([r for r in self._scorer.rewards if r.alias not in self._remote])
 
-    def _call(self, opened: LoadedReward, function: Callable[[], Any], what: str) -> Any:
-        return self._wait(opened, opened.worker.submit(function), what)
-
-    def _wait(self, opened: LoadedReward, call: Future, what: str, count: int | None = None) -> Any:
-        """The answer of a call into a plugin, with a deadline.
+    def finish(self) -> dict[str, RewardResult]:
+        """Results by alias, of all ranks.
 
         Raises:
-            RewardError: naming the reward and what to do, when it fails or does not come back.
+            RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
+            ValueError: before `submit`.
         """
-        where = f"reward {opened.alias!r} ({opened.address})"
-        limit = "setup_timeout_s" if what == "setup" else "timeout_s"
-        try:
-            error = opened.worker.wait(call, getattr(self.policy, limit))
-        except TimeoutError:
-            raise RewardError(
-                f"{where} gave no answer in {what} within {getattr(self.policy, limit):g} s; "
-                f"raise reward.{limit} if it is only slow"
-            ) from None
-        if error is None:
-            return call.result()
-        if isinstance(error, RewardError):
-            raise error
-        if count is not None and self.policy.on_error == "abstain":
-            return [math.nan] * count
-        remedy = (
-            f"try it alone with `unigrpo rewards test {opened.choice.name}`, "
-            "or let failures abstain with --set reward.on_error=abstain"
-            if what == "score"
-            else f"see `unigrpo rewards info {opened.choice.name}`"
-        )
-        raise FailedCallError(f"{where} failed in {what}: {type(error).__name__}: {error}; {remedy}") from error
+        if self._order is None:
+            raise ValueError("finish() before submit()")
+        if self._elsewhere:
+            return self._results
+        with self.together():
+            for loaded in self._active:
+                if loaded.alias in self._remote:
+                    self._results[loaded.alias] = self._collect(loaded)
+            results = {r.alias: self._results[r.alias] for r in self._active}
+            if self._batches:
+                self._scorer.notify(self._whole(), results)
+            self._scorer.offload([r for r in self._scorer.rewards if r.alias in self._remote])
+        if self._ranks.world > 1:
+            results = results_of_all(results, self._ranks, self._parts)
+        with self.together():
+            self._scorer.record_abstentions({alias: result.valid for alias, result in results.items()})
+        return results
 
-    def _read(self, opened: LoadedReward, result: Any, count: int) -> RewardResult:
-        """A reward's answer, whatever it is: what cannot be read is the reward's fault, by name."""
-        try:
-            return self._checked(opened, result, count)
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"reward {opened.alias!r} ({opened.address}) gave an answer that cannot be read: "
-                f"{type(error).__name__}: {error}; it must give one number per sample, or a RewardOutput"
-            ) from error
+    def _score_on_first(self, own: Sequence[Sample]) -> None:
+        samples = samples_of_all(own, self._ranks, self._parts)
+        results: dict[str, RewardResult] = {}
+        with self.together():
+            if samples:
+                results = self._scorer.score(samples, step=self._step, split=self._split)
+        self._results = results_of_first(results, self._ranks)
 
-    def _checked(self, opened: LoadedReward, result: Any, count: int) -> RewardResult:
-        """A reward's answer as `Scored`.
+    def _whole(self) -> RewardBatch:
+        """All samples as rewards see them, in the order of the results."""
+        assert self._order is not None
+        added = [sample for batch in self._batches for sample in batch.samples]
+        first = self._batches[0] if self._batches else RewardBatch(())
+        return replace(first, samples=tuple(added[k] for k in self._order))
 
-        Raises:
-            RewardError: when it is not one number per sample.
-        """
-        where = f"reward {opened.alias!r} ({opened.address})"
-        output = result if isinstance(result, RewardOutput) else RewardOutput(result)
-        scores = _numbers(output.scores, count, f"{where} gave")
-        valid = np.isfinite(scores)
-        components = {
-            name: _numbers(values, count, f"{where} component {name!r} has")
-            for name, values in output.components.items()
-        }
-        info = [json.loads(to_json(dict(row))) for row in output.info or [{} for _ in range(count)]]
-        if len(info) != count:
-            raise RewardError(f"{where} gave {len(info)} info rows for {count} samples")
-        low, high = opened.range
-        outside = scores[valid & ((scores < low - 1e-6) | (scores > high + 1e-6))]
-        if len(outside):
-            worst = outside[np.abs(outside - np.clip(outside, low, high)).argmax()]
-            message = f"{where} gave {worst:g}, outside its declared range [{low:g}, {high:g}]"
-            if self.policy.strict:
-                raise RewardError(f"{message}; mend the reward or its range")
-            if not opened.warned_range:
-                opened.warned_range = True
-                warnings.warn(message, stacklevel=2)
-        return RewardResult(np.where(valid, scores, math.nan), valid, components, info)
-
-    def watch(self, valid: Mapping[str, NDArray[np.bool_]]) -> None:
-        """Count on which samples rewards abstained, by alias; ranks count each other's too, so all stop as one.
-
-        Raises:
-            RewardError: when one abstained too often.
-        """
-        for opened in self.rewards:
-            opened.recent.extend((~valid.get(opened.alias, np.ones(0, dtype=bool))).tolist())
-            share = sum(opened.recent) / max(len(opened.recent), 1)
-            if opened.alias in valid and share > self.policy.max_abstain:
-                raise RewardError(
-                    f"reward {opened.alias!r} ({opened.address}) abstained (NaN) on {share:.0%} of the last "
-                    f"{len(opened.recent)} samples, more than reward.max_abstain={self.policy.max_abstain:g}; "
-                    f"look into it with `unigrpo rewards test {opened.choice.name}`"
-                )
+    def _collect(self, loaded: LoadedReward) -> RewardResult:
+        """A reward's results in their order; early batches were in the order of sampling."""
+        assert self._order is not None
+        result = loaded.collect(self._calls[loaded.alias])
+        return result.select(self._order) if loaded.alias in self._early else result
 
 
-def waits_elsewhere(opened: LoadedReward) -> bool:
-    """Whether a reward mostly waits for another machine, so that it costs nothing to ask it early."""
-    return int(getattr(opened.reward, "concurrency", 0) or 0) > 0
-
-
-def _construct(choice: RewardSpec, plugins: Plugins) -> tuple[str, Any]:
-    """Find a reward's class and make it with its validated options."""
-    entry = plugins.rewards.find(choice.name)
-    factory = entry.factory()
-    accepted: type[BaseModel] = getattr(factory, "Options", Options)
-    for key in choice.options:
-        if key not in accepted.model_fields:
-            fields = accepted.model_fields
-            raise RewardError(f"reward {choice.alias!r} has no option {key!r}: {suggest(key, fields)}")
-    given = _with_secrets(choice, accepted)
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Errors become warnings: the work is done, or only an observer failed."""
     try:
-        options = accepted.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        secret = given != choice.options  # pydantic's own error shows values, so that one is left behind
-        shown = "" if secret else f"={first['input']!r}"
-        said = first["msg"][:1].lower() + first["msg"][1:]
-        raise RewardError(
-            f"reward {choice.alias!r}: option {key}{shown}: {said}; see `unigrpo rewards info {choice.name}`"
-        ) from (None if secret else error)
-    try:
-        return entry.address, factory(options)
-    except RewardError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {choice.alias!r} ({entry.address}) cannot be made: {error!r}") from error
+        yield
+    except RewardError as error:
+        warnings.warn(str(error), stacklevel=3)
 
 
-def _with_secrets(choice: RewardSpec, accepted: type[BaseModel]) -> dict[str, Any]:
-    """The options as the reward gets them: `env:NAME` replaced where an option is a secret, by name or by type.
-
-    Raises:
-        RewardError: when one is written out, or its variable is not set.
-    """
-    options = dict(choice.options)
-    for key, value in options.items():
-        secret = names_secret(key) or "SecretStr" in str(accepted.model_fields[key].annotation)
-        if secret and value is not None:
-            try:
-                options[key] = from_environment(str(value))
-            except ValueError as error:
-                raise RewardError(f"reward {choice.alias!r}: option {key}: {error}") from None
-    return options
+def _frozen(batch: RewardBatch) -> RewardBatch:
+    """Pixels that no reward can make writable: they lie in immutable bytes."""
+    return replace(batch, samples=tuple(replace(s, pixels=_immutable(s.pixels)) for s in batch.samples))
 
 
-def _for_one_reward(sample: Sample) -> Sample:
-    """A sample that a reward cannot spoil for others: metadata of its own, pixels that refuse to be written."""
-    pixels = sample.pixels.view()
-    pixels.setflags(write=False)
-    return replace(sample, pixels=pixels, metadata=copy.deepcopy(sample.metadata))
-
-
-def _range_of(choice: RewardSpec, reward: Any) -> tuple[float, float]:
-    """The declared range; none declared is the whole line."""
-    declared = getattr(reward, "range", (-math.inf, math.inf))
-    try:
-        low, high = map(float, declared)
-    except (TypeError, ValueError):
-        low, high = math.nan, math.nan
-    if not low <= high:
-        raise RewardError(f"reward {choice.alias!r} declares range = {declared!r}; two numbers are needed, (low, high)")
-    return low, high
-
-
-def _version_of(version: str, reward: Any) -> str:
-    """A distribution's version; without one, what tells this file from an edited one."""
-    file = getattr(sys.modules.get(type(reward).__module__), "__file__", None)
-    if version != "-" or file is None:
-        return version
-    return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
-
-
-def _batch_size_of(opened: LoadedReward) -> int | None:
-    size = getattr(opened.reward, "batch_size", None)
-    if size is not None and (type(size) is not int or size < 1):
-        raise RewardError(f"reward {opened.alias!r} has batch_size = {size!r}; None or a number above 0 is needed")
-    return size
-
-
-def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
-    """One fp64 number per sample; None becomes NaN."""
-    if hasattr(values, "detach"):
-        values = values.detach().double().cpu().numpy()
-    single = isinstance(values, str | bytes | dict | set | frozenset) or not hasattr(values, "__len__")
-    if single or getattr(values, "ndim", 1) == 0:
-        raise RewardError(f"{what} one {type(values).__name__}; it must give a list of {count} numbers")
-    values = [v.detach().cpu().numpy() if hasattr(v, "detach") else v for v in values]
-    words = [v for v in values if isinstance(v, str | bytes)]
-    if words:
-        raise RewardError(f"{what} the text {words[0]!r}; it must give a list of {count} numbers")
-    try:
-        array = np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RewardError(
-            f"{what} something that is no number: {error}; it must give a list of {count} numbers"
-        ) from error
-    if array.shape != (count,):
-        shape = len(values) if array.ndim == 1 else f"shape {list(array.shape)}"
-        raise RewardError(f"{what} {shape} scores for {count} samples; it must give one number per sample")
-    return array
-
-
-def _join(parts: Sequence[RewardResult]) -> RewardResult:
-    names = parts[0].components.keys() if parts else ()
-    return RewardResult(
-        np.concatenate([p.scores for p in parts]) if parts else np.zeros(0),
-        np.concatenate([p.valid for p in parts]) if parts else np.zeros(0, bool),
-        {name: np.concatenate([p.components[name] for p in parts]) for name in names},
-        [row for p in parts for row in p.info],
-    )
+def _immutable(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.frombuffer(pixels.tobytes(), pixels.dtype).reshape(pixels.shape) if pixels.size else pixels

@@ -15,7 +15,7 @@ from unigrpo_cli.episode import BAD_STEP, Group, packed, save_episodes, unpacked
 from unigrpo_cli.io.atomic import new_directory
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.parallel.ranks import Ranks
-from unigrpo_cli.rewards.scorer import RewardResult
+from unigrpo_cli.rewards.batch import RewardResult
 
 WORDS = "json"
 """The name, among tensors that are sent, of what is none."""

@@ -9,7 +9,7 @@ from typing import Any
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.io.atomic import damage, quarantine
-from unigrpo_cli.rewards.scorer import RewardIdentity
+from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.run.config_diff import Change, Effect, changes, flat
 from unigrpo_cli.run.directory import is_begun, nothing_in
 from unigrpo_cli.run.memory import left_open

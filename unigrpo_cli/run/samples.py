@@ -12,7 +12,7 @@ from PIL import Image
 from unigrpo_cli.episode import Group
 from unigrpo_cli.io.atomic import new_directory, new_file
 from unigrpo_cli.io.pictures import Tile, save_png, sheet
-from unigrpo_cli.rewards.scorer import RewardResult
+from unigrpo_cli.rewards.batch import RewardResult
 
 SHOWN = 8
 MOST_COLUMNS = 8

@@ -20,8 +20,9 @@ from unigrpo_cli.models.mot.policy import UNKNOWN, MoTPolicy
 from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardContext
+from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import Policy, RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 from unigrpo_cli.training.state import STATE, incomplete, newest_checkpoint, read_header
 
@@ -205,7 +206,7 @@ def watched_choices(config: Config, taken: set[str]) -> list[RewardSpec]:
 
 def open_rewards(
     choices: Sequence[RewardSpec], plugins: Plugins, config: Config, *, embedded: bool, ranks: Ranks = ALONE
-) -> RewardSet:
+) -> Scorer:
     """Set up rewards for a run: on each rank, or with `reward.scoring_rank = "first"` on the first alone.
 
     Raises:
@@ -218,11 +219,11 @@ def open_rewards(
         offline=os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
     )
     r = config.reward
-    strictness = Policy(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict, r.offload)
-    on_first = r.scoring_rank == "first" and not ranks.alone
+    limits = RewardLimits(r.timeout_s, r.setup_timeout_s, r.max_abstain, r.on_error, r.strict, r.offload)
+    first_only = r.scoring_rank == "first" and not ranks.alone
     with ranks.together():
-        here = ranks.first or not on_first
-        rewards = RewardSet(choices, plugins, context, strictness, on_first=on_first, here=here)
-    if on_first:  # a server's reward learns its range there
-        rewards.declare(ranks.from_first([opened.range for opened in rewards.rewards]))
+        local = ranks.first or not first_only
+        rewards = Scorer(choices, plugins, context, limits, first_rank_only=first_only, local=local)
+    if first_only:  # a served reward learns its range from the server
+        rewards.set_ranges(ranks.from_first([loaded.range for loaded in rewards.rewards]))
     return rewards

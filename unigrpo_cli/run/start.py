@@ -18,7 +18,7 @@ from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.models.sharding import is_sharded
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.config_diff import Change, Effect, flat
 from unigrpo_cli.run.console import Display
@@ -129,7 +129,7 @@ def _run(
     with ranks.together():
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
         rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
-    rewards.remember(state.facts.get(ABSTAINED, {}))
+    rewards.restore_abstentions(state.facts.get(ABSTAINED, {}))
     state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
     for line in [] if content is None else not_comparable(content, state.origin):
         display.warn(line)
@@ -156,7 +156,7 @@ def _run(
 
 
 def _examine(
-    state: TrainState, prompts: Sequence[Prompt], rewards: RewardSet, config: Config, run: Run, display: Display
+    state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, run: Run, display: Display
 ) -> None:
     """The doctor's short examination: on the first rank, which has the others' weights, while they wait."""
     if is_sharded(state.policy.network):

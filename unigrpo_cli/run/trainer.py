@@ -29,7 +29,7 @@ from unigrpo_cli.io.atomic import point
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.models.sharding import gathered, is_sharded
 from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run
@@ -60,7 +60,7 @@ class Trainer:
         listener: Interrupts,
         run: Run,
         state: TrainState,
-        rewards: RewardSet,
+        rewards: Scorer,
         prompts: Sequence[Prompt],
         suite: Sequence[Prompt],
         began: float,
@@ -73,7 +73,7 @@ class Trainer:
         self.bad_steps = Path(self.ranks.from_first(str(run.directory))) / "bad_steps"
         if not self.ranks.first:  # each keeps the episodes that it drew
             self.bad_steps /= f"rank_{self.ranks.rank}"
-        asked = rewards.asked("train")
+        asked = rewards.active("train")
         signs = {r.alias: 1 if getattr(r.reward, "higher_is_better", True) else -1 for r in asked}
         limits = ratio_limits(state.policy, config.objective)
         self.monitor = Monitor(state.facts.setdefault("watch", {}), config, rewards.weights, signs, limits)
@@ -218,7 +218,7 @@ class Trainer:
     def _settle(self) -> None:
         """Note where things stand, for a checkpoint that is made because something after it failed."""
         self.state.generators = read_generators()
-        self.state.facts[ABSTAINED] = self.rewards.recent()
+        self.state.facts[ABSTAINED] = self.rewards.abstentions()
         self.settled = copy.deepcopy(self.state.facts)
 
     def _evaluate_within(self) -> None:

@@ -21,7 +21,7 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Loss, Scores, step_densities
 from unigrpo_cli.episode import Episode, Group, ImageActions, TextActions, flatten
 from unigrpo_cli.replay import Batch
-from unigrpo_cli.rewards.scorer import RewardResult
+from unigrpo_cli.rewards.batch import RewardResult
 
 GIB = 2**30
 PENALTIES = ("image/velocity-mse", "image/latent-kl")

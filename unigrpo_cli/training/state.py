@@ -30,7 +30,7 @@ from unigrpo_cli.models.mot.checkpoint import save_model
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.sharding import gathered_on_host, own_part, whole
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
-from unigrpo_cli.rewards.scorer import RewardIdentity
+from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.training.rng_state import Generators
 
 FORMAT = 2

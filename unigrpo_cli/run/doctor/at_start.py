@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import FaultError
-from unigrpo_cli.rewards.scorer import RewardSet
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run
 from unigrpo_cli.run.doctor.checks import findings
@@ -19,7 +19,7 @@ from unigrpo_cli.training.state import TrainState
 
 
 def examine_at_start(
-    state: TrainState, prompts: Sequence[Prompt], rewards: RewardSet, config: Config, run: Run, display: Display
+    state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, run: Run, display: Display
 ) -> None:
     """Examine a run that is about to begin, as `doctor.at_start` says.
 

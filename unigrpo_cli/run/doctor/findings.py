@@ -12,7 +12,8 @@ from unigrpo_cli.algo.flow import Window
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, flatten
 from unigrpo_cli.models.mot.policy import MoTPolicy
-from unigrpo_cli.rewards.scorer import RewardResult, RewardSet
+from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.run.doctor.recorder import Account, Look
 from unigrpo_cli.run.memory.plan import Plan
 from unigrpo_cli.train import MicroBatch, Step
@@ -158,7 +159,7 @@ class Evidence:
 
     config: Config
     state: TrainState
-    rewards: RewardSet
+    rewards: Scorer
     thorough: bool
     drawn: Drawn
     judged: Judged

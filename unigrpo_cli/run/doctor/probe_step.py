@@ -26,7 +26,8 @@ from unigrpo_cli.errors import DivergedError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of
 from unigrpo_cli.parallel.workers import sequential
 from unigrpo_cli.rewards.batch import Sample
-from unigrpo_cli.rewards.scorer import LoadedReward, RewardSet, waits_elsewhere
+from unigrpo_cli.rewards.loaded import LoadedReward
+from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.run.doctor.findings import Drawn, Evidence, Judged, Moved, Pushes, Replayed
 from unigrpo_cli.run.doctor.recorder import Account, Recorder
 from unigrpo_cli.run.doctor.unreadable import PARTS, unreadable
@@ -64,7 +65,7 @@ class Gradients(torch.optim.Optimizer):
 def gather(
     state: TrainState,
     prompts: Sequence[Prompt],
-    rewards: RewardSet,
+    rewards: Scorer,
     config: Config,
     *,
     thorough: bool,
@@ -115,46 +116,46 @@ def trial_config(config: Config) -> Config:
 
 
 def _draw(
-    witness: Recorder, prompts: list[Prompt], rewards: RewardSet, config: Config, step: int, thorough: bool
+    witness: Recorder, prompts: list[Prompt], rewards: Scorer, config: Config, step: int, thorough: bool
 ) -> tuple[Drawn, dict]:
     """The first half of a training step, and in a thorough examination two rollouts more."""
     sampling, window = train.train_sampling(config), train.window_of(config, step)
     members, seed = config.train.group_size, derive(config.seed, "doctor", step)
-    scoring = train.Scoring(rewards, step=step, overlap=config.reward.overlap)
+    scoring = rewards.start(step=step, overlap=config.reward.overlap)
 
     def drawn(seed: int, **more: Any) -> list[Group]:
         return train.rollout(witness.as_policy, prompts, members, sampling, window, seed, **more)
 
     groups = drawn(seed, on_episodes=lambda new: scoring.add([sample_of(e, step) for e in new]))
     accounts, _ = witness.take()
-    scoring.ask([s.id for s in samples_of(groups, step)])
+    scoring.submit([s.id for s in samples_of(groups, step)])
     scored = scoring.finish()
     again, other = (drawn(seed), drawn(derive(seed, "other"))) if thorough else (None, None)
     witness.take()
     return Drawn(groups, window, accounts, again, other), scored
 
 
-def _judge(drawn: Drawn, scored: dict, rewards: RewardSet, config: Config, step: int, thorough: bool) -> Judged:
+def _judge(drawn: Drawn, scored: dict, rewards: Scorer, config: Config, step: int, thorough: bool) -> Judged:
     samples = samples_of(drawn.groups, step)
     seed = derive(config.seed, "doctor", step)
     advantage_B = train.advantages(scored, rewards, config, len(drawn.groups), seed)
     alone, again, contrasts, unread = {}, {}, {}, {}
-    for opened in rewards.asked("train"):
+    for opened in rewards.active("train"):
         name, own = opened.alias, scored[opened.alias]
 
         def ask(rows: Sequence[Sample], opened: LoadedReward = opened) -> list[float]:
             batch = rewards.prepare(rows, step=step, split="train")
-            return rewards.collect(opened, rewards.submit(opened, batch)).scores.tolist()
+            return opened.collect(opened.submit(batch)).scores.tolist()
 
         known = own.scores[own.valid]
         if len(known) and (known == known[0]).all():
             contrasts[name] = _of_contrasts(ask, samples)
-        if waits_elsewhere(opened) and not thorough:
+        if opened.is_remote and not thorough:
             continue
-        if getattr(opened.reward, "scope", "sample") == "sample":
+        if opened.scores_alone:
             alone[name] = [ask([sample])[0] for sample in samples]
         again[name] = ask(samples)
-        unread[name] = [unreadable(opened, samples[0], part, rewards.policy.timeout_s) for part in PARTS]
+        unread[name] = [unreadable(opened, samples[0], part, rewards.limits.timeout_s) for part in PARTS]
     return Judged(scored, advantage_B, alone, again, contrasts, unread)
 
 
@@ -176,14 +177,14 @@ def _of_contrasts(ask: Any, samples: Sequence[Sample]) -> list[float]:
 
 
 @contextmanager
-def _undisturbed(rewards: RewardSet) -> Iterator[None]:
+def _undisturbed(rewards: Scorer) -> Iterator[None]:
     """Rewards remember how often they abstained; what the doctor asks is left out of that, and stops nothing."""
-    policy, recent = rewards.policy, [list(r.recent) for r in rewards.rewards]
-    rewards.policy = replace(policy, max_abstain=1.0)
+    policy, recent = rewards.limits, [list(r.recent) for r in rewards.rewards]
+    rewards.limits = replace(policy, max_abstain=1.0)
     try:
         yield
     finally:
-        rewards.policy = policy
+        rewards.limits = policy
         for opened, before in zip(rewards.rewards, recent, strict=True):
             opened.recent.clear()
             opened.recent.extend(before)
@@ -337,7 +338,7 @@ def _move(
     witness: Recorder,
     prompts: list[Prompt],
     replayed: Replayed,
-    rewards: RewardSet,
+    rewards: Scorer,
     config: Config,
     step: int,
     thorough: bool,

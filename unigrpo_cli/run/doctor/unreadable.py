@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from unigrpo_cli.rewards.batch import RewardBatch, RewardOutput, Sample
-from unigrpo_cli.rewards.scorer import LoadedReward
+from unigrpo_cli.rewards.loaded import LoadedReward
 
 PARTS = ("picture", "reasoning", "metadata")
 RAISES, ABSTAINS, NOT_ASKED, LATE = "raises", "abstains", "not asked", "no answer in time"
@@ -157,13 +157,11 @@ def unreadable(opened: LoadedReward, sample: Sample, part: str, timeout_s: float
 
     batch = _batch(sample, part, refuse)
     try:
-        call = opened.worker.submit(lambda: opened.reward.score(batch))
-        error = opened.worker.wait(call, timeout_s)
+        answer = opened.raw_score(batch, timeout_s)
     except TimeoutError:
         return LATE
-    if error is not None:
+    if isinstance(answer, BaseException):
         return RAISES
-    answer = call.result()
     scores = answer.scores if isinstance(answer, RewardOutput) else answer
     try:
         first = next(iter(scores))

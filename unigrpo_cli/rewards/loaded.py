@@ -1,0 +1,379 @@
+"""One reward of a run: its setup, its calls with a deadline, and the checks of its answers.
+
+A failure never becomes a number. A wrong count stops the run. An exception stops the run, or abstains with
+`reward.on_error=abstain`. NaN and None abstain. A call that does not return in time stops the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import sys
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from unigrpo_cli.errors import RewardError, one_line, suggest
+from unigrpo_cli.io.json import to_json
+from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
+from unigrpo_cli.parallel.workers import Worker
+from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult
+from unigrpo_cli.rewards.function import Options
+from unigrpo_cli.rewards.registry import Plugins, RewardEntry
+from unigrpo_cli.rewards.spec import RewardSpec
+
+RECENT = 512
+"""Samples over which the share of abstentions is taken."""
+
+Call = tuple[int, Future]
+"""A call of `score` under way, with its number of samples."""
+
+
+class FailedCallError(RewardError):
+    """An exception in a reward's own code: the kind that `reward.on_error` covers."""
+
+
+@dataclass(frozen=True)
+class RewardLimits:
+    """How strictly rewards are run; see the `reward` section of the configuration."""
+
+    timeout_s: float | None = 120.0  # None: no limit
+    setup_timeout_s: float = 1800.0
+    max_abstain: float = 0.25
+    on_error: str = "raise"
+    strict: bool = False
+    offload: bool = False
+
+
+DEFAULT_LIMITS = RewardLimits()
+
+
+@dataclass(frozen=True)
+class RewardIdentity:
+    """What decides a reward's scores, as far as it can be named.
+
+    Args:
+        address: `origin/name (module:class)`.
+        version: of its distribution; for a loose file the first digits of its sha256.
+        options: as given.
+    """
+
+    alias: str
+    address: str
+    version: str
+    options: dict[str, Any]
+    weight: float
+    range: list[float]
+
+
+@dataclass
+class LoadedReward:
+    """A reward of a run, with a thread of its own for all its calls."""
+
+    spec: RewardSpec
+    entry: RewardEntry
+    reward: Any
+    limits: RewardLimits
+    range: tuple[float, float] = (-math.inf, math.inf)
+    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """Whether it abstained, for each of the last samples."""
+
+    def __post_init__(self) -> None:
+        self.worker = Worker(f"reward {self.alias}")
+        self.range = self._declared_range()
+        self._warned: set[str] = set()
+
+    @property
+    def alias(self) -> str:
+        return self.spec.alias
+
+    @property
+    def label(self) -> str:
+        """The reward in messages."""
+        return f"reward {self.alias!r} ({self.entry.address})"
+
+    @property
+    def sign(self) -> int:
+        """-1 where lower scores are better."""
+        return 1 if getattr(self.reward, "higher_is_better", True) else -1
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it mostly waits for another machine: calling it early costs this machine nothing."""
+        return int(getattr(self.reward, "concurrency", 0) or 0) > 0
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether each sample is scored by itself, not against the others of its group."""
+        return getattr(self.reward, "scope", "sample") == "sample"
+
+    def begins_early(self, overlap: str) -> bool:
+        """Whether it may be given a part of a rollout while the rest is sampled.
+
+        `auto`: remote rewards. `all`: also local ones with a batch size; one without gets the whole rollout in one
+        call. Rewards that compare a group never begin early.
+        """
+        if overlap == "none" or not self.scores_alone:
+            return False
+        return self.is_remote or (overlap == "all" and getattr(self.reward, "batch_size", None) is not None)
+
+    def identity(self) -> RewardIdentity:
+        """What later tells this reward from another; options and range as JSON has them."""
+        kind = type(self.reward)
+        return RewardIdentity(
+            alias=self.alias,
+            address=f"{self.entry.address} ({kind.__module__}:{kind.__qualname__})",
+            version=_version_of(self.entry.version, self.reward),
+            options=json.loads(json.dumps(self.spec.options, default=str)),
+            weight=self.spec.weight,
+            range=list(self.range),
+        )
+
+    # ----- calls
+
+    def setup(self, context: RewardContext) -> None:
+        """Load what it needs. Some rewards learn their range here, e.g. from a server."""
+        if hasattr(self.reward, "setup"):
+            self.call("setup", context)
+            self.range = self._declared_range()
+
+    def teardown(self) -> None:
+        if hasattr(self.reward, "teardown") and not self.worker.hung:
+            self.call("teardown")
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the reward, if it has it.
+
+        Raises:
+            RewardError: when it fails or does not return in time.
+        """
+        if hasattr(self.reward, method):
+            return self._wait(self.worker.submit(partial(getattr(self.reward, method), *arguments)), method)
+        return None
+
+    def submit(self, batch: RewardBatch) -> list[Call]:
+        """Start scoring a batch, in pieces of the reward's batch size, without waiting."""
+        size = getattr(self.reward, "batch_size", None)
+        if size is not None and (type(size) is not int or size < 1):
+            raise RewardError(f"{self.label} has batch_size = {size!r}; give None or a whole number above 0")
+        own = replace(batch, samples=tuple(replace(s, metadata=copy.deepcopy(s.metadata)) for s in batch.samples))
+        step = size or max(1, len(own))
+        pieces = [own[at : at + step] for at in range(0, len(own), step)]
+        return [(len(piece), self.worker.submit(partial(self.reward.score, piece))) for piece in pieces]
+
+    def collect(self, calls: Sequence[Call]) -> RewardResult:
+        """The checked answers of submitted calls.
+
+        Raises:
+            RewardError: when a call failed, came late or broke the contract.
+        """
+        return RewardResult.join([self._checked(self._wait(call, "score", count), count) for count, call in calls])
+
+    def raw_score(self, batch: RewardBatch, timeout_s: float | None = None) -> Any:
+        """The unchecked answer of `score`, or its exception, returned.
+
+        Raises:
+            TimeoutError: when it does not return in time.
+        """
+        call = self.worker.submit(partial(self.reward.score, batch))
+        error = self.worker.wait(call, timeout_s)
+        return call.result() if error is None else error
+
+    def close(self) -> None:
+        self.worker.close()
+
+    def _wait(self, call: Future, what: str, count: int | None = None) -> Any:
+        """The answer of a call; `count` NaN for a failed scoring that may abstain."""
+        option = "setup_timeout_s" if what == "setup" else "timeout_s"
+        limit = getattr(self.limits, option)
+        try:
+            error = self.worker.wait(call, limit)
+        except TimeoutError:
+            raise RewardError(
+                f"{self.label} gave no answer in {what} within {limit:g} s; raise reward.{option} if it is only slow"
+            ) from None
+        if error is None:
+            return call.result()
+        if isinstance(error, RewardError):
+            raise error
+        if count is not None and self.limits.on_error == "abstain":
+            return [math.nan] * count
+        remedy = (
+            f"try it alone with `unigrpo rewards test {self.spec.name}`, "
+            "or let failures abstain with --set reward.on_error=abstain"
+            if what == "score"
+            else f"see `unigrpo rewards info {self.spec.name}`"
+        )
+        raise FailedCallError(f"{self.label} failed in {what}: {message_of(error)}; {remedy}") from error
+
+    # ----- answers
+
+    def _checked(self, answer: Any, count: int) -> RewardResult:
+        """An answer as a result.
+
+        Raises:
+            RewardError: naming the reward, when it is not one number per sample.
+        """
+        try:
+            return self._read(answer, count)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"{self.label} gave an answer that cannot be read: {message_of(error)}; "
+                "it must give one number per sample, or a RewardOutput"
+            ) from error
+
+    def _read(self, answer: Any, count: int) -> RewardResult:
+        output = answer if isinstance(answer, RewardOutput) else RewardOutput(answer)
+        scores = _numbers(output.scores, count, f"{self.label} gave")
+        valid = np.isfinite(scores)
+        components = {
+            name: _numbers(values, count, f"{self.label} component {name!r} has")
+            for name, values in output.components.items()
+        }
+        rows = [{}] * count if output.info is None else list(output.info)
+        if len(rows) != count:
+            raise RewardError(f"{self.label} gave {len(rows)} info rows for {count} samples")
+        info = [json.loads(to_json(dict(row))) if row else {} for row in rows]
+        self._check_range(scores[valid])
+        return RewardResult(np.where(valid, scores, math.nan), valid, components, info)
+
+    def _check_range(self, scores: NDArray[np.float64]) -> None:
+        low, high = self.range
+        outside = scores[(scores < low - 1e-6) | (scores > high + 1e-6)]
+        if not len(outside):
+            return
+        worst = outside[np.abs(outside - np.clip(outside, low, high)).argmax()]
+        message = f"{self.label} gave {worst:g}, outside its declared range [{low:g}, {high:g}]"
+        if self.limits.strict:
+            raise RewardError(f"{message}; fix the reward or its range")
+        self.warn_once("range", message)
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """One warning of a kind in a run."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
+
+    def record_abstentions(self, valid: NDArray[np.bool_]) -> None:
+        """Count on which samples the reward abstained.
+
+        Raises:
+            RewardError: when it abstains too often.
+        """
+        self.recent.extend((~valid).tolist())
+        share = sum(self.recent) / max(len(self.recent), 1)
+        if share > self.limits.max_abstain:
+            raise RewardError(
+                f"{self.label} abstained (NaN) on {share:.0%} of the last {len(self.recent)} samples, more than "
+                f"reward.max_abstain={self.limits.max_abstain:g}; try it with `unigrpo rewards test {self.spec.name}`"
+            )
+
+    def _declared_range(self) -> tuple[float, float]:
+        """The reward's `range`; without one, all numbers."""
+        declared = getattr(self.reward, "range", (-math.inf, math.inf))
+        try:
+            low, high = map(float, declared)
+        except (TypeError, ValueError):
+            low, high = math.nan, math.nan
+        if not low <= high:
+            raise RewardError(f"{self.label} declares range = {declared!r}; give two numbers, (low, high)")
+        return low, high
+
+
+def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> LoadedReward:
+    """Find a reward's class and construct it with its validated options.
+
+    Raises:
+        RewardError: on an unknown reward or a wrong option.
+    """
+    entry = plugins.rewards.find(spec.name)
+    factory = entry.factory()
+    accepted: type[BaseModel] = getattr(factory, "Options", Options)
+    for key in spec.options:
+        if key not in accepted.model_fields:
+            fields = accepted.model_fields
+            raise RewardError(f"reward {spec.alias!r} has no option {key!r}: {suggest(key, fields)}")
+    given = _with_secrets(spec, accepted)
+    try:
+        options = accepted.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        secret = given != spec.options  # pydantic's own error shows values, so that one is not chained
+        shown = "" if secret else f"={first['input']!r}"
+        said = first["msg"][:1].lower() + first["msg"][1:]
+        raise RewardError(
+            f"reward {spec.alias!r}: option {key}{shown}: {said}; see `unigrpo rewards info {spec.name}`"
+        ) from (None if secret else error)
+    try:
+        return LoadedReward(spec, entry, factory(options), limits)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"reward {spec.alias!r} ({entry.address}) cannot be made: {message_of(error)}") from error
+
+
+def message_of(error: BaseException) -> str:
+    """An exception of a reward in one line: no control characters, no secrets of the environment."""
+    return one_line(redacted(f"{type(error).__name__}: {error}"))
+
+
+def _with_secrets(spec: RewardSpec, accepted: type[BaseModel]) -> dict[str, Any]:
+    """The options as the reward gets them: `env:NAME` replaced where an option is a secret, by name or by type.
+
+    Raises:
+        RewardError: when a secret is written out, or its variable is not set.
+    """
+    options = dict(spec.options)
+    for key, value in options.items():
+        secret = names_secret(key) or "SecretStr" in str(accepted.model_fields[key].annotation)
+        if secret and value is not None:
+            try:
+                options[key] = from_environment(str(value))
+            except ValueError as error:
+                raise RewardError(f"reward {spec.alias!r}: option {key}: {error}") from None
+    return options
+
+
+def _version_of(version: str, reward: Any) -> str:
+    """A distribution's version; without one, a hash of the reward's file."""
+    file = getattr(sys.modules.get(type(reward).__module__), "__file__", None)
+    if version != "-" or file is None:
+        return version
+    return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+
+
+def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
+    """One fp64 number per sample; None becomes NaN."""
+    if hasattr(values, "detach"):
+        values = values.detach().double().cpu().numpy()
+    single = isinstance(values, str | bytes | dict | set | frozenset) or not hasattr(values, "__len__")
+    if single or getattr(values, "ndim", 1) == 0:
+        raise RewardError(f"{what} one {type(values).__name__}; it must give a list of {count} numbers")
+    values = [v.detach().cpu().numpy() if hasattr(v, "detach") else v for v in values]
+    words = [v for v in values if isinstance(v, str | bytes)]
+    if words:
+        raise RewardError(f"{what} the text {words[0]!r}; it must give a list of {count} numbers")
+    try:
+        array = np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(
+            f"{what} something that is no number: {error}; it must give a list of {count} numbers"
+        ) from error
+    if array.shape != (count,):
+        shape = len(values) if array.ndim == 1 else f"shape {list(array.shape)}"
+        raise RewardError(f"{what} {shape} scores for {count} samples; it must give one number per sample")
+    return array
