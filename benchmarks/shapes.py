@@ -15,7 +15,8 @@ from unigrpo_cli.models.mot.codec import Autoencoder
 from unigrpo_cli.models.mot.config import TABLES, AutoencoderConfig, MoTConfig, autoencoder_shapes
 from unigrpo_cli.models.mot.layers import PositionTable
 from unigrpo_cli.models.mot.network import MoT
-from unigrpo_cli.models.mot.policy import BOUNDARY, CLOSE, OPEN, UNKNOWN, MoTPolicy, boundary_ids
+from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.mot.tokenizer import BOUNDARY, CLOSE, OPEN, UNKNOWN, boundary_ids
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.models.mot.policy import OPEN, MoTPolicy
+from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.mot.tokenizer import OPEN
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, write_text
 from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed

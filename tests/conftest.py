@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tools.toy_model import build_model
-from unigrpo_cli.models.mot.checkpoint import save_model
 from unigrpo_cli.models.mot.policy import MoTPolicy
 
 torch.set_num_threads(1)  # the tensors are small: a second thread mostly waits
@@ -52,7 +51,7 @@ def _only_our_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of that architecture, untrained and small, for commands whose numbers do not matter."""
     directory = tmp_path_factory.mktemp("small") / "model"
-    save_model(build_model(seed=0, width=32, layers=2), directory)
+    build_model(seed=0, width=32, layers=2).save(directory, "")
     return directory
 
 

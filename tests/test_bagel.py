@@ -23,7 +23,7 @@ from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten, load_epi
 from unigrpo_cli.models.lora import load_adapters, save_adapters
 from unigrpo_cli.models.mot import layers
 from unigrpo_cli.models.mot.bagel import read_release
-from unigrpo_cli.models.mot.checkpoint import load_model, restore_weights, save_model
+from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.config import (
     AutoencoderConfig,
     MoTConfig,
@@ -106,7 +106,7 @@ def _state(directory: Path) -> dict[str, torch.Tensor]:
 def test_load_save_load_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
     """Weights, tables, autoencoder, configurations, tokenizer; in bf16 also the tensors as they were stored."""
     model = load_model(str(TINY), dtype=dtype)
-    save_model(model, tmp_path / "saved")
+    model.save(tmp_path / "saved", "")
     again = load_model(str(tmp_path / "saved"), dtype=dtype)
     first, second = model.network.state_dict(), again.network.state_dict()
     assert first.keys() == second.keys()
@@ -133,7 +133,7 @@ def test_load_save_load_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> 
 def test_tables_come_from_the_file_and_from_their_formula_where_it_has_none(tmp_path: Path) -> None:
     """The stored tables are rounded; the formula in fp32 is within that rounding, not equal to it."""
     model = load_model(str(TINY))
-    save_model(model, tmp_path)
+    model.save(tmp_path, "")
     state = _state(tmp_path)
     for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"):
         state.pop(name)
@@ -150,7 +150,7 @@ def test_loading_reads_tensor_by_tensor(tmp_path: Path) -> None:
     save_file({f"t{k}": torch.full((2**21,), k, dtype=torch.float32) for k in range(32)}, tmp_path / "x.safetensors")
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from unigrpo_cli.models.mot.checkpoint import read_tensors\n"
+        "from unigrpo_cli.models.mot.weights import read_tensors\n"
         "from unigrpo_cli.models.mot.bagel import read_header\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak()\n"
@@ -164,14 +164,14 @@ def test_loading_reads_tensor_by_tensor(tmp_path: Path) -> None:
 
 def test_another_weights_file(tmp_path: Path) -> None:
     """Models grown from BAGEL name their file otherwise; the index then counts for nothing."""
-    save_model(load_model(str(TINY)), tmp_path)
+    load_model(str(TINY)).save(tmp_path, "")
     (tmp_path / "ema.safetensors").rename(tmp_path / "grown.safetensors")
     assert load_model(str(tmp_path / "grown.safetensors")).release.directory == tmp_path
 
 
 def test_a_tokenizer_from_vocab_and_merges_alone(tmp_path: Path) -> None:
     model = load_model(str(TINY))
-    save_model(model, tmp_path)
+    model.save(tmp_path, "")
     (tmp_path / "tokenizer.json").unlink()
     again, text = load_model(str(tmp_path)), "A small red cube, 2 birds: <think>it's</think>"
     assert again.given("prompt", text).ids.tolist() == model.given("prompt", text).ids.tolist()
@@ -180,7 +180,7 @@ def test_a_tokenizer_from_vocab_and_merges_alone(tmp_path: Path) -> None:
 
 def test_a_painter_without_the_vision_tower(tmp_path: Path) -> None:
     """The three prefixes that painting does not need may be absent; half of them may not."""
-    save_model(load_model(str(TINY)), tmp_path)
+    load_model(str(TINY)).save(tmp_path, "")
     state = _state(tmp_path)
     painter = {n: v for n, v in state.items() if not n.startswith(("vit_model.", "connector.", "vit_pos_embed."))}
     save_file(painter, tmp_path / "ema.safetensors")
@@ -531,7 +531,7 @@ def test_an_adapter_opens_in_peft_and_gives_identical_outputs(tmp_path: Path, mo
 def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Path, dtype: str) -> None:
     """Masters in fp32 within a complete release; loaded again it computes the same, restored it is the same."""
     policy, _ = _trained(["train.finetune=full", f"dtype={dtype}", "train.lr_text=1e-2", "train.lr_image=1e-2"])
-    save_model(policy, tmp_path)
+    policy.save(tmp_path, "")
     with safe_open(tmp_path / "ema.safetensors", "pt") as file:
         assert set(file.keys()) == set(_state(TINY))
     again = load_model(str(tmp_path), dtype=getattr(torch, dtype))
@@ -539,7 +539,7 @@ def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Pa
     with torch.no_grad():
         assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (policy, again)))
     fresh, _ = _trained(["train.finetune=full", f"dtype={dtype}"], steps=0)
-    restore_weights(fresh.network, tmp_path)
+    fresh.restore(tmp_path)
     for name, value in policy.network.state_dict().items():
         assert torch.equal(value, fresh.network.state_dict()[name])
         assert value.dtype == fresh.network.state_dict()[name].dtype

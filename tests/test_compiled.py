@@ -19,6 +19,7 @@ from unigrpo_cli.errors import UsageError
 from unigrpo_cli.evaluate import eval_sampling, train_sampling
 from unigrpo_cli.models.lora import add_adapters
 from unigrpo_cli.models.mot import network
+from unigrpo_cli.models.mot.config import LORA_TARGETS
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import rollout
@@ -63,7 +64,7 @@ def _same(ours: list[Episode], plain: list[Episode], tolerance: float) -> None:
 
 def test_traced_layers_are_the_layers(tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters, and masks for texts of two lengths; what was traced for some rows does for others."""
-    add_adapters(tiny.network, rank=2, alpha=4.0, seed=0)
+    add_adapters(tiny.network, LORA_TARGETS, rank=2, alpha=4.0, seed=0)
     backend = Traced()
     _compile_by(backend, monkeypatch)
     _same(_drawn(tiny, 5, True), _drawn(tiny, 5, False), 0.0)

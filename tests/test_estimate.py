@@ -34,6 +34,7 @@ from unigrpo_cli.models.mot.config import (
     BAGEL_AUTOENCODER,
     BAGEL_NETWORK,
     LAYERS,
+    LORA_TARGETS,
     AutoencoderConfig,
     MoTConfig,
     autoencoder_shapes,
@@ -98,7 +99,7 @@ def test_the_release_counted() -> None:
     assert {e: work.matrices(e) for e in matrices} == matrices
     assert sum(map(prod, autoencoder_shapes(BAGEL_AUTOENCODER).values())) == 83_819_683
     with torch.device("meta"):
-        add_adapters(network, 64, 128.0, 0)
+        add_adapters(network, LORA_TARGETS, 64, 128.0, 0)
     adapters = dict.fromkeys(matrices, 0)
     for name, parameter in network.named_parameters():
         if "lora_" in name:
@@ -238,7 +239,7 @@ def network_of(work: Workload) -> MoT:
         parameter.data = parameter.data.to(torch.float32 if wide else getattr(torch, work.config.dtype))
         parameter.requires_grad_(trained)
     if work.lora:
-        add_adapters(network, work.rank, 8.0, 0)
+        add_adapters(network, LORA_TARGETS, work.rank, 8.0, 0)
     network.activation_checkpointing = work.checkpoints
     return network
 

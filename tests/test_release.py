@@ -16,7 +16,7 @@ from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.lora import load_adapters
-from unigrpo_cli.models.mot.bagel import read_header, read_release, tokenizer_problems
+from unigrpo_cli.models.mot.bagel import HUB_FILES, read_header, read_release, tokenizer_problems
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.config import BAGEL
 from unigrpo_cli.run.memory.plan import plan_of
@@ -145,21 +145,6 @@ def test_a_broken_release_gets_one_clear_line(copy: Path, name: str) -> None:
     assert str(copy) in line
 
 
-@pytest.mark.parametrize(
-    ("file", "says"),
-    [
-        ("adapter_config.json", "is an adapter: give the model it belongs to with --model"),
-        ("model_index.json", "is a diffusers pipeline"),
-        ("config.json", "is a model of another kind"),
-        ("README.md", "is not a complete model: llm_config.json is missing"),
-    ],
-)
-def test_what_is_no_bagel_is_named(tmp_path: Path, file: str, says: str) -> None:
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(WeightsError, match=says):
-        read_release(tmp_path)
-
-
 def test_a_damaged_tokenizer_is_named(copy: Path) -> None:
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"tokenizer\.json: unreadable tokenizer"):
@@ -260,14 +245,14 @@ def test_a_model_by_its_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     _cached(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    directory, file = locate("someone/tiny")
+    directory, file = locate("someone/tiny", HUB_FILES)
     assert directory.parent.parent.name == "models--someone--tiny"
     assert file is None
     assert load_model("someone/tiny").release.kind == "BAGEL"
     with pytest.raises(WeightsError, match="hf download someone/else"):
-        locate("someone/else")
+        locate("someone/else", HUB_FILES)
     with pytest.raises(WeightsError, match="no model at"):
-        locate("no such model")
+        locate("no such model", HUB_FILES)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.lora import has_adapters, load_adapters
+from unigrpo_cli.models.lora import adapter_of, load_adapters
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.train import prompts_for, window_of
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
@@ -228,7 +228,7 @@ def test_adapters_off_is_the_start() -> None:
     config = load_config(overrides=["train.finetune=lora", "train.lora_rank=4"])
     start = load_model("embedded")
     policy = prepare_policy(load_model("embedded"), config)
-    assert has_adapters(policy.network)
+    assert adapter_of(policy.network)
     with torch.no_grad():
         for name, parameter in policy.network.named_parameters():
             if "lora_B" in name:

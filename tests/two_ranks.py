@@ -27,10 +27,9 @@ from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.models.lora import load_adapters
-from unigrpo_cli.models.mot.checkpoint import restore_weights
 from unigrpo_cli.models.mot.config import computes_wide
 from unigrpo_cli.models.mot.policy import MoTPolicy
-from unigrpo_cli.models.sharding import gathered, whole
+from unigrpo_cli.models.sharding import whole
 from unigrpo_cli.parallel.ranks import Ranks, joined
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -235,18 +234,20 @@ def uneven_texts(ranks: Ranks, _out: Path) -> Found:
 
     sampling: list[None] = []
 
+    whole_weights = MoTPolicy.gathered
+
     @contextmanager
     def watched(policy: Any) -> Any:
-        with gathered(policy) as sampler:
+        with whole_weights(policy) as sampler:
             sampling.append(None)
             yield sampler
             sampling.clear()
 
-    MoTPolicy.logits, train.gathered = logits, watched
+    MoTPolicy.logits, MoTPolicy.gathered = logits, watched
     try:
         return trained(ranks, "sampling.max_new_tokens=24")
     finally:
-        MoTPolicy.logits, train.gathered = original, gathered
+        MoTPolicy.logits, MoTPolicy.gathered = original, whole_weights
 
 
 def _saved(ranks: Ranks, out: Path, finetune: str) -> Found:
@@ -276,7 +277,7 @@ def _restored(ranks: Ranks, out: Path, finetune: str) -> Found:
         load_adapters(model.network, checkpoint)
     policy = prepare_policy(model, config, ranks)
     if finetune == "full":
-        restore_weights(policy.network, checkpoint)
+        policy.restore(checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_state(state, checkpoint, read_state(checkpoint))
     with rewards() as judges:

@@ -29,11 +29,12 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from unigrpo_cli.models.mot.checkpoint import load_model, save_model
+from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.codec import PixelCodec
 from unigrpo_cli.models.mot.config import MoTConfig
 from unigrpo_cli.models.mot.network import MoT, NoisyImage
-from unigrpo_cli.models.mot.policy import BOUNDARY, CLOSE, OPEN, UNKNOWN, MoTPolicy, boundary_ids
+from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.mot.tokenizer import BOUNDARY, CLOSE, OPEN, UNKNOWN, boundary_ids
 from unigrpo_cli.toy.prompts import (
     OPENINGS,
     TAGS,
@@ -216,7 +217,7 @@ def chapter(
             minutes = round((time.process_time() - began) / 60, 2)
             row = {"mistakes": vars(mistakes), "step": step + 1, "core_minutes": minutes} | row
             since = []
-            save_model(held, args.out)
+            held.save(args.out, "")
             with (args.out / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

@@ -25,8 +25,7 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import RefusedUpdateError, RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
-from unigrpo_cli.models.mot.policy import MoTPolicy
-from unigrpo_cli.models.sharding import gathered, is_sharded
+from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks, local
 from unigrpo_cli.parallel.workers import at_once, parallel_map
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
@@ -119,7 +118,7 @@ def training_step(state: TrainState, prompts_P: Sequence[Prompt], rewards: Score
     seed = derive(config.seed, "step", step)
 
     scoring = rewards.start(step=step, overlap=config.reward.overlap, ranks=ranks)
-    with _timed(seconds, "rollout"), gathered(policy) as sampler, ranks.together():
+    with _timed(seconds, "rollout"), policy.gathered() as sampler, ranks.together():
         groups = rollout(
             sampler,
             ranks.share(prompts_P, config.train.minibatches),
@@ -248,7 +247,7 @@ def combination(rewards: Scorer, config: Config) -> str:
 
 
 def score_old_and_reference(
-    policy: MoTPolicy,
+    policy: TrainablePolicy,
     episodes: Sequence[Episode],
     config: Config,
     objective: Objective,
@@ -361,9 +360,9 @@ def optimizer_step(state: TrainState, share: Sequence[MicroBatch], objective: Ob
     return Update(terms | {"grad_clipped": float(norm > config.train.grad_clip)}, replayed)
 
 
-def _beside(policy: MoTPolicy, batches: int) -> int:
+def _beside(policy: TrainablePolicy, batches: int) -> int:
     """How many micro-batches are replayed at the same time; one where ranks make their passes together."""
-    return 1 if is_sharded(policy.network) else at_once(batches, policy.device)
+    return 1 if policy.is_sharded else at_once(batches, policy.device)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unigrpo_cli.config import Config
     from unigrpo_cli.episode import Group, Prompt
     from unigrpo_cli.evaluate import Evaluation
-    from unigrpo_cli.models.mot.policy import MoTPolicy
+    from unigrpo_cli.models.policy import Policy
     from unigrpo_cli.parallel.ranks import Ranks
     from unigrpo_cli.rewards.batch import RewardResult
     from unigrpo_cli.rewards.registry import Plugins
@@ -171,7 +171,7 @@ def _refuse_unknown_gates(gates: list[tuple[str, float]], names: list[str]) -> N
 def _evaluate(
     config: Config,
     model: str,
-    policy: MoTPolicy,
+    policy: Policy,
     prompts: list[Prompt],
     rewards: Scorer,
     display: Display,

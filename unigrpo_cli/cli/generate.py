@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from unigrpo_cli.config import Config
     from unigrpo_cli.episode import Group, Prompt
-    from unigrpo_cli.models.mot.policy import MoTPolicy
+    from unigrpo_cli.models.policy import Policy
     from unigrpo_cli.run.console import Display
 
 
@@ -96,7 +96,7 @@ def generate(
         settings = with_rows(settings, wanted, samples, display.say)
     policy = load_policy(model_of(settings), settings.adapter, settings)
     if any(prompt.image for prompt in wanted):
-        policy.need_vision()
+        policy.require_vision()
     warn_of_unknown_words(policy, wanted, display.warn)
     with new_directory(out, "generate") as directory:
         if answer:
@@ -144,7 +144,7 @@ def _record(groups: Sequence[Group], settings: Config, directory: Path, display:
 
 
 def _answer(
-    policy: MoTPolicy, prompts: Sequence[Prompt], settings: Config, directory: Path, display: Display
+    policy: Policy, prompts: Sequence[Prompt], settings: Config, directory: Path, display: Display
 ) -> list[dict[str, Any]]:
     """Answers in words, to the screen and to answers.json."""
     from unigrpo_cli.evaluate import eval_sampling

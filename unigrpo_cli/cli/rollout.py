@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from unigrpo_cli.config import Config
     from unigrpo_cli.episode import Group, Prompt
-    from unigrpo_cli.models.mot.policy import MoTPolicy
+    from unigrpo_cli.models.policy import Policy
     from unigrpo_cli.parallel.ranks import Ranks
     from unigrpo_cli.rewards.batch import RewardResult
     from unigrpo_cli.rewards.registry import Plugins
@@ -156,7 +156,7 @@ def _drawn_and_judged(
 
 
 def _sampled(
-    policy: MoTPolicy, prompts: Sequence[Prompt], settings: Config, display: Display, ranks: Ranks
+    policy: Policy, prompts: Sequence[Prompt], settings: Config, display: Display, ranks: Ranks
 ) -> list[Group]:
     """This rank's own groups of those that the first training step would draw of these prompts."""
     from unigrpo_cli.evaluate import train_sampling

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
 from unigrpo_cli.errors import NotFetchedError, WeightsError
-from unigrpo_cli.models.mot.bagel import COMPANIONS, INDEX
 
 EMBEDDED = "embedded"
-WANTED_FILES = [*COMPANIONS, INDEX, "*.safetensors"]
-"""What is fetched of a model on the hub."""
 
 
 def embedded_directory() -> Path:
@@ -20,14 +18,17 @@ def embedded_directory() -> Path:
     return Path(str(files("unigrpo_cli") / "toy" / "weights" / "model"))
 
 
-def locate(model: str, fetch: bool = True) -> tuple[Path, str | None]:
+def locate(model: str, patterns: Iterable[str], fetch: bool = True) -> tuple[Path, str | None]:
     """Directory of a model given by name, path or hub id, and the weights file when the path was one.
 
-    Hub ids go through huggingface_hub, with its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, ...);
-    without `fetch` only what is in the cache counts.
+    Hub ids go through huggingface_hub, with its cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, ...).
+
+    Args:
+        patterns: files to fetch of a model on the hub.
+        fetch: False looks in the cache only.
 
     Raises:
-        WeightsError: when there is none.
+        WeightsError: when there is none; NotFetchedError without `fetch`.
     """
     directory = embedded_directory() if model == EMBEDDED else Path(model)
     if os.path.isfile(directory) and directory.suffix == ".safetensors":  # os.path: any name is only not there
@@ -41,7 +42,7 @@ def locate(model: str, fetch: bool = True) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=WANTED_FILES, local_files_only=not fetch)), None
+        return Path(snapshot_download(model, allow_patterns=list(patterns), local_files_only=not fetch)), None
     except RepositoryNotFoundError as error:
         raise WeightsError(
             f"no directory {model}, and the hub has no such model (or not for you): {accepted}"

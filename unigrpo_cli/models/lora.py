@@ -1,4 +1,4 @@
-"""Low-rank adapters on both experts, by peft, in its directory format."""
+"""Low-rank adapters by peft, in its directory format."""
 
 from __future__ import annotations
 
@@ -13,24 +13,20 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.models.mot.layers import Linear, widen
-from unigrpo_cli.models.mot.network import MoT
+from unigrpo_cli.models.policy import Adapter
 
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 """What peft puts before the names of a wrapped model's tensors in an adapter file."""
 
-TARGETS = (
-    r"language_model\.model\.layers\.\d+\."
-    r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
-)
 
-
-def add_adapters(network: MoT, rank: int, alpha: float, seed: int) -> None:
-    """Put fresh adapters on attention and MLP of both experts; everything else is frozen.
+def add_adapters(network: nn.Module, targets: str, rank: int, alpha: float, seed: int) -> None:
+    """Put fresh adapters on the layers that `targets` matches (a regular expression); everything else is frozen.
 
     peft draws their first matrices from torch's global generator, which is seeded here and left as it was.
 
@@ -38,13 +34,13 @@ def add_adapters(network: MoT, rank: int, alpha: float, seed: int) -> None:
     base's dtype, but updates of the sizes used here are lost to bf16's rounding.
     """
     network.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=TARGETS, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _inject(network, config)
 
 
-def _inject(network: MoT, config: LoraConfig) -> None:
+def _inject(network: nn.Module, config: LoraConfig) -> None:
     inject_adapter_in_model(config, network)
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -56,21 +52,29 @@ def _inject(network: MoT, config: LoraConfig) -> None:
     network.eval()  # an adapter made elsewhere may have dropout, and a ratio of two dropouts is not 1
 
 
-def _kept_wide(matrix: torch.nn.Linear) -> Linear:
+def _kept_wide(matrix: nn.Linear) -> Linear:
     """The same matrix in fp32 or wider, in a layer that computes in its input's dtype."""
     with torch.device("meta"):
         own = Linear(matrix.in_features, matrix.out_features, bias=matrix.bias is not None)
-    own.weight = torch.nn.Parameter(widen(matrix.weight.data))
+    own.weight = nn.Parameter(widen(matrix.weight.data))
     if matrix.bias is not None:
-        own.bias = torch.nn.Parameter(widen(matrix.bias.data))
+        own.bias = nn.Parameter(widen(matrix.bias.data))
     return own
 
 
-def has_adapters(network: MoT) -> bool:
-    return hasattr(network, "adapter_config")
+def adapter_of(network: nn.Module) -> Adapter | None:
+    """What adapters a network has."""
+    config: LoraConfig | None = getattr(network, "adapter_config", None)
+    if config is None:
+        return None
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    acts = any(
+        layer.scaling[name] and bool(matrix.weight.any()) for layer in layers for name, matrix in layer.lora_B.items()
+    )
+    return Adapter(config.r, config.lora_alpha, idle=not acts)
 
 
-def save_adapters(network: MoT, directory: Path, base: str) -> None:
+def save_adapters(network: nn.Module, directory: Path, base: str) -> None:
     """Write a PEFT adapter directory: `adapter_config.json` and `adapter_model.safetensors`."""
     config: LoraConfig = network.adapter_config
     config.base_model_name_or_path = base
@@ -80,12 +84,12 @@ def save_adapters(network: MoT, directory: Path, base: str) -> None:
     save_file(state, directory / WEIGHTS)
 
 
-def _own_state(network: MoT) -> dict[str, torch.Tensor]:
+def _own_state(network: nn.Module) -> dict[str, Tensor]:
     """Adapter tensors by peft's names. Word embeddings never are; asked whether, peft would ask the hub."""
     return get_peft_model_state_dict(network, save_embedding_layers=False)
 
 
-def load_adapters(network: MoT, directory: Path) -> None:
+def load_adapters(network: nn.Module, directory: Path) -> None:
     """Put the adapters of a PEFT directory on `network`, strictly.
 
     Raises:
@@ -127,7 +131,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
+def _read_weights(directory: Path) -> dict[str, Tensor]:
     path = directory / WEIGHTS
     if not path.is_file():
         other = f", and {OLD_WEIGHTS} is of a form that may run code" if (directory / OLD_WEIGHTS).is_file() else ""
@@ -138,7 +142,7 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path} is damaged ({_first_line(error)}); fetch or save it again") from error
 
 
-def _refuse_rank(directory: Path, facts: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+def _refuse_rank(directory: Path, facts: dict[str, Any], state: dict[str, Tensor]) -> None:
     """The rank that is to be allocated must be one that the file has."""
     ranks = {len(value) for name, value in state.items() if name.endswith("lora_A.weight") and value.ndim}
     patterns = facts.get("rank_pattern") or {}
@@ -158,7 +162,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def adapters_off(network: torch.nn.Module) -> Iterator[None]:
+def adapters_off(network: nn.Module) -> Iterator[None]:
     """The network without its adapters, i.e. the base it started from."""
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
     assert layers, "a policy without adapters and without a frozen copy has no reference"

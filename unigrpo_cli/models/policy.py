@@ -7,8 +7,11 @@ noise, v = noise - data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +42,20 @@ class Policy(Protocol):
         """The given segments before an answer in words."""
         ...
 
+    def require_vision(self) -> object:
+        """Raises UsageError when the model cannot be given pictures."""
+        ...
+
     def decode_text(self, ids: Tensor) -> str:
         """Token ids as text, for people and rewards."""
+        ...
+
+    def has_token(self, text: str) -> bool:
+        """Whether a word is one token."""
+        ...
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words that the model cannot read."""
         ...
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -89,4 +104,78 @@ class Policy(Protocol):
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """Parameters with gradients, by expert: "text" and "image"."""
+        ...
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A policy's low-rank adapters. `idle`: they change nothing, as before the first update of a run."""
+
+    rank: int
+    alpha: float
+    idle: bool
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """What is trained, and how its reference is kept.
+
+    Args:
+        full: all weights of the layers; else adapters.
+        experts: "text", "image" or both.
+        extra_modules: parts besides the layers, by the names of `train.extra_modules`.
+        lora_rank, lora_alpha, seed: of fresh adapters; a policy that has adapters keeps its own.
+        reference_on_host: the frozen copy of full fine-tuning lives in host memory.
+        shard_over: ranks that share the layers' weights; 1 keeps them whole.
+    """
+
+    full: bool
+    experts: tuple[str, ...]
+    extra_modules: tuple[str, ...]
+    lora_rank: int
+    lora_alpha: float
+    seed: int
+    activation_checkpointing: bool
+    reference_on_host: bool
+    shard_over: int
+
+
+class TrainablePolicy(Policy, Protocol):
+    """A policy that runs can train, save and resume."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def is_sharded(self) -> bool: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def finetune(self, wanted: Finetune) -> Self:
+        """Set what has gradients, and keep the reference."""
+        ...
+
+    def reference(self) -> AbstractContextManager[Self]: ...
+
+    def widened(self) -> Self:
+        """A copy that computes in fp32."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[Self]:
+        """The policy with whole weights where they are sharded over ranks, for sampling."""
+        ...
+
+    def gathered_on_host(self, keep: bool) -> Self:
+        """The policy with whole weights in host memory, for saving; without `keep` this rank only takes part."""
+        ...
+
+    def save(self, directory: Path, base: str) -> None:
+        """Write the adapter on `base` where there is one, else a complete model directory."""
+        ...
+
+    def load_adapter(self, directory: Path) -> None: ...
+
+    def restore(self, directory: Path) -> None:
+        """Replace the weights by those that `save` wrote."""
         ...

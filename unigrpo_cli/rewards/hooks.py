@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unigrpo_cli.models.family import ModelRegistry
     from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardResult
     from unigrpo_cli.suites import SuiteRegistry
 
@@ -32,6 +33,10 @@ class Hooks:
     @hookspec(historic=True)
     def unigrpo_register_suites(self, registry: SuiteRegistry) -> None:
         """Add evaluation suites: `registry.add(name, load, summary=...)`, `load()` giving a list of prompts."""
+
+    @hookspec(historic=True)
+    def unigrpo_register_models(self, registry: ModelRegistry) -> None:
+        """Add families of models: `registry.add(family)`, see `models.family.ModelFamily`."""
 
     @hookspec(historic=True)
     def unigrpo_register_commands(self, app: Any) -> None:

@@ -24,12 +24,12 @@ from typing import Any
 import pluggy
 
 from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, suggest
+from unigrpo_cli.io.entry_points import NO_AUTOLOAD, OURS
+from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.rewards.function import MARK
 from unigrpo_cli.rewards.hooks import PROJECT, Hooks
 
 REWARD_GROUP, PLUGIN_GROUP = "unigrpo.rewards", "unigrpo"
-OURS = "unigrpo-cli"
-NO_AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
 PLUGINS_ENV, PLUGINS_DIR_ENV = "UNIGRPO_PLUGINS", "UNIGRPO_PLUGINS_DIR"
 
 
@@ -120,6 +120,7 @@ class Plugins:
         self.manager.add_hookspecs(Hooks)
         self.rewards = RewardRegistry()
         self.manager.hook.unigrpo_register_rewards.call_historic(kwargs={"registry": self.rewards})
+        self.manager.hook.unigrpo_register_models.call_historic(kwargs={"registry": MODELS})
 
     def load(self, wanted: list[str] | None = None, directory: Path | None = None) -> None:
         """Fill both: installed plugins, then a directory if one is named, then `wanted` in order.

@@ -22,17 +22,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unigrpo_cli.config.schema import ObjectiveConfig
-from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import TrainablePolicy
 
 TEXT_ROUNDING, IMAGE_ROUNDING = 64, 8  # in eps
 NEGLIGIBLE = 0.01  # of the clip range
 
 
-def ratio_limits(policy: MoTPolicy, objective: ObjectiveConfig) -> dict[str, float]:
+def ratio_limits(policy: TrainablePolicy, objective: ObjectiveConfig) -> dict[str, float]:
     """The largest first log-ratio of text and image that rounding explains on the policy's device; 0 on a CPU."""
     if policy.device.type == "cpu":
         return {"text": 0.0, "image": 0.0}
-    eps = torch.finfo(policy.network.dtype).eps
+    eps = torch.finfo(policy.dtype).eps
     return {
         "text": max(TEXT_ROUNDING * eps, NEGLIGIBLE * objective.text_clip),
         "image": max(IMAGE_ROUNDING * eps, NEGLIGIBLE * objective.image_clip),

@@ -9,10 +9,8 @@ from typing import Any
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
-from unigrpo_cli.models.hub import locate
-from unigrpo_cli.models.mot.bagel import read_release, weights_digest
-from unigrpo_cli.models.mot.checkpoint import restore_weights
-from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.run.memory import left_open
@@ -95,7 +93,8 @@ def prepare(
     refuse_too_large(planned)
     if planned.present is not None and planned.available > planned.present:
         warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.present:.1f} GiB")
-    reference = Reference(base, weights_digest(read_release(*locate(base))))
+    family, directory, weights_file = MODELS.find(base)
+    reference = Reference(base, family.digest(directory, weights_file))
     if content is None or checkpoint is None:
         policy = load_policy(model_of(config), config.adapter, config)
         _warn_of_rank(policy, config, warn)
@@ -108,17 +107,17 @@ def prepare(
         )
     policy = prepare_policy(load_policy(base, adapter, config), config, ranks)
     if adapter is None:
-        restore_weights(policy.network, checkpoint)
+        policy.restore(checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_state(state, checkpoint, content)
     return state, reference, planned
 
 
-def _warn_of_rank(policy: MoTPolicy, config: Config, warn: Callable[[str], None]) -> None:
+def _warn_of_rank(policy: TrainablePolicy, config: Config, warn: Callable[[str], None]) -> None:
     """An adapter that training starts from has a rank of its own."""
-    own = getattr(policy.network, "adapter_config", None)
-    if own is not None and (own.r, own.lora_alpha) != (config.train.lora_rank, config.train.lora_alpha):
+    own = policy.adapter
+    if own is not None and (own.rank, own.alpha) != (config.train.lora_rank, config.train.lora_alpha):
         warn(
-            f"the adapter has rank {own.r} and alpha {own.lora_alpha:g}, which stay; train.lora_rank and "
+            f"the adapter has rank {own.rank} and alpha {own.alpha:g}, which stay; train.lora_rank and "
             "train.lora_alpha are for fresh adapters"
         )

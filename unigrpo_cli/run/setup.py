@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 
-from unigrpo_cli.config import Config, SamplingConfig, load_config
+from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
-from unigrpo_cli.models.hub import EMBEDDED, locate
-from unigrpo_cli.models.mot.bagel import read_release
-from unigrpo_cli.models.mot.checkpoint import load_model
-from unigrpo_cli.models.mot.config import BAGEL_NETWORK
-from unigrpo_cli.models.mot.policy import UNKNOWN, MoTPolicy
+from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.hub import EMBEDDED
+from unigrpo_cli.models.policy import Policy, TrainablePolicy
 from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardContext
@@ -80,7 +78,7 @@ def model_of(config: Config, fetch: bool = True) -> str:
     """
     if config.weights_file is None:
         return config.model
-    directory, _ = locate(config.model, fetch)
+    directory = MODELS.find(config.model, fetch).directory
     path = directory / config.weights_file
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in directory.glob("*.safetensors"))) or "none"
@@ -105,17 +103,12 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
     if model == EMBEDDED:
         return {}
     try:
-        directory, file = locate(find_checkpoint(model)[0], fetch=False)
-        release = read_release(directory, given.get("weights_file") or file)
-        network, paints_pixels = release.config, release.kind == "pixels"
+        family, sizes, _ = MODELS.sizes(find_checkpoint(model)[0], given.get("weights_file"), fetch=False)
     except NotFetchedError:
-        network, paints_pixels = BAGEL_NETWORK, False  # the hub has no other models of this form
+        return MODELS.families()[0].defaults(None)
     except (WeightsError, UsageError):
-        return {}  # whoever loads it will say what is wrong
-    if paints_pixels:
-        return {}
-    side = min(network.largest_side, SamplingConfig().height)
-    return {"preset": "paper", "dtype": "bfloat16", "sampling": {"height": side, "width": side}}
+        return {}  # loading says what is wrong
+    return family.defaults(sizes)
 
 
 def find_checkpoint(path: str) -> tuple[str, str | None]:
@@ -138,30 +131,33 @@ def find_checkpoint(path: str) -> tuple[str, str | None]:
     return str(directory) if os.path.isdir(directory) else path, None
 
 
-def load_policy(model: str, adapter: str | None, config: Config) -> MoTPolicy:
-    """A policy ready for sampling.
+def load_policy(model: str, adapter: str | None, config: Config) -> TrainablePolicy:
+    """A policy ready for sampling, its weights frozen.
 
     Raises:
         WeightsError: when its files are missing or do not fit.
     """
     found, own_adapter = find_checkpoint(model)
-    strip = config.sampling.vae_tile_rows
-    policy = load_model(found, device=device_of(config), dtype=DTYPES[config.dtype], vae_tile_rows=strip)
-    policy.network.requires_grad_(False)
+    family, directory, weights_file = MODELS.find(found)
+    policy = family.load(
+        directory,
+        weights_file,
+        device=device_of(config),
+        dtype=DTYPES[config.dtype],
+        vae_tile_rows=config.sampling.vae_tile_rows,
+    )
     for name in (own_adapter, adapter):
         if name is not None:
-            from unigrpo_cli.models.lora import has_adapters, load_adapters
-
-            if has_adapters(policy.network):
+            if policy.adapter is not None:
                 raise WeightsError(f"{model} has an adapter of its own; --adapter {adapter} cannot be added")
             if not os.path.isdir(name):
                 raise WeightsError(f"no adapter directory {name}: give one that holds adapter_config.json")
-            load_adapters(policy.network, Path(name))
+            policy.load_adapter(Path(name))
     check_size(policy, config)
     return policy
 
 
-def check_size(policy: MoTPolicy, config: Config) -> None:
+def check_size(policy: Policy, config: Config) -> None:
     """Refuse an image size that the model cannot paint."""
     try:
         policy.grid(config.sampling.height, config.sampling.width)
@@ -169,19 +165,19 @@ def check_size(policy: MoTPolicy, config: Config) -> None:
         raise UsageError(f"sampling.height, sampling.width: {error}") from error
 
 
-def is_embedded(policy: MoTPolicy) -> bool:
+def is_embedded(policy: Policy) -> bool:
     """Whether a policy speaks the words of the shapes world, i.e. is the embedded model or grown from it."""
     from unigrpo_cli.toy.world import CELLS
 
-    return all(policy.tokenizer.token_to_id(cell) is not None for cell in CELLS)
+    return all(policy.has_token(cell) for cell in CELLS)
 
 
-def warn_of_unknown_words(policy: MoTPolicy, prompts: Sequence[Prompt], warn: Callable[[str], None]) -> None:
+def warn_of_unknown_words(policy: Policy, prompts: Sequence[Prompt], warn: Callable[[str], None]) -> None:
     """Say which words of the prompts the model cannot read."""
     unknown = sorted({word for prompt in prompts for word in policy.unknown_words(prompt.text)})
     if unknown:
         more = " ..." if len(unknown) > 5 else ""
-        warn(f"the model has no word for {', '.join(unknown[:5])}{more}; it reads {UNKNOWN} there")
+        warn(f"the model has no word for {', '.join(unknown[:5])}{more}; it cannot read them")
 
 
 def reward_choices(config: Config) -> list[RewardSpec]:

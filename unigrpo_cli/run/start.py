@@ -15,7 +15,6 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, UsageError, suggest
 from unigrpo_cli.evaluate import limited
 from unigrpo_cli.io.atomic import locked
-from unigrpo_cli.models.sharding import is_sharded
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -159,7 +158,7 @@ def _examine(
     state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, run: Run, display: Display
 ) -> None:
     """The doctor's short examination: on the first rank, which has the others' weights, while they wait."""
-    if is_sharded(state.policy.network):
+    if state.policy.is_sharded:
         display.say("the doctor looks at whole weights only, so this run is not examined: `unigrpo doctor` does it")
     elif state.ranks.first:
         examine_at_start(replace(state, ranks=ALONE), prompts, rewards, config, run, display)

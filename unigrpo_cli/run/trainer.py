@@ -27,7 +27,6 @@ from unigrpo_cli.evaluate import (
 )
 from unigrpo_cli.io.atomic import point
 from unigrpo_cli.models.policy import Policy
-from unigrpo_cli.models.sharding import gathered, is_sharded
 from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
@@ -267,7 +266,7 @@ class Trainer:
     def _evaluation(self, what: str) -> Evaluation:
         config = self.config
         with self.display.progress(len(self.suite) * config.eval.samples, what) as advance:
-            with gathered(self.state.policy) as sampler:
+            with self.state.policy.gathered() as sampler:
                 return evaluate(
                     sampler,
                     self.suite,
@@ -283,7 +282,7 @@ class Trainer:
         """The same held-out prompts on the same noise, as pictures."""
         if not self.shown:
             return
-        with gathered(self.state.policy) as sampler, self.ranks.together():
+        with self.state.policy.gathered() as sampler, self.ranks.together():
             if self.ranks.first:
                 self._paint(sampler)
 
@@ -406,7 +405,7 @@ def _share_of_each(config: Config, state: TrainState) -> str:
     t, world = config.train, state.ranks.world
     prompts = t.prompts_per_step // world
     episodes = prompts * t.group_size
-    kept = "the layers sharded over them" if is_sharded(state.policy.network) else "each with whole weights"
+    kept = "the layers sharded over them" if state.policy.is_sharded else "each with whole weights"
     return (
         f"{world} ranks, {kept}: each draws {prompts} prompts x {t.group_size} = {episodes} episodes, "
         f"{episodes // t.minibatches} of each optimizer step"

@@ -26,9 +26,8 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.io.atomic import SUMS, new_directory, on_disk
 from unigrpo_cli.models.mot.bagel import ENDS, read_ends
-from unigrpo_cli.models.mot.checkpoint import save_model
-from unigrpo_cli.models.mot.policy import MoTPolicy
-from unigrpo_cli.models.sharding import gathered_on_host, own_part, whole
+from unigrpo_cli.models.policy import TrainablePolicy
+from unigrpo_cli.models.sharding import own_part, whole
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.training.rng_state import Generators
@@ -86,7 +85,7 @@ class TrainState:
         origin: None for a loop that is never saved.
     """
 
-    policy: MoTPolicy
+    policy: TrainablePolicy
     optimizer: torch.optim.AdamW
     step: int = 0
     between: bool = False
@@ -110,7 +109,7 @@ def prompt_list(prompts: Sequence[Prompt]) -> PromptList:
 
 
 def _named_parameters(state: TrainState) -> list[tuple[str, Tensor]]:
-    return [(n, p) for n, p in state.policy.network.named_parameters() if p.requires_grad]
+    return [(n, p) for n, p in state.policy.named_parameters() if p.requires_grad]
 
 
 def save_state(state: TrainState, directory: Path) -> None:
@@ -133,10 +132,10 @@ def save_state(state: TrainState, directory: Path) -> None:
 
 def gather_state(state: TrainState) -> TrainState:
     """A state with whole weights and moments, on the first rank; of one that is not sharded, itself."""
-    policy = gathered_on_host(state.policy, keep=state.ranks.first)
+    policy = state.policy.gathered_on_host(keep=state.ranks.first)
     if policy is state.policy:
         return state
-    own = dict(policy.network.named_parameters())
+    own = dict(policy.named_parameters())
     optimizer = torch.optim.AdamW([p for p in own.values() if p.requires_grad])
     for name, parameter in _named_parameters(state):
         moments = {k: whole(v).cpu() for k, v in state.optimizer.state.get(parameter, {}).items()}
@@ -149,12 +148,7 @@ def _write_state(state: TrainState, directory: Path) -> None:
     origin, generators = state.origin, state.generators
     assert origin is not None and generators is not None
     with new_directory(directory, sums=True) as partial, _full_disks_by_name(directory):
-        if origin.config.train.finetune == "lora":
-            from unigrpo_cli.models.lora import save_adapters
-
-            save_adapters(state.policy.network, partial, origin.reference.base)
-        else:
-            save_model(state.policy, partial)
+        state.policy.save(partial, origin.reference.base)
         moments = {}
         for name, parameter in _named_parameters(state):
             for key, value in state.optimizer.state.get(parameter, {}).items():

@@ -50,6 +50,8 @@ COMPANIONS = (
     "merges.txt",
 )
 """Small files of a release, carried over as they are when its weights are saved again."""
+HUB_FILES = (*COMPANIONS, INDEX, "*.safetensors")
+"""Patterns of what is fetched of a model on the hub."""
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100 * 2**20
@@ -200,7 +202,6 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     """
     if not directory.is_dir():
         raise WeightsError(f"no model directory {directory}")
-    _refuse_other_kinds(directory)
     notes: list[str] = []
     llm = _need_json(directory / "llm_config.json")
     own = _optional_config(directory / "config.json", notes)
@@ -274,21 +275,13 @@ def tokenizer_problems(release: Release) -> list[str]:
     return problems
 
 
-def _refuse_other_kinds(directory: Path) -> None:
-    """Name what a directory is when it is a model of another kind."""
-    if (directory / "llm_config.json").is_file():
-        return
-    if (directory / "adapter_config.json").is_file():
-        raise WeightsError(
-            f"{directory} is an adapter: give the model it belongs to with --model, and it with --adapter"
-        )
+def reject(directory: Path) -> str | None:
+    """Why a directory is no model in BAGEL's layout; None when it is one, whole or damaged."""
+    if any((directory / name).exists() for name in ("llm_config.json", WEIGHTS)):
+        return None
     if (directory / "model_index.json").is_file():
-        raise WeightsError(f"{directory} is a diffusers pipeline; this version takes models in BAGEL's layout")
-    if (directory / "config.json").is_file() and not (directory / WEIGHTS).is_file():
-        raise WeightsError(
-            f"{directory} is a model of another kind: it has neither llm_config.json nor {WEIGHTS}, as models in "
-            "BAGEL's layout do"
-        )
+        return "it is a diffusers pipeline"
+    return f"it has neither llm_config.json nor {WEIGHTS}"
 
 
 def config_files(config: MoTConfig, system_prompt: str) -> dict[str, dict]:

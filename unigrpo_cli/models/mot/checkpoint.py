@@ -1,60 +1,40 @@
-"""Models in memory and on disk.
-
-A model directory is what `release.py` says it is. Loading checks names and shapes first, then reads tensor by
-tensor straight to the device: the host never holds more than the largest of them. It reads data only: no file can
-run code.
-"""
+"""A policy from a model directory. Names and shapes are checked before weights are read; no file can run code."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.models.hub import first_line, locate
-from unigrpo_cli.models.mot.bagel import (
-    AUTOENCODER,
-    COMPANIONS,
-    INDEX,
-    WEIGHTS,
-    Release,
-    Stored,
-    config_files,
-    read_release,
-)
+from unigrpo_cli.models.hub import locate
+from unigrpo_cli.models.mot.bagel import AUTOENCODER, HUB_FILES, Release, read_release
 from unigrpo_cli.models.mot.codec import Autoencoder, Codec, PixelCodec
-from unigrpo_cli.models.mot.config import LATENT_POSITIONS, TABLES, VISION_POSITIONS, computes_wide
-from unigrpo_cli.models.mot.layers import PositionTable
+from unigrpo_cli.models.mot.config import TABLES
 from unigrpo_cli.models.mot.network import MoT
-from unigrpo_cli.models.mot.policy import MoTPolicy, boundary_ids
-from unigrpo_cli.models.sharding import own_part
-
-STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.mot.tokenizer import boundary_ids, load_tokenizer
+from unigrpo_cli.models.mot.weights import network_weights
 
 
 def load_model(
-    model: str,
+    model: str | Path,
+    weights_file: str | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae_tile_rows: int = 0,
 ) -> MoTPolicy:
-    """Load a policy from a model directory (or its weights file by path), a hub id, or the embedded one.
+    """Load a policy from a model directory (or its weights file by path), a hub id, or `embedded`.
 
     Args:
-        decode_strip: rows of pixels that its autoencoder decodes at a time; 0 for all.
+        weights_file: name of the network's file where the directory holds several.
+        vae_tile_rows: rows of pixels that the autoencoder decodes at a time; 0 for all.
 
     Raises:
-        WeightsError: when files are missing, truncated, or do not fit the configuration.
+        WeightsError: when files are missing, damaged, not finite, or do not fit the configuration.
     """
-    release = read_release(*locate(model)).refuse_problems()
+    directory, own_file = locate(str(model), HUB_FILES)
+    release = read_release(directory, weights_file or own_file).refuse_problems()
     tokenizer = load_tokenizer(release.directory)
     with torch.device("meta"):
         network = MoT(release.config, boundary_ids(tokenizer))
@@ -65,139 +45,8 @@ def load_model(
     return MoTPolicy(network.eval(), tokenizer, codec, release.system_prompt, release=release)
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """`tokenizer.json`, or else the tokenizer that `vocab.json` and `merges.txt` make in Qwen2's form.
-
-    Raises:
-        WeightsError: when the files are damaged.
-    """
-    path = directory / "tokenizer.json"
-    try:
-        if path.is_file():
-            return Tokenizer.from_file(str(path))
-        from transformers import Qwen2Tokenizer
-
-        return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True).backend_tokenizer
-    except Exception as error:  # tokenizers raises bare Exception
-        raise WeightsError(
-            f"{path if path.is_file() else directory}: unreadable tokenizer ({first_line(error)})"
-        ) from error
-
-
 def load_codec(release: Release, device: torch.device | str, vae_tile_rows: int = 0) -> Codec:
     """The release's autoencoder, or none for a model that paints pixels."""
     if release.autoencoder is None:
         return PixelCodec()
     return Autoencoder(release.directory / AUTOENCODER, release.autoencoder, device, vae_tile_rows)
-
-
-def network_weights(release: Release, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the network on `device`, in `dtype` or, where it computes in fp32 anyway, in that.
-
-    Tables that the files lack are made from their formula.
-
-    Raises:
-        WeightsError: when a file cannot be read.
-    """
-    wanted = ((name, release.tensors[name]) for name in release.wanted)
-    wide = torch.promote_types(dtype, torch.float32)
-    state = {
-        name: tensor.to(device).to(wide if computes_wide(name) else dtype)  # widened there: the host keeps one copy
-        for name, tensor in read_tensors(wanted)
-    }
-    config = release.config
-    sides = {LATENT_POSITIONS: config.max_latent_size}
-    if config.vision is not None:
-        sides[VISION_POSITIONS] = config.vision.side
-    for name in sides.keys() - state.keys():
-        table = PositionTable(sides[name], config.hidden_size).pos_embed.detach()
-        state[name] = table.to(device=device, dtype=dtype)
-    return state
-
-
-def restore_weights(network: MoT, directory: Path) -> None:
-    """Put the weights of a checkpoint into a network of the same sizes, each in the dtype it has there.
-
-    Raises:
-        WeightsError: when they are damaged or of another model.
-    """
-    release = read_release(directory).refuse_problems()
-    if release.config != network.config:
-        raise WeightsError(f"{directory} holds a model of other sizes than the one that was trained")
-    own = network.state_dict()
-    with torch.no_grad():
-        for name, tensor in read_tensors((name, release.tensors[name]) for name in release.wanted):
-            own[name].copy_(own_part(tensor, own[name]))
-
-
-def read_tensors(stored: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as they are stored, one at a time and in the order of their files.
-
-    Plain reads and no memory map: a map counts as this process's memory, and dies with a file that changes.
-
-    Raises:
-        WeightsError: when a file cannot be read.
-    """
-    for name, where in sorted(stored, key=lambda item: (str(item[1].path), item[1].begin)):
-        raw = torch.empty(where.end - where.begin, dtype=torch.uint8)
-        try:
-            with where.path.open("rb") as file:
-                file.seek(where.begin)
-                count = file.readinto(raw.numpy().data)
-        except OSError as error:
-            raise WeightsError(f"{where.path} cannot be read ({error.strerror or error})") from error
-        if count != len(raw):
-            raise WeightsError(f"{where.path}: truncated while it was read; fetch or save it again")
-        yield name, raw.view(STORED_AS[where.dtype]).view(where.shape)
-
-
-def save_model(model: MoTPolicy, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model directory in the release's own names, complete: `load_model` and the official code read it.
-
-    For a network without adapters. Without `dtype` a weight is written as its release stored it where that loses
-    nothing, else as it is here; tokenizer, configurations and autoencoder are carried over as they were.
-
-    Raises:
-        WeightsError: when the model came from a release that is not there any more; its weights are saved then.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    origin = model.release
-    state = {}
-    for name, value in model.network.state_dict().items():
-        stored = dtype or _stored_as(name, value, origin)
-        state[name] = value.detach().to("cpu", stored).contiguous()
-    save_file(state, directory / WEIGHTS)
-    if origin is None:
-        model.tokenizer.save(str(directory / "tokenizer.json"))
-        for name, content in config_files(model.network.config, model.system_prompt or "").items():
-            (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-        return
-    try:
-        for name in COMPANIONS:
-            if (origin.directory / name).is_file():
-                shutil.copyfile(origin.directory / name, directory / name)
-        if origin.autoencoder is not None:
-            shutil.copyfile(origin.directory / AUTOENCODER, directory / AUTOENCODER)
-    except OSError as error:
-        raise WeightsError(
-            f"the weights are in {directory / WEIGHTS}, but the other files of {origin.directory} cannot be copied "
-            f"there ({error.strerror or error}); copy them by hand"
-        ) from error
-    if (origin.directory / INDEX).is_file():
-        (directory / INDEX).write_text(json.dumps(_index(state, origin), indent=2) + "\n")
-
-
-def _stored_as(name: str, value: Tensor, origin: Release | None) -> torch.dtype:
-    """The dtype that the release has a tensor in, if the value survives it, else its own."""
-    if origin is None or name not in origin.tensors:
-        return value.dtype
-    stored = STORED_AS[origin.tensors[name].dtype]
-    return stored if torch.equal(value.to(stored).to(value.dtype), value) else value.dtype
-
-
-def _index(state: dict[str, Tensor], origin: Release) -> dict:
-    """Which file holds which tensor, as the hub wants it."""
-    where = dict.fromkeys(state, WEIGHTS) | dict.fromkeys(origin.autoencoder_tensors, AUTOENCODER)
-    size = sum(x.numel() * x.element_size() for x in state.values())
-    size += sum(t.end - t.begin for t in origin.autoencoder_tensors.values())
-    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}

@@ -24,6 +24,11 @@ ALSO = {
     "vision": ("vit_model.",),
 }
 """What `train.extra_modules` may add to the layers when all weights are trained."""
+LORA_TARGETS = (
+    r"language_model\.model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
+)
+"""Attention and MLP of both experts: the layers that adapters are put on."""
 TIME_WAVES = 256
 
 

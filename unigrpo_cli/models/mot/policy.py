@@ -7,25 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from unigrpo_cli.episode import GivenImage, GivenText, Prompt
-from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models import lora
 from unigrpo_cli.models.mot.bagel import Release
 from unigrpo_cli.models.mot.codec import Codec
-from unigrpo_cli.models.mot.config import VisionConfig, expert_of
+from unigrpo_cli.models.mot.config import ALSO, LAYERS, LORA_TARGETS, VisionConfig, expert_of
 from unigrpo_cli.models.mot.context import Context
 from unigrpo_cli.models.mot.layers import is_on_host, stream_from_host
 from unigrpo_cli.models.mot.network import MoT, MoTOutput, NoisyImage
 from unigrpo_cli.models.mot.resize import Resize, read_picture
+from unigrpo_cli.models.mot.tokenizer import CLOSE, OPEN, UNKNOWN, token_id
 from unigrpo_cli.models.mot.vision import patchify
+from unigrpo_cli.models.mot.weights import restore_weights, save_model
+from unigrpo_cli.models.policy import Adapter, Finetune
+from unigrpo_cli.models.sharding import fp32_masters, is_sharded, shard, whole
 
-OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
-BOUNDARY = ("<|vision_start|>", "<|vision_end|>")
-UNKNOWN = "<unk>"
 LOOK_BYTES = 12 * 2**20
 """Bytes of the widest activation of a look at noisy images on a CPU.
 
@@ -44,23 +47,6 @@ REASON_FIRST = (
     "answer here"
 )
 """What BAGEL was taught to expect before it paints, and before it answers; the spaces before the newlines too."""
-
-
-def token_id(tokenizer: Tokenizer, name: str) -> int:
-    """The id of a special token.
-
-    Raises:
-        WeightsError: when the tokenizer does not have it.
-    """
-    found = tokenizer.token_to_id(name)
-    if found is None:
-        raise WeightsError(f"the tokenizer lacks {name}; models in BAGEL's format need it")
-    return found
-
-
-def boundary_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens before and after an image."""
-    return token_id(tokenizer, BOUNDARY[0]), token_id(tokenizer, BOUNDARY[1])
 
 
 @dataclass(frozen=True)
@@ -119,6 +105,9 @@ class MoTPolicy:
     def decode_text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
+    def has_token(self, text: str) -> bool:
+        return self.tokenizer.token_to_id(text) is not None
+
     def unknown_words(self, text: str) -> list[str]:
         """Words of `text` that the tokenizer cannot express (a word-level one has such; BPE has none)."""
         unknown = self.tokenizer.token_to_id(UNKNOWN)
@@ -168,10 +157,8 @@ class MoTPolicy:
         for there torch keeps freed memory; all too where layers are sharded, for every rank must then make equally
         many passes, and their rows may differ. Nothing is timed and no text counts, so runs repeat to the bit.
         """
-        from unigrpo_cli.models.sharding import is_sharded
-
         rows, copies, latents, _ = image.x_BKND.shape
-        if self.device.type != "cpu" or is_sharded(self.network):
+        if self.device.type != "cpu" or self.is_sharded:
             return max(1, copies)
         tokens = rows * (latents + len(self.network.boundary_ids))
         each = tokens * self.network.config.intermediate_size * self.network.dtype.itemsize
@@ -201,11 +188,11 @@ class MoTPolicy:
     @cached_property
     def resize_to_see(self) -> Resize:
         """How that picture is then brought to what the vision tower takes (the release: 224 to 980 px, by 14)."""
-        vision = self.need_vision()
+        vision = self.require_vision()
         largest = vision.side * vision.patch_size
         return Resize(largest, min(largest, 16 * vision.patch_size), vision.patch_size)
 
-    def need_vision(self) -> VisionConfig:
+    def require_vision(self) -> VisionConfig:
         """The vision tower's sizes.
 
         Raises:
@@ -240,7 +227,7 @@ class MoTPolicy:
 
     def see(self, view_BHWC: Tensor) -> Tensor:
         """Pictures of one size as the text expert reads them."""
-        patch = self.need_vision().patch_size
+        patch = self.require_vision().patch_size
         grid = view_BHWC.shape[1] // patch, view_BHWC.shape[2] // patch
         return self.network.see(patchify(view_BHWC.to(self.device), patch), grid)
 
@@ -278,6 +265,22 @@ class MoTPolicy:
 
     # ----- training
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self.network.dtype
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.network)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return lora.adapter_of(self.network)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.network.named_parameters()
+
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         """Parameters with gradients by expert; each is in exactly one."""
         groups: dict[str, list[nn.Parameter]] = {"text": [], "image": []}
@@ -285,6 +288,41 @@ class MoTPolicy:
             if parameter.requires_grad:
                 groups[expert_of(name)].append(parameter)
         return groups
+
+    def finetune(self, wanted: Finetune) -> MoTPolicy:
+        """Choose what is trained and keep the reference: adapters, or a frozen copy of the present weights.
+
+        What is trained is kept in fp32, whatever the network computes in: updates of the sizes used here are lost to
+        bf16's rounding.
+
+        Raises:
+            UsageError: when `wanted.extra_modules` names a part that this model does not have.
+        """
+        network = self.network
+        network.activation_checkpointing = wanted.activation_checkpointing
+        if not wanted.full and lora.adapter_of(network) is None:
+            lora.add_adapters(network, LORA_TARGETS, wanted.lora_rank, wanted.lora_alpha, wanted.seed)
+        elif not wanted.full:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+        else:
+            if network.config.vision is None and {"connector", "vision"} & set(wanted.extra_modules):
+                raise UsageError("train.extra_modules: this model has no vision tower and no connector to train")
+            prefixes = (LAYERS, *(prefix for name in wanted.extra_modules for prefix in ALSO[name]))
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(name.startswith(prefixes))
+        for expert, parameters in self.trainable().items():
+            for parameter in parameters:
+                parameter.requires_grad_(expert in wanted.experts)
+        if not wanted.full:
+            return self
+        policy = self.with_frozen_copy(on_host=wanted.reference_on_host)
+        if wanted.shard_over > 1:
+            assert policy.frozen is not None
+            for one in (policy.frozen, network):
+                shard(one, list(one.language_model.model.layers), wanted.shard_over)
+        fp32_masters(network)
+        return policy
 
     def with_frozen_copy(self, on_host: bool = False) -> MoTPolicy:
         """The same policy with its present weights kept as the reference, in the dtype they have now.
@@ -316,7 +354,73 @@ class MoTPolicy:
         if self.frozen is not None:
             yield replace(self, network=self.frozen, frozen=None)
             return
-        from unigrpo_cli.models.lora import adapters_off
-
-        with adapters_off(self.network):
+        with lora.adapters_off(self.network):
             yield self
+
+    def widened(self) -> MoTPolicy:
+        """A copy that computes in fp32, without a reference."""
+        return replace(self, network=copy.deepcopy(self.network).float(), frozen=None)
+
+    @contextmanager
+    def gathered(self) -> Iterator[MoTPolicy]:
+        """The policy with whole weights, to sample with: no pass waits for other ranks, whatever each one writes.
+
+        A copy in the dtypes that the layers compute in, so it says what the sharded one would; gone afterwards. A
+        policy that is not sharded is given as it is.
+        """
+        if not self.is_sharded:
+            yield self
+            return
+        state = {}
+        for name, value in self.network.state_dict().items():
+            value = value.detach()
+            if name.startswith(LAYERS) and value.ndim == 2:  # a matrix is cast where it is used, a norm's weight is not
+                value = value.to(self.dtype)
+            state[name] = whole(value)
+        yield replace(self, network=self._network_of(state).requires_grad_(False), frozen=None)
+
+    def gathered_on_host(self, keep: bool) -> MoTPolicy:
+        """The policy with whole weights in host memory, to be saved; of one that is not sharded, itself.
+
+        Args:
+            keep: False on ranks that only take part: their weights come to nothing.
+        """
+        if not self.is_sharded:
+            return self
+        state = {}
+        for name, value in self.network.state_dict().items():
+            full = whole(value.detach())
+            if keep:
+                state[name] = full.cpu()
+        network = self._network_of(state, strict=keep)
+        trained = {name for name, p in self.network.named_parameters() if p.requires_grad}
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return replace(self, network=network, frozen=None)
+
+    def _network_of(self, state: dict[str, Tensor], strict: bool = True) -> MoT:
+        """Another network of these sizes with weights of its own."""
+        with torch.device("meta"):
+            network = MoT(self.network.config, self.network.boundary_ids)
+        network.load_state_dict(state, strict=strict, assign=True)
+        return network.train(False)
+
+    # ----- files
+
+    def save(self, directory: Path, base: str, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter on `base` where there is one, else a complete model directory (see `weights.save_model`).
+
+        Raises:
+            WeightsError: when the files that the model came with cannot be copied.
+        """
+        if self.adapter is not None:
+            lora.save_adapters(self.network, directory, base)
+            return
+        prompt = self.system_prompt or ""
+        save_model(self.network, self.tokenizer, directory, origin=self.release, system_prompt=prompt, dtype=dtype)
+
+    def load_adapter(self, directory: Path) -> None:
+        lora.load_adapters(self.network, directory)
+
+    def restore(self, directory: Path) -> None:
+        restore_weights(self.network, directory)

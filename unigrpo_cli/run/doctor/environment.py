@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires
 
 import torch
@@ -47,7 +45,7 @@ def bf16(e: Evidence) -> Outcome:
         return skipped("only on a GPU")
     if e.replayed is None or not e.writes or not e.coarse:
         return skipped("the network computes in fp32" if not e.coarse else "no words are replayed")
-    needed = 4 * sum(p.numel() for p in e.policy.network.parameters())
+    needed = 4 * sum(p.numel() for _, p in e.policy.named_parameters())
     if torch.cuda.mem_get_info(e.policy.device)[0] < 1.5 * needed:
         return skipped("no room for the network in fp32 beside itself")
     return judged(_from_wide(e), BF16_TEXT, "largest difference of a word's log-probability, bf16 and fp32")
@@ -58,7 +56,7 @@ def _from_wide(e: Evidence) -> float:
     """Largest difference of the first micro-batch's words from those of the same weights in fp32, nats."""
     assert e.replayed is not None
     m = e.replayed.batches[0]
-    wide = replace(e.policy, network=copy.deepcopy(e.policy.network).float(), frozen=None)
+    wide = e.policy.widened()
     scores = train.replay(wide, m.batch, image=False)
     mask = m.batch.actions.mask_BL
     return float((scores.log_prob_BL - m.old_apart.log_prob_BL)[mask].abs().max())

@@ -11,7 +11,7 @@ from torch import Tensor
 from unigrpo_cli.algo.flow import Window
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, flatten
-from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.run.doctor.recorder import Account, Look
@@ -169,7 +169,7 @@ class Evidence:
     trouble: dict[str, str] = field(default_factory=dict)
 
     @property
-    def policy(self) -> MoTPolicy:
+    def policy(self) -> TrainablePolicy:
         return self.state.policy
 
     @property
@@ -186,7 +186,7 @@ class Evidence:
     @property
     def coarse(self) -> bool:
         """Whether the network computes in less than fp32."""
-        return torch.finfo(self.policy.network.dtype).bits < 32
+        return torch.finfo(self.policy.dtype).bits < 32
 
     def painting(self, episode: Episode) -> list[Look]:
         """The looks at an episode's last image while it was painted: those nearest to what is recorded."""

@@ -238,7 +238,7 @@ def _replay(
         _forget_gradients(witness)
     witness.take()
     largest = looked.largest() if looked.found else {}
-    named = {n: largest.get(id(p)) for n, p in witness.policy.network.named_parameters() if p.requires_grad}
+    named = {n: largest.get(id(p)) for n, p in witness.policy.named_parameters() if p.requires_grad}
     rows = [rows_of(m, episodes) for m in batches]
     return Replayed(shares, rows, accounts, of_reference, terms, named, by_term, pushes)
 
@@ -305,7 +305,7 @@ def _with_own_advantages(shares: list[list[MicroBatch]], scale: float = 1.0) -> 
 
 
 def _forget_gradients(witness: Recorder) -> None:
-    for parameter in witness.policy.network.parameters():
+    for _, parameter in witness.policy.named_parameters():
         parameter.grad = None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unigrpo_cli.models.mot.context import Context
 from unigrpo_cli.models.mot.network import MoTOutput, NoisyImage
-from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import TrainablePolicy
 
 Item = int | str
 Told = tuple[Item, ...]
@@ -96,7 +96,7 @@ class _Read:
 class Recorder:
     """A policy that is watched. Whatever is not defined here is the policy's own."""
 
-    def __init__(self, policy: MoTPolicy):
+    def __init__(self, policy: TrainablePolicy):
         self.policy = policy
         self.accounts: list[Account] = []
         self.of_reference: list[Account] = []
@@ -107,9 +107,9 @@ class Recorder:
         return getattr(self.policy, name)
 
     @property
-    def as_policy(self) -> MoTPolicy:
+    def as_policy(self) -> TrainablePolicy:
         """Itself, for signatures that name the class."""
-        return cast(MoTPolicy, self)
+        return cast(TrainablePolicy, self)
 
     def take(self) -> tuple[list[Account], list[Account]]:
         """What was seen of the policy and of its reference since the last call."""

@@ -204,7 +204,7 @@ def gradients(e: Evidence) -> Outcome:
         "text": e.writes or (e.paints and e.config.objective.grad_through_context),
         "image": e.paints,
     }
-    by_id = {id(p): name for name, p in e.policy.network.named_parameters()}
+    by_id = {id(p): name for name, p in e.policy.named_parameters()}
     largest = {}
     for expert, own in trained.items():
         if e.config.train.experts not in ("both", expert):
@@ -306,4 +306,4 @@ def _fresh(e: Evidence) -> bool:
     """Whether the policy is where its reference is: a frozen copy just made, or adapters that do nothing yet."""
     if e.config.train.finetune == "full":
         return e.state.step == 0
-    return not any(bool(p.any()) for name, p in e.policy.network.named_parameters() if "lora_B" in name)
+    return e.policy.adapter is None or e.policy.adapter.idle

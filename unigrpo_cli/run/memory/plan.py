@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.config import Config, with_values
-from unigrpo_cli.errors import NotFetchedError, TooLargeError, UsageError
-from unigrpo_cli.models.hub import locate
-from unigrpo_cli.models.mot.bagel import read_release
-from unigrpo_cli.models.mot.config import BAGEL, BAGEL_AUTOENCODER, BAGEL_NETWORK, AutoencoderConfig, MoTConfig
+from unigrpo_cli.errors import TooLargeError, UsageError
+from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.mot.config import AutoencoderConfig, MoTConfig
 from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.run.memory import (
     ACCELERATOR,
@@ -201,14 +200,13 @@ def _with_pictures(work: Workload) -> Workload:
 
 def _sizes(base: str, fetch: bool) -> tuple[MoTConfig, AutoencoderConfig | None, bool]:
     """Network and autoencoder of a model, and whether they are only the published release's, which is not here."""
-    try:
-        directory, file = locate(base, fetch)
-    except NotFetchedError:
-        if base != BAGEL:
-            raise
-        return BAGEL_NETWORK, BAGEL_AUTOENCODER, True
-    release = read_release(directory, file).refuse_problems()
-    return release.config, release.autoencoder, False
+    family, sizes, published = MODELS.sizes(base, fetch=fetch)
+    if sizes is None:
+        raise UsageError(
+            f"the memory of models of family {family.name} is not estimated; give sampling.batch_size and leave out "
+            "--dry-run"
+        )
+    return sizes.network, sizes.autoencoder, published
 
 
 def _memory_of(device: torch.device) -> float:

@@ -1,0 +1,49 @@
+"""Families of models: who recognises a directory, and a family that a stranger brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.models.family import MODELS, ModelRegistry
+from unigrpo_cli.models.hub import embedded_directory
+from unigrpo_cli.models.mot.family import MoTFamily
+
+
+def test_the_embedded_model_is_found_by_its_name() -> None:
+    found = MODELS.find("embedded")
+    assert found.family.name == "mot"
+    assert found.directory == embedded_directory()
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("adapter_config.json", "is an adapter: give its base with --model, and it with --adapter"),
+        ("model_index.json", r"is a model of no known family \(mot: it is a diffusers pipeline\)"),
+        ("config.json", r"is a model of no known family \(mot: it has neither llm_config.json nor ema.safetensors\)"),
+        ("README.md", "is a model of no known family"),
+        ("ema.safetensors", "is not a complete model: llm_config.json is missing"),
+    ],
+)
+def test_a_directory_that_cannot_be_loaded_is_named(tmp_path: Path, file: str, says: str) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(WeightsError, match=says):
+        MODELS.sizes(str(tmp_path))
+
+
+def test_each_family_says_why_it_takes_no_directory(tmp_path: Path) -> None:
+    class Other(MoTFamily):
+        name = "other"
+
+        def reject(self, directory: Path) -> str | None:
+            return "no painter in it"
+
+    registry = ModelRegistry()
+    registry.add(Other())
+    with pytest.raises(WeightsError, match=r"\(other: no painter in it; mot: it has neither"):
+        registry.find(str(tmp_path))
+    with pytest.raises(UsageError, match="two model families are named 'mot'"):
+        registry.add(type("Mine", (Other,), {"name": "mot"})())

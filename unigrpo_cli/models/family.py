@@ -1,0 +1,166 @@
+"""Model families: which one a model directory belongs to, and what it says of the model before loading it.
+
+A family enters by an entry point of group `unigrpo.models` (name = family, value = `module:object`) or by the hook
+`unigrpo_register_models`; ours is an entry point like any other. Importing a family must not import torch: `inspect`
+and the dry run read headers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from unigrpo_cli.errors import NotFetchedError, UnigrpoError, UsageError, WeightsError
+from unigrpo_cli.io.entry_points import OURS, distribution, installed
+from unigrpo_cli.models.hub import locate
+
+if TYPE_CHECKING:
+    import torch
+
+    from unigrpo_cli.models.policy import TrainablePolicy
+
+GROUP = "unigrpo.models"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the headers of a model say.
+
+    Args:
+        facts: as JSON, for `inspect --json`.
+        lines: the same for people.
+        problems: one line each; empty when the model can be loaded.
+        sizes: as `ModelFamily.sizes`.
+    """
+
+    facts: dict[str, Any]
+    lines: Sequence[str]
+    problems: Sequence[str]
+    sizes: Any = None
+
+
+class ModelFamily(Protocol):
+    """Models of one form. `weights_file` names the network's file where a directory holds several.
+
+    `sizes` and `published` give what `run/memory` plans with, of a model that is here and of one on the hub that is
+    not; None where the family has no plan of memory. What is trained, and how it is saved, is the policy's
+    (`models.policy.TrainablePolicy`).
+    """
+
+    name: str
+    hub_files: tuple[str, ...]
+    """Patterns of the files that are fetched of a model on the hub."""
+
+    def reject(self, directory: Path) -> str | None:
+        """Why a directory is not of this family; None when it is, whole or damaged."""
+        ...
+
+    def load(
+        self,
+        directory: Path,
+        weights_file: str | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_tile_rows: int,
+    ) -> TrainablePolicy:
+        """The policy, its weights frozen. Raises WeightsError for files that are missing, damaged or unfit."""
+        ...
+
+    def audit(self, directory: Path, weights_file: str | None) -> Audit: ...
+
+    def digest(self, directory: Path, weights_file: str | None) -> str:
+        """A digest that tells these weights from others at little cost."""
+        ...
+
+    def sizes(self, directory: Path, weights_file: str | None) -> Any: ...
+
+    def published(self, model: str) -> Any: ...
+
+    def defaults(self, sizes: Any) -> dict[str, Any]:
+        """Settings that the model brings: `preset`, `dtype`, `sampling`; with None the usual ones."""
+        ...
+
+
+class Found(NamedTuple):
+    """A model that is here, and its family."""
+
+    family: ModelFamily
+    directory: Path
+    weights_file: str | None
+
+
+@dataclass
+class ModelRegistry:
+    """All known families. Entry points are imported when the first model is looked for."""
+
+    _families: dict[str, ModelFamily] = field(default_factory=dict)
+    _broken: dict[str, str] = field(default_factory=dict)
+    _loaded: bool = False
+
+    def add(self, family: ModelFamily) -> None:
+        """Add a family; for `unigrpo_register_models`.
+
+        Raises:
+            UsageError: when another family has its name.
+        """
+        own = self._families.setdefault(family.name, family)
+        if type(own) is not type(family):
+            raise UsageError(f"two model families are named {family.name!r}; rename or uninstall one")
+
+    def families(self) -> list[ModelFamily]:
+        if not self._loaded:
+            self._loaded = True
+            points = list(installed(GROUP))
+            if not any(distribution(point)[0] == OURS for point in points):  # run from a checkout, not installed
+                points.append(EntryPoint("mot", "unigrpo_cli.models.mot.family:MoTFamily", GROUP))
+            for point in points:
+                try:
+                    self.add(point.load()())
+                except UnigrpoError:
+                    raise
+                except (Exception, SystemExit) as error:  # a broken plugin must not break other families
+                    self._broken[point.name] = f"{distribution(point)[0]} failed: {type(error).__name__}: {error}"
+        return list(self._families.values())
+
+    def find(self, model: str, fetch: bool = True) -> Found:
+        """A model by `embedded`, path or hub id, and the family that recognises it.
+
+        Raises:
+            WeightsError: when there is no such model or no family recognises it; NotFetchedError without `fetch`, for
+                a model of the hub that is not on this machine.
+        """
+        patterns = [pattern for family in self.families() for pattern in family.hub_files]
+        directory, weights_file = locate(model, patterns, fetch)
+        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+            raise WeightsError(f"{directory} is an adapter: give its base with --model, and it with --adapter")
+        reasons = dict(self._broken)
+        for family in self.families():
+            reason = family.reject(directory)
+            if reason is None:
+                return Found(family, directory, weights_file)
+            reasons[family.name] = reason
+        known = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none is installed"
+        raise WeightsError(f"{directory} is a model of no known family ({known})")
+
+    def sizes(self, model: str, weights_file: str | None = None, fetch: bool = True) -> tuple[ModelFamily, Any, bool]:
+        """Family and sizes of a model, and whether they are only the published ones of a model that is not here.
+
+        Raises:
+            WeightsError: as `find`, and when the model's files are damaged.
+        """
+        try:
+            found = self.find(model, fetch)
+        except NotFetchedError:
+            for family in self.families():
+                if (sizes := family.published(model)) is not None:
+                    return family, sizes, True
+            raise
+        return found.family, found.family.sizes(found.directory, weights_file or found.weights_file), False
+
+
+MODELS = ModelRegistry()
+"""The families of this process."""
