@@ -1,4 +1,4 @@
-"""Answers that were given before, in a SQLite file. A convenience: whatever befalls it, the run goes on."""
+"""Earlier answers of a judge in a SQLite file. A fault of the file never stops a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def default_path() -> Path:
 
 
 def key_of(**facts: Any) -> str:
-    """sha256 of all that decides an answer."""
+    """SHA-256 of all facts that decide an answer."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class AnswerCache:
-    """JSON by key. Threads and processes may share the file."""
+    """JSON values by key. Threads and processes may share the file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,12 +39,12 @@ class AnswerCache:
         self._off = False
 
     def get(self, key: str) -> Any:
-        """What was put under the key, or None."""
+        """The value of a key, or None."""
         row = self._with(lambda db: db.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone())
         try:
             return None if row is None else json.loads(row[0])
         except (ValueError, TypeError, RecursionError):
-            return None  # a damaged row is asked for again, and written over
+            return None  # a damaged row is asked again and overwritten
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         row = (key, json.dumps(value), time.time())
@@ -56,7 +56,7 @@ class AnswerCache:
             self._shut()
 
     def _with(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Work on the open file. A second time when the first found it damaged and it was moved aside."""
+        """Run `work` on the open file; once more on a new file when the old one was damaged."""
         with self._lock:
             for _ in range(2):
                 if self._off:
@@ -65,9 +65,9 @@ class AnswerCache:
                     if self._db is None:
                         self._db = self._open()
                     return work(self._db)
-                except (sqlite3.OperationalError, OSError) as error:  # full, locked, not ours to write
+                except (sqlite3.OperationalError, OSError) as error:  # full, locked, not writable
                     self._give_up(error)
-                except sqlite3.DatabaseError as error:  # no database, or a damaged one
+                except sqlite3.DatabaseError as error:  # not a database, or a damaged one
                     self._move_aside(error)
             return None
 
@@ -92,18 +92,18 @@ class AnswerCache:
     def _give_up(self, error: Exception) -> None:
         self._off = True
         self._shut()
-        warnings.warn(
-            f"the judge's cache {self.path} is off from here on: {error}; every question is asked", stacklevel=4
-        )
+        warnings.warn(f"the judge's cache {self.path} is off from here on: {error}", stacklevel=4)
 
     def _move_aside(self, error: Exception) -> None:
         self._shut()
         aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
         try:
             self.path.rename(aside)
-            for tail in ("-wal", "-shm"):  # they belong to the old file and would spoil the new one
+            for tail in ("-wal", "-shm"):  # they belong to the old file and would corrupt the new one
                 self.path.with_name(self.path.name + tail).unlink(missing_ok=True)
         except OSError as also:
             self._give_up(also)
             return
-        warnings.warn(f"the judge's cache was damaged ({error}); moved to {aside}, begun anew", stacklevel=4)
+        warnings.warn(
+            f"the judge's cache was damaged ({error}); it was moved to {aside} and a new one begins", stacklevel=4
+        )

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint: which way of answering it masters, and many questions at once."""
+"""A judge behind an endpoint: find its model and the way it can answer, then ask many questions in parallel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unigrpo_plugins.judge_cache import AnswerCache, key_of
 from unigrpo_plugins.judge_client import Answer, Endpoint, RefusedError, UnansweredError, in_parallel
 from unigrpo_plugins.judge_modes import (
     Form,
-    Matter,
+    Question,
     Rating,
     Reading,
     Rubric,
@@ -27,7 +27,7 @@ from unigrpo_plugins.judge_modes import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-JPEG_ABOVE, JPEG_QUALITY = 512, 90  # pixels of the longer side: beyond it PNG is heavy to send
+JPEG_ABOVE, JPEG_QUALITY = 512, 90  # pixels of the longer side; a larger PNG is slow to send
 
 
 def data_url(image: Image) -> str:
@@ -45,8 +45,8 @@ class EndpointJudge:
     """Asks one model at one endpoint in one form.
 
     Args:
-        extra: fields merged into every request; null takes one out.
-        cache: of earlier answers, or None.
+        extra: fields merged into every request; null removes a field.
+        cache: earlier answers, or None.
     """
 
     def __init__(
@@ -64,18 +64,20 @@ class EndpointJudge:
         self.repeats = 0
         self._lock = threading.Lock()
 
-    def read(self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool) -> list[Reading]:
-        """A reading for each (number of a picture, matter). What is the same is asked once.
+    def read(
+        self, pictures: Sequence[Image], asked: Sequence[tuple[int, Question]], *, remember: bool
+    ) -> list[Reading]:
+        """A reading for each (number of a picture, question). Equal requests are sent once.
 
         Args:
-            remember: whether to use the cache.
+            remember: use the cache.
 
         Raises:
-            RewardError: when the judge refuses, or is gone.
+            RewardError: when the judge refuses or no longer answers.
         """
         urls = [data_url(picture) for picture in pictures]
         cache = self.cache if remember else None
-        bodies = [request(self.model, urls[k], matter, self.form, self.extra) for k, matter in asked]
+        bodies = [request(self.model, urls[k], question, self.form, self.extra) for k, question in asked]
         keys = [key_of(url=self.endpoint.url, body=body) for body in bodies]
         unique = dict(zip(keys, bodies, strict=True))
         self.repeats += len(keys) - len(unique)
@@ -120,21 +122,21 @@ class EndpointJudge:
         return replace(reading, call={"tries": 0})
 
 
-def request(model: str, picture: str, matter: Matter, form: Form, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of one chat completion. One message, for not every template knows a system's."""
+def request(model: str, picture: str, question: Question, form: Form, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of one chat completion: one message, because not every template has a system message."""
     content = [
         {"type": "image_url", "image_url": {"url": picture}},
-        {"type": "text", "text": fenced(matter, form.tail)},
+        {"type": "text", "text": fenced(question, form.tail)},
     ]
     body = {"model": model, "messages": [{"role": "user", "content": content}], **form.fields(), **extra}
     return {name: value for name, value in body.items() if value is not None}
 
 
 def find_model(endpoint: Endpoint, model: str | None) -> str:
-    """The model that was named, or the only one that is served; sees that the server is there.
+    """The named model, or the server's only one.
 
     Raises:
-        RewardError: when it is not there, or it is unclear which.
+        RewardError: when the server does not answer, or serves several.
     """
     try:
         served = endpoint.models()
@@ -156,10 +158,10 @@ def find_model(endpoint: Endpoint, model: str | None) -> str:
 def find_form(
     endpoint: Endpoint, model: str, mode: str, axes: Mapping[str, float], extra: Mapping[str, Any]
 ) -> tuple[Form, str]:
-    """The first way of answering that the judge masters, and what became of those before it.
+    """The first way of answering that works, and why those before it do not.
 
     Raises:
-        RewardError: when it masters none that the mode can use.
+        RewardError: when none of the mode works.
     """
     rubric = Rubric(axes)
     forms: dict[str, tuple[Form, ...]] = {
@@ -171,23 +173,23 @@ def find_form(
     }
     picture, failed = data_url(_probe_picture()), []
     for form in forms[mode]:
-        body = request(model, picture, Matter("a red square"), form, extra)
+        body = request(model, picture, Question("a red square"), form, extra)
         try:
             reading = form.read(endpoint.ask(body))
         except RefusedError as error:
             if error.status not in (400, 422):
                 raise
             failed.append(f"{form.name}: {error}")
-        except UnansweredError as error:  # a judge that is busy now must not become another judge for the whole run
+        except UnansweredError as error:  # a busy judge must not get another mode for the whole run
             raise RewardError(
-                f"judge {endpoint.url} ({model}) does not answer: {error}; start again when it does, or give it "
-                "longer with @deadline_s= and @attempts="
+                f"judge {endpoint.url} ({model}) does not answer: {error}; start again when it does, or set a "
+                "larger @deadline_s or @attempts"
             ) from error
         else:
             if not reading.why:
                 return form, "; ".join(failed)
             failed.append(f"{form.name}: {reading.why}")
-    remedy = "a judge that thinks before it answers must not: see @body" if mode == "auto" else "try @mode=auto"
+    remedy = "turn a model's thinking off with @body" if mode == "auto" else "try @mode=auto"
     raise RewardError(f"judge {endpoint.url} ({model}) cannot be used with @mode={mode}: {'; '.join(failed)}; {remedy}")
 
 

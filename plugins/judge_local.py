@@ -1,4 +1,4 @@
-"""A judge on this machine: an image-text-to-text model of transformers, one forward and no generation."""
+"""A judge on this machine: an image-text-to-text model of transformers. One forward pass, no generation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.judge_modes import LEAST_MASS, Matter, Reading, YesNoOdds, fenced, no_opinion, word_of
+from unigrpo_plugins.judge_modes import LEAST_MASS, Question, Reading, YesNoOdds, fenced, no_opinion, word_of
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 
-class SeeingModel:
-    """A model with its processor; `move` finds it through `to`."""
+class VisionLanguageModel:
+    """A model with its processor."""
 
     def __init__(self, model: Any, processor: Any, device: str):
         self.model, self.processor, self.device = model, processor, device
@@ -27,23 +27,25 @@ class SeeingModel:
 
 
 class LocalJudge:
-    """P(yes) against P(no) of the next token, over all tokens that spell either word."""
+    """P(yes) / (P(yes) + P(no)) of the next token, over all tokens that spell either word."""
 
     def __init__(self, context: RewardContext, model: str, precision: str, batch_size: int):
-        """Raises RewardError when the model cannot be had or cannot be asked."""
+        """Raises RewardError when the model cannot be loaded or has no token for yes or no."""
         self.form = YesNoOdds()
         self.model, self.batch_size = model, batch_size
         self.pictures = 0
         self._shared, self._key = context.shared, ("image-text-to-text", model, precision)
-        self._seeing: SeeingModel = context.shared.get(self._key, lambda: load(context, model, precision))
+        self._vlm: VisionLanguageModel = context.shared.get(self._key, lambda: load(context, model, precision))
         try:
-            self._words = [_ids_of(self._seeing.processor.tokenizer, word, model) for word in ("yes", "no")]
+            self._words = [_ids_of(self._vlm.processor.tokenizer, word, model) for word in ("yes", "no")]
         except BaseException:
             context.shared.release(self._key)
             raise
 
-    def read(self, pictures: Sequence[Image], asked: Sequence[tuple[int, Matter]], *, remember: bool) -> list[Reading]:
-        """A reading for each (number of a picture, matter), in batches of pictures of one size."""
+    def read(
+        self, pictures: Sequence[Image], asked: Sequence[tuple[int, Question]], *, remember: bool
+    ) -> list[Reading]:
+        """A reading for each (number of a picture, question), in batches of pictures of one size."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for at, (k, _) in enumerate(asked):
             by_size.setdefault(pictures[k].size, []).append(at)
@@ -62,20 +64,20 @@ class LocalJudge:
     def close(self) -> None:
         self._shared.release(self._key)
 
-    def _batch(self, rows: Sequence[tuple[Image, Matter]]) -> list[Reading]:
+    def _batch(self, rows: Sequence[tuple[Image, Question]]) -> list[Reading]:
         import torch
 
-        processor, model = self._seeing.processor, self._seeing.model
-        texts = [self._text(matter) for _, matter in rows]
+        processor, model = self._vlm.processor, self._vlm.model
+        texts = [self._text(question) for _, question in rows]
         begin = getattr(processor.tokenizer, "bos_token", None)
         inputs = processor(
             text=texts,
             images=[[image] for image, _ in rows],
             padding=True,
-            padding_side="left",  # so that the next token is that of the last column for all
-            add_special_tokens=not (begin and texts[0].startswith(begin)),  # most templates begin with it: not twice
+            padding_side="left",  # the next token of every row is then that of the last column
+            add_special_tokens=not (begin and texts[0].startswith(begin)),  # most templates begin with it
             return_tensors="pt",
-        ).to(self._seeing.device, dtype=model.dtype)
+        ).to(self._vlm.device, dtype=model.dtype)
         last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         with torch.inference_mode():
             logits_BV = model(**inputs, **last).logits[:, -1].float()
@@ -84,16 +86,16 @@ class LocalJudge:
             value_B, mass_B = torch.sigmoid(yes_B - no_B), torch.logaddexp(yes_B, no_B).exp()
         return [_reading(value, mass) for value, mass in zip(value_B.tolist(), mass_B.tolist(), strict=True)]
 
-    def _text(self, matter: Matter) -> str:
-        """The conversation up to the answer. Special tokens in what is judged would act here: taken apart."""
-        safe = Matter(self._inert(matter.text), matter.stem, matter.asked)
+    def _text(self, question: Question) -> str:
+        """The conversation up to the answer. Special tokens in the judged text are broken up."""
+        safe = Question(self._inert(question.text), question.stem, question.asked)
         content = [{"type": "image"}, {"type": "text", "text": fenced(safe, self.form.tail)}]
-        return self._seeing.processor.apply_chat_template(
+        return self._vlm.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
 
     def _inert(self, text: str) -> str:
-        tokenizer = self._seeing.processor.tokenizer
+        tokenizer = self._vlm.processor.tokenizer
         for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
             if len(token) > 1 and not token.isspace():
                 text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -104,15 +106,15 @@ def _reading(value: float, mass: float) -> Reading:
     if value != value:
         return Reading(value, why="the model's logits are NaN")
     if mass < LEAST_MASS:
-        return no_opinion(f"yes and no have a probability of {mass:.2g} in all")
+        return no_opinion(f"yes and no have a probability of {mass:.2g} together")
     return Reading(value, {"mass": mass})
 
 
-def load(context: RewardContext, name: str, precision: str) -> SeeingModel:
-    """The model of a hub id or directory, from safetensors, with no code of its own.
+def load(context: RewardContext, name: str, precision: str) -> VisionLanguageModel:
+    """The model of a hub id or directory, from safetensors; code in its repository is not run.
 
     Raises:
-        RewardError: when it is not to be had, or has no chat template.
+        RewardError: when it cannot be loaded or has no chat template.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -132,11 +134,11 @@ def load(context: RewardContext, name: str, precision: str) -> SeeingModel:
         ) from error
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
         raise RewardError(f"reward 'vlm': {name!r} has no chat template; choose an instruction-tuned model")
-    return SeeingModel(model.eval().to(context.device), processor, context.device)
+    return VisionLanguageModel(model.eval().to(context.device), processor, context.device)
 
 
 def _ids_of(tokenizer: Any, word: str, model: str) -> list[int]:
-    """All tokens that spell a word, in any case and with or without a space before it; each once."""
+    """All tokens that spell a word, in any case, with or without a space before it."""
     ids = sorted({number for token, number in tokenizer.get_vocab().items() if word_of(token) == word})
     if not ids:
         raise RewardError(f"reward 'vlm': the tokenizer of {model!r} has no token for {word!r}; choose another model")

@@ -1,7 +1,7 @@
-"""A vision-language model as judge: does the picture show what was asked for?
+"""A vision-language model as judge: does the picture show what the prompt asks for?
 
-Behind an endpoint (`@url`), on this machine (`@model`), or, with the embedded policy and neither, a stand-in that
-sees the shapes world and speaks the same protocol. See docs/rewards/vlm.md.
+It is behind an endpoint (`@url`) or on this machine (`@model`). The embedded policy needs neither: the shapes world has
+a judge of its own. See docs/rewards/vlm.md.
 """
 
 from __future__ import annotations
@@ -20,50 +20,51 @@ from unigrpo_cli.errors import RewardError
 if TYPE_CHECKING:
     from unigrpo_plugins.judge_endpoint import EndpointJudge
     from unigrpo_plugins.judge_local import LocalJudge
-    from unigrpo_plugins.judge_modes import Reading
+    from unigrpo_plugins.judge_modes import Question, Reading
+    from unigrpo_plugins.judge_shapes import ShapesJudge
 
 AXES = "alignment:2 quality:1"
 
 
 class VlmOptions(Options):
     url: str | None = Field(
-        None, description="of a server with OpenAI's chat completions, e.g. http://localhost:8000/v1"
+        None, description="address of a server with OpenAI's chat completions, e.g. http://localhost:8000/v1"
     )
     model: str | None = Field(
         None,
-        description="with @url: which of its models, default its only one; without: hub id or directory of an "
-        "image-text-to-text model to run here",
+        description="with @url: name of a model of the server, default its only one; without: hub id or directory of "
+        "an image-text-to-text model to run on this machine",
     )
     mode: Literal["auto", "yes_no", "rubric", "checklist", "text"] = Field(
         "auto",
         description="yes_no: P(yes) of the first token; rubric: grades as JSON; checklist: P(yes) of each of the "
-        "prompt's `questions` or GenEval clauses; text: a number from 0 to 10; auto: yes_no where the judge gives "
-        "log-probabilities, else rubric where it follows a schema, else text",
+        "prompt's `questions` or GenEval clauses; text: a number from 0 to 10; auto: yes_no if the judge gives "
+        "log-probabilities, else rubric if it follows a schema, else text",
     )
-    axes: str = Field(AXES, description="of the rubric, with weights")
-    body: str = Field("", description="JSON object merged into every request; null takes a field out")
-    concurrency: int = Field(16, ge=1, le=256, description="questions at once")
-    batch_size: int = Field(64, ge=1, description="samples in one call")
-    connect_timeout_s: float = Field(10.0, gt=0, description="to reach the server")
-    read_timeout_s: float = Field(60.0, gt=0, description="without a byte from it")
-    deadline_s: float = Field(90.0, gt=0, description="for one question with all its tries")
-    attempts: int = Field(12, ge=1, description="tries for one question")
-    backoff_s: float = Field(0.5, ge=0, description="longest wait before the second try; doubles up to 20 s")
-    breaker: int = Field(8, ge=1, description="questions in a row without an answer that stop the run")
+    axes: str = Field(AXES, description="axes of the rubric, with weights")
+    body: str = Field("", description="JSON object merged into every request; null removes a field")
+    concurrency: int = Field(16, ge=1, le=256, description="parallel requests")
+    batch_size: int = Field(64, ge=1, description="samples per call")
+    connect_timeout_s: float = Field(10.0, gt=0, description="limit of seconds to connect")
+    read_timeout_s: float = Field(60.0, gt=0, description="limit of seconds between two reads")
+    deadline_s: float = Field(90.0, gt=0, description="limit of seconds for one question with its retries")
+    attempts: int = Field(12, ge=1, description="limit of tries for one question")
+    backoff_s: float = Field(0.5, ge=0, description="longest wait before the first retry, in seconds; doubles up to 20")
+    breaker: int = Field(8, ge=1, description="stop the run after this many questions in a row without an answer")
     cache: Literal["auto", "on", "off"] = Field(
-        "auto", description="keep answers of a @url in a file; auto: in evaluation, not in training"
+        "auto", description="keep answers of a @url in a file; auto: in evaluation only"
     )
-    price_in: float = Field(0.0, ge=0, description="of a million prompt tokens, for the estimated cost")
-    price_out: float = Field(0.0, ge=0, description="of a million tokens of answers")
+    price_in: float = Field(0.0, ge=0, description="price of a million prompt tokens, for the estimated cost")
+    price_out: float = Field(0.0, ge=0, description="price of a million completion tokens")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="of a model run here; auto: fp32 on a CPU, else bf16"
+        "auto", description="of a model on this machine; auto: fp32 on a CPU, else bf16"
     )
-    local_batch_size: int = Field(8, ge=1, description="pictures in one forward of a model run here")
+    local_batch_size: int = Field(8, ge=1, description="pictures per forward pass of a model on this machine")
 
     @field_validator("cache", mode="before")
     @classmethod
     def _switch(cls, value: Any) -> Any:
-        """YAML, which options are written in, reads on and off as truth values."""
+        """Options are YAML, where on and off are booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("axes")
@@ -87,49 +88,50 @@ class VlmOptions(Options):
 
 
 class VlmReward:
-    """A vision-language model's verdict on picture and prompt; the policy's reasoning is never shown to it."""
+    """A vision-language model's verdict on picture and prompt. It never sees the policy's reasoning."""
 
     name = "vlm"
-    summary = "a vision-language judge: endpoint, local model, or the shapes world's stand-in"
+    summary = "a vision-language judge: behind an endpoint, on this machine, or of the shapes world"
     range = (0.0, 1.0)
     needs = frozenset({"image"})
-    licence = "that of the chosen model or service; stand-in: ours"
+    licence = "that of the chosen model or service; shapes world: ours"
     Options = VlmOptions
 
     def __init__(self, options: VlmOptions):
         self.options = options
         self.batch_size = options.batch_size
-        self.concurrency = 0 if options.model and not options.url else options.concurrency  # 0: computes here
+        self.concurrency = options.concurrency if options.url else 0  # 0: computes on this machine
         self.mode: str = options.mode
-        self.judge: EndpointJudge | LocalJudge | None = None
-        self.server: Any = None
+        self.judge: EndpointJudge | LocalJudge | ShapesJudge | None = None
 
     def __repr__(self) -> str:
         return f"VlmReward(mode={self.mode!r}, model={self.options.model!r})"
 
     def setup(self, context: RewardContext) -> None:
-        """Find the judge and how it can be asked; says which it is.
+        """Open the judge and find the way to ask it.
 
         Raises:
-            RewardError: when there is none, or it cannot be asked in this mode.
+            RewardError: without a judge, or when it cannot answer in this mode.
         """
         o = self.options
         try:
-            if o.url is None and o.model is not None:
-                self._set_up_local(context, o.model)
-            elif o.url is not None or context.embedded:
-                self._set_up_endpoint()
+            if o.url is not None:
+                self._open_endpoint(o.url)
+            elif o.model is not None:
+                self._open_local(context, o.model)
+            elif context.embedded:
+                self._open_shapes()
             else:
                 raise RewardError(
-                    "reward 'vlm': say who judges, e.g. vlm@url=http://localhost:8000/v1@model=NAME, or "
-                    "vlm@model=DIRECTORY for a model run here"
+                    "reward 'vlm': no judge was named; write vlm@url=http://localhost:8000/v1@model=NAME, or "
+                    "vlm@model=DIRECTORY for a model on this machine"
                 )
         except BaseException:
             self.teardown()
             raise
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """In a checklist every prompt has something to check."""
+        """With @mode=checklist every prompt needs questions."""
         from unigrpo_plugins.judge_modes import checklist
 
         for row in metadata if self.mode == "checklist" else ():
@@ -142,17 +144,17 @@ class VlmReward:
                 ) from None
 
     def score(self, batch: RewardBatch) -> RewardOutput:
-        from unigrpo_plugins.judge_modes import Matter
+        from unigrpo_plugins.judge_modes import Question
 
         if self.mode == "checklist":
             return self._score_checklists(batch)
-        readings = self._read(batch, [(k, Matter(prompt)) for k, prompt in enumerate(batch.prompts)])
+        readings = self._read(batch, [(k, Question(prompt)) for k, prompt in enumerate(batch.prompts)])
         assert self.judge is not None
         parts = {p: [r.parts.get(p, math.nan) for r in readings] for p in self.judge.form.parts}
-        return RewardOutput([r.value for r in readings], components=parts, info=[_remarks(r) for r in readings])
+        return RewardOutput([r.value for r in readings], components=parts, info=[_info(r) for r in readings])
 
     def figures(self) -> dict[str, float]:
-        """Calls, tries, tokens, hits, seconds and estimated cost so far; empty before `setup`."""
+        """Calls, retries, tokens, cache hits, seconds and estimated cost so far; empty before `setup`."""
         if self.judge is None:
             return {}
         o, figures = self.options, self.judge.figures()
@@ -164,37 +166,36 @@ class VlmReward:
         if self.judge is not None:
             self.judge.close()
             self.judge = None
-        if self.server is not None:
-            self.server.stop()
-            self.server = None
         if figures:
             shown = (f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in figures.items())
             print(f"vlm: {', '.join(shown)}", file=sys.stderr)
 
-    def _set_up_local(self, context: RewardContext, model: str) -> None:
+    def _open_shapes(self) -> None:
+        from unigrpo_plugins.judge_modes import axes_of
+        from unigrpo_plugins.judge_shapes import ShapesJudge
+
+        self.judge = ShapesJudge(self.mode, axes_of(self.options.axes))
+        self.mode = "yes_no" if self.mode == "auto" else self.mode
+        print(f"vlm: the shapes world's own judge, mode {self.mode}", file=sys.stderr)
+
+    def _open_local(self, context: RewardContext, model: str) -> None:
         from unigrpo_plugins.judge_local import LocalJudge
 
         if self.mode not in ("auto", "yes_no", "checklist"):
             raise RewardError(
-                f"reward 'vlm': a model run here is asked with @mode=yes_no or checklist, not {self.mode}; serve "
-                "it and give its @url for the others"
+                f"reward 'vlm': a model on this machine takes @mode=yes_no or checklist, not {self.mode}; serve it "
+                "and give its @url for the others"
             )
         self.judge = LocalJudge(context, model, self.options.precision, self.options.local_batch_size)
         self.mode = "yes_no" if self.mode == "auto" else self.mode
 
-    def _set_up_endpoint(self) -> None:
+    def _open_endpoint(self, url: str) -> None:
         from unigrpo_plugins import judge_endpoint
         from unigrpo_plugins.judge_cache import AnswerCache, default_path
         from unigrpo_plugins.judge_client import Endpoint, Patience, key_from_environment
         from unigrpo_plugins.judge_modes import axes_of
-        from unigrpo_plugins.judge_server import JudgeServer
 
-        o, url, key = self.options, self.options.url, None
-        if url is None:
-            self.server = JudgeServer().start()
-            url = self.server.url
-        else:
-            key = key_from_environment()  # not for the stand-in: it needs none
+        o = self.options
         patience = Patience(
             connect_s=o.connect_timeout_s,
             read_s=o.read_timeout_s,
@@ -203,25 +204,24 @@ class VlmReward:
             backoff_s=o.backoff_s,
             breaker=o.breaker,
         )
-        endpoint = Endpoint(url, key, patience)
+        endpoint = Endpoint(url, key_from_environment(), patience)
         try:
             model = judge_endpoint.find_model(endpoint, o.model)
-            axes, extra = axes_of(o.axes), json.loads(o.body or "{}")
-            form, before = judge_endpoint.find_form(endpoint, model, o.mode, axes, extra)
+            extra = json.loads(o.body or "{}")
+            form, failed = judge_endpoint.find_form(endpoint, model, o.mode, axes_of(o.axes), extra)
         except BaseException:
             endpoint.close()
             raise
-        # the stand-in's address is new each time: its answers would never be found again
-        cache = AnswerCache(default_path()) if o.cache != "off" and self.server is None else None
+        cache = None if o.cache == "off" else AnswerCache(default_path())
         self.judge = judge_endpoint.EndpointJudge(
             endpoint, model, form, extra=extra, concurrency=o.concurrency, cache=cache
         )
         if o.mode == "auto":
             self.mode = {"logprobs": "yes_no", "json_schema": "rubric", "text": "text"}[form.name]
-        because = f" ({before})" if before else ""
-        print(f"vlm: {model} at {url} is asked by {self.mode}, answers by {form.name}{because}", file=sys.stderr)
+        before = f" ({failed})" if failed else ""
+        print(f"vlm: {model} at {url}, mode {self.mode}, answers by {form.name}{before}", file=sys.stderr)
 
-    def _read(self, batch: RewardBatch, asked: list) -> list[Reading]:
+    def _read(self, batch: RewardBatch, asked: list[tuple[int, Question]]) -> list[Reading]:
         assert self.judge is not None, "setup comes first"
         remember = self.options.cache == "on" or (self.options.cache == "auto" and batch.split == "eval")
         return self.judge.read(batch.images, asked, remember=remember)
@@ -230,29 +230,25 @@ class VlmReward:
         from unigrpo_plugins.judge_modes import KINDS, checklist
 
         lists = [checklist(metadata) for metadata in batch.metadata]
-        asked = [(k, atom.matter()) for k, atoms in enumerate(lists) for atom in atoms]
-        readings = iter(self._read(batch, asked))
+        readings = iter(self._read(batch, [(k, item.asked()) for k, items in enumerate(lists) for item in items]))
         scores, info = [], []
         parts: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for atoms in lists:
-            read = [next(readings) for _ in atoms]
-            values = [atom.value(r) for atom, r in zip(atoms, read, strict=True)]
-            # one open question leaves the whole open: the mean of the rest would be of another checklist
+        for items in lists:
+            own = [(item, next(readings)) for item in items]
+            values = [item.value(reading) for item, reading in own]
+            # NaN stays NaN: a mean over the answered questions would be that of another checklist.
             scores.append(math.fsum(values) / len(values))
             for kind in KINDS:
-                own = [v for atom, v in zip(atoms, values, strict=True) if atom.kind == kind]
-                parts[kind].append(math.fsum(own) / len(own) if own else math.nan)
-            info.append(
-                {
-                    "questions": [
-                        {"question": a.question, "value": None if r.why else v, **_remarks(r)}
-                        for a, v, r in zip(atoms, values, read, strict=True)
-                    ]
-                }
-            )
+                of_kind = [v for item, v in zip(items, values, strict=True) if item.kind == kind]
+                parts[kind].append(math.fsum(of_kind) / len(of_kind) if of_kind else math.nan)
+            rows = [
+                {"question": item.question, "value": None if reading.why else value, **_info(reading)}
+                for (item, reading), value in zip(own, values, strict=True)
+            ]
+            info.append({"questions": rows})
         return RewardOutput(scores, components=parts, info=info)
 
 
-def _remarks(reading: Reading) -> dict[str, Any]:
+def _info(reading: Reading) -> dict[str, Any]:
     facts = {"reason": reading.remark, "abstained": reading.why, "call": dict(reading.call)}
     return {name: fact for name, fact in facts.items() if fact}

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from tests.judge_server import JudgeServer
 from unigrpo_cli.cli import app
 from unigrpo_cli.io.atomic import SUMS, digest_of
 from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
 from unigrpo_cli.models.hub import embedded_directory
-from unigrpo_plugins.judge_server import JudgeServer
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]

@@ -23,6 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import judge_server
+from tests.judge_server import FAULTS, MODEL, Faults, JudgeServer
 from unigrpo_cli import RewardBatch, RewardContext, Sample
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.conformance import check_reward, example_samples
@@ -30,7 +32,7 @@ from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
-from unigrpo_plugins import judge_cache, judge_server
+from unigrpo_plugins import judge_cache
 from unigrpo_plugins.judge_client import (
     Answer,
     Endpoint,
@@ -41,7 +43,7 @@ from unigrpo_plugins.judge_client import (
 )
 from unigrpo_plugins.judge_endpoint import find_model
 from unigrpo_plugins.judge_modes import (
-    Matter,
+    Question,
     Rating,
     Rubric,
     YesNoOdds,
@@ -51,7 +53,6 @@ from unigrpo_plugins.judge_modes import (
     fence_of,
     fenced,
 )
-from unigrpo_plugins.judge_server import FAULTS, MODEL, Faults, JudgeServer
 from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
@@ -102,52 +103,35 @@ def _scores(reward: VlmReward, batch: RewardBatch) -> np.ndarray:
     return np.array(reward.score(batch).scores)
 
 
-# ----- the whole, with the stand-in
+# ----- the reward
 
 
 @pytest.mark.parametrize("mode", ["auto", "rubric", "checklist", "text"])
-def test_it_keeps_the_contract(mode: str) -> None:
+def test_it_keeps_the_contract_and_tells_right_from_wrong(mode: str) -> None:
     plugins = Plugins()
     plugins.load()
-    plugins.rewards.add("vlm", VlmReward, override=True)
     samples = _batch(6).samples
     checks = check_reward(f"vlm@mode={mode}", plugins=plugins, samples=samples)
     assert all(c.ok for c in checks), [c for c in checks if not c.ok]
-    assert len(checks) >= 7
     with Scorer(parse_rewards([f"vlm@mode={mode}"]), plugins, CONTEXT, RewardLimits()) as rewards:
-        scored = rewards.score(samples)["vlm"]
-    right, wrong = scored.scores[1::2], scored.scores[0::2]
-    assert right.min() > 0.9
-    assert wrong.mean() < 0.75
+        scores = rewards.score(samples)["vlm"].scores
+    assert scores[1::2].min() > 0.9
+    assert scores[0::2].mean() < 0.75
 
 
-def test_the_stand_in_lives_as_long_as_the_reward(capsys: pytest.CaptureFixture) -> None:
-    reward = VlmReward(VlmOptions())
-    reward.setup(CONTEXT)
-    port = reward.server.server_address[1]
-    assert reward.mode == "yes_no"
-    reward.teardown()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=1)
-    reward.teardown()
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert "is asked by yes_no, answers by logprobs" in said[0]
-    assert said[1].startswith("vlm: calls 1, ")
+@pytest.mark.parametrize("mode", ["yes_no", "rubric", "checklist", "text"])
+def test_the_embedded_judge_and_a_server_give_the_same_scores(judge: Callable[..., VlmReward], mode: str) -> None:
+    here = VlmReward(VlmOptions(mode=mode))
+    here.setup(CONTEXT)
+    own, served = here.score(_batch(6)), judge(mode=mode).score(_batch(6))
+    assert own.scores == pytest.approx(served.scores, abs=1e-12)
+    assert own.components.keys() == served.components.keys()
+    here.teardown()
 
 
 def test_without_a_judge_it_says_what_to_type() -> None:
     with pytest.raises(RewardError, match=r"vlm@url=http://localhost:8000/v1@model=NAME"):
         VlmReward(VlmOptions()).setup(replace(CONTEXT, embedded=False))
-
-
-def test_what_fails_at_setup_leaves_no_server_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-    real = JudgeServer.start
-    monkeypatch.setattr(JudgeServer, "start", lambda self: started.append(self) or real(self))
-    with pytest.raises(RewardError, match="status 400"):
-        VlmReward(VlmOptions(model=None, mode="rubric", body='{"model": "another"}')).setup(CONTEXT)
-    assert started[0].stopping.is_set()
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
@@ -256,24 +240,6 @@ def test_only_failures_in_a_row_break_it() -> None:
         else:
             with pytest.raises(what):
                 endpoint.ask({})
-
-
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"[]", b"{", b"[" * 9000, b'{"messages": [3]}', b'{"messages": [{"content": [3]}]}']
-    + [json.dumps({"model": MODEL, "messages": [{"content": "hi"}]}).encode()]
-    + [json.dumps({"model": MODEL, "messages": [], "top_logprobs": "x"}).encode()]
-    + [
-        json.dumps({"model": MODEL, "messages": [{"content": [{"type": "image_url", "image_url": url}]}]}).encode()
-        for url in (3, {"url": "http://elsewhere/x.png"}, {"url": "data:image/png;base64,AAAA"}, {"url": "data:,"})
-    ],
-)
-def test_the_stand_in_answers_whatever_it_is_sent(server: JudgeServer, body: bytes) -> None:
-    with httpx2.Client(trust_env=False) as client:
-        response = client.post(f"{server.url}/chat/completions", content=body)
-        assert response.status_code == 400, response.text
-        assert response.json()["error"]["message"]
-        assert client.get(f"{server.url}/elsewhere").status_code == 404
 
 
 def test_no_server_at_all_is_found_at_setup() -> None:
@@ -507,21 +473,6 @@ def test_the_key_is_sent_and_seen_nowhere(
     assert not [data for data in files if SECRET.encode() in data]
 
 
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        (f"http://me:{SECRET}@host/v1", "no user, password"),
-        (f"http://host/v1?api-key={SECRET}", "no user, password"),
-        (f"ftp://host/{SECRET}", "must begin with http"),
-        ("localhost:8000", "must begin with http"),
-    ],
-)
-def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str, says: str) -> None:
-    with pytest.raises(RewardError, match=says) as caught:
-        VlmReward(VlmOptions(url=url)).setup(CONTEXT)
-    assert SECRET not in str(caught.value)
-
-
 def test_a_key_that_no_header_can_carry(monkeypatch: pytest.MonkeyPatch, server: JudgeServer) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\nX-Evil: 1")
     with pytest.raises(RewardError, match="OPENAI_API_KEY holds characters") as caught:
@@ -545,11 +496,11 @@ ATTACKS = (
 
 @pytest.mark.parametrize("text", ATTACKS)
 def test_a_prompt_cannot_leave_its_fence(text: str) -> None:
-    tag, message = fence_of(text, "request"), fenced(Matter(text), "TAIL")
+    tag, message = fence_of(text, "request"), fenced(Question(text), "TAIL")
     head, opening, rest = message.partition(f"\n<{tag}>\n")
     inside, closing, after = rest.partition(f"\n</{tag}>\n")
     assert opening and closing
-    plain = fenced(Matter("a red circle"), "TAIL")
+    plain = fenced(Question("a red circle"), "TAIL")
     assert after == plain.rpartition("</request>\n")[2], "what is asked is the same whatever the prompt says"
     assert head.replace(tag, "request") == plain.partition("\n<request>\n")[0]
     seen = unicodedata.normalize("NFKC", "".join(c for c in inside if unicodedata.category(c) != "Cf"))
@@ -618,7 +569,7 @@ def test_auto_takes_the_best_that_the_judge_can_do(
     reward = judge()
     assert (reward.mode, reward.judge.form.name) == (mode, form)
     said = capsys.readouterr().err
-    assert f"is asked by {mode}, answers by {form}" in said
+    assert f"mode {mode}, answers by {form}" in said
     assert all(f"{feature} is not supported" in said for feature in without)
     assert _scores(reward, _batch(4))[1] > 0.9
 
@@ -669,45 +620,173 @@ def test_the_sampled_token_counts_once_and_counts_when_it_is_not_listed() -> Non
     assert YesNoOdds().read(endpoint.ask({})).value == pytest.approx(0.7)
 
 
+def _object(alignment: Any = 4, quality: Any = 2) -> str:
+    return json.dumps({"reason": "small", "alignment": alignment, "quality": quality})
+
+
+MEAN = (2 * 0.75 + 0.25) / 3
+READ_RUBRICS = {
+    _object(): MEAN,
+    _object(5, 5): 1.0,
+    _object(1, 1): 0.0,
+    f"```json\n{_object()}\n```": MEAN,
+    f"```\n{_object()}\n```\n": MEAN,
+    f"Here it is:\n\n```JSON\n{_object()}\n```\nIt is small.": MEAN,
+    f"Sure! {_object()}": MEAN,
+    f"<think>{_object(1, 1)} or so?</think>{_object()}": MEAN,
+    f"{_object()}\n{_object()}": MEAN,
+    '{"Reason": "", "Alignment": 4, "QUALITY": 2}': MEAN,
+    _object(4.0, "2"): MEAN,
+    _object("4/5", "2 out of 5"): MEAN,
+    _object(4.5, 2): (2 * 0.875 + 0.25) / 3,
+}
+UNREAD_RUBRICS = [
+    "",
+    "[4, 2]",
+    "4, 2",
+    '{"reason": "it go',
+    f"```json\n{_object()[:-9]}",
+    f"{_object()[:-1]}\n```",
+    f"<think>{_object()}",
+    '{"alignment": 4}',
+    '{"alignment": 4, "alignment": 3, "quality": 2}',
+    '{"alignment": NaN, "quality": 2}',
+    f"{_object()} or {_object(3)}",
+    _object(6),
+    _object(0),
+    _object(True),
+    _object("8/10"),
+    _object("4 or 5"),
+    _object(None),
+    _object([4]),
+]
+
+
+@pytest.mark.parametrize("text", [*READ_RUBRICS, *UNREAD_RUBRICS])
+def test_rubrics(text: str) -> None:
+    reading = Rubric(axes_of("alignment:2 quality")).read(Answer(text))
+    assert reading.value == pytest.approx(READ_RUBRICS.get(text, math.nan), nan_ok=True)
+    assert bool(reading.why) == math.isnan(reading.value)
+    if text == _object():
+        assert (reading.remark, reading.parts) == ("small", {"alignment": 0.75, "quality": 0.25})
+
+
+READ_RATINGS = {
+    0.7: ["7", " 7\n", "7.", "7.0", "**7**", "`7`", "# 7", "```\n7\n```", "7/10", "7 / 10", "7 out of 10", "(7/10)"]
+    + [
+        "Score: 7",
+        "score=7",
+        "**Score:** 7",
+        "**Score: 7**",
+        "Score: 7/10",
+        "Rating: 7 out of 10",
+        "Rating: 7 (out of 10)",
+    ]
+    + ["Final score: 7.", "The score is 7.", "Score 7", "Score (0-10): 7", "Score out of 10: 7", "Score\uff1a7", "70%"]
+    + ["Score: 70/100", "I give it 7/10 because it is red.", "Score: 7\n\nTwo of 3 dogs are red.", "7/10\nScore: 7"]
+    + ['{"score": 7}', '{"rating": "7/10", "reason": "3 dogs"}', '```json\n{"Score": 7}\n```', "<think>3/10?</think>7"],
+    0.8: ["4/5", "Score: 4 (out of 5)", "Rating: 4/5 stars", "Score (0-5): 4"],
+    0.75: ["7.5", "7.5/10"],
+    1.0: ["10", "10/10", "5/5", "100%"],
+    0.0: ["0", "0/10"],
+}
+UNREAD_RATINGS = [
+    "",
+    "seven",
+    "\u0667",
+    "I would say 7",
+    "7 dogs",
+    "7 or 8",
+    "7-8",
+    "7 8",
+    "7\n8",
+    "11",
+    "-3",
+    "1e1",
+    "7\u00bd",
+]
+UNREAD_RATINGS += [
+    "7/10 or 8/10",
+    "7/10, 3/10",
+    "between 6 and 8/10",
+    "6-8/10",
+    "12/10",
+    "10/5",
+    "150%",
+    "7,5",
+    "7,5/10",
+]
+UNREAD_RATINGS += ["7/", "7/1", "7 out of", "3/4", "7/1000", "7/10/2024", "1/10.5", "4 stars", "Score: 4 stars"]
+UNREAD_RATINGS += [
+    "Score: 11",
+    "Score: -3",
+    "Score: 10.5",
+    "Score: 6-7",
+    "Score: 7 or 8",
+    "Score: 7\nScore: 8",
+    "Score: 7,5",
+]
+UNREAD_RATINGS += [
+    "Score: 7 (8/10 for colour)",
+    "Score (1-5): 4",
+    "Score (1-10): 7",
+    "Score out of 7: 6",
+    "Score: seven",
+]
+UNREAD_RATINGS += [
+    '{"score": 7',
+    '{"score": 7, "rating": 8}',
+    '{"score": true}',
+    '{"score": [7]}',
+    "<think>7",
+    "<think>7/10",
+]
+
+
+@pytest.mark.parametrize(("text", "value"), [(t, v) for v, texts in READ_RATINGS.items() for t in texts])
+def test_clear_ratings(text: str, value: float) -> None:
+    assert Rating().read(Answer(text)).value == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", UNREAD_RATINGS)
+def test_unclear_ratings_are_no_opinion(text: str) -> None:
+    reading = Rating().read(Answer(text))
+    assert math.isnan(reading.value) and reading.why
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
+    [("7", math.nan), ("Score: 7", math.nan), ("Score: 7/1", math.nan), ("7/10", math.nan), ("Score: 7\nThe dog", 0.7)],
+)
+def test_a_number_at_the_limit_of_tokens_may_lack_digits(text: str, value: float) -> None:
+    assert Rating().read(Answer(text, finish="length")).value == pytest.approx(value, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("texts", "value"),
     [
-        ('{"reason": "small", "alignment": 4, "quality": 2}', (2 * 0.75 + 0.25) / 3),
-        ('{"reason": "", "alignment": 5, "quality": 5}', 1.0),
-        ('{"reason": "", "alignment": 1, "quality": 1}', 0.0),
-        ('{"reason": "", "alignment": 6, "quality": 1}', math.nan),
-        ('{"reason": "", "alignment": 0, "quality": 1}', math.nan),
-        ('{"reason": "", "alignment": true, "quality": 1}', math.nan),
-        ('{"reason": "", "alignment": 4.0, "quality": 1}', math.nan),
-        ('{"reason": "", "alignment": 4}', math.nan),
-        ("[4, 2]", math.nan),
-        ('{"reason": "it go', math.nan),
-        ("", math.nan),
+        (
+            ["Yes", "yes.", "**Yes**", "Answer: yes", "```\nYES\n```", '{"answer": "yes"}', "<think>no?</think> Yes!"],
+            1.0,
+        ),
+        ([" no.", "No", "**Answer:** No", '{"answer": false}'], 0.0),
+        (
+            ["", "not", "yes, it does", "yes and no", "yes no", "<think>yes", '{"answer": 1}', '{"answer": "yes"'],
+            math.nan,
+        ),
     ],
 )
-def test_a_rubric_is_read_strictly(text: str, value: float) -> None:
-    reading = Rubric(axes_of("alignment:2 quality")).read(Answer(text, finish="length"))
-    assert reading.value == pytest.approx(value, nan_ok=True)
-    if value == value and "small" in text:
-        assert reading.remark == "small"
-        assert reading.parts == {"alignment": 0.75, "quality": 0.25}
+def test_words(texts: list[str], value: float) -> None:
+    for text in texts:
+        assert YesNoWord().read(Answer(text)).value == pytest.approx(value, nan_ok=True), text
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("7", 0.7), (" 10\n", 1.0), ("0", 0.0)]
-    + [(text, math.nan) for text in ("11", "7/10", "7.5", "seven", "", "I would say 7", "\u0667")],
-)
-def test_a_number_is_read_strictly(text: str, value: float) -> None:
-    assert Rating().read(Answer(text)).value == pytest.approx(value, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("Yes", 1.0), (" no.", 0.0), ("yes, it does", math.nan), ("", math.nan), ("not", math.nan)],
-)
-def test_a_word_is_read_strictly(text: str, value: float) -> None:
-    assert YesNoWord().read(Answer(text)).value == pytest.approx(value, nan_ok=True)
+@pytest.mark.parametrize("text", ["**Score:** 7", '```json\n{"score": "7/10"}\n```', "7 out of 10"])
+def test_a_judge_that_decorates_its_answers_is_usable(
+    server: JudgeServer, judge: Callable[..., VlmReward], text: str
+) -> None:
+    server.says = text
+    assert judge(mode="text").score(_batch(2)).scores == [0.7, 0.7]
 
 
 def test_the_questions_of_genevals_clauses() -> None:
@@ -759,6 +838,9 @@ def test_a_prompt_with_nothing_to_check(judge: Callable[..., VlmReward], row: di
     [
         ("vlm@axes=a:0", "weight above 0"),
         ("vlm@axes=reason", "cannot name an axis"),
+        ("vlm@axes=spread", "cannot name an axis"),
+        ("vlm@axes=quality Abstained", "cannot name an axis"),
+        ("vlm@axes=quality Quality", "cannot name an axis"),
         ("vlm@body=[1]", "write a JSON object"),
         ("vlm@mode=yesno", "option mode='yesno'"),
         ("vlm@concurrency=0", "greater than or equal to 1"),
@@ -767,7 +849,6 @@ def test_a_prompt_with_nothing_to_check(judge: Callable[..., VlmReward], row: di
 def test_wrong_options_are_named(text: str, says: str) -> None:
     plugins = Plugins()
     plugins.load()
-    plugins.rewards.add("vlm", VlmReward, override=True)
     with pytest.raises(RewardError, match=says):
         Scorer(parse_rewards([text]), plugins, CONTEXT)
 
@@ -981,14 +1062,14 @@ def test_a_model_run_here_equals_the_library(directory: Path) -> None:
     context = replace(CONTEXT, embedded=False)
     reward.setup(context)
     rows: list[int] = []
-    reward.judge._seeing.model.register_forward_pre_hook(
+    reward.judge._vlm.model.register_forward_pre_hook(
         lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
     )
     output = reward.score(RewardBatch(samples))
     assert rows == [2, 1, 2], "three pictures of one size and two of another, two at a time"
     safe = [p.replace("<image>", "< image>").replace("</s>", "< /s>") for p in prompts]
     expected = [
-        _alone(directory, fenced(Matter(p), YesNoOdds.tail), Image.fromarray(x))
+        _alone(directory, fenced(Question(p), YesNoOdds.tail), Image.fromarray(x))
         for p, x in zip(safe, pixels, strict=True)
     ]
     assert output.scores == pytest.approx(expected, abs=1e-5)
@@ -1005,7 +1086,7 @@ def test_a_conversation_begins_once(directory: Path, monkeypatch: pytest.MonkeyP
     reward = VlmReward(VlmOptions(model=str(directory)))
     reward.setup(CONTEXT)
     seen: list[torch.Tensor] = []
-    model = reward.judge._seeing.model
+    model = reward.judge._vlm.model
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"]), with_kwargs=True)
     reward.score(_batch(2))
     assert (seen[0] == 2).sum(dim=1).tolist() == [1, 1]
