@@ -192,7 +192,7 @@ CONFIGURATION = [
     config("model-name-too-long", f'model = "{"m" * 5000}"\n', "no model at mmm", "give `embedded`", code=5),
     Bad("config-is-a-directory", [*GENERATE, "--config", "d"], 2, ("d ", "directory"), folder("d")),
     Bad("config-name-too-long", [*GENERATE, "--config", "c" * 300], 2, ("ccc", "too long")),
-    Bad("config-is-an-endless-file", [*GENERATE, "--config", "/dev/zero"], 2, ("/dev/zero", "the limit")),
+    Bad("config-is-an-endless-file", [*GENERATE, "--config", "/dev/zero"], 2, ("/dev/zero", "not a regular file")),
     setting("set-without-a-value", "train.steps", "--set train.steps", "section.key=value"),
     setting("set-without-a-key", "=3", "--set =3", "section.key=value"),
     setting("set-an-empty-part", "train..steps=3", "'train.'", "did you mean train."),
@@ -228,12 +228,17 @@ def prompts(name: str, content: str | bytes, *says: str, command: list[Any] = GE
     return Bad(name, [*command, "--prompts", "p.jsonl"], 2, says, text("p.jsonl", content))
 
 
-_SUITE = ["eval", "--reward", "jpeg", "--out", "out", "--suite"]
+def pipe(here: Path, made: Made) -> None:
+    os.mkfifo(here / "p.jsonl")
+
+
+_EVAL = ["eval", "--reward", "jpeg", "--out", "out"]
+_SUITE = [*_EVAL, "--suite"]
 PROMPTS = [
     prompts("prompts-empty", "", "p.jsonl", "holds no prompt"),
     prompts("prompts-blank", "\n  \n", "p.jsonl", "holds no prompt", command=TRAIN),
     prompts("prompts-no-json", '{"prompt": "a"}\n{x\n', "p.jsonl:2", "each line is one object", command=ROLLOUT),
-    Bad("no-prompt", ["generate"], 2, ("say what to paint", "--prompts FILE")),
+    Bad("no-prompt", ["generate"], 2, ("no prompt", "--prompts FILE")),
     prompts("prompts-a-list", "[1]\n", "p.jsonl:1", 'text "prompt"'),
     prompts("prompts-missing-key", '{"text": "a"}\n', "p.jsonl:1", 'text "prompt"', command=TRAIN),
     prompts("prompts-number", '{"prompt": 3}\n', "p.jsonl:1", 'text "prompt"'),
@@ -247,24 +252,32 @@ PROMPTS = [
     prompts("prompts-deep", '{"prompt": "a", "x": ' + DEEP + "}\n", "p.jsonl:1", "nested too deep"),
     prompts("prompts-digits", '{"prompt": "a", "x": ' + LONG + "}\n", "p.jsonl:1", "digits"),
     prompts("prompts-nan", '{"prompt": "a", "x": NaN}\n', "p.jsonl:1", "NaN", command=TRAIN),
-    prompts("prompts-image-missing", '{"prompt": "a", "image": "x.png"}\n', "p.jsonl:1", "beside"),
-    prompts("prompts-image-number", '{"prompt": "a", "image": 3}\n', "p.jsonl:1", "beside"),
-    prompts("prompts-image-directory", '{"prompt": "a", "image": "."}\n', "p.jsonl:1", "beside"),
+    prompts("prompts-image-missing", '{"prompt": "a", "image": "x.png"}\n', "p.jsonl:1", "next to"),
+    prompts("prompts-image-number", '{"prompt": "a", "image": 3}\n', "p.jsonl:1", "next to"),
+    prompts("prompts-image-directory", '{"prompt": "a", "image": "."}\n', "p.jsonl:1", "next to"),
     prompts("prompts-image-nul", '{"prompt": "a", "image": "a\\u0000b"}\n', "p.jsonl:1", "NUL"),
-    prompts("prompts-image-too-long", json.dumps({"prompt": "a", "image": "x" * 5000}), "p.jsonl:1", "beside"),
+    prompts("prompts-image-too-long", json.dumps({"prompt": "a", "image": "x" * 5000}), "p.jsonl:1", "next to"),
     prompts("prompts-clauses", '{"prompt": "a", "include": [{"class": 3}]}\n', "p.jsonl:1", '"class" (text)'),
     prompts(
         "prompts-count-true", '{"prompt": "a", "include": [{"class": "a", "count": true}]}\n', "p.jsonl:1", "1 or more"
     ),
     Bad("prompts-a-directory", [*TRAIN, "--prompts", "d.jsonl"], 2, ("d.jsonl", "directory"), folder("d.jsonl")),
-    Bad("prompts-of-another-kind", [*TRAIN, "--prompts", "p.csv"], 2, ("p.csv", ".txt"), text("p.csv", "a\n")),
+    Bad("prompts-of-another-kind", [*TRAIN, "--prompts", "p.xls"], 2, ("p.xls", ".txt"), text("p.xls", "a\n")),
     Bad(
         "prompts-endless",
         [*TRAIN, "--prompts", "p.txt"],
         2,
-        ("p.txt:1", "at most"),
+        ("p.txt", "not a regular file"),
         lambda h, m: (h / "p.txt").symlink_to("/dev/zero"),
     ),
+    *(
+        Bad(f"pipe-{option}", [*command, option, "p.jsonl"], 2, ("p.jsonl", "not a regular file"), pipe)
+        for option, command in (("--prompts", TRAIN), ("--config", TRAIN), ("--suite", _EVAL), ("--image", SCORE))
+    ),
+    prompts("prompts-of-a-megabyte", json.dumps({"prompt": "a " * 500_000}), "p.jsonl:1", "at most 20,000"),
+    Bad("line-of-a-megabyte", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt:1", "at most"), text("p.txt", "a " * 400_000)),
+    Bad("text-with-returns", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt:1", "(LF)"), text("p.txt", "a\rb\rc\r")),
+    Bad("text-of-blanks", [*TRAIN, "--prompts", "p.txt"], 2, ("holds no prompt",), text("p.txt", "\u200b\n\ufeff\n")),
     Bad("prompts-loop", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt",), lambda h, m: (h / "p.txt").symlink_to("p.txt")),
     Bad("text-nul", [*TRAIN, "--prompts", "p.txt"], 2, ("p.txt:1", "NUL"), text("p.txt", "a\x00cat\n")),
     Bad("suite-unknown", [*_SUITE, "shape"], 2, ("unknown suite 'shape'", "did you mean shapes")),
@@ -281,7 +294,11 @@ PROMPTS = [
     Bad("suite-a-directory", [*_SUITE, "parti:d"], 2, ("d ", "not readable text"), folder("d")),
     Bad("suite-table", [*_SUITE, "parti:p.tsv"], 2, ("p.tsv", "Prompt"), text("p.tsv", "a\tb\nc\td\n")),
     Bad(
-        "suite-table-field", [*_SUITE, "parti:p.tsv"], 2, ("p.tsv", "table"), text("p.tsv", "Prompt\n" + "a" * 200_000)
+        "suite-table-field",
+        [*_SUITE, "parti:p.tsv"],
+        2,
+        ("p.tsv:2", "at most"),
+        text("p.tsv", "Prompt\n" + "a" * 200_000),
     ),
     Bad("prompt-empty", ["generate", " ", "--out", "out"], 2, ("empty prompt", "write what to paint")),
     Bad("prompt-surrogate", ["generate", "a \udcff cat", "--out", "out"], 2, ("PROMPT", "UTF-8")),
@@ -728,7 +745,7 @@ PICTURES = [
         lambda p: p.write_bytes(png(4, 4, _chunk(b"zTXt", b"unigrpo\0\0" + zlib.compress(b"a" * 20_000_000)))),
         "PNG, JPEG",
     ),
-    picture("picture-endless", lambda p: p.symlink_to("/dev/zero"), "PNG, JPEG"),
+    picture("picture-endless", lambda p: p.symlink_to("/dev/zero"), "not a regular file", "PNG, JPEG"),
     picture("picture-svg", lambda p: p.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), "PNG, JPEG"),
     picture(
         "picture-postscript",
@@ -993,6 +1010,8 @@ PLACES = [
         ("is not empty", "choose another --out"),
         _file_in_the_way,
     ),
+    Bad("out-not-utf8", ["generate", "a", "--out", "\udcffx"], 2, ("--out", "not UTF-8", "choose another --out")),
+    Bad("out-not-utf8-of-a-run", [*TRAIN[:3], "--out", "\udcffx", *QUICK], 2, ("--out", "choose another --out")),
     Bad("out-name-too-long", ["generate", "a", "--out", "o" * 300], 2, ("ooo", "choose another --out")),
     Bad("out-in-proc", ["rollout", *ROLLOUT[1:-1], "/proc/x"], 2, ("/proc/x", "choose another --out")),
     Bad("out-on-a-device", [*TRAIN[:3], "--out", "/dev/full", *QUICK], 2, ("/dev/full", "choose another --out")),
@@ -1036,6 +1055,7 @@ PLACES = [
         ("config.toml", "no configuration file"),
         lambda h, m: (shutil.copytree(m.full, h / "run"), (h / "run" / "config.toml").unlink()),
     ),
+    Bad("compare-two", [*EVAL, "--compare", "embedded", "--compare", "x"], 2, ("2 times", "run `unigrpo eval`")),
     Bad("compare-nowhere", [*EVAL, "--compare", "none"], 5, ("none", "give `embedded`")),
 ]
 
@@ -1334,17 +1354,11 @@ def test_mangled_pictures(tmp_path: Path, data: st.DataObject) -> None:
     _fuzz(path, content, "rewards", "score", "jpeg", "--image", path, "--prompt", "a")
 
 
-def test_a_mark_in_front_and_returns_at_line_ends_do_no_harm(tmp_path: Path) -> None:
-    """What editors elsewhere write: a byte order mark, CRLF."""
+def test_a_configuration_with_a_mark_in_front_and_windows_line_ends(tmp_path: Path) -> None:
     from unigrpo_cli.config import load_config
-    from unigrpo_cli.suites import read_prompts
 
     (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfseed = 5\r\n[train]\r\nsteps = 7\r\n")
     assert load_config(file=tmp_path / "c.toml").train.steps == 7
-    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a cat"}\r\n\r\n{"prompt": "a dog"}\r\n')
-    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == ["a cat", "a dog"]
-    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa cat\r\na dog\r\n")
-    assert [p.text for p in read_prompts(tmp_path / "p.txt")] == ["a cat", "a dog"]
 
 
 def test_small_long_and_grey_pictures_are_taken(tmp_path: Path) -> None:

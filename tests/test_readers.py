@@ -73,6 +73,22 @@ def test_parti_is_averaged_by_category(tmp_path: Path) -> None:
     assert _rows(f"parti:{tmp_path / 'p.tsv'}") == [{"prompt": "a cat", "tag": "Animals"}]
 
 
+def test_a_tab_separated_table_has_no_quoting(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text(
+        'Prompt\tCategory\n"Hello" painted on a wall\tWords\n"unclosed sign\tWords\na cat\tAnimals\na dog\tAnimals\n'
+    )
+    rows = _rows(f"parti:{tmp_path / 'p.tsv'}")
+    assert [row["prompt"] for row in rows] == ['"Hello" painted on a wall', '"unclosed sign', "a cat", "a dog"]
+    (tmp_path / "p.csv").write_text('Prompt,Category\n"a cat,\u2028 a dog\nand a bird",Animals\n')
+    (row,) = _rows(f"parti:{tmp_path / 'p.csv'}")
+    assert row == {"prompt": "a cat,\u2028 a dog\nand a bird", "tag": "Animals"}
+
+
+def test_lines_of_other_readers_end_at_newlines_only(tmp_path: Path) -> None:
+    (tmp_path / "color_val.txt").write_text("a red\u2028cat\n\ufeffa blue dog\n\u200b\n")
+    assert [r["prompt"] for r in _rows(f"t2i-compbench:{tmp_path}")] == ["a red\u2028cat", "a blue dog"]
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "content", "says"),
     [

@@ -70,7 +70,10 @@ def test_jsonl_keeps_its_columns(tmp_path: Path) -> None:
             '{"prompt": "x", "include": [{"class": "cat", "count": 1, "position": ["near", 0]}]}\n',
             "position must be",
         ),
-        ("a.csv", "x", "give `shapes`, a .txt file"),
+        ("a.xlsx", "x", "give `shapes`, a .txt file"),
+        ("a.csv", "Prompt,tag\na cat, a dog,x\n", "line 2 has 3 cells for 2 columns"),
+        ("a.csv", 'Prompt\n"a cat\n', "not a table"),
+        ("a.csv", "Text_\nx\n", "no column prompt, text or caption; it has Text_"),
     ],
 )
 def test_malformed_files_are_refused_with_their_line(tmp_path: Path, name: str, content: str, says: str) -> None:
@@ -101,12 +104,59 @@ def test_a_plugin_may_add_a_suite_but_not_replace_one() -> None:
         suites.add("shapes", lambda: [])
 
 
-def test_files_from_other_editors(tmp_path: Path) -> None:
-    """A byte-order mark, Windows line ends, and a line separator inside a JSON string."""
-    (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\na heart\r\n".encode())
-    assert [p.text for p in read_prompts(tmp_path / "p.txt")] == ["a red circle", "a heart"]
-    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028two"}\n', encoding="utf-8")
-    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == ["one\u2028two"]
+BOM, ZWSP = "\ufeff", "\u200b"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", f"{BOM}a cat\r\na dog\r\n"),
+        ("p.txt", f"a cat\n{BOM}a dog\n"),
+        ("p.txt", f"a cat\n{BOM}{BOM} a dog{ZWSP}\n"),
+        ("p.txt", f"a cat\n{ZWSP}\n \u2060\u3164 \n\u00a0a dog"),
+        ("p.jsonl", f'{BOM}{{"prompt": "a cat"}}\r\n{BOM}{{"prompt": "a dog"}}\n'),
+        ("p.jsonl", f'{{"prompt": "{BOM}a cat"}}\n{ZWSP}\n{{"prompt": "a dog\u2060"}}\n'),
+        ("p.csv", f"{BOM}id,Prompt\r\n1,a cat\r\n2,{BOM}a dog\r\n"),
+        ("p.tsv", "caption\tid\na cat\t1\na dog\n"),
+    ],
+)
+def test_marks_and_invisible_characters_make_no_other_prompt(tmp_path: Path, name: str, content: str) -> None:
+    """Byte-order marks of concatenated files, Windows line ends, lines that look empty."""
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_carriage_returns_that_end_no_line_are_refused(tmp_path: Path, name: str) -> None:
+    rows = ("a cat", "a dog\ra bird") if name == "p.txt" else ('{"prompt": "a cat"}', '{"prompt": "a dog"}\r{}')
+    (tmp_path / name).write_text("\n".join(rows), newline="")
+    with pytest.raises(UsageError, match=rf"{name}:2: it holds a carriage return"):
+        read_prompts(tmp_path / name)
+
+
+def test_characters_inside_a_prompt_stay(tmp_path: Path) -> None:
+    """A line separator inside a JSON string, a joiner inside a word."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028two \u200d three"}\n', encoding="utf-8")
+    assert [p.text for p in read_prompts(tmp_path / "p.jsonl")] == ["one\u2028two \u200d three"]
+
+
+def test_a_table_has_quotes_where_its_kind_has_them(tmp_path: Path) -> None:
+    """Quotes in a comma-separated table may span lines; in a tab-separated one they are text."""
+    (tmp_path / "p.csv").write_text('prompt,tag\n"a ""red"" cat,\nasleep",x\na dog,y\n')
+    first, second = read_prompts(tmp_path / "p.csv")
+    assert (first.text, first.metadata["tag"], second.text) == ('a "red" cat,\nasleep', "x", "a dog")
+    (tmp_path / "p.tsv").write_text('prompt\ttag\n"Hello" on a wall\tx\n"unclosed\tx\na cat\ty\n')
+    assert [p.text for p in read_prompts(tmp_path / "p.tsv")] == ['"Hello" on a wall', '"unclosed', "a cat"]
+    (tmp_path / "bad.csv").write_text("prompt\n" + "\n".join(["a", " "]))
+    with pytest.raises(UsageError, match=r'bad\.csv:3: needs an object with a text "prompt"'):
+        read_prompts(tmp_path / "bad.csv")
+
+
+def test_columns_of_a_table_are_metadata(tmp_path: Path) -> None:
+    clause = '[{""class"": ""cat"", ""count"": 2}]'
+    (tmp_path / "p.csv").write_text(f'Prompt,include,mine,image\ntwo cats,"{clause}",7,\n')
+    (prompt,) = read_prompts(tmp_path / "p.csv")
+    assert prompt.metadata == {"prompt": "two cats", "include": [{"class": "cat", "count": 2}], "mine": "7"}
 
 
 @pytest.mark.parametrize(

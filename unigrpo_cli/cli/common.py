@@ -1,4 +1,4 @@
-"""What all commands share: their common options, their one error line, their JSON."""
+"""What all commands share: common options, the settings they give, the one error line, the JSON object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, one_line
+from unigrpo_cli.cli import completion
+from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, UsageError, one_line
 from unigrpo_cli.io.secrets import redacted
 
 if TYPE_CHECKING:
@@ -26,61 +27,78 @@ if TYPE_CHECKING:
     from unigrpo_cli.run.console import Display
 
 Model = Annotated[
-    str | None,
-    typer.Option("--model", help="`embedded`, a model directory, a hub id, a checkpoint or a run."),
+    str | None, typer.Option("--model", help="`embedded`, a model directory, a hub id, a checkpoint or a run.")
 ]
 WeightsFile = Annotated[
-    str | None,
-    typer.Option("--weights-file", help="The model's weights in its directory, if not ema.safetensors."),
+    str | None, typer.Option("--weights-file", help="Weights file in the model directory, if not ema.safetensors.")
 ]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter directory put on the model.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter directory to apply to the model.")]
 Reward = Annotated[
     list[str] | None,
-    typer.Option("--reward", help="Rewards, [alias=]name[:weight](@key=value)*, comma-separated; repeatable."),
+    typer.Option(
+        "--reward",
+        help="Rewards as `[alias=]name[:weight](@key=value)*`, comma-separated; repeatable.",
+        autocompletion=completion.rewards,
+    ),
 ]
 RewardOpt = Annotated[
     list[str] | None,
-    typer.Option("--reward-opt", "-R", help="An option of a reward, ALIAS.KEY=VALUE (any characters)."),
+    typer.Option("--reward-opt", "-R", help="Option of a reward as ALIAS.KEY=VALUE; VALUE may hold any character."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Directory to write; default runs/<time>-<command>.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Output directory; default runs/<time>-<command>.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed.")]
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="Where defaults come from: embedded or paper (that for a BAGEL).")
+    str | None,
+    typer.Option("--preset", help="Default settings: embedded, or paper for BAGEL.", autocompletion=completion.presets),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, section.key=value; repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change one setting: section.key=value; repeatable.", autocompletion=completion.settings
+    ),
+]
 PluginOption = Annotated[
     list[str] | None,
-    typer.Option("--plugin", "-p", help="file.py or module with rewards or hooks; no:NAME leaves one out."),
+    typer.Option("--plugin", "-p", help="Python file or module with rewards or hooks; no:NAME disables one."),
 ]
 PluginsDir = Annotated[
-    Path | None,
-    typer.Option("--plugins-dir", help="Folder whose .py files are loaded as plugins (runs them)."),
+    Path | None, typer.Option("--plugins-dir", help="Directory whose .py files are loaded (and run) as plugins.")
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
-Prompts = Annotated[str | None, typer.Option("--prompts", help="`shapes` or a .txt or .jsonl file of prompts.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, everything else to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and results.")]
+Prompts = Annotated[str | None, typer.Option("--prompts", help="`shapes`, or a .txt or .jsonl file of prompts.")]
 
+SETTINGS = {
+    "model": "model",
+    "weights_file": "weights_file",
+    "adapter": "adapter",
+    "prompts": "prompts",
+    "seed": "seed",
+    "reward": "reward.names",
+}
+"""Options of commands and the settings they give; a command adds its own."""
 
-_NO_ROOM = "make room there, or choose another --out"
-_NOT_OURS = "choose a place that you may read and write"
+_NO_ROOM = "free disk space, or choose another --out"
+_NO_ACCESS = "choose a place with read and write permission"
 PLACE_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM) | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS), _NOT_OURS
+    (errno.EACCES, errno.EPERM, errno.EROFS), _NO_ACCESS
 )
-"""What to do about a file that the system refuses, by its reason."""
+"""What to do about a file that the system refuses, by error number."""
 
 
 def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn our errors into a line on stderr and an exit code; a traceback only with --debug."""
+    """Turn errors into one line on stderr and an exit code; a traceback only with --debug."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with stdout_for_json(kwargs.get("json", False)):
+        with stdout_for_json(kwargs.get("json", False)), _announced_torch(kwargs.get("quiet", False)):
             return guarded(*args, **kwargs)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
+            _refuse_unprintable_out(kwargs.get("out"))
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -91,14 +109,14 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
             if os.environ.get("UNIGRPO_DEBUG"):
                 typer.echo(redacted(traceback.format_exc()).encode(errors="backslashreplace"), err=True)
             if not isinstance(error, EndedElsewhereError):
-                typer.echo(f"error: {one_line(redacted(_said(error)))}", err=True)
+                typer.echo(f"error: {one_line(redacted(_message(error)))}", err=True)
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     return wrapped
 
 
-def _said(error: Exception) -> str:
-    """What an error says to a person, with a remedy."""
+def _message(error: Exception) -> str:
+    """The text of an error with a remedy."""
     if isinstance(error, UnigrpoError):
         return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -106,35 +124,68 @@ def _said(error: Exception) -> str:
     if "No space left on device" in str(error) or "File too large" in str(error):  # safetensors' own errors
         return f"{error}; {PLACE_REMEDIES[errno.ENOSPC]}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
-        return f"out of memory ({error}); smaller sampling.batch_size, train.micro_batch_size or images need less"
+        return f"out of memory ({error}); reduce sampling.batch_size, train.micro_batch_size or the image size"
     return f"{type(error).__name__}: {error} (`unigrpo --debug ...` shows where)"
 
 
-def resolve_config(
-    *,
-    preset: str | None = None,
-    config: Path | None = None,
-    overrides: list[str] | None = None,
-    named: dict[str, Any] | None = None,
-    reward: list[str] | None = None,
-    reward_opt: list[str] | None = None,
-) -> Config:
-    """The configuration of a command from its common options."""
-    from unigrpo_cli.config import load_config
+def _refuse_unprintable_out(out: Path | None) -> None:
+    """A run writes its own path into its files, which are UTF-8."""
+    try:
+        str(out).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--out {out}: the name is not UTF-8; choose another --out") from error
 
-    named = dict(named or {})
-    if reward:
-        named["reward.names"] = reward
-    if reward_opt:
-        named["reward.options"] = reward_options(reward_opt)
+
+class _TorchNotice:
+    """An import hook that finds nothing: it prints a line when torch is imported, which takes seconds."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("loading torch ...", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _announced_torch(quiet: bool) -> Iterator[None]:
+    notice = _TorchNotice()
+    if not quiet and "torch" not in sys.modules and (os.environ.get("RANK") or "0") == "0":
+        sys.meta_path.insert(0, notice)
+    try:
+        yield
+    finally:
+        if notice in sys.meta_path:
+            sys.meta_path.remove(notice)
+
+
+def resolve_config(
+    context: typer.Context, settings: Mapping[str, str] | None = None, *, file: Path | None = None
+) -> Config:
+    """The configuration that the options of a command give.
+
+    Args:
+        context: the command's context, with the value of every option.
+        settings: options of this command and the settings they give, besides SETTINGS.
+        file: a TOML file, if it is not --config.
+    """
+    from unigrpo_cli.config import load_config
     from unigrpo_cli.run.setup import model_defaults
 
-    return load_config(preset=preset, file=config, overrides=overrides, named=named, model_defaults=model_defaults)
+    given = context.params
+    named = {key: given[option] for option, key in {**SETTINGS, **(settings or {})}.items() if option in given}
+    named["reward.names"] = named.get("reward.names") or None  # an option that was not given is an empty list
+    if given.get("reward_opt"):
+        named["reward.options"] = reward_options(given["reward_opt"])
+    return load_config(
+        preset=given["preset"],
+        file=file or given["config"],
+        overrides=given["overrides"],
+        named=named,
+        model_defaults=model_defaults,
+    )
 
 
 def reward_options(texts: list[str] | None) -> dict[str, Any]:
-    """`--reward-opt` texts as `alias.key` and value."""
-    from unigrpo_cli.errors import UsageError
+    """Values of `--reward-opt` by `alias.key`."""
     from unigrpo_cli.rewards.spec import scalar
 
     options = {}
@@ -147,7 +198,7 @@ def reward_options(texts: list[str] | None) -> dict[str, Any]:
 
 
 def load_plugins(plugin: list[str] | None, directory: Path | None, display: Display) -> Plugins:
-    """All plugins of this call; problems of installed ones are warnings."""
+    """All plugins of this command; problems of installed ones are warnings."""
     from unigrpo_cli.rewards.registry import Plugins
 
     plugins = Plugins()
@@ -160,15 +211,14 @@ def load_plugins(plugin: list[str] | None, directory: Path | None, display: Disp
 def rewards_alone(
     choices: Sequence[RewardSpec], plugins: Plugins, device: str, timeout_s: float | None = None
 ) -> Scorer:
-    """Rewards without a run around them: nothing of models is imported, and to abstain is an answer.
+    """Rewards without a run: no model is imported, and every reward may abstain.
 
     Raises:
-        UsageError: when the device is not there.
+        UsageError: when the device is not available.
         RewardError: when a reward is unknown, misconfigured or cannot be set up.
     """
     import torch
 
-    from unigrpo_cli.errors import UsageError
     from unigrpo_cli.rewards.batch import RewardContext
     from unigrpo_cli.rewards.loaded import RewardLimits
     from unigrpo_cli.rewards.scorer import Scorer
@@ -188,7 +238,7 @@ _json_stream: list[TextIO] = []
 
 @contextmanager
 def stdout_for_json(wanted: bool) -> Iterator[None]:
-    """With --json, whatever prints to stdout meanwhile (a reward, a library) prints to stderr."""
+    """With --json, redirect what a reward or a library prints to stdout to stderr."""
     if not wanted:
         yield
         return
@@ -201,7 +251,7 @@ def stdout_for_json(wanted: bool) -> Iterator[None]:
 
 
 def print_json(content: Any) -> None:
-    """The one object (or list) on stdout."""
+    """Print the one object (or list) to stdout."""
     from unigrpo_cli.io.json import to_json
 
     stream = _json_stream[-1]
@@ -210,7 +260,7 @@ def print_json(content: Any) -> None:
 
 
 def plugin_commands(app: typer.Typer) -> list[str]:
-    """Add sub-commands of installed plugins; returns what went wrong, which must not stop `--help`."""
+    """Add commands of installed plugins; returns problems, which must not stop `--help`."""
     from unigrpo_cli.rewards.registry import NO_AUTOLOAD, PLUGIN_GROUP
 
     if not entry_points(group=PLUGIN_GROUP) or os.environ.get(NO_AUTOLOAD, "") not in ("", "0"):
@@ -219,7 +269,7 @@ def plugin_commands(app: typer.Typer) -> list[str]:
 
     plugins, problems = Plugins(), []
     with redirect_stdout(sys.stderr):
-        plugins.load_installed()  # what is wrong with them a command that needs them will say
+        plugins.load_installed()  # commands that need them report what is wrong
         commands, groups = list(app.registered_commands), list(app.registered_groups)
         try:
             plugins.call("unigrpo_register_commands", app=app)
@@ -227,9 +277,9 @@ def plugin_commands(app: typer.Typer) -> list[str]:
             problems.append(f"a command cannot be added: {error}")
     ours = {c.name for c in commands} | {g.name for g in groups}
     for added in [c for c in app.registered_commands if c not in commands and c.name in ours]:
-        problems.append(f"a plugin's command {added.name!r} is left out: there is one of that name")
+        problems.append(f"a plugin's command {added.name!r} is ignored: the name is taken")
         app.registered_commands.remove(added)
     for group in [g for g in app.registered_groups if g not in groups and g.name in ours]:
-        problems.append(f"a plugin's command {group.name!r} is left out: there is one of that name")
+        problems.append(f"a plugin's command {group.name!r} is ignored: the name is taken")
         app.registered_groups.remove(group)
     return problems

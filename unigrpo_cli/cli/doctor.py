@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import typer
+
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 @one_error_line
 def doctor(
+    context: typer.Context,
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,
     model: common.Model = None,
@@ -31,11 +34,11 @@ def doctor(
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Examine what `unigrpo train` with the same options would do: episodes, replay, ratios, rewards, reference.
+    """Check what `unigrpo train` with the same options would do: episodes, replay, ratios, rewards, reference.
 
-    Draws a few small groups (doctor.prompts, doctor.members), puts them through the functions that training uses,
-    and says of each check whether it is ok, what it means if not, and what to do. Makes an update on trial; trains
-    and writes nothing. Exits with 6 on a fault. `train` does a short form of this at its start.
+    Samples a few small groups (doctor.prompts, doctor.members), passes them through the functions of training, and
+    reports each check: ok, or what it means and what to do. Makes one probe step; trains and writes nothing. Exits
+    with 6 on a fault. `train` runs a short form of this at its start.
     """
     from unigrpo_cli.errors import FaultError
     from unigrpo_cli.run.console import Display
@@ -43,21 +46,8 @@ def doctor(
 
     display = Display(json=json, quiet=quiet)
     plugins = common.load_plugins(plugin, plugins_dir, display)
-    settings = common.resolve_config(
-        preset=preset,
-        config=config,
-        overrides=overrides,
-        named={
-            "model": model,
-            "weights_file": weights_file,
-            "adapter": adapter,
-            "prompts": prompts,
-            "seed": seed,
-        },
-        reward=reward,
-        reward_opt=reward_opt,
-    )
-    found = _examined(settings, plugins, display)
+    settings = common.resolve_config(context)
+    found = _findings(settings, plugins, display)
     if json:
         common.print_json(rows(found))
     else:
@@ -67,8 +57,8 @@ def doctor(
         raise FaultError(f"the doctor found {len(wrong)} fault{'s' * (len(wrong) > 1)}: {', '.join(wrong)}")
 
 
-def _examined(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
-    """All checks on what a training run of these settings would begin with."""
+def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
+    """All checks, on the state that training with these settings would start from."""
     from unigrpo_cli.run.doctor import findings, gather
     from unigrpo_cli.run.prepare import prepare, with_sizes
     from unigrpo_cli.run.setup import is_embedded, open_rewards, reward_choices

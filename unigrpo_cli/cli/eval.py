@@ -29,20 +29,24 @@ if TYPE_CHECKING:
 
 @one_error_line
 def evaluate(
+    context: typer.Context,
     model: common.Model = None,
     weights_file: common.WeightsFile = None,
     adapter: common.Adapter = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="shapes, geneval, or a .txt or .jsonl file.")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="shapes, geneval, a .txt or .jsonl file, or KIND:PATH.")
+    ] = None,
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images per prompt.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=0, help="Only the first n prompts of each task.")] = None,
-    against: Annotated[
-        str | None, typer.Option("--compare", help="Another model, checkpoint or run, on the same noise.")
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="Second model, checkpoint or run to compare with, on the same noise."),
     ] = None,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option("--fail-under", help="NAME=VALUE: exit with 4 when that mean is lower."),
+        typer.Option("--fail-under", help="NAME=VALUE: exit with 4 if the mean of reward NAME is below VALUE."),
     ] = None,
     out: common.Out = None,
     seed: common.Seed = None,
@@ -54,10 +58,10 @@ def evaluate(
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Score a model on held-out prompts, with 95 % intervals; compare two on the same noise.
+    """Score a model on held-out prompts, with 95 % intervals; compare two models on the same noise.
 
-    Rewards: --reward, or else those of the configuration (reward.names, geneval where there is none) and, on the
-    shapes suite, eval.rewards. Writes --out: eval.json, images/.
+    Without --reward it scores with reward.names (default geneval) and, on the shapes suite, eval.rewards. Writes to
+    --out: eval.json, images/.
     """
     from unigrpo_cli.parallel.ranks import joined
     from unigrpo_cli.run.console import Display
@@ -66,28 +70,17 @@ def evaluate(
     display = Display(json=json, quiet=quiet, rank=rank)
     with joined() as ranks:
         with ranks.together():
+            other = _one_model(compare)
             settings = common.resolve_config(
-                preset=preset,
-                config=config,
-                overrides=overrides,
-                named={
-                    "model": model,
-                    "weights_file": weights_file,
-                    "adapter": adapter,
-                    "eval.suite": suite,
-                    "eval.samples": samples,
-                    "eval.limit": limit,
-                    "eval.seed": seed,
-                },
-                reward=reward,
-                reward_opt=reward_opt,
+                context,
+                {"suite": "eval.suite", "samples": "eval.samples", "limit": "eval.limit", "seed": "eval.seed"},
             )
             gates = [_gate(text) for text in fail_under or []]
             plugins = common.load_plugins(plugin, plugins_dir, display)
             plugins.call("unigrpo_configure", config=settings)
             choices = _choices(settings, only_these=bool(reward))
             _refuse_unknown_gates(gates, [choice.alias for choice in choices])
-        report = _report(settings, plugins, choices, against, out, display, ranks)
+        report = _report(settings, plugins, choices, other, out, display, ranks)
     if rank > 0:
         return
     _table(display, settings, report)
@@ -97,16 +90,23 @@ def evaluate(
     _check_gates(gates, report)
 
 
+def _one_model(compare: list[str] | None) -> str | None:
+    """The model of --compare; several are refused, because only the last one would count."""
+    if compare and len(compare) > 1:
+        raise UsageError(f"--compare is given {len(compare)} times; it takes one model, so run `unigrpo eval` for each")
+    return compare[0] if compare else None
+
+
 def _report(
     settings: Config,
     plugins: Plugins,
     choices: list[RewardSpec],
-    against: str | None,
+    other_model: str | None,
     out: Path | None,
     display: Display,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """One model's evaluation, or that of two and their difference, on all ranks; the first one writes it."""
+    """The evaluation of one model, or of two and their difference, on all ranks; rank 0 writes it."""
     from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.run.directory import Run, fresh_directory
     from unigrpo_cli.run.memory.plan import with_rows
@@ -117,10 +117,10 @@ def _report(
     with ranks.together():
         plugins.call("unigrpo_register_suites", registry=suites)
         prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
-        models = 1 + (against is not None)
+        models = 1 + (other_model is not None)
         settings = with_rows(settings, prompts, settings.eval.samples, display.say, models=models)
         policy = load_policy(model_of(settings), settings.adapter, settings)
-        other = None if against is None else load_policy(against, None, settings)
+        other = None if other_model is None else load_policy(other_model, None, settings)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:
         with ranks.together():
             rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
@@ -136,9 +136,9 @@ def _report(
         report |= first.report()
         _write(run, report, ranks)
         if other is not None:
-            second = _evaluate(settings, str(against), other, prompts, rewards, display, None, ranks)
+            second = _evaluate(settings, str(other_model), other, prompts, rewards, display, None, ranks)
             report |= {
-                "compare": {"model": against} | second.report(),
+                "compare": {"model": other_model} | second.report(),
                 "difference": compare(first, second, settings.eval.seed),
             }
             _write(run, report, ranks)
@@ -178,34 +178,35 @@ def _evaluate(
     run: Run | None,
     ranks: Ranks,
 ) -> Evaluation:
-    """One model on the prompts, its pictures saved when `run` is given, each by the rank that painted it."""
+    """Evaluate one model. With `run`, each rank saves the images that it painted."""
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.evaluate import eval_sampling, evaluate
     from unigrpo_cli.io.pictures import save_png
     from unigrpo_cli.run.setup import warn_of_unknown_words
 
     warn_of_unknown_words(policy, prompts, display.warn)
-    each = config.eval.samples
-    places = iter([prompt * each + k for prompt in ranks.stretch(range(len(prompts))) for k in range(each)])
+    samples = config.eval.samples
+    own = ranks.stretch(range(len(prompts)))
+    numbers = iter([prompt * samples + k for prompt in own for k in range(samples)])
 
     def save(groups: list[Group], scored: dict[str, RewardResult]) -> None:
         assert run is not None
-        for k, (episode, place) in enumerate(zip(flatten(groups), places, strict=False)):
-            story = {
+        for k, (episode, number) in enumerate(zip(flatten(groups), numbers, strict=False)):
+            record = {
                 "prompt": episode.prompt.text,
                 "reasoning": episode.reasoning,
                 "scores": {n: float(s.scores[k]) for n, s in scored.items() if s.valid[k]},
                 "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
             }
-            save_png(episode.pixels.numpy(), run.directory / "images" / f"{place:05d}.png", story)
+            save_png(episode.pixels.numpy(), run.directory / "images" / f"{number:05d}.png", record)
 
-    with display.progress(len(prompts) * each, f"evaluating {model}") as advance:
+    with display.progress(len(prompts) * samples, f"evaluating {model}") as advance:
         return evaluate(
             policy,
             prompts,
             rewards,
             eval_sampling(config),
-            samples=each,
+            samples=samples,
             seed=config.eval.seed,
             ranks=ranks,
             on_rows=lambda rows: advance(rows * ranks.world),

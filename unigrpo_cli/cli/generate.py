@@ -18,26 +18,29 @@ if TYPE_CHECKING:
     from unigrpo_cli.models.policy import Policy
     from unigrpo_cli.run.console import Display
 
+MOST_SAMPLES = 10_000
+LARGEST_BATCH = 64
+"""Images sampled at a time when sampling.batch_size is 0; half as many after an out-of-memory error."""
+
 
 @one_error_line
 def generate(
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to paint.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A .txt file (a prompt a line) or a .jsonl file.")
+    context: typer.Context,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="A .txt file (one prompt per line) or a .jsonl file.")
     ] = None,
-    image: Annotated[
-        Path | None, typer.Option("--image", help="A picture to start from: an edit, or what is asked about.")
-    ] = None,
-    answer: Annotated[bool, typer.Option("--answer", help="Answer in words; paint nothing.")] = False,
+    image: Annotated[Path | None, typer.Option("--image", help="Image to edit, or to ask about with --answer.")] = None,
+    answer: Annotated[bool, typer.Option("--answer", help="Answer in words; generate no image.")] = False,
     model: common.Model = None,
     weights_file: common.WeightsFile = None,
     adapter: common.Adapter = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Images per prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, max=MOST_SAMPLES, help="Images per prompt.")] = 1,
     think: Annotated[
         bool | None, typer.Option("--think/--no-think", help="Reason before painting (sampling.think).")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0, help="Of the reasoning; 0 is greedy.")
+        float | None, typer.Option("--temperature", min=0, help="Temperature of the reasoning; 0: greedy.")
     ] = None,
     out: common.Out = None,
     seed: common.Seed = None,
@@ -47,72 +50,77 @@ def generate(
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Reason about prompts and paint them, edit a picture, or answer about one.
+    """Reason about prompts and paint them, edit an image, or answer a question about one.
 
-    Writes --out: one PNG per image (prompt and reasoning inside) with a .json file beside it, and sheet.png; with
-    --answer answers.json.
+    Writes to --out: one PNG per image, with the prompt and the reasoning inside and in a .json file next to it, and
+    sheet.png; with --answer, answers.json.
     """
-    from dataclasses import replace
-
-    from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.evaluate import NO_NOISE, eval_sampling
-    from unigrpo_cli.io.limits import refuse_odd_text
-    from unigrpo_cli.models.mot.resize import read_picture
-    from unigrpo_cli.rollout import rollout
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.directory import new_directory
-    from unigrpo_cli.run.memory.plan import with_rows
     from unigrpo_cli.run.setup import load_policy, model_of, warn_of_unknown_words
-    from unigrpo_cli.suites import as_prompts, read_prompts, typed_prompt
 
     display = Display(json=json, quiet=quiet)
-    settings = common.resolve_config(
-        preset=preset,
-        config=config,
-        overrides=overrides,
-        named={
-            "model": model,
-            "weights_file": weights_file,
-            "adapter": adapter,
-            "sampling.think": think,
-            "eval.temperature": temperature,
-            "seed": seed,
-        },
-    )
-    if any(not text.strip() for text in texts or []):
-        raise UsageError("an empty prompt says nothing; write what to paint")
-    try:
-        refuse_odd_text(texts or [])
-    except ValueError as error:
-        raise UsageError(f"PROMPT: {error}") from error
-    wanted = as_prompts([typed_prompt(text) for text in texts or []])
-    wanted += read_prompts(prompts) if prompts is not None else []
-    if not wanted:
-        raise UsageError('say what to paint: unigrpo generate "a red circle", or --prompts FILE')
-    if image is not None:
-        read_picture(image)
-        wanted = [replace(prompt, image=str(image)) for prompt in wanted]
-    if not answer:
-        settings = with_rows(settings, wanted, samples, display.say)
+    settings = common.resolve_config(context, {"think": "sampling.think", "temperature": "eval.temperature"})
+    prompts = _prompts(texts or [], prompts_file, image)
     policy = load_policy(model_of(settings), settings.adapter, settings)
-    if any(prompt.image for prompt in wanted):
+    if any(prompt.image for prompt in prompts):
         policy.require_vision()
-    warn_of_unknown_words(policy, wanted, display.warn)
+    warn_of_unknown_words(policy, prompts, display.warn)
     with new_directory(out, "generate") as directory:
         if answer:
-            answers = _answer(policy, wanted, settings, directory, display)
+            answers = _answers(policy, prompts, settings, directory, display)
             if json:
                 common.print_json({"run": str(directory), "answers": answers})
             return
-        with display.progress(len(wanted) * samples, "painting") as advance:
-            groups = rollout(policy, wanted, samples, eval_sampling(settings), NO_NOISE, settings.seed, advance)
-        images = _record(groups, settings, directory, display)
+        images = _save(_sample(policy, prompts, samples, settings, display), settings, directory, display)
         if json:
             common.print_json({"run": str(directory), "images": images})
 
 
-def _record(groups: Sequence[Group], settings: Config, directory: Path, display: Display) -> list[dict[str, Any]]:
-    """Write every picture with its story, and the sheet; gives the stories."""
+def _prompts(texts: list[str], file: Path | None, image: Path | None) -> list[Prompt]:
+    """Typed prompts, then those of the file, each with the image if there is one."""
+    from dataclasses import replace
+
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.io.limits import refuse_odd_prompt
+    from unigrpo_cli.io.pictures import read_picture
+    from unigrpo_cli.suites import as_prompts, read_prompts, typed_prompt
+
+    for text in texts:
+        try:
+            refuse_odd_prompt(text)
+        except ValueError as error:
+            raise UsageError(f"PROMPT: {error}") from error
+    prompts = as_prompts([typed_prompt(text) for text in texts])
+    prompts += read_prompts(file) if file is not None else []
+    if not prompts:
+        raise UsageError('no prompt: give one, e.g. unigrpo generate "a red circle", or --prompts FILE')
+    if image is not None:
+        read_picture(image)
+        prompts = [replace(prompt, image=str(image)) for prompt in prompts]
+    return prompts
+
+
+def _sample(policy: Policy, prompts: Sequence[Prompt], samples: int, settings: Config, display: Display) -> list[Group]:
+    """`samples` episodes of every prompt."""
+    from dataclasses import replace
+
+    from unigrpo_cli.evaluate import NO_NOISE, eval_sampling
+    from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits
+    from unigrpo_cli.rollout import rollout
+
+    count = len(prompts) * samples
+
+    def sample(batch_size: int) -> list[Group]:
+        sampling = replace(eval_sampling(settings), batch_size=batch_size)
+        with display.progress(count, "painting") as advance:
+            return rollout(policy, prompts, samples, sampling, NO_NOISE, settings.seed, advance)
+
+    return halve_until_it_fits(sample, settings.sampling.batch_size or min(count, LARGEST_BATCH), display.warn)
+
+
+def _save(groups: Sequence[Group], settings: Config, directory: Path, display: Display) -> list[dict[str, Any]]:
+    """Write every image with its record, and the sheet; returns the records."""
     from unigrpo_cli.io.pictures import Tile, in_terminal, save_png, sheet
 
     images, tiles = [], []
@@ -120,7 +128,7 @@ def _record(groups: Sequence[Group], settings: Config, directory: Path, display:
         for episode in group.episodes:
             path = directory / f"{g:03d}_{episode.member:02d}.png"
             pixels = episode.pixels.numpy()
-            story: dict[str, Any] = {
+            record: dict[str, Any] = {
                 "prompt": group.prompt.text,
                 "source": group.prompt.image,
                 "reasoning": episode.reasoning,
@@ -129,10 +137,9 @@ def _record(groups: Sequence[Group], settings: Config, directory: Path, display:
                 "seed": settings.seed,
                 "sample": episode.member,
             }
-            save_png(pixels, path, story)
-            images.append({"path": str(path)} | story)
-            lines = (episode.reasoning,) if episode.reasoning else ()
-            tiles.append(Tile(pixels, group.prompt.text, lines))
+            save_png(pixels, path, record)
+            images.append({"path": str(path)} | record)
+            tiles.append(Tile(pixels, group.prompt.text, (episode.reasoning,) if episode.reasoning else ()))
             display.say(group.prompt.text, style="bold")
             if episode.reasoning:
                 display.say(f"  {episode.reasoning}")
@@ -140,13 +147,14 @@ def _record(groups: Sequence[Group], settings: Config, directory: Path, display:
                 display.console.print(in_terminal(pixels))
             display.say(f"  {path}")
     sheet([tiles[k : k + 4] for k in range(0, len(tiles), 4)]).save(directory / "sheet.png")
+    display.say(f"all images: {directory / 'sheet.png'}")
     return images
 
 
-def _answer(
+def _answers(
     policy: Policy, prompts: Sequence[Prompt], settings: Config, directory: Path, display: Display
 ) -> list[dict[str, Any]]:
-    """Answers in words, to the screen and to answers.json."""
+    """Answers in words, printed and written to answers.json."""
     from unigrpo_cli.evaluate import eval_sampling
     from unigrpo_cli.io.json import to_json
     from unigrpo_cli.rollout import answer
@@ -162,5 +170,5 @@ def _answer(
     for row in answers:
         display.say(row["prompt"], style="bold")
         display.say(f"  {row['answer']}")
-    (directory / "answers.json").write_text(to_json(answers, indent=1) + "\n")
+    (directory / "answers.json").write_text(to_json(answers, indent=1) + "\n", encoding="utf-8")
     return answers

@@ -14,9 +14,6 @@ from unigrpo_cli.cli.common import one_error_line
 from unigrpo_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from unigrpo_cli.rewards.batch import RewardResult, Sample
     from unigrpo_cli.rewards.spec import RewardSpec
 
@@ -87,7 +84,7 @@ def calibrate(
     from unigrpo_cli.rewards.agreement import agreement
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.console import Display
-    from unigrpo_cli.suites import TASKLESS
+    from unigrpo_cli.suites import NO_TASK
 
     Display(json=json)  # whose warnings are one line
     if not math.isfinite(threshold):
@@ -100,7 +97,7 @@ def calibrate(
             raise UsageError(f"{text!r} names several rewards; calibrate compares one with one")
         choices.append(replace(choice, alias=alias))
     scored = _scored(choices, samples, split, plugin, plugins_dir, device, json)
-    tags = [str(sample.metadata.get("tag", TASKLESS)) for sample in samples]
+    tags = [str(sample.metadata.get("tag", NO_TASK)) for sample in samples]
     report = {"a": first, "b": second, "split": split}
     report |= agreement(scored["A"].scores, scored["B"].scores, tags, threshold)
     if json:
@@ -212,37 +209,16 @@ def _of_folder(folder: Path | None, file: Path | None) -> list[Sample]:
 
 
 def _sample(path: Path, prompt: str | None, reasoning: str | None, metadata: dict[str, Any] | None = None) -> Sample:
-    """A picture with what was asked; what is not said comes from the story inside a picture of ours."""
+    """A picture with what was asked; what is not said comes from the record inside a picture of ours."""
+    from unigrpo_cli.io.pictures import read_picture_and_record
     from unigrpo_cli.rewards.batch import Sample
     from unigrpo_cli.suites import typed_prompt
 
-    pixels, story = _read(path)
-    text = prompt if prompt is not None else story.get("prompt")
+    pixels, record = read_picture_and_record(path)
+    text = prompt if prompt is not None else record.get("prompt")
     if not isinstance(text, str):  # rewards of the picture alone do not mind
         text = ""
         warnings.warn(f"{path} does not say what was asked for; give --prompt, or its row in --prompts", stacklevel=2)
-    own = story.get("reasoning") if prompt is None or prompt == story.get("prompt") else None
+    own = record.get("reasoning") if prompt is None or prompt == record.get("prompt") else None
     thought = reasoning if reasoning is not None else own
     return Sample(text, pixels, thought, typed_prompt(text) if metadata is None else metadata, str(path), str(path))
-
-
-def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """A picture's pixels, and the story that unigrpo left in it, if any."""
-    import numpy as np
-    from PIL import ImageOps
-
-    from unigrpo_cli.io.limits import open_image, parse_json
-
-    try:
-        image = open_image(path)
-        text = getattr(image, "text", {}).get("unigrpo", "{}")
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is no picture that can be read: it is not there; give a file") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is no picture that can be read: {error}") from error
-    try:
-        story = parse_json(text)
-    except ValueError:
-        story = {}
-    return pixels, story if isinstance(story, dict) else {}

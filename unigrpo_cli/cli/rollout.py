@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.directory import Run
 
-PROMPTS = 8
+DEFAULT_LIMIT = 8
 
 
 @one_error_line
 def rollout(
+    context: typer.Context,
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,
     model: common.Model = None,
@@ -36,14 +38,14 @@ def rollout(
     adapter: common.Adapter = None,
     prompts: common.Prompts = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help=f"How many prompts, from the first (default {PROMPTS}).")
+        int | None, typer.Option("--limit", min=1, help=f"Number of prompts, from the first (default {DEFAULT_LIMIT}).")
     ] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", min=2, help="Episodes per prompt (train.group_size).")
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Score the episodes saved in this directory; samples nothing."),
+        typer.Option("--from", help="Score the episodes saved in this directory instead of sampling."),
     ] = None,
     out: common.Out = None,
     seed: common.Seed = None,
@@ -55,9 +57,9 @@ def rollout(
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Sample groups of episodes as training would, or score saved ones again with other rewards.
+    """Sample groups of episodes as training does, or score saved ones with other rewards.
 
-    Writes --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
+    Writes to --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
     """
     from unigrpo_cli.errors import UsageError
     from unigrpo_cli.parallel.ranks import joined
@@ -68,40 +70,26 @@ def rollout(
     with joined() as ranks:
         with ranks.together():
             plugins = common.load_plugins(plugin, plugins_dir, display)
-            settings = common.resolve_config(
-                preset=preset,
-                config=config,
-                overrides=overrides,
-                named={
-                    "model": model,
-                    "weights_file": weights_file,
-                    "adapter": adapter,
-                    "prompts": prompts,
-                    "train.group_size": group_size,
-                    "seed": seed,
-                },
-                reward=reward,
-                reward_opt=reward_opt,
-            )
+            settings = common.resolve_config(context, {"group_size": "train.group_size"})
             plugins.call("unigrpo_configure", config=settings)
             if not settings.reward.names:
                 raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
-            idle = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
-            idle["--weights-file"] = weights_file
-            given = [name for name, value in idle.items() if value is not None]
+            for_sampling = {"--limit": limit, "--group-size": group_size, "--prompts": prompts, "--adapter": adapter}
+            for_sampling["--weights-file"] = weights_file
+            given = [name for name, value in for_sampling.items() if value is not None]
             if source is not None and given:
                 raise UsageError(f"--from scores saved episodes and samples nothing: leave out {', '.join(given)}")
-        summary = _drawn_and_judged(settings, plugins, source, limit or PROMPTS, out, display, ranks)
+        summary = _sample_and_score(settings, plugins, source, limit or DEFAULT_LIMIT, out, display, ranks)
     if rank > 0:
         return
-    words = ", ".join(f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in summary["rewards"].items())
+    means = ", ".join(f"{name} {'-' if mean is None else f'{mean:.3f}'}" for name, mean in summary["rewards"].items())
     counts = f"{summary['episodes']} episodes in {summary['groups']} groups"
-    display.say(f"{counts}: {words}\nwritten to {summary['run']}")
+    display.say(f"{counts}: {means}\nwritten to {summary['run']}")
     if json:
         common.print_json(summary)
 
 
-def _drawn_and_judged(
+def _sample_and_score(
     settings: Config,
     plugins: Plugins,
     source: Path | None,
@@ -110,7 +98,7 @@ def _drawn_and_judged(
     display: Display,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Whole groups, sampled or saved, shared out among ranks; the first one writes them and has the summary."""
+    """Score whole groups, sampled or saved, split over the ranks; rank 0 writes them and returns the summary."""
     from unigrpo_cli.episode import load_episodes, save_episodes
     from unigrpo_cli.errors import RewardError
     from unigrpo_cli.evaluate import samples_of
@@ -149,7 +137,9 @@ def _drawn_and_judged(
             scored = rewards.score(samples_of(own), split="train", ranks=ranks)
         except RewardError:
             if run is not None:
-                display.warn(f"the episodes are in {run.directory}; score them with `unigrpo rollout --from` that")
+                display.warn(
+                    f"the episodes are saved; score them with `unigrpo rollout --from {quote(str(run.directory))}`"
+                )
             raise
         with ranks.together():
             return {} if run is None else _record(run, groups, scored)
@@ -158,7 +148,7 @@ def _drawn_and_judged(
 def _sampled(
     policy: Policy, prompts: Sequence[Prompt], settings: Config, display: Display, ranks: Ranks
 ) -> list[Group]:
-    """This rank's own groups of those that the first training step would draw of these prompts."""
+    """This rank's groups, as the first training step would sample them."""
     from unigrpo_cli.evaluate import train_sampling
     from unigrpo_cli.rollout import rollout as sample
     from unigrpo_cli.train import window_of
@@ -178,7 +168,7 @@ def _sampled(
 
 
 def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult]) -> dict[str, Any]:
-    """Write rewards.json and images/; gives the summary."""
+    """Write rewards.json and images/; returns the summary."""
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.io.pictures import save_png
     from unigrpo_cli.run.records import reward_rows

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @one_error_line
 def train(
+    context: typer.Context,
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,
     model: common.Model = None,
@@ -29,7 +30,10 @@ def train(
     out: common.Out = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="A run, a checkpoint, or `auto`: --out (begun if need be) or the newest run."),
+        typer.Option(
+            "--resume",
+            help="Run or checkpoint to resume. `auto`: the run in --out, started if there is none, or the newest run.",
+        ),
     ] = None,
     seed: common.Seed = None,
     preset: common.Preset = None,
@@ -39,50 +43,32 @@ def train(
     plugins_dir: common.PluginsDir = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what it would take in memory and time; loads and writes nothing."),
+        typer.Option("--dry-run", help="Check the options and print the memory that training needs; load nothing."),
     ] = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
     """Train a unified model with UniGRPO.
 
-    Writes --out: config.toml, metrics.jsonl, samples/, checkpoints/, eval_before.json, eval_after.json and
-    summary.json. Interrupting finishes the step, saves a checkpoint and exits with 130; interrupting again drops
-    the step. `--resume auto --out DIR` begins the run or goes on with it, whichever it needs. What cannot fit the
-    memory (memory_gb, or the device's) is refused before anything is loaded.
+    Writes to --out: config.toml, metrics.jsonl, samples/, checkpoints/, eval_before.json, eval_after.json and
+    summary.json. Ctrl-C finishes the step, saves a checkpoint and exits with 130; a second Ctrl-C drops the step.
+    `--resume auto --out DIR` starts a run or resumes it. A run that does not fit in memory is refused before
+    anything is loaded.
     """
     from unigrpo_cli.run.console import Display
 
     rank, _, _ = launched()
     display = Display(json=json, quiet=quiet, rank=rank)
     plugins = common.load_plugins(plugin, plugins_dir, display)
-    named = {
-        "model": model,
-        "weights_file": weights_file,
-        "adapter": adapter,
-        "prompts": prompts,
-        "train.steps": steps,
-        "seed": seed,
-    }
-
-    def resolved(file: Path | None) -> common.Config:
-        return common.resolve_config(
-            preset=preset,
-            config=file,
-            overrides=overrides,
-            named=named,
-            reward=reward,
-            reward_opt=reward_opt,
-        )
 
     def chosen() -> tuple[common.Config, Path | None, Path | None]:
-        """Settings, the run to go on with, and the checkpoint of it that is asked for."""
-        if resume is None:
-            return resolved(config), None, None
-        run, wanted = run_to_resume(resume, out)
-        if not (run / "config.toml").is_file():  # requeued before it had begun
-            return resolved(config), None, None
-        return resolved(config or run / "config.toml"), run, wanted
+        """Settings, the run to resume, and the checkpoint that was asked for."""
+        settings = {"steps": "train.steps"}
+        if resume is not None:
+            run, wanted = run_to_resume(resume, out)
+            if (run / "config.toml").is_file():  # not when a job was requeued before it wrote anything
+                return common.resolve_config(context, settings, file=config or run / "config.toml"), run, wanted
+        return common.resolve_config(context, settings), None, None
 
     with interrupts() as listener:
         from unigrpo_cli.parallel.ranks import joined
@@ -90,17 +76,17 @@ def train(
         from unigrpo_cli.run.resume import checkpoint_to_plan, run_to_resume
 
         if dry_run:
-            settings, run, wanted = chosen()
+            configuration, run, wanted = chosen()
             if rank == 0:
-                _dry_run(prepare.plan(settings, run and checkpoint_to_plan(run, wanted)), display, json)
+                _dry_run(prepare.plan(configuration, run and checkpoint_to_plan(run, wanted)), display, json)
             return
         with joined() as ranks:
             with ranks.together():
-                settings, run, wanted = chosen()
+                configuration, run, wanted = chosen()
             if run is None:
-                summary = start.start(settings, plugins, display, out, listener, ranks)
+                summary = start.start(configuration, plugins, display, out, listener, ranks)
             else:
-                summary = start.resume(settings, plugins, display, run, wanted, listener, ranks)
+                summary = start.resume(configuration, plugins, display, run, wanted, listener, ranks)
     if json and rank == 0:
         common.print_json(summary)
     if summary["interrupted"]:
@@ -108,7 +94,7 @@ def train(
 
 
 def _dry_run(plan: Plan, display: Display, json: bool) -> None:
-    """All of the plan, and then the refusal of one that does not fit."""
+    """Print the plan, then refuse one that does not fit."""
     from unigrpo_cli.run.memory.plan import rates_of, refuse_too_large, report, show
 
     rates = rates_of(plan)

@@ -1,36 +1,33 @@
-"""Files and text from outside, read within limits: how long, how deep, and whether it can be written again.
+"""Files and text from outside, read within limits: size, nesting, and text that can be written again.
 
-All raise ValueError or OSError; who calls knows the file's name and the remedy.
+Functions raise ValueError or OSError; the caller adds the file's name and the remedy.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import struct
-import warnings
-import zlib
+import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from typing import Any, NoReturn
 
 LARGEST_TEXT = 256 * 2**20
 LARGEST_LINE = 2**20
-MOST_PIXELS = 64 * 2**20
-PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LONGEST_PROMPT = 20_000
 DEEPEST = 100
-"""Levels of lists and objects in each other: far beyond any use, and far below where recursion ends."""
+"""Levels of nested lists and objects: far beyond any use, far below Python's recursion limit."""
+BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Characters that Unicode counts as letters or symbols and that show nothing."""
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """A text file in UTF-8, with or without a mark in front. Never more than `largest` bytes: a device has no end.
+    """A UTF-8 text file, with or without a byte-order mark.
 
     Raises:
         OSError: when it cannot be read.
-        ValueError: when it is longer or of another encoding.
+        ValueError: when it is larger than `largest` bytes or not UTF-8.
     """
     with open_plain(path) as file:
         content = file.read(largest + 1)
@@ -40,23 +37,29 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and lines of a text file, lines without their ends.
+    """Numbers and lines of a text file, without line ends, byte-order marks and invisible characters at both ends.
 
-    Only a newline ends one, for JSON strings may hold U+2028.
+    Only a newline (or CR and newline) ends a line: JSON strings may hold U+2028. Files that were concatenated have a
+    byte-order mark in the middle.
 
     Raises:
-        OSError, ValueError: as `read_text`; the latter names the line.
+        OSError, ValueError: as `read_text`; a LineError names the line.
     """
     with open_plain(path) as file:
         number = 0
         while line := file.readline(LARGEST_LINE + 1):
             number += 1
             if len(line) > LARGEST_LINE:
-                raise LineError(number, f"the line is too long; at most {LARGEST_LINE:,} bytes are taken")
+                raise LineError(number, f"the line is too long; at most {LARGEST_LINE:,} bytes are read")
             try:
-                yield number, decoded(line, first=number == 1).rstrip("\n")
+                text = trimmed(decoded(line))
             except ValueError as error:
                 raise LineError(number, str(error)) from error
+            if "\r" in text:
+                raise LineError(
+                    number, "it holds a carriage return that ends no line; save the file with newlines (LF)"
+                )
+            yield number, text
 
 
 class LineError(ValueError):
@@ -68,72 +71,65 @@ class LineError(ValueError):
 
 
 def open_plain(path: Path) -> Any:
-    """A file opened for bytes. A name that no system takes is an OSError, too."""
+    """A regular file opened for bytes.
+
+    Raises:
+        OSError: also for a pipe or a device, which may never end, and for a name that the system does not take.
+    """
+    refuse_special(path)
+    return path.open("rb")
+
+
+def refuse_special(path: str | Path) -> None:
+    """Raise OSError for a pipe, socket or device, before it is opened: opening a pipe may wait for ever."""
     try:
-        return path.open("rb")
+        mode = Path(path).stat().st_mode
     except ValueError as error:  # a NUL character
         raise OSError(None, str(error), str(path)) from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(None, "it is not a regular file but a pipe or device; save the content to a file", str(path))
 
 
-def decoded(content: bytes, first: bool = True) -> str:
-    """Bytes as text.
+def decoded(content: bytes) -> str:
+    """Bytes as text, without a byte-order mark in front.
 
     Raises:
         ValueError: when they are not UTF-8.
     """
     try:
-        return content.removeprefix(codecs.BOM_UTF8 if first else b"").decode("utf-8")
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not readable text: byte {error.start} is not UTF-8; save it as UTF-8") from error
 
 
-def open_image(path: str | Path) -> Image:
-    """A picture file, decoded. Only formats that are data: others (PostScript) would start a program.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it cannot be read as one picture of 8 bits a channel, or is too large.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(path, formats=PICTURES) as image:
-                _refuse_picture(image)
-                image.load()
-                return image
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError as error:  # an OSError itself
-        raise ValueError(f"it is none of {', '.join(PICTURES)}, or damaged") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels; make it smaller") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError) as error:
-        if isinstance(error, RefusedPictureError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{reason}; give a {', '.join(PICTURES[:3])} file that is whole") from error
+def trimmed(text: str) -> str:
+    """A text without white space and invisible characters at both ends."""
+    start, end = 0, len(text)
+    while start < end and is_invisible(text[start]):
+        start += 1
+    while end > start and is_invisible(text[end - 1]):
+        end -= 1
+    return text[start:end]
 
 
-class RefusedPictureError(ValueError):
-    """A picture that is whole and of no use here."""
+def is_invisible(character: str) -> bool:
+    """Whether a character shows nothing: white space, format characters, and letters that are blank. Not NUL."""
+    if character.isspace() or character in BLANK_LETTERS:
+        return True
+    return unicodedata.category(character) == "Cf"
 
 
-def _refuse_picture(image: Image) -> None:
-    if image.width * image.height > MOST_PIXELS:
-        raise RefusedPictureError(
-            f"{image.width} x {image.height} are more than {MOST_PIXELS:,} pixels, the limit; make it smaller"
-        )
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise RefusedPictureError(f"its colours are {image.mode}, not 8 bits a channel; save it with 8 bits")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's, whose second picture is a preview
-        raise RefusedPictureError(f"it holds {frames} pictures; give a file with one")
+def refuse_odd_prompt(text: str) -> None:
+    """Raise ValueError for a prompt that is empty, too long, or cannot be written to a file again."""
+    if not trimmed(text):
+        raise ValueError("an empty prompt; write what to paint")
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"a prompt of {len(text):,} characters; at most {LONGEST_PROMPT:,} are accepted")
+    refuse_odd_text(text)
 
 
 def parse_json(text: str) -> Any:
-    """JSON as the standard has it: no NaN, and no deeper than anybody writes by hand.
+    """Standard JSON: no NaN, and at most DEEPEST levels.
 
     Raises:
         ValueError: saying what is wrong.
@@ -149,11 +145,11 @@ def parse_json(text: str) -> Any:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON; write null, or a number")
+    raise ValueError(f"{name} is not JSON; write null or a number")
 
 
 def refuse_depth(value: Any) -> None:
-    """Raise ValueError when lists and tables lie in each other more than DEEPEST levels."""
+    """Raise ValueError when lists and tables are nested more than DEEPEST levels."""
     level = [value]
     for _ in range(DEEPEST):
         inside = [v for v in level if isinstance(v, list | dict)]
@@ -164,14 +160,14 @@ def refuse_depth(value: Any) -> None:
 
 
 def refuse_odd_text(value: Any) -> None:
-    """Raise ValueError when a text, anywhere in lists and tables, could not be written to a file again."""
+    """Raise ValueError when a text, anywhere in lists and tables, cannot be written to a file again."""
     if isinstance(value, str):
         if "\0" in value:
-            raise ValueError("it holds a NUL character; take it out")
+            raise ValueError("it holds a NUL character; remove it")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError("it holds half a surrogate pair, which is no text in UTF-8; take it out") from error
+            raise ValueError("it holds an unpaired surrogate, which UTF-8 cannot encode; remove it") from error
     elif isinstance(value, dict):
         for key, inner in value.items():
             refuse_odd_text(key)

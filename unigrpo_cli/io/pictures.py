@@ -1,8 +1,11 @@
-"""Pictures for people: sheets with captions, PNG files with their story, and a terminal's worth of pixels."""
+"""Images: one reader for files from outside, PNG files with their record, captioned sheets, terminal previews."""
 
 from __future__ import annotations
 
+import struct
 import textwrap
+import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +13,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from rich.text import Text
 
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.json import to_json
+from unigrpo_cli.io.limits import parse_json, refuse_special
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MOST_PIXELS = 64 * 2**20
+RECORD = "unigrpo"
+"""The text chunk of a PNG that holds the record of how it was made."""
 
 TILE = 192  # pixels per side of a picture on a sheet
 MARGIN, LINE, FONT = 10, 15, 12
@@ -23,9 +33,82 @@ PAPER, INK, SOFT = (252, 252, 250), (30, 30, 34), (110, 110, 118)
 Array = NDArray[np.uint8]
 
 
+def read_picture(path: str | Path) -> Array:
+    """An image file as RGB [H, W, 3], the same for every command: rotated as EXIF says, transparency on white.
+
+    Raises:
+        UsageError: when it is missing or cannot be read as one image of 8 bits per channel.
+    """
+    return read_picture_and_record(path)[0]
+
+
+def read_picture_and_record(path: str | Path) -> tuple[Array, dict[str, Any]]:
+    """As `read_picture`, with the record that `save_png` left in the file, or {}.
+
+    Raises:
+        UsageError: as `read_picture`.
+    """
+    try:
+        image = _open(path)
+        text = str(getattr(image, "text", {}).get(RECORD, "{}"))
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.array(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UsageError(f"no picture {path}: give a file") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not readable as a picture: {error}") from error
+    try:
+        record = parse_json(text)
+    except ValueError:
+        record = {}
+    return pixels, record if isinstance(record, dict) else {}
+
+
+class _RefusedError(ValueError):
+    """A complete image that is not accepted."""
+
+
+def _open(path: str | Path) -> Image.Image:
+    """A decoded image file. Only formats that are data: others (PostScript) would start a program."""
+    try:
+        refuse_special(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            with Image.open(path, formats=FORMATS) as image:
+                _refuse(image)
+                image.load()
+                return image
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError as error:  # an OSError itself
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, or damaged") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels; make it smaller") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError) as error:
+        if isinstance(error, _RefusedError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{reason}; give a complete {', '.join(FORMATS[:3])} file") from error
+
+
+def _refuse(image: Image.Image) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        raise _RefusedError(
+            f"{image.width} x {image.height} are more than {MOST_PIXELS:,} pixels, the limit; make it smaller"
+        )
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise _RefusedError(f"its mode is {image.mode}, not 8 bits per channel; save it with 8 bits")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a camera's, whose second picture is a preview
+        raise _RefusedError(f"it holds {frames} pictures; give a file with one")
+
+
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet with what is written under it: a title, then smaller lines."""
+    """One image of a sheet with its caption: a title, then smaller lines."""
 
     pixels: Array
     title: str
@@ -33,7 +116,7 @@ class Tile:
 
 
 def enlarge(pixels: Array, side: int) -> Image.Image:
-    """A picture whose longer side is about `side`: whole pixels repeated when small, resampled when large."""
+    """Scale an image so that its longer side is about `side`: repeat whole pixels if small, resample if large."""
     image = Image.fromarray(np.asarray(pixels))
     longest = max(image.size)
     if longest * 2 <= side:
@@ -45,7 +128,7 @@ def enlarge(pixels: Array, side: int) -> Image.Image:
 
 
 def sheet(rows: Sequence[Sequence[Tile]], heading: str = "") -> Image.Image:
-    """A page of captioned pictures."""
+    """A page of captioned images."""
     font, small = ImageFont.load_default(FONT), ImageFont.load_default(FONT - 1)
     wrapped = [[_wrap(tile) for tile in row] for row in rows]
     tall = [max(len(title) + len(lines) for title, lines in row) * LINE + 4 for row in wrapped]
@@ -80,18 +163,18 @@ def _wrap(tile: Tile) -> tuple[list[str], list[str]]:
     return title, [part for line in tile.lines for part in textwrap.wrap(line, wide + 2)[:4]]
 
 
-def save_png(pixels: Array, path: Path, story: dict[str, Any]) -> None:
-    """A picture at its own size, its story in the PNG's text (`unigrpo`) and in a .json file beside it."""
+def save_png(pixels: Array, path: Path, record: dict[str, Any]) -> None:
+    """Write an image at its own size, its record in the PNG's text and in a .json file of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = to_json(story, indent=1)
+    text = to_json(record, indent=1)
     info = PngInfo()
-    info.add_itxt("unigrpo", text)
+    info.add_itxt(RECORD, text)
     Image.fromarray(np.asarray(pixels)).save(path, pnginfo=info)
-    path.with_suffix(".json").write_text(text + "\n")
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 def in_terminal(pixels: Array, columns: int = 48) -> Text:
-    """A picture in half blocks, two pixels a character."""
+    """An image in half blocks, two pixels per character."""
     image = Image.fromarray(np.asarray(pixels))
     if image.width != columns:
         rows = max(2, round(image.height * columns / image.width))

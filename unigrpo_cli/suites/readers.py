@@ -1,27 +1,33 @@
-"""Other people's suites, read from a path that the user gives: `--suite geneval2:/data/geneval2.jsonl`.
+"""Suites of other projects, read from a path: `--suite geneval2:/data/geneval2.jsonl`.
 
-None is shipped: their licences differ, and each reader names its own. All come out in one form: rows with `prompt`,
-a `tag` to average by, and what a reward may need (GenEval's clauses, or `questions` for a judge). A question is
+None is shipped: their licences differ, and each reader names its own. All give rows of one form: `prompt`, a `tag`
+to average by, and what a reward may need (GenEval's clauses, or `questions` for a judge). A question is
 {"question": text, "answer": text, "skill": text}.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import parse_json, read_text, refuse_odd_text
-
-Row = dict[str, Any]
+from unigrpo_cli.io.limits import (
+    LineError,
+    parse_json,
+    read_lines,
+    read_text,
+    refuse_odd_prompt,
+    refuse_odd_text,
+    trimmed,
+)
+from unigrpo_cli.suites.tables import Row, read_text_table
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A foreign suite's format. `read` raises UsageError, with file and line, on what is not of that format."""
+    """The format of a suite. `read` raises UsageError with file and line on another format."""
 
     name: str
     summary: str
@@ -29,46 +35,54 @@ class Reader:
     read: Callable[[Path], list[Row]]
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Numbers and lines that are not blank."""
     try:
-        return read_text(path)
+        return [(number, line) for number, line in read_lines(path) if line]
     except OSError as error:
         raise UsageError(f"{path} is not readable text ({error.strerror}); give the suite's own file") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
-
-
-def _table(path: Path, separator: str = ",") -> list[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a table, by the names in its first line."""
-    try:
-        rows = list(enumerate(csv.DictReader(_text(path).splitlines(), delimiter=separator), 2))
-        for _, row in rows:
-            refuse_odd_text(list(row.values()))
-    except (csv.Error, ValueError) as error:
-        raise UsageError(f"{path} is no table ({error}); give the suite's own file") from error
-    return rows
+    except LineError as error:
+        raise UsageError(f"{path}:{error.number}: {error}") from error
 
 
 def _objects(path: Path) -> list[tuple[int, Row]]:
-    """Line numbers and objects of a .jsonl file, or those of a JSON list."""
-    text = _text(path)
+    """Line numbers and objects of a .jsonl file, or positions and objects of a JSON list."""
     try:
-        if text.lstrip().startswith("["):
-            rows = list(enumerate(parse_json(text), 1))
-        else:
-            rows = [(k, parse_json(line)) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+        text = read_text(path)
+        listed = trimmed(text).startswith("[")
+        rows = list(enumerate(parse_json(text), 1)) if listed else _objects_by_line(path)
+    except OSError as error:
+        raise UsageError(f"{path} is not readable text ({error.strerror}); give the suite's own file") from error
     except ValueError as error:
         raise UsageError(f"{path}: {error}; give the suite's own .jsonl or .json file") from error
     for number, row in rows:
-        try:
-            refuse_odd_text(row)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number}: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not trimmed(row["prompt"]):
             raise UsageError(f'{path}:{number}: needs an object with a text "prompt"')
+        row["prompt"] = trimmed(row["prompt"])
+        _refuse_odd(f"{path}:{number}", row["prompt"], row)
     if not rows:
         raise UsageError(f"{path} holds no prompt")
     return rows
+
+
+def _objects_by_line(path: Path) -> list[tuple[int, Any]]:
+    rows = []
+    for number, line in _lines(path):
+        try:
+            rows.append((number, parse_json(line)))
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: {error}; give the suite's own .jsonl or .json file") from error
+    return rows
+
+
+def _refuse_odd(place: str, prompt: str, rest: Any = None) -> str:
+    """The prompt, if it and the rest of its row can be used."""
+    try:
+        refuse_odd_prompt(prompt)
+        refuse_odd_text(rest)
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}") from error
+    return prompt
 
 
 def geneval_plus(path: Path) -> list[Row]:
@@ -105,14 +119,14 @@ def t2i_compbench(path: Path) -> list[Row]:
     rows = []
     for file in files:
         tag = file.stem.removesuffix("_val").removesuffix("_train")
-        rows += [{"prompt": line.strip(), "tag": tag} for line in _text(file).split("\n") if line.strip()]
+        rows += [{"prompt": _refuse_odd(f"{file}:{number}", line), "tag": tag} for number, line in _lines(file)]
     if not rows:
         raise UsageError(f"{path}: no prompts; give a category's .txt file, or the directory of them")
     return rows
 
 
 def dpg(path: Path) -> list[Row]:
-    """DPG-Bench: a directory of prompts, a .txt file each, and if it is there the .csv of questions on them."""
+    """DPG-Bench: a directory of prompts, a .txt file each, and optionally a .csv of questions on them."""
     if not path.is_dir():
         raise UsageError(f"{path}: give the directory that holds DPG-Bench's prompts, a .txt file each")
     files = sorted([*path.glob("*.txt"), *path.glob("prompts/*.txt")])
@@ -122,10 +136,8 @@ def dpg(path: Path) -> list[Row]:
     questions = _dpg_questions(tables[0]) if tables else {}
     rows: list[Row] = []
     for file in files:
-        prompt = " ".join(_text(file).split())
-        if not prompt:
-            raise UsageError(f"{file} is empty")
-        row: Row = {"prompt": prompt, "tag": "dpg", "item": file.stem}
+        prompt = " ".join(" ".join(line.split()) for _, line in _lines(file))
+        row: Row = {"prompt": _refuse_odd(str(file), prompt), "tag": "dpg", "item": file.stem}
         if file.stem in questions:
             row["questions"] = questions[file.stem]
         rows.append(row)
@@ -133,9 +145,9 @@ def dpg(path: Path) -> list[Row]:
 
 
 def _dpg_questions(path: Path) -> dict[str, list[dict[str, str]]]:
-    """Questions by prompt; each expects a yes."""
+    """Questions by prompt; the expected answer is yes."""
     found: dict[str, list[dict[str, str]]] = {}
-    for number, row in _table(path):
+    for number, row in read_text_table(path, ","):
         try:
             item, question = row["item_id"], row["question_natural_language"]
         except KeyError as error:
@@ -149,10 +161,12 @@ def parti(path: Path) -> list[Row]:
     """PartiPrompts: a table with Prompt, Category and Challenge, separated by tabs (or commas)."""
     separator = "\t" if path.suffix != ".csv" else ","
     rows = []
-    for number, row in _table(path, separator):
-        if not (row.get("Prompt") or "").strip():
+    for number, row in read_text_table(path, separator):
+        prompt = trimmed(row.get("Prompt") or "")
+        if not prompt:
             raise UsageError(f"{path}:{number}: needs a column Prompt; give PartiPrompts' .tsv file")
-        rows.append({"prompt": row["Prompt"].strip(), "tag": row.get("Category") or "all"})
+        _refuse_odd(f"{path}:{number}", prompt, row)
+        rows.append({"prompt": prompt, "tag": row.get("Category") or "all"})
     if not rows:
         raise UsageError(f"{path} holds no prompt")
     return rows

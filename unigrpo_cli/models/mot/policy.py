@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unigrpo_cli.episode import GivenImage, GivenText, Prompt
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.io.pictures import read_picture
 from unigrpo_cli.models import lora
 from unigrpo_cli.models.mot.bagel import Release
 from unigrpo_cli.models.mot.codec import Codec
@@ -22,7 +23,7 @@ from unigrpo_cli.models.mot.config import ALSO, LAYERS, LORA_TARGETS, VisionConf
 from unigrpo_cli.models.mot.context import Context
 from unigrpo_cli.models.mot.layers import is_on_host, stream_from_host
 from unigrpo_cli.models.mot.network import MoT, MoTOutput, NoisyImage
-from unigrpo_cli.models.mot.resize import Resize, read_picture
+from unigrpo_cli.models.mot.resize import Resize
 from unigrpo_cli.models.mot.tokenizer import CLOSE, OPEN, UNKNOWN, token_id
 from unigrpo_cli.models.mot.vision import patchify
 from unigrpo_cli.models.mot.weights import restore_weights, save_model
@@ -91,7 +92,9 @@ class MoTPolicy:
         """What is given before the model paints: a system prompt if it thinks, a source picture, the prompt."""
         instruction = PLAN_FIRST if self.system_prompt is None else self.system_prompt
         system = (self.given("system", instruction),) if think and instruction else ()
-        source = () if prompt.image is None else (self.given_image("source", read_picture(prompt.image)),)
+        source = (
+            () if prompt.image is None else (self.given_image("source", torch.from_numpy(read_picture(prompt.image))),)
+        )
         return (*system, *source, self.given("prompt", prompt.text))
 
     def question(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
@@ -100,7 +103,7 @@ class MoTPolicy:
         asked = self.given("prompt", prompt.text)
         if prompt.image is None:
             return (*system, asked)
-        return (*system, self.given_image("source", read_picture(prompt.image), latents=False), asked)
+        return (*system, self.given_image("source", torch.from_numpy(read_picture(prompt.image)), latents=False), asked)
 
     def decode_text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)

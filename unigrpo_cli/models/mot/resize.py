@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import open_image
 
 MOST_PIXELS = 14 * 14 * 9 * 1024
 """BAGEL's limit on one picture."""
@@ -50,21 +46,3 @@ class Resize:
         height, width = pixels_HWC.shape[:2]
         resized = Image.fromarray(pixels_HWC.numpy()).resize(self.size(width, height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized))
-
-
-def read_picture(path: str | Path) -> Tensor:
-    """A file as uint8 [H, W, 3]; what is transparent becomes white.
-
-    Raises:
-        UsageError: when it is missing or no picture.
-    """
-    try:
-        image = open_image(path)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB")))
-    except FileNotFoundError as error:
-        raise UsageError(f"no picture {path}: give a file") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not readable as a picture: {error}") from error

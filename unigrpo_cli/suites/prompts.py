@@ -1,0 +1,162 @@
+"""Prompt files: one prompt per line, JSON objects, tables; and the tenth of them that is held out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.io.limits import LineError, parse_json, read_lines, refuse_odd_prompt, refuse_odd_text, trimmed
+from unigrpo_cli.suites.tables import HUB, read_prompt_table
+from unigrpo_cli.toy.prompts import parse_prompt, train_prompts
+
+SHAPES = "shapes"
+HELD_OUT = "held-out:"
+FEWEST_TO_SPLIT = 20
+LINES, TABLES = (".txt", ".jsonl"), (".csv", ".tsv", ".parquet")
+ACCEPTED = "`shapes`, a .txt file (one prompt per line), a .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME"
+
+
+def training_prompts(source: str, suite: str = SHAPES) -> list[Prompt]:
+    """The prompts to train on; without the held-out tenth when that is the suite."""
+    prompts = as_prompts(train_prompts()) if source == SHAPES else read_prompts(source)
+    return split(prompts)[0] if suite == HELD_OUT + source else prompts
+
+
+def default_suite(source: str) -> str:
+    """What `eval.suite=auto` is for these training prompts: shapes, their held-out tenth, or too few: all of them."""
+    if source == SHAPES:
+        return SHAPES
+    return HELD_OUT + source if split(read_prompts(source))[1] else source
+
+
+def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and a tenth that is held out: the texts with the smallest hashes, whatever their order.
+
+    Equal texts stay together. Fewer than FEWEST_TO_SPLIT texts are not split.
+    """
+    texts = sorted({prompt.text for prompt in prompts}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    chosen = set(texts[: len(texts) // 10]) if len(texts) >= FEWEST_TO_SPLIT else set()
+    held_out = [prompt for prompt in prompts if prompt.text in chosen]
+    return [prompt for prompt in prompts if prompt.text not in chosen], held_out
+
+
+def as_prompts(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
+    """Prompts from metadata rows; ids are the texts, numbered where a text repeats."""
+    seen: Counter[str] = Counter()
+    taken: set[str] = set()  # a text may also look like a numbered id
+    prompts = []
+    for row in rows:
+        text = row["prompt"]
+        while (own := f"{text}#{seen[text]}" if seen[text] else text) in taken:
+            seen[text] += 1
+        taken.add(own)
+        prompts.append(Prompt(own, text, row, row.get("image")))
+    return prompts
+
+
+def typed_prompt(text: str) -> dict[str, Any]:
+    """Metadata of a typed prompt: GenEval's clauses where the text follows the shapes grammar."""
+    return parse_prompt(text) or {"prompt": text}
+
+
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """Prompts from a file or a data set of the hub. All but `prompt` of an object or a table row is metadata.
+
+    `image` in an object is an image file to start from, relative to the prompts file.
+
+    Raises:
+        UsageError: when the file is missing, empty, of another kind, or a row is malformed (with its line).
+    """
+    source = str(source)
+    path = Path(source)
+    try:
+        if source.startswith(HUB) or path.suffix in TABLES:
+            rows = [_checked(place, path, row) for place, row in read_prompt_table(source)]
+        elif path.suffix in LINES:
+            read = _line if path.suffix == ".txt" else _object
+            rows = [read(path, number, line) for number, line in read_lines(path) if line]
+        else:
+            raise UsageError(f"prompts {source}: give {ACCEPTED}")
+    except FileNotFoundError as error:
+        raise UsageError(f"no prompts file {source}: give {ACCEPTED}") from error
+    except OSError as error:
+        raise UsageError(f"prompts file {source} is not readable text: {error.strerror}; give a file") from error
+    except LineError as error:
+        raise UsageError(f"{source}:{error.number}: {error}") from error
+    if not rows:
+        raise UsageError(f"prompts file {source} holds no prompt")
+    return as_prompts(rows)
+
+
+def _line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        refuse_odd_prompt(line)
+    except ValueError as error:
+        raise LineError(number, str(error)) from error
+    return typed_prompt(line)
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise LineError(number, f"{error}; each line is one object") from error
+    return _checked(f"{path}:{number}", path, row)
+
+
+def _checked(place: str, path: Path, row: Any) -> dict[str, Any]:
+    """A row with its prompt, image and clauses checked before a reward gets them."""
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not trimmed(row["prompt"]):
+        raise UsageError(f'{place}: needs an object with a text "prompt", e.g. {{"prompt": "a cat"}}')
+    row["prompt"] = trimmed(row["prompt"])
+    try:
+        refuse_odd_prompt(row["prompt"])
+        refuse_odd_text(row)
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}") from error
+    image = row.get("image")
+    if image is not None:
+        if not isinstance(image, str) or not os.path.isfile(path.parent / image):
+            raise UsageError(f"{place}: image {image!r} is not a file next to {path}")
+        row["image"] = str((path.parent / image).resolve())
+    if "include" not in row:
+        row = typed_prompt(row["prompt"]) | row
+    if "include" in row or "exclude" in row:
+        _check_clauses(place, row)
+    return row
+
+
+def _check_clauses(place: str, row: dict[str, Any]) -> None:
+    """Refuse malformed clauses of GenEval."""
+    for kind in ("include", "exclude"):
+        items = row.get(kind, [])
+        if not isinstance(items, list) or (kind == "include" and not items):
+            raise UsageError(f"{place}: {kind!r} must be a list of objects with class and count")
+        for index, item in enumerate(items):
+            good = (
+                isinstance(item, dict)
+                and isinstance(item.get("class"), str)
+                and type(item.get("count")) is int
+                and item["count"] >= 1
+            )
+            if not good:
+                raise UsageError(f'{place}: {kind}[{index}] needs "class" (text) and "count" (1 or more)')
+            if not isinstance(item.get("color", ""), str):
+                raise UsageError(f"{place}: {kind}[{index}].color must be text")
+            position = item.get("position")
+            if "position" in item and not (
+                isinstance(position, list)
+                and len(position) == 2
+                and position[0] in ("left of", "right of", "above", "below")
+                and type(position[1]) is int
+                and 0 <= position[1] < index
+            ):
+                raise UsageError(
+                    f'{place}: {kind}[{index}].position must be ["left of|right of|above|below", an earlier index]'
+                )
