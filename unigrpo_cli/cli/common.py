@@ -68,7 +68,12 @@ PluginsDir = Annotated[
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, everything else to stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and results.")]
-Prompts = Annotated[str | None, typer.Option("--prompts", help="`shapes`, or a .txt or .jsonl file of prompts.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts", help="`shapes`, a .txt, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME[:split[:column]]."
+    ),
+]
 
 SETTINGS = {
     "model": "model",

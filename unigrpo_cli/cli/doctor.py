@@ -60,15 +60,14 @@ def doctor(
 def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
     """All checks, on the state that training with these settings would start from."""
     from unigrpo_cli.run.doctor import findings, gather
+    from unigrpo_cli.run.inputs import read_inputs
     from unigrpo_cli.run.prepare import prepare, with_sizes
-    from unigrpo_cli.run.setup import is_embedded, open_rewards, reward_choices
-    from unigrpo_cli.suites import training_prompts
+    from unigrpo_cli.run.setup import is_embedded, open_rewards
 
-    plugins.call("unigrpo_configure", config=settings)
-    choices = reward_choices(settings)
-    asked = training_prompts(settings.prompts)
-    settings = with_sizes(settings, None, asked, display.say)
+    inputs = read_inputs(settings, plugins, display.say)
+    prompts = inputs.prompts
+    settings = with_sizes(inputs.config, None, prompts, display.say)
     state, _, plan = prepare(settings, None, None, display.warn)
-    with open_rewards(choices, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
-        rewards.check_needs([p.metadata for p in asked], has_reasoning=settings.sampling.think, split="train")
-        return findings(gather(state, asked, rewards, settings, thorough=True, plan=plan))
+    with open_rewards(inputs.rewards, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
+        rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="train")
+        return findings(gather(state, prompts, rewards, settings, thorough=True, plan=plan))

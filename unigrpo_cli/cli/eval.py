@@ -65,6 +65,7 @@ def evaluate(
     """
     from unigrpo_cli.parallel.ranks import joined
     from unigrpo_cli.run.console import Display
+    from unigrpo_cli.run.inputs import with_suite
 
     rank, _, _ = launched()
     display = Display(json=json, quiet=quiet, rank=rank)
@@ -78,6 +79,7 @@ def evaluate(
             gates = [_gate(text) for text in fail_under or []]
             plugins = common.load_plugins(plugin, plugins_dir, display)
             plugins.call("unigrpo_configure", config=settings)
+            settings = with_suite(settings)
             choices = _choices(settings, only_these=bool(reward))
             _refuse_unknown_gates(gates, [choice.alias for choice in choices])
         report = _report(settings, plugins, choices, other, out, display, ranks)
@@ -155,9 +157,10 @@ def _choices(config: Config, only_these: bool) -> list[RewardSpec]:
     """The rewards to evaluate with."""
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.setup import watched_choices
+    from unigrpo_cli.suites import SHAPES
 
     choices = parse_rewards(config.reward.names or ("geneval",), config.reward.options)
-    if not only_these and config.eval.suite == "shapes":
+    if not only_these and config.eval.suite == SHAPES:
         choices += watched_choices(config, {choice.alias for choice in choices})
     return choices
 

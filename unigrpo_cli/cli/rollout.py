@@ -104,6 +104,7 @@ def _sample_and_score(
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.directory import Run, new_directory
+    from unigrpo_cli.run.inputs import with_suite
     from unigrpo_cli.run.memory.plan import with_rows
     from unigrpo_cli.run.records import groups_of_all
     from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
@@ -116,7 +117,7 @@ def _sample_and_score(
             chosen = [group.prompt for group in saved]
             embedded, thinks = settings.model == "embedded", _all_think(saved)
         else:
-            chosen = training_prompts(settings.prompts)[:limit]
+            chosen = training_prompts(settings.prompts, with_suite(settings).eval.suite)[:limit]
             settings = with_rows(settings, chosen, settings.train.group_size, display.say)
             policy = load_policy(model_of(settings), settings.adapter, settings)
             embedded, thinks = is_embedded(policy), settings.sampling.think

@@ -73,11 +73,13 @@ def train(
     with interrupts() as listener:
         from unigrpo_cli.parallel.ranks import joined
         from unigrpo_cli.run import prepare, start
+        from unigrpo_cli.run.inputs import read_inputs
         from unigrpo_cli.run.resume import checkpoint_to_plan, run_to_resume
 
         if dry_run:
             configuration, run, wanted = chosen()
             if rank == 0:
+                configuration = read_inputs(configuration, plugins, display.say, dry_run=True).config
                 _dry_run(prepare.plan(configuration, run and checkpoint_to_plan(run, wanted)), display, json)
             return
         with joined() as ranks:

@@ -162,7 +162,9 @@ class EvalConfig(Section):
     """Held-out evaluation: deterministic (Euler) steps, fixed noise."""
 
     suite: str = Field(
-        "shapes", description="shapes, geneval, a prompts file, or KIND:PATH of a suite (docs/suites.md)"
+        "auto",
+        description="shapes, geneval, a prompts file, or KIND:PATH (docs/suites.md); auto: shapes, or with other "
+        "prompts a held-out tenth of them",
     )
     samples: Positive = Field(1, description="images per prompt")
     limit: Count = Field(0, description="only the first n prompts of each task; 0: all")
@@ -270,7 +272,10 @@ class Config(Section):
     )
     adapter: str | None = Field(None, description="PEFT adapter directory applied to the model")
     preset: Literal["embedded", "paper"] = Field("embedded", description="where defaults come from")
-    prompts: str = Field("shapes", description="prompts to train on: `shapes`, or a .txt or .jsonl file")
+    prompts: str = Field(
+        "shapes",
+        description="prompts to train on: `shapes`, a .txt, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME",
+    )
     seed: Seed = Field(0, description="random seed")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -123,11 +123,12 @@ class Scorer:
             for need in sorted(getattr(loaded.reward, "needs", ())):
                 kind, _, key = need.partition(":")
                 if kind == "metadata":
-                    lacking = [m for m in metadata if key not in m]
+                    lacking = [k for k, row in enumerate(metadata) if key not in row]
                     if lacking:
                         raise RewardError(
                             f"reward {loaded.alias!r} needs metadata {key!r}, which {len(lacking)} of "
-                            f"{len(metadata)} prompts lack; give a .jsonl file with it in every row"
+                            f"{len(metadata)} {split} prompts lack, the first of them {_shown(metadata[lacking[0]])}; "
+                            "give a .jsonl file with it in every row"
                         )
                 elif kind == "reasoning" and not has_reasoning:
                     raise RewardError(
@@ -331,3 +332,9 @@ def _frozen(batch: RewardBatch) -> RewardBatch:
 
 def _immutable(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.frombuffer(pixels.tobytes(), pixels.dtype).reshape(pixels.shape) if pixels.size else pixels
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """The beginning of a prompt, quoted."""
+    text = str(row.get("prompt", ""))
+    return repr(text if len(text) <= 60 else f"{text[:60]} ...")

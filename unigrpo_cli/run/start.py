@@ -12,17 +12,16 @@ from typing import Any
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import DiskError, UsageError, suggest
-from unigrpo_cli.evaluate import limited
+from unigrpo_cli.errors import DiskError, UsageError
 from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
-from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.config_diff import Change, Effect, flat
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run, fresh_directory, scratch_directory
 from unigrpo_cli.run.doctor import examine_at_start
+from unigrpo_cli.run.inputs import read_inputs
 from unigrpo_cli.run.memory import left_open
 from unigrpo_cli.run.prepare import prepare, with_sizes
 from unigrpo_cli.run.resume import (
@@ -32,10 +31,9 @@ from unigrpo_cli.run.resume import (
     refuse_changes,
     with_kept_sizes,
 )
-from unigrpo_cli.run.setup import is_embedded, open_rewards, reward_choices, warn_of_unknown_words
+from unigrpo_cli.run.setup import is_embedded, open_rewards, warn_of_unknown_words
 from unigrpo_cli.run.signals import Interrupts
 from unigrpo_cli.run.trainer import ABSTAINED, OWED, Trainer
-from unigrpo_cli.suites import SuiteRegistry, training_prompts
 from unigrpo_cli.training.optimizer import shards
 from unigrpo_cli.training.rng_state import seed_generators
 from unigrpo_cli.training.state import Origin, TrainState, checkpoints, prompt_list, read_state
@@ -103,14 +101,9 @@ def _run(
         checkpoint: where to go on from; None begins.
     """
     began = time.perf_counter()
-    plugins.call("unigrpo_configure", config=config)
-    choices = reward_choices(config)
-    _refuse_unknown_best(config, choices)
-    suites = SuiteRegistry()
-    plugins.call("unigrpo_register_suites", registry=suites)
-    prompts = training_prompts(config.prompts)
+    inputs = read_inputs(config, plugins, display.say)
+    config, prompts, suite = inputs.config, inputs.prompts, inputs.suite
     _refuse_what_ranks_cannot_share(config, prompts, ranks)
-    suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     content = None if checkpoint is None else read_state(checkpoint)
     asked, config = left_open(config), with_kept_sizes(content, config)
     if content is not None and asked:
@@ -124,7 +117,7 @@ def _run(
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
     embedded, thinks = is_embedded(state.policy), config.sampling.think
-    rewards = held.enter_context(open_rewards(choices, plugins, config, embedded=embedded, ranks=ranks))
+    rewards = held.enter_context(open_rewards(inputs.rewards, plugins, config, embedded=embedded, ranks=ranks))
     with ranks.together():
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
         rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
@@ -176,13 +169,6 @@ def _refuse_what_ranks_cannot_share(config: Config, prompts: Sequence[Prompt], r
             "prompts with and without pictures cannot be mixed where weights are sharded: ranks would make other "
             "numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
         )
-
-
-def _refuse_unknown_best(config: Config, choices: Sequence[RewardSpec]) -> None:
-    """`eval.best` must name a reward that evaluations ask."""
-    names = [choice.alias for choice in choices]
-    if config.eval.best and config.eval.best not in names:
-        raise UsageError(f"eval.best={config.eval.best} is no reward of this run: {suggest(config.eval.best, names)}")
 
 
 def _say_changes(found: Sequence[Change], display: Display) -> None:

@@ -352,7 +352,7 @@ class Trainer:
         }
 
     def _report(self, summary: dict[str, Any]) -> None:
-        table = Table(title=f"held-out {self.config.eval.suite}, {len(self.suite)} prompts", title_style="bold")
+        table = Table(title=f"evaluation on {self.config.eval.suite}, {len(self.suite)} prompts", title_style="bold")
         table.add_column("reward")
         for name in ("before", "after", "difference, 95 %"):
             table.add_column(name, justify="right")

@@ -1,0 +1,113 @@
+"""What a run reads before its model: rewards, prompts and the suite, all checked before anything is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from unigrpo_cli.config import Config, load_config, with_values
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import UsageError, suggest
+from unigrpo_cli.evaluate import limited
+from unigrpo_cli.rewards.batch import RewardContext
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.rewards.scorer import Scorer
+from unigrpo_cli.rewards.spec import RewardSpec
+from unigrpo_cli.run.setup import reward_choices
+from unigrpo_cli.suites import SHAPES, SuiteRegistry, default_suite, training_prompts
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains on and is measured by.
+
+    Args:
+        config: with the suite that `eval.suite=auto` stands for.
+        prompts: to train on, without those that are held out.
+        suite: to evaluate on.
+    """
+
+    config: Config
+    rewards: list[RewardSpec]
+    prompts: list[Prompt]
+    suite: list[Prompt]
+
+
+def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *, dry_run: bool = False) -> Inputs:
+    """Read and check everything that needs no weights.
+
+    Args:
+        say: gets a line on prompts that are held out.
+        dry_run: a reward need not be chosen yet.
+
+    Raises:
+        UsageError: when prompts or a suite cannot be read, or eval.best names no reward.
+        RewardError: when a reward is unknown, an option is wrong, or prompts lack what a reward needs.
+    """
+    plugins.call("unigrpo_configure", config=config)
+    suites = SuiteRegistry()
+    plugins.call("unigrpo_register_suites", registry=suites)
+    automatic = config.eval.suite == AUTO
+    config = with_suite(config)
+    if dry_run and not config.reward.names:
+        say("no reward is chosen yet: training needs --reward, e.g. --reward clip,geneval")
+        rewards = []
+    else:
+        rewards = reward_choices(config)
+    _refuse_unknown_best(config, rewards)
+    prompts = training_prompts(config.prompts, config.eval.suite)
+    suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
+    _check_rewards(config, rewards, plugins, prompts, suite)
+    if automatic and config.eval.suite != SHAPES:
+        say(_held_out_line(config, len(prompts), len(suite)))
+    return Inputs(config, rewards, prompts, suite)
+
+
+def with_suite(config: Config) -> Config:
+    """The configuration with the suite that `eval.suite=auto` stands for.
+
+    The preset's eval.rewards are about shapes, so another suite drops them.
+    """
+    if config.eval.suite != AUTO:
+        return config
+    suite = default_suite(config.prompts)
+    values: dict[str, object] = {"eval.suite": suite}
+    if suite != SHAPES and config.eval.rewards == load_config(preset=config.preset).eval.rewards:
+        values["eval.rewards"] = ()
+    return with_values(config, values)
+
+
+def _held_out_line(config: Config, training: int, held_out: int) -> str:
+    if config.eval.suite == config.prompts:
+        return (
+            f"{config.prompts} has too few prompts to hold some out: evaluation and samples use the training prompts; "
+            "set eval.suite=FILE to evaluate on others"
+        )
+    return (
+        f"{config.prompts}: {training} prompts to train on, {held_out} held out (a tenth, by hash) for evaluation and "
+        "samples; set eval.suite to evaluate on others"
+    )
+
+
+def _refuse_unknown_best(config: Config, rewards: Sequence[RewardSpec]) -> None:
+    """`eval.best` must name a reward of the evaluation."""
+    names = [reward.alias for reward in rewards]
+    if config.eval.best and config.eval.best not in names:
+        hint = suggest(config.eval.best, names)
+        raise UsageError(f"eval.best={config.eval.best} is not a reward of this run: {hint}")
+
+
+def _check_rewards(
+    config: Config,
+    rewards: Sequence[RewardSpec],
+    plugins: Plugins,
+    prompts: Sequence[Prompt],
+    suite: Sequence[Prompt],
+) -> None:
+    """Find every reward, check its options and what it needs of each prompt; set up nothing."""
+    context = RewardContext(device="cpu", seed=config.seed, embedded=False, offline=True)
+    with Scorer(rewards, plugins, context, local=False) as scorer:
+        for split, asked in (("train", prompts), ("eval", suite)):
+            scorer.check_needs([p.metadata for p in asked], has_reasoning=config.sampling.think, split=split)
