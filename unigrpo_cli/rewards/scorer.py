@@ -127,7 +127,7 @@ class Scorer:
                     if lacking:
                         raise RewardError(
                             f"reward {loaded.alias!r} needs metadata {key!r}, which {len(lacking)} of "
-                            f"{len(metadata)} {split} prompts lack, the first of them {_shown(metadata[lacking[0]])}; "
+                            f"{len(metadata)} prompts lack, the first of them {_shown(metadata[lacking[0]])}; "
                             "give a .jsonl file with it in every row"
                         )
                 elif kind == "reasoning" and not has_reasoning:
