@@ -1,6 +1,6 @@
 """The parts of the report and how each is measured: with the package's own functions, their stages watched.
 
-`rollout`, `velocity`, `replay`, `replay_fixed` and `optimizer_step` are called as training calls them; nothing of
+`rollout`, `velocity`, `replay`, `score_old_and_reference` and `update` are called as training calls them; nothing of
 them is written again here.
 """
 
@@ -24,8 +24,9 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.mot.context import Context
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed, window_of
+from unigrpo_cli.train import score_old_and_reference, update, with_advantages
 from unigrpo_cli.training.optimizer import make_optimizer
+from unigrpo_cli.training.schedule import objective_of, window_of
 from unigrpo_cli.training.state import TrainState
 
 NETWORK, CEILINGS, IN_ALL = "network", "ceilings", "in all"
@@ -330,7 +331,7 @@ def measure_update(bench: Benchmark, micro_batch_size: int, part: str) -> None:
 def updates(
     bench: Benchmark, micro_batch_size: int, episodes: list[Episode]
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Seconds of `replay_fixed`; then of each `optimizer_step`, in all and of the optimizer's own part."""
+    """Seconds of `score_old_and_reference`; then of each `update`, in all and of the optimizer's own part."""
     clock, config = bench.clock, bench.config(micro_batch_size)
     if bench.state is None:
         bench.state = TrainState(bench.policy, make_optimizer(bench.policy, config))
@@ -340,13 +341,13 @@ def updates(
     began = clock.now()
     fixed = score_old_and_reference(bench.policy, episodes, config, objective)
     fixed_s = clock.now() - began
-    shares = weighed(fixed, advantage_B)
+    shares = with_advantages(fixed, advantage_B)
     steps: list[tuple[float, float]] = []
     try:
         while len(steps) < 2 and (not steps or steps[-1][0] < clock.left_s):
             own: dict[str, float] = {}
             with clock.watching(state.optimizer, "step", own):
-                total_s = clock.once(lambda: optimizer_step(state, shares[0], objective, config))
+                total_s = clock.once(lambda: update(state, shares[0], objective, config))
             steps.append((total_s, own["step"]))
     finally:
         state.optimizer.zero_grad()  # of an update that did not fit

@@ -27,8 +27,9 @@ from unigrpo_cli.rewards.scorer import PendingScores
 from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.setup import load_policy, open_rewards, reward_choices
 from unigrpo_cli.suites import training_prompts
-from unigrpo_cli.train import prompts_for, training_step
+from unigrpo_cli.train import training_step
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.schedule import prompts_for
 from unigrpo_cli.training.state import TrainState
 
 STEP = "embedded: training step"
@@ -38,7 +39,7 @@ CALLS = {
     "rollout": (algorithm, "rollout"),
     "reward": (PendingScores, "submit"),  # runs local rewards; `finish` waits for remote ones
     "old": (algorithm, "replay_fixed"),
-    "update": (algorithm, "optimizer_step"),
+    "update": (algorithm, "update"),
 }
 """The phases of `training_step`, each by the one call that it is."""
 LEAST_SHARE = 0.02

@@ -27,8 +27,9 @@ from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.mot.tokenizer import OPEN
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, write_text
-from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed
+from unigrpo_cli.train import score_old_and_reference, update, with_advantages
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.schedule import objective_of
 from unigrpo_cli.training.state import TrainState
 
 WORDS, AGAINST = "text-only GRPO", "text-only GRPO against TRL"
@@ -109,9 +110,9 @@ class OwnSteps:
         spread = reward_PG.std(dim=1, keepdim=True) + 1e-4
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / spread).flatten()
         fixed = score_old_and_reference(self.policy, episodes, self.config, self.objective, apart=False)
-        shares = weighed(fixed, advantage_B)
+        shares = with_advantages(fixed, advantage_B)
         replayed = self.clock.now()
-        optimizer_step(self.state, shares[0], self.objective, self.config)
+        update(self.state, shares[0], self.objective, self.config)
         ended = self.clock.now()
         self.steps += 1
         return Spent(sum(len(t.ids) for t in texts), written - began, ended - replayed, ended - began)

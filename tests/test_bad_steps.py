@@ -24,7 +24,7 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.run.records import save_bad_step
-from unigrpo_cli.train import Step, training_step
+from unigrpo_cli.train import StepResult, training_step
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 from unigrpo_cli.training.update_guard import ENOUGH, check_gradient, check_weights, remember_norms
@@ -57,11 +57,11 @@ def _state(*settings: str) -> tuple[TrainState, Config]:
     return TrainState(policy, make_optimizer(policy, config)), config
 
 
-def _step(state: TrainState, config: Config) -> Step:
+def _step(state: TrainState, config: Config) -> StepResult:
     plugins = Plugins()
     plugins.rewards.add("bright", bright)
     with Scorer(parse_rewards(["bright"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
-        done = training_step(state, PROMPTS, rewards, config)
+        done = training_step(state, PROMPTS, rewards, config, rescore=True)
     state.step += 1
     return done
 

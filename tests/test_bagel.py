@@ -37,7 +37,7 @@ from unigrpo_cli.models.mot.network import MoT, NoisyImage
 from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
 from unigrpo_cli.replay import collate, micro_batches, replay
 from unigrpo_cli.rollout import Sampling, read_given, rollout
-from unigrpo_cli.train import score_old_and_reference, weighed
+from unigrpo_cli.train import score_old_and_reference, with_advantages
 from unigrpo_cli.training.metrics import drift
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
@@ -320,7 +320,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     episodes = flatten(rollout(policy, prompts, 3, SAMPLING, WINDOW, seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
     advantage_B = torch.linspace(-1, 1, len(episodes))
-    (share,) = weighed(score_old_and_reference(policy, episodes, config, objective), advantage_B)
+    (share,) = with_advantages(score_old_and_reference(policy, episodes, config, objective), advantage_B)
     facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
     for step in range(steps):
         for m in share:

@@ -20,8 +20,9 @@ from benchmarks.shapes import SIZES, random_policy
 from tests.torch_flops import count_flops
 from unigrpo_cli.models.mot.config import network_shapes
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.train import objective_of, optimizer_step, score_old_and_reference, weighed
+from unigrpo_cli.train import score_old_and_reference, update, with_advantages
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.schedule import objective_of
 from unigrpo_cli.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -157,8 +158,8 @@ def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None
     assert forward_flops(size.network, work) == pytest.approx(counted, rel=0.01)
     state, objective = TrainState(bench.policy, make_optimizer(bench.policy, config)), objective_of(config)
     fixed = score_old_and_reference(bench.policy, episodes, config, objective)
-    shares = weighed(fixed, torch.tensor([1.0, -1.0]))
-    counted = count_flops(lambda: optimizer_step(state, shares[0], objective, config))
+    shares = with_advantages(fixed, torch.tensor([1.0, -1.0]))
+    counted = count_flops(lambda: update(state, shares[0], objective, config))
     assert update_flops(size.network, work) == pytest.approx(counted, rel=0.01)
 
 

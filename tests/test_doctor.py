@@ -612,12 +612,12 @@ def test_a_flipped_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_micro_batches_with_the_advantages_of_others_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows counted within a micro-batch instead of over all."""
-    own = train.weighed
+    own = train.with_advantages
 
     def faulty(fixed, advantage_B):
         return own([[replace(f, rows=list(range(len(f.rows)))) for f in share] for share in fixed], advantage_B)
 
-    monkeypatch.setattr(train, "weighed", faulty)
+    monkeypatch.setattr(train, "with_advantages", faulty)
     assert _faults(_examine()) == {"advantages"}
 
 
@@ -871,7 +871,7 @@ def test_rows_of_a_micro_batch_are_known_by_their_actions(tiny: MoTPolicy) -> No
     order = [5, 2, 7, 0, 1, 3, 4, 6]
     objective_of = replace(train.objective_of(config), penalty="none")
     fixed = train.score_old_and_reference(tiny, [episodes[k] for k in order], config, objective_of)
-    shares = train.weighed(fixed, torch.arange(8.0))
+    shares = train.with_advantages(fixed, torch.arange(8.0))
     rows = [k for share in shares for m in share for k in rows_of(m, episodes)]
     assert rows == order
 

@@ -43,7 +43,7 @@ from unigrpo_cli.models.mot.config import (
 )
 from unigrpo_cli.models.mot.network import MoT, NoisyImage
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.rollout import read_given, rollout, write_text
+from unigrpo_cli.rollout import read_given, rollout, sample_text
 from unigrpo_cli.run.memory import (
     Memory,
     Workload,
@@ -56,8 +56,8 @@ from unigrpo_cli.run.memory import (
 )
 from unigrpo_cli.run.memory import seconds as speed
 from unigrpo_cli.run.memory.batches import even_sizes
-from unigrpo_cli.train import window_of
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.schedule import window_of
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 SMALL = MoTConfig(96, 3, 6, 2, 320, 4000, 2, 4, 4, 8)
@@ -186,7 +186,7 @@ def test_the_cache_of_a_rollout_is_a_contexts() -> None:
     given = model.preamble(PROMPTS[0], think=True)
     context = read_given(model, [given] * 3)
     work = Workload(model.network.config, None, config, given=context.used)
-    grown, _ = write_text(model, context, train_sampling(config), [1, 2, 3])
+    grown, _ = sample_text(model, context, train_sampling(config), [1, 2, 3])
     held = size([*grown.keys, *grown.values])
     found = memory(work)
     assert item(found, "key-value cache", "rollout, image") == held
@@ -336,7 +336,7 @@ def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
     with torch.no_grad(), alive:
         context = read_given(model, [given] * 8)
         start = alive.now
-        write_text(Stopping(), context, train_sampling(config), range(8))  # type: ignore[arg-type]
+        sample_text(Stopping(), context, train_sampling(config), range(8))  # type: ignore[arg-type]
     work = Workload(model.network.config, None, config, given=context.used)
     items = {i.name: i.bytes for i in memory(work).phase("rollout, words").items}
     assert "smaller batches" in items
@@ -636,7 +636,6 @@ def test_the_batch_arithmetic() -> None:
     assert (batch.rollouts, batch.reads, batch.word_calls, batch.denoise_calls) == (48, 64, 1026, 24)
     assert (batch.replays, batch.backwards) == (2, 3)
     assert batch_of(settings("objective.penalty=none", "sampling.think=false")).replays == 0.5, "the second update's"
-    assert batch_of(settings("train.old_scores=replay")).replays == 2
 
 
 def test_what_is_not_done_takes_nothing() -> None:

@@ -15,7 +15,7 @@ from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.network import NoisyImage
 from unigrpo_cli.replay import replay
 from unigrpo_cli.rollout import Sampling, rollout
-from unigrpo_cli.train import score_old_and_reference, weighed
+from unigrpo_cli.train import score_old_and_reference, with_advantages
 from unigrpo_cli.training.metrics import drift
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 
@@ -67,7 +67,7 @@ def test_the_first_ratio_is_exactly_one(finetune: str, dtype: str, checkpointing
     optimizer = make_optimizer(policy, config)
     episodes = flatten(rollout(policy, PROMPTS, 3, SAMPLING, flow.Window(1, 3), seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
-    (share,) = weighed(score_old_and_reference(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
+    (share,) = with_advantages(score_old_and_reference(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
     for m in share:
         new = replay(policy, m.batch)
         loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=6)

@@ -17,7 +17,7 @@ from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
-from unigrpo_cli.train import Step, train
+from unigrpo_cli.train import StepResult, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 
@@ -59,11 +59,11 @@ def light(pixels):
     return [float(p.mean()) for p in pixels]
 
 
-def _train(*settings: str) -> tuple[list[Step], MoTPolicy]:
+def _train(*settings: str) -> tuple[list[StepResult], MoTPolicy]:
     config = load_config(overrides=[*SETTINGS, *settings])
     policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
     state = TrainState(policy, make_optimizer(policy, config))
-    steps: list[Step] = []
+    steps: list[StepResult] = []
     with _rewards(config) as rewards:
         train(state, PROMPTS, rewards, config, lambda step: bool(steps.append(step)))
     return steps, policy
@@ -76,7 +76,7 @@ def _rewards(config: Config) -> Scorer:
     return Scorer(parse_rewards(["red,light"]), plugins, RewardContext("cpu", config.seed, True, True))
 
 
-def _course(steps: list[Step]) -> tuple[np.ndarray, np.ndarray]:
+def _course(steps: list[StepResult]) -> tuple[np.ndarray, np.ndarray]:
     """Per step: mean share of the word, mean brightness."""
     words, light = [], []
     for step in steps:

@@ -387,7 +387,7 @@ def _warned(
         limits = ratio_limits(policy, config.objective)
         monitor = Monitor(state.facts.setdefault("watch", {}), config, rewards.weights, {of: 1}, limits)
         for state.step in range(steps):
-            done = training_step(state, PROMPTS, rewards, config)
+            done = training_step(state, PROMPTS, rewards, config, rescore=True)
             assert done.skipped is None
             monitor.check(done.metrics, done.skipped)
             rows.append(done.metrics)

@@ -245,7 +245,9 @@ def test_a_failing_farewell_does_not_keep_a_reward_open() -> None:
     assert closed == ["judge"]
 
 
-def _stepped(judge: type, monkeypatch: pytest.MonkeyPatch, replaying: Callable[[], None], **policy: Any) -> train.Step:
+def _stepped(
+    judge: type, monkeypatch: pytest.MonkeyPatch, replaying: Callable[[], None], **policy: Any
+) -> train.StepResult:
     """A small training step with that judge; `replaying` is called when the fixed scores are to be made."""
     fixed = train.score_old_and_reference
 

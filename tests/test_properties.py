@@ -36,7 +36,7 @@ from unigrpo_cli.episode import (
     save_episodes,
 )
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.train import objective_of, prompts_for, window_of
+from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

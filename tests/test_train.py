@@ -23,8 +23,8 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.lora import adapter_of, load_adapters
 from unigrpo_cli.models.mot.checkpoint import load_model
-from unigrpo_cli.train import prompts_for, window_of
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.schedule import prompts_for, window_of
 
 SMALL = [
     "train",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tools.toy_model import build_model
-from unigrpo_cli import RewardContext
+from unigrpo_cli import RewardContext, train
 from unigrpo_cli.algo import flow
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Group, Prompt, flatten
@@ -23,17 +23,9 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.rollout import rollout
-from unigrpo_cli.train import (
-    RATIO_CHECKED,
-    MicroBatch,
-    advantages,
-    objective_of,
-    optimizer_step,
-    score_old_and_reference,
-    training_step,
-    weighed,
-)
+from unigrpo_cli.train import MicroBatch, advantages, score_old_and_reference, training_step, update, with_advantages
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.schedule import objective_of
 from unigrpo_cli.training.state import TrainState
 
 SETTINGS = [
@@ -72,7 +64,7 @@ def _episodes(policy: MoTPolicy, config: Config) -> list[Group]:
 def _shares(state: TrainState, config: Config) -> list[list[MicroBatch]]:
     advantage_B = torch.linspace(-1, 1, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]
     episodes = flatten(_episodes(state.policy, config))
-    return weighed(score_old_and_reference(state.policy, episodes, config, objective_of(config)), advantage_B)
+    return with_advantages(score_old_and_reference(state.policy, episodes, config, objective_of(config)), advantage_B)
 
 
 def _step(config: Config, state: TrainState | None = None) -> tuple[TrainState, dict[str, float], dict]:
@@ -86,7 +78,7 @@ def _step(config: Config, state: TrainState | None = None) -> tuple[TrainState, 
         grads.update({n: p.grad.clone() for n, p in named if p.grad is not None})
 
     hook = state.optimizer.register_step_pre_hook(keep)
-    terms = optimizer_step(state, share, objective_of(config), config).terms
+    terms = update(state, share, objective_of(config), config).terms
     hook.remove()
     return state, terms, grads
 
@@ -109,10 +101,10 @@ def test_old_scores_and_reference_stay_while_the_policy_moves() -> None:
     config = _config("train.micro_batch_size=5")
     state = _state(config)
     (share,) = _shares(state, config)
-    first = optimizer_step(state, share, objective_of(config), config).terms
+    first = update(state, share, objective_of(config), config).terms
     assert first["text/max_abs_log_ratio"] == first["image/max_abs_log_ratio"] == 0
     assert first["image/velocity-mse"] < 1e-20  # a copy of the weights elsewhere in memory may round another way
-    again = optimizer_step(state, share, objective_of(config), config).terms
+    again = update(state, share, objective_of(config), config).terms
     assert again["text/max_abs_log_ratio"] > 1e-4
     assert again["image/max_abs_log_ratio"] > 1e-6
     assert again["image/velocity-mse"] > 1e-9
@@ -154,7 +146,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     before = [p.detach().clone() for p in state.policy.network.parameters()]
     broken = [replace(m, advantage_B=m.advantage_B * math.nan) for m in share]
     with pytest.raises(DivergedError, match="not finite, so no update was made"):
-        optimizer_step(state, broken, objective_of(config), config)
+        update(state, broken, objective_of(config), config)
     assert not state.between
     for own, start in zip(state.policy.network.parameters(), before, strict=True):
         assert torch.equal(own, start)
@@ -248,29 +240,30 @@ def test_epochs_and_updates_are_counted() -> None:
     config = _config("train.epochs=2", "train.minibatches=2", "train.prompts_per_step=2", "eval.rewards=[]")
     state = _state(config)
     with Scorer(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
-        done = training_step(state, PROMPTS, rewards, config)
+        done = training_step(state, PROMPTS, rewards, config, rescore=True)
     assert {int(s["step"]) for s in state.optimizer.state.values()} == {4}
     assert done.metrics["text/max_abs_log_ratio"] > 0 == done.metrics["text/first_max_abs_log_ratio"]
     assert state.between
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_the_first_update_needs_no_pass_for_its_old_scores(updates: int) -> None:
-    """Metrics and weights are the same to the bit without; that its ratio is 1 is then no finding and not told."""
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_first_updates_old_scores_are_its_own(monkeypatch: pytest.MonkeyPatch, minibatches: int) -> None:
+    """A separate pass changes no metric and no weight; only a run's first step makes one and reports the ratio."""
+    own = train.score_old_and_reference
     left = {}
-    for how in ("auto", "replay"):
-        config = _config(f"train.old_scores={how}", f"train.minibatches={updates}", "train.micro_batch_size=4")
+    for always in (False, True):
+        if always:
+            monkeypatch.setattr(train, "score_old_and_reference", lambda *a: own(*a[:5], True))
+        config = _config(f"train.minibatches={minibatches}", "train.micro_batch_size=4")
         state = _state(config)
-        told = []
+        steps = []
         with Scorer(parse_rewards(["clean"]), _loaded(), RewardContext("cpu", 0, True, True)) as rewards:
-            for state.step in (0, 1, RATIO_CHECKED):
-                own = training_step(state, PROMPTS, rewards, config).metrics
-                told.append({k: v for k, v in own.items() if not k.startswith(("seconds/", "memory/"))})
-        left[how] = told, [p.detach().clone() for p in state.policy.network.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(left["auto"][1], left["replay"][1], strict=True))
-    ratios = {"text/first_max_abs_log_ratio", "image/first_max_abs_log_ratio"}
-    for k, (short, whole) in enumerate(zip(left["auto"][0], left["replay"][0], strict=True)):
-        assert whole.keys() - short.keys() == (ratios if k == 1 else set())
-        assert {name: whole[name] for name in short} == short
-        assert [whole[name] for name in ratios] == [0, 0]
-    assert "text/drift_mean" in left["auto"][0][1]
+            for state.step in (0, 1, 16):
+                found = training_step(state, PROMPTS, rewards, config, rescore=state.step == 0).metrics
+                steps.append({k: v for k, v in found.items() if not k.startswith(("seconds/", "memory/"))})
+        left[always] = steps, [p.detach().clone() for p in state.policy.network.parameters()]
+    assert left[True][0] == left[False][0]
+    assert all(torch.equal(a, b) for a, b in zip(left[True][1], left[False][1], strict=True))
+    ratios = [f"{kind}/first_max_abs_log_ratio" for kind in ("text", "image")]
+    assert [[step.get(name) for name in ratios] for step in left[False][0]] == [[0, 0], [None, None], [None, None]]
+    assert "text/drift_mean" in left[False][0][1]

@@ -25,7 +25,7 @@ from unigrpo_cli.models.mot.config import expert_of
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
-from unigrpo_cli.train import Step, train
+from unigrpo_cli.train import StepResult, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 
@@ -129,7 +129,7 @@ def light(pixels):
     return [float(p.mean()) for p in pixels]
 
 
-def _run(*settings: str) -> tuple[tuple[Step, ...], tuple[dict[str, Tensor], ...], dict[str, bool]]:
+def _run(*settings: str) -> tuple[tuple[StepResult, ...], tuple[dict[str, Tensor], ...], dict[str, bool]]:
     """The steps, all weights before the first and after each, and which of them are trained."""
     config = _config(*settings)
     model = build_model(seed=3, width=16, layers=1)
@@ -141,10 +141,10 @@ def _run(*settings: str) -> tuple[tuple[Step, ...], tuple[dict[str, Tensor], ...
     plugins = Plugins()
     plugins.rewards.add("vowels", vowels)
     plugins.rewards.add("light", light)
-    steps: list[Step] = []
+    steps: list[StepResult] = []
     weights = [_weights(policy.network)]
 
-    def note(step: Step) -> bool:
+    def note(step: StepResult) -> bool:
         steps.append(step)
         weights.append(_weights(policy.network))
         return False
@@ -158,7 +158,7 @@ def _weights(network: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in network.named_parameters()}
 
 
-def _numbers(step: Step) -> dict[str, float]:
+def _numbers(step: StepResult) -> dict[str, float]:
     """The metrics that the algorithm decides, not the machine."""
     return {n: v for n, v in step.metrics.items() if n.startswith(("loss", "reward/", "advantage/", "text/", "image/"))}
 

@@ -55,9 +55,9 @@ def test_parts_run_at_the_same_time_and_come_in_order(four_threads: None) -> Non
         meeting.wait()  # breaks unless two are here
         return part, torch.get_num_threads(), torch.is_grad_enabled()
 
-    with torch.no_grad():  # which threads do not inherit: callers that need it say so themselves
+    with torch.no_grad():
         found = list(parallel_map(meet, range(6), 2))
-    assert found == [(part, 2, True) for part in range(6)]
+    assert found == [(part, 2, False) for part in range(6)]
     assert torch.get_num_threads() == 4
     assert not _batch_threads()
 
@@ -255,7 +255,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
             torch.set_num_threads(threads)
             try:
                 for _ in range(2):  # in the second the reference is not the policy
-                    step = train.training_step(state, PROMPTS, rewards, config)
+                    step = train.training_step(state, PROMPTS, rewards, config, rescore=True)
                     state.step += 1
             finally:
                 torch.set_num_threads(before)
@@ -270,13 +270,13 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
 @pytest.mark.parametrize("threads", [2, 4])
 def test_the_first_ratio_is_one_on_any_number_of_cores(threads: int) -> None:
     """Old and new scores of an update have equally many threads: with others three rows are rounded otherwise."""
-    own = ("train.minibatches=2", "train.group_size=3", "train.micro_batch_size=3", "train.old_scores=replay")
+    own = ("train.minibatches=2", "train.group_size=3", "train.micro_batch_size=3")
     config = load_config(preset="embedded", overrides=["train.prompts_per_step=2", "sampling.batch_size=6", *own])
     policy = prepare_policy(build_model(seed=3, width=128, layers=6), config)
     state = TrainState(policy, make_optimizer(policy, config))
     with Scorer(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
         torch.set_num_threads(threads)
-        step = train.training_step(state, PROMPTS, rewards, config)
+        step = train.training_step(state, PROMPTS, rewards, config, rescore=True)
     assert step.metrics["image/first_max_abs_log_ratio"] == step.metrics["text/first_max_abs_log_ratio"] == 0
 
 

@@ -105,8 +105,8 @@ def state_of(config: Config, ranks: Ranks) -> TrainState:
     return TrainState(policy, make_optimizer(policy, config), ranks=ranks)
 
 
-def step(state: TrainState, judges: Scorer, config: Config) -> train.Step:
-    done = train.training_step(state, PROMPTS, judges, config)
+def step(state: TrainState, judges: Scorer, config: Config) -> train.StepResult:
+    done = train.training_step(state, PROMPTS, judges, config, rescore=True)
     state.step, state.between = state.step + 1, False
     return done
 

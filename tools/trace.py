@@ -33,7 +33,7 @@ from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
-from unigrpo_cli.train import Step, train
+from unigrpo_cli.train import StepResult, train
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 
@@ -87,7 +87,6 @@ def small() -> MoTPolicy:
 
 SMALL = (
     "threads=1",
-    "train.old_scores=replay",
     "sampling.max_new_tokens=6",
     "sampling.height=16",
     "sampling.width=16",
@@ -144,7 +143,7 @@ RUNS = {
         1e-6,
     ),
     "embedded": Run(
-        ("threads=1", "train.old_scores=replay", "train.prompts_per_step=4", "train.group_size=6", "train.steps=3"),
+        ("threads=1", "train.prompts_per_step=4", "train.group_size=6", "train.steps=3"),
         lambda: load_model("embedded"),
         5e-3,
     ),
@@ -163,7 +162,9 @@ def light(pixels):
     return [round(float(p.mean())) / 255 for p in pixels]
 
 
-def trace(run: Run, changes: Sequence[str] = (), after_step: Callable[[Step], bool] = lambda step: False) -> list[Row]:
+def trace(
+    run: Run, changes: Sequence[str] = (), after_step: Callable[[StepResult], bool] = lambda step: False
+) -> list[Row]:
     """The numbers of every step of a run.
 
     Args:
@@ -176,7 +177,7 @@ def trace(run: Run, changes: Sequence[str] = (), after_step: Callable[[Step], bo
     start = _weights(policy)
     rows: list[Row] = []
 
-    def note(step: Step) -> bool:
+    def note(step: StepResult) -> bool:
         rows.append(_metrics(step) | _drawn(step) | _moved(_weights(policy), start))
         return after_step(step)
 
@@ -192,11 +193,11 @@ def _rewards(config: Config) -> Scorer:
     return Scorer(parse_rewards([REWARDS]), plugins, RewardContext("cpu", config.seed, True, True))
 
 
-def _metrics(step: Step) -> Row:
+def _metrics(step: StepResult) -> Row:
     return {n: v for n, v in step.metrics.items() if n.startswith(KINDS) and "drift" not in n}
 
 
-def _drawn(step: Step) -> Row:
+def _drawn(step: StepResult) -> Row:
     """What was drawn: a number that another token anywhere changes, and the norm of all final latents."""
     segments = [s for e in flatten(step.groups) for s in e.segments]
     ids = torch.cat([s.ids for s in segments if isinstance(s, TextActions)])

@@ -152,7 +152,7 @@ def _sampled(
     """This rank's groups, as the first training step would sample them."""
     from unigrpo_cli.evaluate import train_sampling
     from unigrpo_cli.rollout import rollout as sample
-    from unigrpo_cli.train import window_of
+    from unigrpo_cli.training.schedule import window_of
 
     members = settings.train.group_size
     with display.progress(len(prompts) * members, "sampling") as advance, ranks.together():

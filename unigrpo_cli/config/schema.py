@@ -114,10 +114,6 @@ class TrainConfig(Section):
         2, description="optimizer steps per pass, on disjoint groups [both reproductions of the paper: 2]"
     )
     epochs: Positive = Field(1, description="passes over one rollout's episodes")
-    old_scores: Literal["auto", "replay"] = Field(
-        "auto",
-        description="replay: score every update in a separate pass first; auto: the first update uses its own scores",
-    )
     micro_batch_size: Count = Field(
         0, description="episodes per backward pass; 0: as many as fit in memory. Changes memory, not gradients"
     )

@@ -124,24 +124,43 @@ def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], at_o
     """`function` of each part, in their order, `at_once` of them at the same time; with 1 in this thread, when asked.
 
     Torch's threads are divided among the workers, so a result is bitwise the same whatever else runs, for equal
-    `at_once`. At most `at_once` results wait to be taken. The first exception is raised here. Parts that have not
-    started are then dropped and running ones are waited for: a process that ends inside a torch operator crashes.
+    `at_once`. Workers record gradients where the caller does. At most `at_once` results wait to be taken. The first
+    exception is raised here. Parts that have not started are then dropped and running ones are waited for: a process that ends inside a torch operator crashes.
     """
     if at_once == 1:
         yield from map(function, parts)
         return
     import torch
 
+    recording = torch.is_grad_enabled()
+
+    def call(part: Part) -> Result:
+        with torch.set_grad_enabled(recording):  # threads do not inherit it
+            return function(part)
+
     threads, waiting = torch.get_num_threads(), iter(parts)
     set_threads = partial(_limit_threads, max(1, threads // at_once))
     pool = ThreadPoolExecutor(at_once, "batches", initializer=set_threads)
     try:
-        started = deque(pool.submit(function, part) for part in islice(waiting, at_once))
+        started = deque(pool.submit(call, part) for part in islice(waiting, at_once))
         while started:
             result = started.popleft().result()
-            started += [pool.submit(function, part) for part in islice(waiting, 1)]
+            started += [pool.submit(call, part) for part in islice(waiting, 1)]
             yield result
             del result  # else it lives until the next one is there
     finally:
         pool.shutdown(cancel_futures=True)
         _limit_threads(threads)
+
+
+@contextmanager
+def threads_of_each(at_once: int) -> Iterator[None]:
+    """Inside, as many torch threads as `parallel_map` gives each worker: rounding can depend on their number."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // at_once))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

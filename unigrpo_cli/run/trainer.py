@@ -39,7 +39,7 @@ from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.run.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.run.signals import DroppedError, Interrupts
 from unigrpo_cli.suites import task_of
-from unigrpo_cli.train import Step, train
+from unigrpo_cli.train import StepResult, train
 from unigrpo_cli.training.rng_state import put_generators, read_generators
 from unigrpo_cli.training.state import TrainState, checkpoints, prune_checkpoints, save_state
 
@@ -149,7 +149,7 @@ class Trainer:
         try:
             with self.display.training(config.train.steps, state.step, list(self.rewards.weights)) as view:
 
-                def after_step(step: Step) -> bool:
+                def after_step(step: StepResult) -> bool:
                     with self.interrupts.shield():
                         self._remember(step.metrics)
                         warnings = self.monitor.check(step.metrics, step.skipped)
@@ -324,7 +324,7 @@ class Trainer:
             if drift is not None and known is not None:
                 facts["rollout_drift_max_abs"][kind] = max(drift, known)
 
-    def _study(self, step: Step) -> None:
+    def _study(self, step: StepResult) -> None:
         """Keep the batch of a skipped step, and stop after too many of them."""
         if step.skipped is not None:
             found = (step.groups, step.scored, step.advantage_B, step.metrics)

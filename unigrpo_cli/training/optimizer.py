@@ -9,7 +9,9 @@ from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.policy import Finetune, Policy, TrainablePolicy
-from unigrpo_cli.parallel.ranks import ALONE, Ranks
+from unigrpo_cli.parallel.ranks import ALONE, Ranks, local
+from unigrpo_cli.training import update_guard
+from unigrpo_cli.training.state import TrainState
 
 
 def prepare_policy(policy: TrainablePolicy, config: Config, ranks: Ranks = ALONE) -> TrainablePolicy:
@@ -81,6 +83,35 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
             if own:
                 groups.append({"params": own, "lr": rates[expert], "full_lr": rates[expert], "expert": expert})
     return torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
+
+
+def optimizer_step(state: TrainState, config: Config, taught: bool) -> dict[str, float]:
+    """One AdamW step on the gradients of all ranks: refuse what is not sound, clip, step.
+
+    Args:
+        taught: whether some advantage on this rank is not 0.
+
+    Returns the gradient norm of each expert before clipping, and `grad_clipped`.
+
+    Raises:
+        RefusedUpdateError: when a gradient is not finite or explodes. No weight has changed then.
+        DivergedError: when a weight is not finite afterwards.
+    """
+    ranks, trained, facts = state.ranks, state.policy.trainable(), state.facts.setdefault("watch", {})
+    parameters = [p for expert in trained.values() for p in expert]
+    ranks.sum_gradients(parameters)
+    norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
+    update_guard.check_gradient(norms, facts, config.monitor.explosion)
+    update_guard.remember_norms(norms, facts, taught=ranks.any(taught))
+    norm = ranks.clip_gradients(parameters, config.train.grad_clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
+    state.between = True
+    state.optimizer.step()
+    with ranks.together():
+        update_guard.check_weights([local(p) for p in parameters], state.step)
+    found = {f"{expert}/grad_norm": value for expert, value in norms.items()}
+    return found | {"grad_clipped": float(norm > config.train.grad_clip)}
 
 
 def warmup(optimizer: torch.optim.Optimizer, config: Config) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unigrpo_cli.algo.objective import Scores
+from unigrpo_cli.algo.objective import Loss, Scores
 from unigrpo_cli.episode import Group, ImageActions, TextActions, flatten
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
 from unigrpo_cli.replay import Batch
@@ -52,14 +52,15 @@ def _finite(scores: Scores, mask_BL: Tensor) -> bool:
     return bool(text.isfinite().all()) and all(bool(v.isfinite().all()) for v in scores.velocities)
 
 
-def check_loss(total: Tensor) -> None:
-    """Before gradients are added.
+def check_losses(losses: Sequence[Loss]) -> None:
+    """Before their backward pass.
 
     Raises:
-        RefusedUpdateError: when the loss is not finite.
+        RefusedUpdateError: when a loss is not finite.
     """
-    if not total.isfinite():
-        raise RefusedUpdateError(f"the loss is {total.item()}, not finite, so no update was made")
+    for loss in losses:
+        if not loss.total.isfinite():
+            raise RefusedUpdateError(f"the loss is {loss.total.item()}, not finite, so no update was made")
 
 
 def check_gradient(norms: dict[str, float], facts: dict[str, Any], limit: float) -> None:
@@ -107,5 +108,5 @@ def check_weights(parameters: Sequence[Tensor], step: int) -> None:
     if not all(bool(p.isfinite().all()) for p in parameters):
         raise DivergedError(
             f"step {step + 1}: weights overflowed in an update whose gradient was finite; lower train.lr_text and "
-            "train.lr_image, and go on from the last checkpoint"
+            "train.lr_image, and resume from the last checkpoint"
         )

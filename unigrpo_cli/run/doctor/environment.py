@@ -59,4 +59,4 @@ def _from_wide(e: Evidence) -> float:
     wide = e.policy.widened()
     scores = train.replay(wide, m.batch, image=False)
     mask = m.batch.actions.mask_BL
-    return float((scores.log_prob_BL - m.old_apart.log_prob_BL)[mask].abs().max())
+    return float((scores.log_prob_BL - m.old_scores.log_prob_BL)[mask].abs().max())

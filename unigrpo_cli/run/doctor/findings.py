@@ -16,7 +16,7 @@ from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.run.doctor.recorder import Account, Look
 from unigrpo_cli.run.memory.plan import Plan
-from unigrpo_cli.train import MicroBatch, Step
+from unigrpo_cli.train import MicroBatch, StepResult
 from unigrpo_cli.training.state import TrainState
 
 OK, WARN, FAULT, SKIPPED = "ok", "warn", "FAULT", "skipped"
@@ -147,7 +147,7 @@ class Moved:
     distance: float
     pull: float
     outward: float | None
-    step: Step
+    step: StepResult
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _replay(
     episodes, objective = drawn.episodes, train.objective_of(config)
     try:
         fixed = train.score_old_and_reference(witness.as_policy, episodes, config, objective)
-        shares = train.weighed(fixed, judged.advantage_B)
+        shares = train.with_advantages(fixed, judged.advantage_B)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:
@@ -229,7 +229,7 @@ def _replay(
         pushes += [_pushes(m, objective) for share in own for m in share]
         by_term |= _by_term(witness, own[0][0], objective, config)
         for share in own:
-            terms.append(train.optimizer_step(_trial(witness, looked), share, objective, config).terms)
+            terms.append(train.update(_trial(witness, looked), share, objective, config).terms)
     except torch.OutOfMemoryError:
         raise
     except (DivergedError, ValueError, RuntimeError, LookupError, TypeError, AssertionError) as error:
@@ -246,11 +246,11 @@ def _replay(
 def _pushes(m: MicroBatch, objective: Objective) -> Pushes:
     """The derivative of the loss by what the policy says of each action; the network is not asked again."""
     plain = replace(objective, penalty="none", text_kl=0.0)
-    said = m.old_apart.log_prob_BL.clone().requires_grad_()
-    velocities = tuple(v.clone().requires_grad_() for v in m.old_apart.velocities)
-    new = replace(m.old_apart, log_prob_BL=said, velocities=velocities)
+    said = m.old_scores.log_prob_BL.clone().requires_grad_()
+    velocities = tuple(v.clone().requires_grad_() for v in m.old_scores.velocities)
+    new = replace(m.old_scores, log_prob_BL=said, velocities=velocities)
     actions, rows = m.batch.actions, len(m.advantage_B)
-    loss = train.unigrpo_loss(actions, new, m.old_apart, m.reference, m.advantage_B, plain, episodes=rows)
+    loss = train.unigrpo_loss(actions, new, m.old_scores, m.reference, m.advantage_B, plain, episodes=rows)
     by_text, *by_image = torch.autograd.grad(loss.total, [said, *velocities], allow_unused=True, materialize_grads=True)
     scale_B1 = -rows / m.advantage_B[:, None]
     words_B1 = actions.mask_BL.sum(dim=1, keepdim=True)
@@ -273,7 +273,7 @@ def _by_term(witness: Recorder, m: MicroBatch, objective: Objective, config: Con
             continue
         looked = Gradients(witness)
         try:
-            train.optimizer_step(_trial(witness, looked), [m], alone, config)
+            train.update(_trial(witness, looked), [m], alone, config)
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -357,17 +357,18 @@ def _move(
     first, share = replayed.batches[0], replayed.shares[0]
     try:
         optimizer = make_optimizer(policy, fast)
-        train.optimizer_step(_trial(witness, optimizer), _with_own_advantages([share])[0], objective, fast)
+        train.update(_trial(witness, optimizer), _with_own_advantages([share])[0], objective, fast)
         del optimizer
         reference_moved, distance = _apart(policy, first, config)
         still = Gradients(policy)
-        train.optimizer_step(_trial(witness, still), _with_own_advantages([share], 0.0)[0], objective, fast)
+        train.update(_trial(witness, still), _with_own_advantages([share], 0.0)[0], objective, fast)
         outward = None
         if start is not None:
             pulls = zip(still.found[0], trained, start, strict=True)
             outward = sum(float((g * (p.detach() - q)).sum()) for g, p, q in pulls if g is not None)
         pull = max((x for x in still.largest().values() if x is not None), default=0.0)
-        done = train.training_step(replace(_trial(witness, Gradients(policy)), step=step), prompts, rewards, config)
+        trial = replace(_trial(witness, Gradients(policy)), step=step)
+        done = train.training_step(trial, prompts, rewards, config, rescore=True)
         return Moved(reference_moved, distance, pull, outward, done)
     except torch.OutOfMemoryError:
         raise

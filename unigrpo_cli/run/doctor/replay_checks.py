@@ -59,7 +59,7 @@ def text_drift(e: Evidence) -> Outcome:
     found = []
     for m, rows in zip(e.replayed.batches, e.replayed.rows, strict=True):
         mask = m.batch.actions.mask_BL
-        gaps = torch.where(mask, (m.old_apart.log_prob_BL - m.batch.behaviour_text_BL).abs(), 0.0)
+        gaps = torch.where(mask, (m.old_scores.log_prob_BL - m.batch.behaviour_text_BL).abs(), 0.0)
         for b, k in enumerate(rows):
             own = gaps[b][mask[b]].tolist()
             found += [(gap, f"word {j} of {label(e.drawn.episodes[k])}") for j, gap in enumerate(own)]
@@ -71,7 +71,7 @@ def image_drift(e: Evidence) -> Outcome:
         return skipped("no denoising steps are trained" if not e.paints else "replay failed")
     found = []
     for m, rows in zip(e.replayed.batches, e.replayed.rows, strict=True):
-        pairs = zip(m.batch.actions.images, m.old_apart.velocities, strict=True)
+        pairs = zip(m.batch.actions.images, m.old_scores.velocities, strict=True)
         scores = [flow.log_prob(s.sde, s.x_next_BKND, step_densities(s, v)) for s, v in pairs]
         gaps = (torch.cat(scores, dim=1) - m.batch.behaviour_image_BK).abs()
         for b, k in enumerate(rows):
@@ -274,7 +274,7 @@ def reference(e: Evidence) -> Outcome:
     if first.reference is None:
         return skipped("nothing is held near a reference: no penalty and no objective.text_kl")
     limit = SAME[e.coarse]
-    start = difference(first.reference, first.old_apart, e.config.objective.text_kl > 0)
+    start = difference(first.reference, first.old_scores, e.config.objective.text_kl > 0)
     if _fresh(e) and not start <= limit:
         return Outcome(FAULT, start, limit, "before any update the reference already differs from the policy")
     if not _fresh(e) and not start > 0:

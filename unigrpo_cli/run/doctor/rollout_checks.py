@@ -230,7 +230,7 @@ def _replayed_gap(e: Evidence) -> tuple[float, float]:
         for b, k in enumerate(rows):
             claim = claim_of(e.drawn.episodes[k])
             told = {look.row: look.told for look in account.looks}.get(b) or account.ends[b]
-            scored = m.old_apart.log_prob_BL[b].cpu()[mask[b]].tolist()
+            scored = m.old_scores.log_prob_BL[b].cpu()[mask[b]].tolist()
             for (before, id, _, _), value in zip(claim.words, scored, strict=False):
                 logits = account.words.get(told[:before])
                 if logits is None:

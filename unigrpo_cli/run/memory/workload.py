@@ -72,9 +72,8 @@ def needs_reference(config: Config) -> bool:
 
 
 def old_share(config: Config) -> float:
-    """The share of episodes whose old scores have a pass of their own, but for the few steps that check others."""
-    t = config.train
-    return 1 if t.old_scores == "replay" or t.epochs > 1 else 1 - 1 / t.minibatches
+    """The share of a step's episodes whose old scores take a separate pass: all but the first minibatch's."""
+    return 1 - 1 / config.train.minibatches
 
 
 def batch_of(config: Config) -> Batch:

@@ -1,0 +1,34 @@
+"""The backward pass of several losses at once: on a CPU in one thread each, added in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from unigrpo_cli.models.policy import TrainablePolicy
+from unigrpo_cli.parallel.workers import at_once, parallel_map
+
+
+def replays_at_once(policy: TrainablePolicy, batches: int) -> int:
+    """How many micro-batches are replayed at the same time; one where ranks make their passes together."""
+    return 1 if policy.is_sharded else at_once(batches, policy.device)
+
+
+def backward(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter], at_once: int) -> None:
+    """Add the gradients of all losses to `.grad`, one loss after the other, whichever is computed first."""
+    if at_once == 1:
+        for loss in losses:
+            loss.backward()
+        return
+    gradients_of = partial(torch.autograd.grad, inputs=tuple(parameters), allow_unused=True)
+    for gradients in parallel_map(gradients_of, losses, at_once):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.contiguous()  # as `backward` lays it out: norms add up in that order
+            else:
+                parameter.grad.add_(gradient)

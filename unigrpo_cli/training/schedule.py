@@ -1,0 +1,93 @@
+"""What a training step draws and optimises, from the configuration: prompts, stochastic window, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.objective import Objective
+from unigrpo_cli.algo.rng import derive, uniform
+from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import RewardError
+from unigrpo_cli.rewards.scorer import Scorer
+
+
+def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Prompt]:
+    """The prompts of a training step: passes over the list, each in its own order, cut into steps.
+
+    A function of the step alone, so resuming needs no state. A prompt that occurs twice in a step (a short list) gets
+    a second id and so noise of its own.
+    """
+    count = config.train.prompts_per_step
+    orders: dict[int, Tensor] = {}
+    chosen: list[Prompt] = []
+    for index in range(step * count, (step + 1) * count):
+        epoch, at = divmod(index, len(prompts))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(derive(config.seed, "order", epoch))
+            orders[epoch] = torch.randperm(len(prompts), generator=generator)
+        prompt = prompts[int(orders[epoch][at])]
+        again = sum(p.text == prompt.text for p in chosen)
+        taken, name = {p.id for p in chosen}, f"{prompt.id}@{again}" if again else prompt.id
+        while name in taken:  # a list may have a name such as "a@1" of its own
+            name += "'"
+        chosen.append(replace(prompt, id=name) if name != prompt.id else prompt)
+    return chosen
+
+
+def window_of(config: Config, step: int) -> flow.Window:
+    """The stochastic window of a training step, one for all its groups."""
+    s = config.sampling
+    return flow.sde_window(
+        s.window,
+        steps=s.steps,
+        size=s.window_size,
+        within=s.window_range,
+        uniform=float(uniform(derive(config.seed, "window", step), 1)),
+        turn=step // s.window_period,
+    )
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective of eq 2, 6, 7, 8; training one expert leaves out the other's term."""
+    o, experts = config.objective, config.train.experts
+    return Objective(
+        text_weight=0.0 if experts == "image" else o.text_weight,
+        image_weight=0.0 if experts == "text" else o.image_weight,
+        text_clip=o.text_clip,
+        image_clip=o.image_clip,
+        text_kl=o.text_kl,
+        trust_region=o.trust_region,
+        penalty=o.penalty if o.penalty_weight else "none",
+        penalty_weight=o.penalty_weight,
+    )
+
+
+def combination(rewards: Scorer, config: Config) -> str:
+    """How several rewards are combined: as configured, or gdpo when the trained ones differ in range."""
+    if config.advantage.combine != "auto":
+        return config.advantage.combine
+    ranges = {rewards.ranges[name] for name, weight in rewards.weights.items() if weight}
+    return "gdpo" if len(ranges) > 1 else "sum"
+
+
+def plugin_advantages(rewards: Scorer, reward_PG: dict[str, Tensor], valid_PG: dict[str, Tensor]) -> Tensor | None:
+    """Advantages [P, G] of a plugin's `unigrpo_combine_rewards`; None when no plugin has that hook.
+
+    Raises:
+        RewardError: when they have another shape or are not finite.
+    """
+    found = rewards.plugins.call("unigrpo_combine_rewards", rewards=reward_PG, valid=valid_PG, weights=rewards.weights)
+    if found is None:
+        return None
+    shape = next(iter(reward_PG.values())).shape
+    if not isinstance(found, Tensor) or found.shape != shape:
+        raise RewardError(f"unigrpo_combine_rewards must return a tensor of shape {list(shape)}")
+    if not found.isfinite().all():
+        raise RewardError("unigrpo_combine_rewards returned advantages that are not finite")
+    return found
