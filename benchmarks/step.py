@@ -38,7 +38,7 @@ WHOLE = "whole step"
 CALLS = {
     "rollout": (algorithm, "rollout"),
     "reward": (PendingScores, "submit"),  # runs local rewards; `finish` waits for remote ones
-    "old": (algorithm, "replay_fixed"),
+    "old": (algorithm, "score_old_and_reference"),
     "update": (algorithm, "update"),
 }
 """The phases of `training_step`, each by the one call that it is."""
