@@ -272,7 +272,7 @@ def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatc
     said = " ".join(result.stderr.split())
     assert "warning: step 2: this step was skipped: update 1 of 1: the loss is nan" in said
     assert "error: 3 steps in a row were skipped" in said
-    assert "go on from a checkpoint before step 4 with lower train.lr_text and train.lr_image" in said
+    assert "resume from a checkpoint before step 4 with lower train.lr_text and train.lr_image" in said
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "skipped" in row] == [2, 4, 5, 6]
     assert "member 2; 1 of 3 episodes" in rows[4]["skipped"]
