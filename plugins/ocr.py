@@ -1,4 +1,4 @@
-"""Is the text that the prompt asks for legible in the picture? A recogniser reads it, edit distance compares."""
+"""Can the text that the prompt asks for be read in the picture? A recogniser reads, the edit distance compares."""
 
 from __future__ import annotations
 
@@ -15,27 +15,48 @@ from unigrpo_cli.errors import RewardError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_DOUBLE = re.compile(r'"([^"]*)"|“([^”]*)”')
-_SINGLE = re.compile(r"(?<!\w)'([^']+)'(?!\w)|‘([^’]+)’")  # not the apostrophe of "dog's"
-KINDS = {"vision-encoder-decoder": "TrOCR and its kin", "got_ocr2": "GOT-OCR2"}
-"""Recognisers by their `model_type`: those that need no words of ours to begin reading."""
+QUOTES = {
+    '"': '"',
+    "\uff02": "\uff02",
+    "\u201c": '\u201d"',
+    "\u201e": '\u201c\u201d"',
+    "\u201d": "\u201d",
+    "\u00ab": "\u00bb",
+    "\u00bb": "\u00ab",
+    "\u2039": "\u203a",
+    "\u203a": "\u2039",
+    "\u300c": "\u300d",
+    "\u300e": "\u300f",
+    "\uff62": "\uff63",
+    "\u301d": "\u301e\u301f",
+    "\u300a": "\u300b",
+}
+"""Opening quotes with those that close them: "", “”, „“, ”” (Swedish), «», »«, ‹›, ›‹, 「」, 『』, ｢｣, 〝〞, 《》."""
+INCHES = '"\u201d\uff02'
+_LETTER = r"[^\W\u3040-\U0010ffff]"  # of a script that has apostrophes
+_SINGLE = re.compile(
+    rf"(?:(?<!{_LETTER})(?<!['’])['’]|[‘‚])((?:[^'‘’‚]|(?<={_LETTER})['’](?={_LETTER}))+)['’‘](?!{_LETTER})"
+)
+KINDS = {"vision-encoder-decoder": "TrOCR", "got_ocr2": "GOT-OCR2"}
+"""Recognisers by `model_type`: those that read without a prompt."""
 STOP = "<|im_end|>"
 
 
 class OcrOptions(Options):
     recogniser: str | None = Field(
-        None, description="directory or hub id of a transformers model: TrOCR (one line of text) or GOT-OCR2"
+        None, description="directory or hub id of a transformers model: TrOCR (one line of text) or GOT-OCR2 (a page)"
     )
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the weights")
+    target: Literal["first", "last", "all"] = Field("first", description="which of several quoted texts must be there")
     extra: float = Field(
-        0.0, ge=0, le=1, description="times the share of read text beyond the target's length, taken off the score"
+        0.0, ge=0, le=1, description="penalty for more text: times its share of the read text, subtracted"
     )
-    max_new_tokens: int = Field(64, ge=1, description="longest text that is read")
-    batch_size: int = Field(16, ge=1, description="pictures in one pass")
+    max_new_tokens: int = Field(64, ge=1, description="limit of tokens that are read")
+    batch_size: int = Field(16, ge=1, description="pictures per forward pass")
 
 
 class OcrReward:
-    """1 minus the edit distance between the text asked for and the text read, over the former's length."""
+    """1 minus the edit distance between the wanted and the read text, over the length of the wanted one."""
 
     name = "ocr"
     summary = "whether the quoted text of the prompt can be read in the picture"
@@ -49,15 +70,15 @@ class OcrReward:
         self.batch_size = options.batch_size
 
     def setup(self, context: RewardContext) -> None:
-        """Get the recogniser.
+        """Load the recogniser.
 
         Raises:
-            RewardError: when none is named, or it is not to be had, or of another kind.
+            RewardError: when none is named, or it cannot be loaded or is of another kind.
         """
         name = self.options.recogniser
         if name is None:
             raise RewardError(
-                "reward 'ocr': say what reads, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
+                "reward 'ocr': name a recogniser, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
                 "or ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf"
             )
         self.shared = context.shared
@@ -68,13 +89,13 @@ class OcrReward:
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         assert self.recogniser is not None
-        targets = [target_of(s.prompt, s.metadata) for s in batch.samples]
-        asked = [k for k, target in enumerate(targets) if target]  # the others have no opinion: do not read them
+        targets = [targets_of(s.prompt, s.metadata, self.options.target) for s in batch.samples]
+        asked = [k for k, own in enumerate(targets) if own]  # the others are no opinion: do not read them
         images = [batch.images[k] for k in asked]
         read = dict(zip(asked, self.recogniser.read(images, self.options.max_new_tokens), strict=True))
         return RewardOutput(
             [agreement(t, read[k], self.options.extra) if t else None for k, t in enumerate(targets)],
-            info=[{"target": t, "read": read[k]} if t else {} for k, t in enumerate(targets)],
+            info=[{"target": " ".join(t), "read": read[k]} if t else {} for k, t in enumerate(targets)],
         )
 
     def teardown(self) -> None:
@@ -82,44 +103,71 @@ class OcrReward:
         self.shared.release(self.key)
 
 
-def target_of(prompt: str, metadata: Mapping[str, Any]) -> str:
-    """The text asked for, normalised: what stands in double quotes first, else in single ones, else `text`."""
-    for pattern in (_DOUBLE, _SINGLE):
-        found = pattern.search(prompt)
-        if found:
-            return normal(found[1] or found[2] or "")
-    return normal(str(metadata.get("text") or ""))
+def targets_of(prompt: str, metadata: Mapping[str, Any], which: str = "first") -> list[str]:
+    """The texts that a prompt asks for, normalised: its quoted ones, else `text` of its metadata.
+
+    Args:
+        which: of several quoted texts: "first", "last" or "all".
+    """
+    texts = [text for text in map(normal, quoted(prompt)) if text] or [normal(str(metadata.get("text") or ""))]
+    chosen = texts if which == "all" else texts[:1] if which == "first" else texts[-1:]
+    return [text for text in chosen if text]
+
+
+def quoted(prompt: str) -> list[str]:
+    """The quoted texts of a prompt: those in double quotes of any script, else those in single ones.
+
+    A quote behind a digit, outside of a quoted text, is an inch mark. An apostrophe inside a word is not a quote.
+    """
+    texts, at = [], 0
+    while at < len(prompt):
+        inches = prompt[at] in INCHES and at > 0 and unicodedata.category(prompt[at - 1]) in ("Nd", "No")
+        ends = [] if inches else [prompt.find(c, at + 1) for c in QUOTES.get(prompt[at], "")]
+        end = min((e for e in ends if e > at), default=at)
+        if end > at:
+            texts.append(prompt[at + 1 : end])
+        at = end + 1
+    return texts or [m[1] for m in _SINGLE.finditer(prompt) if m[1] != "n"]  # rock 'n' roll
 
 
 def normal(text: str) -> str:
-    """Text as it is compared: compatible forms of Unicode made one, no white space, lower case."""
-    return "".join(unicodedata.normalize("NFKC", text).split()).lower()
+    """Text as it is compared: Unicode's NFKC form, one kind of apostrophe, without white space, in lower case."""
+    return "".join(unicodedata.normalize("NFKC", text).replace("’", "'").split()).lower()
 
 
-def agreement(target: str, read: str, extra: float = 0.0) -> float:
-    """1 - min(distance, length) / length of a normalised target; 1 when it stands anywhere in what was read.
+def agreement(targets: Sequence[str], read: str, extra: float = 0.0) -> float:
+    """1 - min(distance, length) / length of the normalised targets; 1 when they are anywhere in the read text.
+
+    One target is compared with the whole text, each of several with the part of it that is nearest.
 
     Args:
-        extra: penalty for reading more than was asked: times the share of the surplus in what was read.
+        extra: penalty for more text than the targets: times its share of the read text.
     """
-    seen = normal(read)
-    distance = 0 if target in seen else min(edit_distance(target, seen), len(target))
-    surplus = max(0, len(seen) - len(target)) / max(1, len(seen))
-    return max(0.0, 1 - distance / len(target) - extra * surplus)
+    seen, length = normal(read), sum(map(len, targets))
+    distance = 0
+    for target in targets:
+        if target not in seen:
+            distance += min(edit_distance(target, seen, anywhere=len(targets) > 1), len(target))
+    surplus = max(0, len(seen) - length) / max(1, len(seen))
+    return max(0.0, 1 - distance / length - extra * surplus)
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and substitutions of one character that lead from `a` to `b` (Levenshtein)."""
-    row = list(range(len(b) + 1))
+def edit_distance(a: str, b: str, *, anywhere: bool = False) -> int:
+    """Fewest insertions, deletions and substitutions of a character from `a` to `b` (Levenshtein).
+
+    Args:
+        anywhere: to the nearest part of `b` instead (Sellers 1980).
+    """
+    row = [0] * (len(b) + 1) if anywhere else list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    return min(row) if anywhere else row[-1]
 
 
 class Recogniser:
-    """A transformers model that reads a picture, and its processor."""
+    """A transformers model that reads pictures, and its processor."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
@@ -139,12 +187,12 @@ class Recogniser:
             tokens = self.model.generate(
                 **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=self._ends()
             )
-        if "input_ids" in inputs:  # a decoder alone repeats the prompt that its processor made
+        if "input_ids" in inputs:  # a decoder-only model repeats the prompt of its processor
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
     def _ends(self) -> list[int] | None:
-        """Tokens that end a text: the model's own, and the end of a turn, where GOT-OCR2's examples stop."""
+        """Tokens that end a text: the model's, and the end of a turn, where GOT-OCR2's examples stop."""
         own = self.model.generation_config.eos_token_id
         ends = [own] if isinstance(own, int) else list(own or [])
         turn = self.processor.tokenizer.get_vocab().get(STOP)
@@ -152,7 +200,7 @@ class Recogniser:
 
 
 def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser:
-    """Load a recogniser of one of the kinds that this plugin can ask."""
+    """Load a recogniser of a supported kind."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -33,7 +33,7 @@ from unigrpo_cli import RewardContext, Sample
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.conformance import example_samples
-from unigrpo_plugins.ocr import OcrReward, agreement, edit_distance, normal, target_of
+from unigrpo_plugins.ocr import OcrReward, agreement, edit_distance, normal, targets_of
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
 
@@ -74,29 +74,76 @@ def test_edit_distance_by_its_definition() -> None:
     assert all(edit_distance(a, b) == defined(a, b) for a in words for b in words)
 
 
-# ----- what is asked for
+# ----- the wanted text
 
 
 @pytest.mark.parametrize(
-    ("prompt", "metadata", "target"),
+    ("prompt", "target"),
     [
-        ('a sign that says "OPEN now" and "closed"', {}, "opennow"),
-        ("a sign that says “Grand Opening”", {}, "grandopening"),
-        ("a shop called 'Blue Moon'", {}, "bluemoon"),
-        ("a dog's bowl with 'Rex' on it", {}, "rex"),
-        ("the dog's and the cat's bowl", {}, ""),
-        ("a shop called ‘Blue Moon’", {}, "bluemoon"),
-        ("a 'small' sign that says \"Stop\"", {}, "stop"),
-        ("a stop sign", {"text": "STOP"}, "stop"),
-        ('a sign that says "Go"', {"text": "STOP"}, "go"),
-        ("a stop sign", {}, ""),
-        ("a stop sign", {"text": None}, ""),
-        ('an empty "" sign', {}, ""),
-        ('a sign that says "ﬁve ①"', {}, "five1"),
+        ('a sign that says "OPEN now" and "closed"', "opennow"),
+        ("a 'small' sign that says \"Stop\"", "stop"),
+        ('a sign that says "ﬁve ①"', "five1"),
+        # quotes of other scripts
+        ("a sign that says “Grand Opening”", "grandopening"),
+        ("ein Schild mit „ZU“", "zu"),
+        ("ein Schild mit „Zu” darauf", "zu"),
+        ("ein Schild mit »Zu verkaufen«", "zuverkaufen"),
+        ("en skylt med ”ÖPPET”", "öppet"),
+        ("знак «Стоп» у дороги", "стоп"),
+        ("un panneau « Ouvert »", "ouvert"),
+        ("ein Schild mit ‹Halt› in «»", "halt"),
+        ("「営業中」と書かれた看板", "営業中"),
+        ("看板写着『开门』", "开门"),
+        ("看板写着“营业中”的商店", "营业中"),
+        ("看板写着‘营业中’的商店", "营业中"),
+        ('一个牌子写着"营业中"的商店', "营业中"),
+        ("看板に｢ﾊﾟﾝ｣", "パン"),
+        ("a poster 《三体》", "三体"),
+        ("a sign ＂ＧＯ＂", "go"),
+        # single quotes and apostrophes
+        ("a shop called 'Blue Moon'", "bluemoon"),
+        ("a shop called ‘Blue Moon’", "bluemoon"),
+        ("ein Schild mit ‚ZU‘", "zu"),
+        ("a shop called 'Bob's Diner'", "bob'sdiner"),
+        ("a shop called ‘Bob’s Diner’ at night", "bob'sdiner"),
+        ("a dog's bowl with 'Rex' on it", "rex"),
+        ("the dogs' bowls, one with 'Rex'", "rex"),
+        ("a rock 'n' roll '90s poster saying 'LOUD'", "loud"),
+        ("the dog's and the cat's bowl", ""),
+        ("the dog’s and the cat’s bowl", ""),
+        ("a rock 'n' roll band", ""),
+        # inches and feet
+        ('a 5" screen that says "HI"', "hi"),
+        ('a 27" monitor and a 5½" phone that says "HI"', "hi"),
+        ("a 5\" by 7\" photo with 'HI'", "hi"),
+        ("a 5” screen that says “HI”", "hi"),
+        ('a 5" screen', ""),
+        ('a 5" and a 7" screen', ""),
+        ("a 6' ladder labelled 'UP', 5'10'' tall", "up"),
+        ('a sign "Room 5" and a 7" plate', "room5"),
+        ('a sign "24" beside a 5" screen', "24"),
+        # nothing
+        ("a stop sign", ""),
+        ('an empty "" sign', ""),
+        ('an "unclosed sign', ""),
+        ("", ""),
     ],
 )
-def test_the_target(prompt: str, metadata: dict, target: str) -> None:
-    assert target_of(prompt, metadata) == target
+def test_the_first_quoted_text(prompt: str, target: str) -> None:
+    assert "".join(targets_of(prompt, {})) == target
+
+
+@pytest.mark.parametrize(("which", "targets"), [("first", ["a"]), ("last", ["d"]), ("all", ["a", "b", "c", "d"])])
+def test_which_of_several_texts(which: str, targets: list[str]) -> None:
+    assert targets_of('"A" «B» and 「C」, on a 5" screen “D”', {}, which) == targets
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "target"),
+    [("a stop sign", "STOP", ["stop"]), ('a sign "Go"', "STOP", ["go"]), ("a sign", None, []), ('""', "Hi", ["hi"])],
+)
+def test_the_metadata_of_a_prompt_without_quotes(prompt: str, text: str | None, target: list[str]) -> None:
+    assert targets_of(prompt, {"text": text}) == target
 
 
 @pytest.mark.parametrize(
@@ -115,7 +162,29 @@ def test_the_target(prompt: str, metadata: dict, target: str) -> None:
     ],
 )
 def test_agreement(target: str, read: str, extra: float, score: float) -> None:
-    assert agreement(target, read, extra) == pytest.approx(score, abs=1e-12)
+    assert agreement([target], read, extra) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("read", "extra", "score"),
+    [
+        ("sale TODAY and OPEN", 0, 1),  # both, in any order
+        ("0PEN SALE", 0, 1 - 1 / 8),
+        ("a big 0PEN sign, then sa1e", 0, 1 - 2 / 8),
+        ("open", 0, 1 - 3 / 8),  # the e of sale
+        ("", 0, 0),
+        ("open sale!!!!!!!!", 1, 1 - 8 / 16),
+    ],
+)
+def test_agreement_with_several_texts(read: str, extra: float, score: float) -> None:
+    assert agreement(["open", "sale"], read, extra) == pytest.approx(score, abs=1e-12)
+
+
+def test_the_distance_to_the_nearest_part_by_its_definition() -> None:
+    words = ["".join(w) for n in range(5) for w in itertools.product("xy", repeat=n)]
+    for a, b in itertools.product(words, words):
+        parts = {b[i:j] for i in range(len(b) + 1) for j in range(i, len(b) + 1)}
+        assert edit_distance(a, b, anywhere=True) == min(edit_distance(a, part) for part in parts)
 
 
 def test_full_width_letters_are_letters() -> None:
@@ -241,7 +310,7 @@ def test_it_reads_what_the_library_generates(kind: str, request: pytest.FixtureR
     reward.teardown()
     assert [row.get("read") for row in output.info] == [read[0], None, read[1]]
     assert output.scores[1] is None
-    assert output.scores[::2] == [agreement("abc", read[0]), agreement("defg", read[1])]
+    assert output.scores[::2] == [agreement(["abc"], read[0]), agreement(["defg"], read[1])]
     assert not math.isnan(sum(output.scores[::2]))
 
 
@@ -258,7 +327,7 @@ def test_wrong_recognisers(tmp_path: Path, trocr: Path) -> None:
         CLIPConfig(text_config=small | {"vocab_size": 99}, vision_config=small | {"image_size": 32})
     ).save_pretrained(tmp_path / "clip")
     cases = {
-        None: "say what reads",
+        None: "name a recogniser",
         str(tmp_path / "nowhere"): "cannot be loaded",
         str(tmp_path / "clip"): r"is a clip; a recogniser is TrOCR .* or GOT-OCR2",
     }
