@@ -1,8 +1,9 @@
-"""CLIP score: how well the picture and the prompt agree, by any open_clip model."""
+"""CLIP score: agreement of picture and prompt, by any open_clip model."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -12,12 +13,12 @@ from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
 class ClipOptions(Options):
     model: str | None = Field(
         None,
-        description="open_clip name (ViT-B-32), hf-hub:org/repo, local-dir:/path, or `embedded`, the small one "
-        "of the shapes world and the default with the embedded policy",
+        description="open_clip name (ViT-B-32), hf-hub:org/repo, local-dir:/path, or `embedded`: the small CLIP of the "
+        "shapes world, default with the embedded policy",
     )
     pretrained: str | None = Field(None, description="open_clip tag or weights file, for a plain model name")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the weights")
-    batch_size: int = Field(64, ge=1, description="pictures in one pass")
+    batch_size: int = Field(64, ge=1, description="pictures per forward pass")
     scale: Literal["cosine", "clipscore", "percent"] = Field(
         "cosine", description="cosine in [-1, 1]; clipscore: 2.5 max(cos, 0); percent: 100 max(cos, 0)"
     )
@@ -42,22 +43,28 @@ class ClipReward:
         self.batch_size = options.batch_size
 
     def setup(self, context: RewardContext) -> None:
-        """Get the model, which other rewards may share.
+        """Load the model, or share it with other rewards.
 
         Raises:
-            RewardError: when no model is named, or its weights are not to be had.
+            RewardError: when no model is named, or its weights cannot be loaded.
         """
         from unigrpo_plugins.encoders import shared_encoder
 
         o = self.options
         self.shared = context.shared
         self.encoder, self.key = shared_encoder(context, self.name, o.model, o.pretrained, o.precision)
+        self.prompt_length = self.encoder.prompt_length(self.name)
+
+    def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Warn about prompts beyond the text encoder's context."""
+        self.prompt_length.check(metadata)
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         cosine = (self.encoder.images(batch.images) * self.encoder.texts(batch.prompts)).sum(dim=-1).cpu()
         positive = cosine.clamp_min(0)
         scores = {"cosine": cosine, "clipscore": 2.5 * positive, "percent": 100 * positive}
-        return RewardOutput(scores[self.options.scale], components={"cosine": cosine})
+        info = self.prompt_length.info(batch.prompts)
+        return RewardOutput(scores[self.options.scale], components={"cosine": cosine}, info=info)
 
     def teardown(self) -> None:
         self.encoder = None

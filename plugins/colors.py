@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
     from unigrpo_plugins.encoders import Encoder
+    from unigrpo_plugins.prompt_length import PromptLength
 
 NAMES = tuple(COLORS)
 GREY = "#999"  # what GenEval paints around an object's mask
@@ -102,6 +103,7 @@ class LabColors:
     """The nearest of ten in CIELAB, by the median pixel."""
 
     name = "lab"
+    cut: Mapping[str, dict[str, Any]] = {}
 
     def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]:
         return [closeness(median_lab(t.image, t.detection.mask, t.detection.box)) for t in things]
@@ -112,8 +114,9 @@ class ClipColors:
 
     name = "clip"
 
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, length: PromptLength | None = None):
+        self.encoder, self.length = encoder, length
+        self.cut: dict[str, dict[str, Any]] = {}  # by label, when a caption is longer than the context
 
     def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]:
         """Probabilities of the ten colours, at the temperature that the model was trained with."""
@@ -130,6 +133,8 @@ class ClipColors:
     def _captions(self, label: str) -> torch.Tensor:
         """[10, E]: for each colour the mean of its captions' embeddings, of length 1 again."""
         texts = [template.format(color=color, label=label) for color in NAMES for template in TEMPLATES]
+        if self.length is not None:
+            self.cut[label] = next((row for row in self.length.info(texts) if row), {})
         mean = self.encoder.texts(texts).unflatten(0, (len(NAMES), len(TEMPLATES))).mean(dim=1)
         return mean / mean.norm(dim=-1, keepdim=True)
 

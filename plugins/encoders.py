@@ -1,15 +1,20 @@
-"""One open_clip model for all rewards that look through it: pictures and texts to unit vectors.
+"""open_clip models that rewards share: pictures and texts to unit vectors.
 
-`clip`, `aesthetic`, `hpsv2` and the colours of `geneval` ask here with the same key and get the same model.
+`clip`, `aesthetic`, `hpsv2` and the colours of `geneval` get the same model for the same key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli import RewardContext
+from unigrpo_cli.errors import RewardError
+from unigrpo_plugins.prompt_length import PromptLength
+from unigrpo_plugins.weights import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +33,14 @@ class Encoder:
         self.model.to(device)
         self.device = device
 
+    def prompt_length(self, reward: str, texts: str = "prompts") -> PromptLength:
+        """The check of a reward's texts against this text encoder's context."""
+        context = getattr(self.tokenizer, "context_length", None) or self.model.context_length
+        return PromptLength(reward, int(context), token_counter(self.tokenizer), texts)
+
     @property
     def scale(self) -> float:
-        """What the model multiplies cosines by before a softmax: its own inverse temperature."""
+        """The factor of cosines before a softmax: the model's inverse temperature."""
         return float(self.model.logit_scale.detach().exp())
 
     def images(self, images: Sequence[Image]) -> torch.Tensor:
@@ -43,13 +53,31 @@ class Encoder:
             return self.model.encode_image(pixels.to(self.device, dtype), normalize=True).float()
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """[B, E] of texts; one that comes again is read once."""
+        """[B, E] of texts; equal ones are encoded once."""
         import torch
 
         with torch.inference_mode():
             unique = list(dict.fromkeys(texts))
             read = self.model.encode_text(self.tokenizer(unique).to(self.device), normalize=True).float()
             return read[[unique.index(text) for text in texts]]
+
+
+def token_counter(tokenizer: Any) -> Callable[[str], int] | None:
+    """How to count the tokens of a text, start and end included, for one of open_clip's tokenizers."""
+    inner = getattr(tokenizer, "tokenizer", None)  # of transformers
+    if inner is not None:
+        clean = getattr(tokenizer, "clean_fn", str)
+        fast = getattr(inner, "backend_tokenizer", None)
+        if fast is None:
+            return lambda text: len(inner(clean(text))["input_ids"])
+        # A copy: to switch truncation off on the original is not safe while another thread uses it.
+        whole = type(fast).from_str(fast.to_str())
+        whole.no_truncation()
+        whole.no_padding()
+        return lambda text: len(whole.encode(clean(text)).ids)
+    if hasattr(tokenizer, "encode"):
+        return lambda text: len(tokenizer.encode(text)) + 2
+    return None
 
 
 def key_of(model: str, pretrained: str | None, precision: str, resize: str | None = None) -> tuple[str, ...]:
@@ -64,22 +92,30 @@ def shared_encoder(
     pretrained: str | None,
     precision: str = "fp32",
     resize: str | None = None,
+    option: str = "model",
 ) -> tuple[Encoder, tuple[str, ...]]:
     """The encoder of that name and its key, for `context.shared.release` at teardown.
 
     Args:
-        resize: open_clip's resize mode ("longest" pads instead of cropping); None is the weights' own.
+        resize: open_clip's resize mode ("longest" pads instead of cropping); None is that of the weights.
+        option: the reward's option that names the model, for errors.
 
     Raises:
-        RewardError: when no model is named, or its weights are not to be had.
+        RewardError: when no model is named, or its weights cannot be loaded.
     """
-    from unigrpo_cli.errors import RewardError
-
     name = model or (EMBEDDED if context.embedded else None)
     if name is None:
         raise RewardError(
-            f"reward {reward!r}: say which model, e.g. {reward}@model=ViT-B-32@pretrained=laion2b_s34b_b79k "
-            f"or {reward}@model=local-dir:/path"
+            f"reward {reward!r}: say which model, e.g. {reward}@{option}=ViT-B-32@pretrained=laion2b_s34b_b79k "
+            f"or {reward}@{option}=local-dir:/path"
+        )
+    for given in (name, pretrained or ""):
+        if name != EMBEDDED and ":" not in given and Path(given).expanduser().is_dir():
+            raise RewardError(f"reward {reward!r}: {given} is a directory; write @{option}=local-dir:{given}")
+    if pretrained and (name == EMBEDDED or ":" in name):
+        raise RewardError(
+            f"reward {reward!r}: @pretrained={pretrained} does not go with @{option}={name}, which brings its own "
+            "weights; remove one of them"
         )
     key = key_of(name, pretrained, precision, resize)
     return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision, resize)), key
@@ -93,12 +129,9 @@ def load_encoder(
     precision: str,
     resize: str | None = None,
 ) -> Encoder:
-    """Load an open_clip model; refuse to run on random weights."""
+    """Load an open_clip model; random weights are refused."""
     import open_clip
     from safetensors import SafetensorError
-
-    from unigrpo_cli.errors import RewardError
-    from unigrpo_plugins.weights import first_line
 
     schema = f"local-dir:{files('unigrpo_cli') / 'toy' / 'weights' / 'clip'}" if name == EMBEDDED else name
     plain = ":" not in schema
@@ -107,8 +140,8 @@ def load_encoder(
         known = f"one of {', '.join(tags[:6])}" if tags else "a weights file"
         raise RewardError(f"reward {reward!r}: model {name!r} needs @pretrained=..., {known}")
     try:
-        # Some weights (OpenAI's, MetaCLIP's, ...) were trained with QuickGELU, as open_clip's own table says; under
-        # a plain name it only warns and then computes something else.
+        # OpenAI's, MetaCLIP's and other weights were trained with QuickGELU. open_clip's table of tags knows that, but
+        # under a plain name it only warns and computes another function.
         facts = (open_clip.get_pretrained_cfg(name, pretrained) if plain and pretrained else None) or {}
         model, preprocess = open_clip.create_model_from_pretrained(
             schema,
@@ -123,4 +156,43 @@ def load_encoder(
         hint = " (HF_HUB_OFFLINE is set)" if context.offline else ""
         raise RewardError(f"reward {reward!r}: {name!r} cannot be loaded{hint}: {first_line(error)}") from error
     model.eval()
+    if plain and pretrained and resize is None and Path(pretrained).is_file():
+        _warn_of_other_settings(reward, name, Path(pretrained), model.visual.preprocess_cfg)
     return Encoder(model, preprocess, tokenizer, context.device)
+
+
+def _warn_of_other_settings(reward: str, name: str, file: Path, own: Mapping[str, Any]) -> None:
+    """A weights file does not say how it was trained. Name the tags of its model that need other settings.
+
+    A file named after a tag is compared with that one alone.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    quick_gelu = bool((open_clip.get_model_config(name) or {}).get("quick_gelu"))
+    stem = f"{file.parent.name}/{file.name}".casefold().replace("-", "_")
+    other: dict[str, list[str]] = {}
+    for tag in [tag for tag in tags if tag.casefold().replace("-", "_") in stem] or tags:
+        facts = open_clip.get_pretrained_cfg(name, tag) or {}
+        differ = [
+            key for key in ("mean", "std", "interpolation", "resize_mode") if _differ(facts.get(key), own.get(key))
+        ]
+        if bool(facts.get("quick_gelu")) != quick_gelu:
+            differ.insert(0, "quick_gelu")
+        if differ:
+            other.setdefault(", ".join(differ), []).append(tag)
+    if other:
+        listed = "; ".join(f"{what}: {', '.join(tags)}" for what, tags in other.items())
+        used = f"quick_gelu {str(quick_gelu).lower()}, mean {own.get('mean')}, std {own.get('std')}"
+        used += f", {own.get('interpolation')}, resize {own.get('resize_mode')}"
+        warnings.warn(
+            f"reward {reward!r}: {file.name} is run as a plain {name} ({used}). Weights of these tags need another "
+            f"setting ({listed}) and would give wrong scores: write @pretrained=TAG for one of them, or give a "
+            "directory with open_clip_config.json as local-dir:DIR",
+            stacklevel=2,
+        )
+
+
+def _differ(wanted: Any, own: Any) -> bool:
+    pair = [tuple(v) if isinstance(v, list | tuple) else v for v in (wanted, own)]
+    return wanted is not None and pair[0] != pair[1]

@@ -85,7 +85,7 @@ class GenEvalReward:
     def _open(self, name: str) -> None:
         from unigrpo_plugins.colors import ClipColors, LabColors
         from unigrpo_plugins.detectors import DetectorChoice, shared_detector
-        from unigrpo_plugins.encoders import shared_encoder
+        from unigrpo_plugins.encoders import EMBEDDED, shared_encoder
 
         o = self.options
         choice = DetectorChoice(name, o.weights, o.size, o.batch_size)
@@ -95,13 +95,15 @@ class GenEvalReward:
         if o.color == "clip" or (o.color == "auto" and name != "shapes"):
             try:
                 # Named, so that the embedded policy's own small CLIP is not taken: it never learnt to tell colours.
-                encoder, key = shared_encoder(self.context, self.name, o.clip_model, o.clip_pretrained)
+                named = ":" not in o.clip_model and o.clip_model != EMBEDDED
+                tag = o.clip_pretrained if named or "clip_pretrained" in o.model_fields_set else None
+                encoder, key = shared_encoder(self.context, self.name, o.clip_model, tag, option="clip_model")
             except RewardError as error:
                 raise RewardError(
                     f"{str(error).rstrip('.')}; or do without: @color=lab, the nearest of ten colours"
                 ) from error
             self.keys.append(key)
-            self.colors = ClipColors(encoder)
+            self.colors = ClipColors(encoder, encoder.prompt_length(self.name, "captions of colours"))
         self.detector, self.detector_name = detector, name
         self.threshold = detector.threshold if o.threshold is None else o.threshold
         self.counting_threshold = detector.counting_threshold if o.counting_threshold is None else o.counting_threshold
@@ -148,12 +150,12 @@ class GenEvalReward:
         for kind in KINDS:
             parts = [v.part(kind) for v in verdicts]
             components[kind] = [math.nan if part is None else part for part in parts]
-        told = {"judge": self.title}
         return RewardOutput(
             [_value(v, mode) for v in verdicts],
             components=components,
             info=[
-                {"reasons": list(v.reasons), "tag": m.get("tag"), "counts": _counts(seen, m)} | told
+                {"reasons": list(v.reasons), "tag": m.get("tag"), "counts": _counts(seen, m), "judge": self.title}
+                | self._cut(m)
                 for v, m, seen in zip(verdicts, batch.metadata, pictures, strict=True)
             ],
         )
@@ -163,6 +165,10 @@ class GenEvalReward:
         """What judged, for reports. The rules are GenEval's, the eyes are not: never the official score."""
         eyes = "shapes" if self.detector_name == "shapes" else "hf"
         return f"geneval ({eyes}): {self.detector_name}, {self.colors.name}"
+
+    def _cut(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a prompt whose objects have captions beyond the text encoder's context."""
+        return next((row for label in _coloured(metadata) if (row := self.colors.cut.get(label))), {})
 
     def _see(self, batch: RewardBatch) -> list[dict[str, list[Seen]]]:
         """The confident objects of each picture by class, best first; with colours where one was asked for."""

@@ -1,20 +1,22 @@
-"""Models of what people prefer: PickScore and HPSv2, both CLIPs tuned on choices between two pictures."""
+"""Models of human preference: PickScore and HPSv2, CLIPs tuned on choices between two pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
+from unigrpo_plugins.prompt_length import PromptLength
 
 if TYPE_CHECKING:
     import torch
 
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 UNIT = 26.0
-"""About the best PickScore that is seen, and by what others divide."""
+"""About the best PickScore in practice; others divide by it, too."""
 HPS = "HPS_v2.1_compressed"
 
 
@@ -22,22 +24,30 @@ class PickScoreOptions(Options):
     model: str = Field(PICKSCORE, description="directory or hub id of a transformers CLIP")
     processor: str | None = Field(
         None,
-        description="directory or hub id of its processor; default: beside the model when it is there, else "
+        description="directory or hub id of its processor; default: that of the model's directory, else "
         f"{PICKSCORE_PROCESSOR}",
     )
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the weights")
     scale: Literal["raw", "unit"] = Field("raw", description=f"raw: about 18 to 26; unit: that over {UNIT:g}")
-    batch_size: int = Field(32, ge=1, description="pictures in one pass")
+    batch_size: int = Field(32, ge=1, description="pictures per forward pass")
 
 
 class PickScoreModel:
-    """A transformers CLIP and its processor, which several rewards may share."""
+    """A transformers CLIP and its processor."""
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
 
     def to(self, device: str) -> None:
         self.model.to(device)
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, start and end included."""
+        return len(self.processor.tokenizer(text, truncation=False)["input_ids"])
 
     def scores(self, batch: RewardBatch) -> torch.Tensor:
         """[B]: exp(logit_scale) times the cosine of picture and prompt."""
@@ -48,7 +58,7 @@ class PickScoreModel:
             images=batch.images,
             padding=True,
             truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
+            max_length=self.context_length,
             return_tensors="pt",
         ).to(self.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -75,15 +85,20 @@ class PickScoreReward:
             self.range = (-100 / UNIT, 100 / UNIT)
 
     def setup(self, context: RewardContext) -> None:
-        """Get model and processor.
+        """Load model and processor.
 
         Raises:
-            RewardError: when they are not to be had, or a part of the weights is not in the file.
+            RewardError: when they cannot be loaded, or weights are missing in the file.
         """
         o = self.options
         self.shared = context.shared
         self.key = ("pickscore", o.model, o.processor or "", o.precision)
         self.model: PickScoreModel | None = context.shared.get(self.key, lambda: self._load(context))
+        self.prompt_length = PromptLength(self.name, self.model.context_length, self.model.count_tokens)
+
+    def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Warn about prompts beyond the text encoder's context."""
+        self.prompt_length.check(metadata)
 
     def _load(self, context: RewardContext) -> PickScoreModel:
         import torch
@@ -98,10 +113,11 @@ class PickScoreReward:
         model = load_transformer(context, self.name, CLIPModel, o.model, dtype)
         return PickScoreModel(model, load_processing(context, self.name, o.processor or own))
 
-    def score(self, batch: RewardBatch) -> torch.Tensor:
+    def score(self, batch: RewardBatch) -> RewardOutput:
         assert self.model is not None
         scores = self.model.scores(batch)
-        return scores / UNIT if self.options.scale == "unit" else scores
+        scores = scores / UNIT if self.options.scale == "unit" else scores
+        return RewardOutput(scores, info=self.prompt_length.info(batch.prompts))
 
     def teardown(self) -> None:
         self.model = None
@@ -115,7 +131,7 @@ class HPSv2Options(Options):
     )
     model: str = Field("ViT-H-14", description="open_clip architecture of the weights")
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the weights")
-    batch_size: int = Field(32, ge=1, description="pictures in one pass")
+    batch_size: int = Field(32, ge=1, description="pictures per forward pass")
 
 
 class HPSv2Reward:
@@ -133,10 +149,10 @@ class HPSv2Reward:
         self.batch_size = options.batch_size
 
     def setup(self, context: RewardContext) -> None:
-        """Get the model.
+        """Load the model.
 
         Raises:
-            RewardError: when no weights are named, or they are not to be had, or not those of the architecture.
+            RewardError: when no weights are named, or they cannot be loaded or are of another architecture.
         """
         from unigrpo_cli.errors import RewardError
         from unigrpo_plugins.encoders import shared_encoder
@@ -145,17 +161,22 @@ class HPSv2Reward:
         o = self.options
         if o.weights is None:
             raise RewardError(
-                f"reward {self.name!r}: say where its weights are with @weights=FILE; fetch them with `hf download "
+                f"reward {self.name!r}: name its weights with @weights=FILE; fetch them with `hf download "
                 f"xswu/HPSv2 {HPS}.pt --local-dir .` and convert them with: {conversion(f'{HPS}.pt')}"
             )
         path = find_weights(context, self.name, "weights", o.weights)
         self.shared = context.shared
-        # It was trained on whole pictures, padded to a square; a centre crop would hide their edges.
+        # It was trained on whole pictures, padded to a square.
         self.encoder, self.key = shared_encoder(context, self.name, o.model, str(path), o.precision, "longest")
+        self.prompt_length = self.encoder.prompt_length(self.name)
+
+    def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Warn about prompts beyond the text encoder's context."""
+        self.prompt_length.check(metadata)
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         cosine = self.encoder.images(batch.images) * self.encoder.texts(batch.prompts)
-        return RewardOutput(cosine.sum(dim=-1).cpu())
+        return RewardOutput(cosine.sum(dim=-1).cpu(), info=self.prompt_length.info(batch.prompts))
 
     def teardown(self) -> None:
         self.encoder = None

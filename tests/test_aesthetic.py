@@ -209,64 +209,6 @@ def test_without_a_head_it_says_where_to_find_one() -> None:
         AestheticReward(AestheticReward.Options()).setup(context(embedded=False))
 
 
-# ----- the QuickGELU trap
-
-
-TINY = """{"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16,
-"head_width": 16}, "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}"""
-
-
-def test_openais_weights_get_quick_gelu_under_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the plain name open_clip would warn and compute another function."""
-    (tmp_path / "tiny-gelu.json").write_text(TINY)
-    open_clip.add_model_config(tmp_path / "tiny-gelu.json")
-    torch.manual_seed(0)
-    weights = {k: v.contiguous() for k, v in open_clip.create_model("tiny-gelu").state_dict().items()}
-    path = saved(tmp_path / "openai.safetensors", {k: 4 * v if "c_fc" in k else v for k, v in weights.items()})
-    real = open_clip.create_model_from_pretrained
-
-    def from_disk(name: str, pretrained: str | None = None, **kwargs):
-        return real(name, pretrained=path if pretrained == "openai" else pretrained, **kwargs)
-
-    monkeypatch.setattr(open_clip, "create_model_from_pretrained", from_disk)
-    table = open_clip.get_pretrained_cfg
-    facts = {("tiny-gelu", "openai"): {"quick_gelu": True}, ("tiny-gelu", path): {}}  # as the table has real models
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: facts.get((name, tag)) or table(name, tag))
-    images = [Image.fromarray(s.pixels) for s in example_samples(2)]
-    tagged, _ = shared_encoder(context(), "aesthetic", "tiny-gelu", "openai")
-    plain, _ = shared_encoder(context(), "aesthetic", "tiny-gelu", path)
-    model, preprocess = real("tiny-gelu", pretrained=path, force_quick_gelu=True)
-    with torch.no_grad():
-        pixels = torch.stack([preprocess(i) for i in images])
-        expected = model.eval().encode_image(pixels, normalize=True)
-    torch.testing.assert_close(tagged.images(images), expected, atol=1e-6, rtol=0)
-    assert (plain.images(images) - expected).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("name", "tag", "forced"),
-    [
-        ("ViT-B-32", "metaclip_400m", True),
-        ("ViT-B-32", "laion400m_e32", True),
-        ("ViT-B-32", "OpenAI", True),
-        ("ViT-B-32", "laion2b_s34b_b79k", False),
-    ],
-)
-def test_quick_gelu_is_forced_wherever_open_clips_table_says_so(
-    name: str, tag: str, forced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict = {}
-
-    def caught(*_args: object, **kwargs: object) -> None:
-        asked.update(kwargs)
-        raise RuntimeError("far enough")
-
-    monkeypatch.setattr(open_clip, "create_model_from_pretrained", caught)
-    with pytest.raises(RewardError, match="far enough"):
-        shared_encoder(context(), "clip", name, tag)
-    assert asked.get("force_quick_gelu", False) is forced
-
-
 # ----- the shipped head
 
 

@@ -91,9 +91,13 @@ def test_pickscore_equals_the_library(pickscore: Path) -> None:
     for scale, factor in (("raw", 1.0), ("unit", 1 / 26)):
         reward = PickScoreReward(PickScoreReward.Options(model=str(pickscore), scale=scale))
         reward.setup(CONTEXT)
-        scores = reward.score(RewardBatch(tuple(samples)))
+        with pytest.warns(UserWarning, match=r"'pickscore': 2 of 3 prompts are longer .* 12 tokens \(up to 18\)"):
+            output = reward.score(RewardBatch(tuple(samples)))
+        assert [row.get("prompt_cut") for row in output.info] == [
+            {"tokens": n, "context": 12} if n > 12 else None for n in (len(s.prompt.split()) + 2 for s in samples)
+        ]
         reward.teardown()
-        torch.testing.assert_close(scores, factor * expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(output.scores, factor * expected, atol=TOLERANCE, rtol=0)
         assert reward.range[1] == pytest.approx(100 * factor)
 
 
