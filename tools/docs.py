@@ -107,13 +107,15 @@ def commands() -> str:
 def dry_run(recipe: str) -> str:
     """What `unigrpo train --dry-run` says of a recipe in examples/, where the release is not on the machine."""
     from unigrpo_cli.run.console import Display
-    from unigrpo_cli.run.memory.plan import plan_of, rates_of, refuse_too_large, show
+    from unigrpo_cli.run.memory.plan import plan_of, refuse_too_large
+    from unigrpo_cli.run.memory.report import show, verdict
 
     config = load_config(file=ROOT / "examples" / recipe / "config.toml")
     plan = replace(plan_of(config, config.model, None, elsewhere=True), published=True)
     display, said = Display(), io.StringIO()
     display.console = Console(file=said, highlight=False)
-    show(plan, rates_of(plan), display)
+    show(plan, display)
+    said.write(f"{verdict(plan)}\n")
     try:
         refuse_too_large(plan)
     except TooLargeError as error:

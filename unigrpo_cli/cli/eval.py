@@ -111,7 +111,7 @@ def _report(
     """The evaluation of one model, or of two and their difference, on all ranks; rank 0 writes it."""
     from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.run.directory import Run, fresh_directory
-    from unigrpo_cli.run.memory.plan import with_rows
+    from unigrpo_cli.run.memory.plan import with_batch_size
     from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import SuiteRegistry
 
@@ -120,7 +120,7 @@ def _report(
         plugins.call("unigrpo_register_suites", registry=suites)
         prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
         models = 1 + (other_model is not None)
-        settings = with_rows(settings, prompts, settings.eval.samples, display.say, models=models)
+        settings = with_batch_size(settings, prompts, settings.eval.samples, display.say, models=models)
         policy = load_policy(model_of(settings), settings.adapter, settings)
         other = None if other_model is None else load_policy(other_model, None, settings)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:

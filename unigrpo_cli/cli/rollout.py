@@ -105,7 +105,7 @@ def _sample_and_score(
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.directory import Run, new_directory
     from unigrpo_cli.run.inputs import with_suite
-    from unigrpo_cli.run.memory.plan import with_rows
+    from unigrpo_cli.run.memory.plan import with_batch_size
     from unigrpo_cli.run.records import groups_of_all
     from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import training_prompts
@@ -118,7 +118,7 @@ def _sample_and_score(
             embedded, thinks = settings.model == "embedded", _all_think(saved)
         else:
             chosen = training_prompts(settings.prompts, with_suite(settings).eval.suite)[:limit]
-            settings = with_rows(settings, chosen, settings.train.group_size, display.say)
+            settings = with_batch_size(settings, chosen, settings.train.group_size, display.say)
             policy = load_policy(model_of(settings), settings.adapter, settings)
             embedded, thinks = is_embedded(policy), settings.sampling.think
     with open_rewards(choices, plugins, settings, embedded=embedded, ranks=ranks) as rewards, ExitStack() as held:

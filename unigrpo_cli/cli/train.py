@@ -96,12 +96,13 @@ def train(
 
 
 def _dry_run(plan: Plan, display: Display, json: bool) -> None:
-    """Print the plan, then refuse one that does not fit."""
-    from unigrpo_cli.run.memory.plan import rates_of, refuse_too_large, report, show
+    """Print the plan and its verdict, then refuse a plan that does not fit."""
+    from unigrpo_cli.run.memory.plan import refuse_too_large
+    from unigrpo_cli.run.memory.report import as_json, show, verdict
 
-    rates = rates_of(plan)
     if json:
-        common.print_json(report(plan, rates))
+        common.print_json(as_json(plan))
     else:
-        show(plan, rates, display)
+        show(plan, display)
+        typer.echo(verdict(plan))
     refuse_too_large(plan)

@@ -14,7 +14,7 @@ from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.run.memory import left_open
-from unigrpo_cli.run.memory.plan import Plan, plan_of, refuse_too_large, said_of_sizes
+from unigrpo_cli.run.memory.plan import Plan, describe_sizes, plan_of, refuse_too_large
 from unigrpo_cli.run.resume import refuse_changes, with_kept_sizes
 from unigrpo_cli.run.setup import find_checkpoint, load_policy, model_of
 from unigrpo_cli.suites import training_prompts
@@ -53,7 +53,7 @@ def with_sizes(
         planned = plan_of(config, *_origin(config, checkpoint), pictures=pictures)
     every = ranks.gather(planned.sizes)
     sizes = {key: min(own[key] for own in every) for key in planned.sizes}
-    say(said_of_sizes(sizes, planned.free))
+    say(describe_sizes(sizes, planned.available))
     return with_values(config, sizes)
 
 
@@ -91,8 +91,8 @@ def prepare(
     base, adapter = _origin(config, checkpoint)
     planned = plan_of(config, base, adapter)
     refuse_too_large(planned)
-    if planned.present is not None and planned.available > planned.present:
-        warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.present:.1f} GiB")
+    if planned.free is not None and planned.available > planned.free:
+        warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.free:.1f} GiB")
     family, directory, weights_file = MODELS.find(base)
     reference = Reference(base, family.digest(directory, weights_file))
     if content is None or checkpoint is None:

@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 from unigrpo_cli import train
 from unigrpo_cli.run.directory import PACKAGES, environment
 from unigrpo_cli.run.doctor.findings import FAULT, OK, WARN, Evidence, Outcome, judged, skipped
-from unigrpo_cli.run.memory.plan import TIGHT
+from unigrpo_cli.run.memory.formulas import GIB
+from unigrpo_cli.run.memory.plan import TIGHT, free_gib
 
 BF16_TEXT = 0.5  # nats per word; BAGEL's decoding in bf16 against its own fp32 has not been measured yet
 
@@ -46,7 +47,7 @@ def bf16(e: Evidence) -> Outcome:
     if e.replayed is None or not e.writes or not e.coarse:
         return skipped("the network computes in fp32" if not e.coarse else "no words are replayed")
     needed = 4 * sum(p.numel() for _, p in e.policy.named_parameters())
-    if torch.cuda.mem_get_info(e.policy.device)[0] < 1.5 * needed:
+    if GIB * free_gib(e.policy.device) < 1.5 * needed:
         return skipped("no room for the network in fp32 beside itself")
     return judged(_from_wide(e), BF16_TEXT, "largest difference of a word's log-probability, bf16 and fp32")
 

@@ -1,30 +1,22 @@
-"""What a run asks of a machine, before anything is loaded: batches, bytes, FLOP and seconds. Imports no torch."""
+"""What a run needs before anything is loaded: memory by formula, batch sizes that fit, hours. Imports no torch."""
 
-from unigrpo_cli.run.memory.batches import ROWS, left_open, sampling_rows, training_sizes
-from unigrpo_cli.run.memory.memory import Memory, memory, needs
-from unigrpo_cli.run.memory.phases import Item, Phase
-from unigrpo_cli.run.memory.seconds import ACCELERATOR, Part, Rates, step_parts
-from unigrpo_cli.run.memory.traffic import Sent, traffic
-from unigrpo_cli.run.memory.workload import Batch, Workload, batch_of, of_each_rank
+from unigrpo_cli.run.memory.formulas import Item, Memory, Phase, needs, sampling_memory, training_memory
+from unigrpo_cli.run.memory.sizes import BATCH_SIZE, left_open, sampling_batch_size, training_sizes
+from unigrpo_cli.run.memory.workload import Batch, Workload, batch_of, config_of_rank
 
 __all__ = [
-    "ACCELERATOR",
-    "ROWS",
+    "BATCH_SIZE",
     "Batch",
     "Item",
     "Memory",
-    "Part",
     "Phase",
-    "Rates",
-    "Sent",
     "Workload",
     "batch_of",
+    "config_of_rank",
     "left_open",
-    "memory",
     "needs",
-    "of_each_rank",
-    "sampling_rows",
-    "step_parts",
-    "traffic",
+    "sampling_batch_size",
+    "sampling_memory",
+    "training_memory",
     "training_sizes",
 ]

@@ -1,4 +1,4 @@
-"""What a run asks of a machine, against the machine: tensors, autograd's memory, a profiler's FLOP."""
+"""Predicted memory, batch sizes and operations, against real tensors, autograd and torch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -48,14 +48,13 @@ from unigrpo_cli.run.memory import (
     Memory,
     Workload,
     batch_of,
-    memory,
     needs,
-    sampling_rows,
-    step_parts,
+    sampling_batch_size,
+    training_memory,
     training_sizes,
 )
-from unigrpo_cli.run.memory import seconds as speed
-from unigrpo_cli.run.memory.batches import even_sizes
+from unigrpo_cli.run.memory.flops import Pass, backward_flops, decode_bytes, forward_flops, step_seconds
+from unigrpo_cli.run.memory.sizes import even_sizes
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.schedule import window_of
 
@@ -72,7 +71,7 @@ def settings(*overrides: str) -> Config:
 def small(*overrides: str) -> Workload:
     own = ["sampling.height=64", "sampling.width=64", "sampling.batch_size=5", "train.micro_batch_size=2"]
     own += ["train.prompts_per_step=2", "train.group_size=2", "sampling.max_new_tokens=4", "train.lora_rank=4"]
-    return Workload(SMALL, None, settings(*own, *overrides), cpu=True, given=GIVEN)
+    return Workload(SMALL, None, settings(*own, *overrides), cpu=True, prompt_tokens=GIVEN)
 
 
 def item(found: Memory, name: str, phase: str | None = None) -> int:
@@ -92,15 +91,10 @@ def test_the_release_counted() -> None:
     assert round(work.elements() / 1e9, 3) == 14.607
     assert round(work.elements(lambda n: n.startswith("language_model.") and "_moe_gen" not in n) / 1e9, 3) == 7.616
     assert round(work.elements(lambda n: "_moe_gen" in n) / 1e9, 3) == 6.526
-    matrices = dict.fromkeys(("text", "image"), 0)
-    for name, parameter in network.named_parameters():
-        if name.startswith(LAYERS) and parameter.ndim == 2:
-            matrices[expert_of(name)] += parameter.numel()
-    assert {e: work.matrices(e) for e in matrices} == matrices
     assert sum(map(prod, autoencoder_shapes(BAGEL_AUTOENCODER).values())) == 83_819_683
     with torch.device("meta"):
         add_adapters(network, LORA_TARGETS, 64, 128.0, 0)
-    adapters = dict.fromkeys(matrices, 0)
+    adapters = dict.fromkeys(("text", "image"), 0)
     for name, parameter in network.named_parameters():
         if "lora_" in name:
             adapters[expert_of(name)] += parameter.numel()
@@ -145,12 +139,12 @@ def size(tensors: Any) -> int:
         ("train.finetune=full", "train.experts=text"),
     ],
 )
-def test_weights_reference_gradients_and_moments_to_the_byte(overrides: tuple[str, ...]) -> None:
+def test_weights_reference_gradients_and_moments_are_exact(overrides: tuple[str, ...]) -> None:
     """A tiny BAGEL trained one step; what is there is what was reckoned, to the byte."""
     shape = ("sampling.height=32", "sampling.width=48", "sampling.steps=5", "sampling.max_new_tokens=4")
     config = settings(*overrides, *shape, "train.prompts_per_step=2", "train.group_size=2", "train.lora_rank=3")
     release = read_release(TINY)
-    found = memory(Workload(release.config, release.autoencoder, config))
+    found = training_memory(Workload(release.config, release.autoencoder, config))
     policy = load_model(str(TINY), dtype=getattr(torch, config.dtype))
     policy.network.requires_grad_(False)
     policy = prepare_policy(policy, config)
@@ -185,12 +179,12 @@ def test_the_cache_of_a_rollout_is_a_contexts() -> None:
     model = load_model(str(TINY), dtype=torch.bfloat16)
     given = model.preamble(PROMPTS[0], think=True)
     context = read_given(model, [given] * 3)
-    work = Workload(model.network.config, None, config, given=context.used)
+    work = Workload(model.network.config, None, config, prompt_tokens=context.used)
     grown, _ = sample_text(model, context, train_sampling(config), [1, 2, 3])
     held = size([*grown.keys, *grown.values])
-    found = memory(work)
-    assert item(found, "key-value cache", "rollout, image") == held
-    assert item(found, "key-value cache", "rollout, words") == held + size([*context.keys, *context.values])
+    found = training_memory(work)
+    assert item(found, "KV cache", "sampling, image") == held
+    assert item(found, "KV cache", "sampling, text") == held + size([*context.keys, *context.values])
 
 
 # ----- bytes of passes
@@ -240,7 +234,7 @@ def network_of(work: Workload) -> MoT:
         parameter.requires_grad_(trained)
     if work.lora:
         add_adapters(network, LORA_TARGETS, work.rank, 8.0, 0)
-    network.activation_checkpointing = work.checkpoints
+    network.activation_checkpointing = work.config.train.activation_checkpointing
     return network
 
 
@@ -253,41 +247,41 @@ def passes(work: Workload) -> dict[str, int]:
     """Peaks of the phases of a step, the network itself left out: what `memory` reckons, seen."""
     network, alive, seen = network_of(work), Alive(), {}
     grid = work.model.grid(work.config.sampling.height, work.config.sampling.width)
-    dim, micro, copies = work.model.token_dim, work.micro, work.copies
+    dim, micro, copies = work.model.token_dim, work.micro_batch, work.sde_steps
     for parameter in network.parameters():
         alive.add(parameter)
     empty = alive.now
 
     def replayed() -> Tensor:
-        ids = torch.zeros(micro, work.text, dtype=torch.long)
-        image = NoisyImage(torch.zeros(micro, copies, work.latents, dim), torch.ones(micro, copies), grid)
-        lengths = [work.text, *[work.text - 1] * (micro - 1)]
+        ids = torch.zeros(micro, work.text_tokens, dtype=torch.long)
+        image = NoisyImage(torch.zeros(micro, copies, work.latent_tokens, dim), torch.ones(micro, copies), grid)
+        lengths = [work.text_tokens, *[work.text_tokens - 1] * (micro - 1)]
         out = network(network.empty_context(micro), ids, lengths, image)
-        seen.setdefault("replays, layers", alive.over(empty))
-        hidden = out.hidden_BLC[:, GIVEN : GIVEN + work.words].flatten(0, 1)
+        seen.setdefault("replay, layers", alive.over(empty))
+        hidden = out.hidden_BLC[:, GIVEN : GIVEN + work.sampled_tokens].flatten(0, 1)
         logits = network.logits(hidden).index_fill(-1, torch.tensor([0]), -torch.inf)
         scored = token(logits, temperature=1.0, id=torch.ones(len(hidden), dtype=torch.long))
         return scored.log_prob.sum() + out.velocity_BKND.sum()
 
     with no_onednn(), alive:
         with torch.no_grad():
-            rows = work.rows
+            rows = work.batch_size
             ids, lengths = (
-                torch.zeros(rows, work.text, dtype=torch.long),
-                [work.text, *[work.text - 1] * (rows - 1)],
+                torch.zeros(rows, work.text_tokens, dtype=torch.long),
+                [work.text_tokens, *[work.text_tokens - 1] * (rows - 1)],
             )
             context = network(network.empty_context(rows), ids, lengths).context
             alive.over(empty)
-            image = NoisyImage(torch.zeros(rows, 1, work.latents, dim), torch.ones(rows, 1), grid)
+            image = NoisyImage(torch.zeros(rows, 1, work.latent_tokens, dim), torch.ones(rows, 1), grid)
             network(context, image=image)
-            seen["rollout, image"] = alive.over(empty)
+            seen["sampling, image"] = alive.over(empty)
             del context, image
             alive.over(empty)
             replayed()
-            seen["replays, words"] = alive.over(empty)
+            seen["replay, logits"] = alive.over(empty)
         for _ in range(2):  # in the second pass gradients are there from the start
             loss = replayed()
-            seen["update, words"] = alive.over(empty)
+            seen["update, logits"] = alive.over(empty)
             loss.backward()
             seen["update, layers"] = alive.over(empty)
             del loss
@@ -301,17 +295,17 @@ def test_activations_are_those_of_the_passes(finetune: str, dtype: str, checkpoi
     """Every phase within 6 %: few words, where layers decide, and many, where logits do."""
     own = (f"train.finetune={finetune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}")
     for words, phases in (
-        (4, ("rollout, image", "replays, layers", "update, layers")),
-        (300, ("replays, words", "update, words")),
+        (4, ("sampling, image", "replay, layers", "update, layers")),
+        (300, ("replay, logits", "update, logits")),
     ):
         work = small(*own, f"sampling.max_new_tokens={words}", f"sampling.batch_size={5 if words < 5 else 1}")
-        found, seen = memory(work), passes(work)
+        found, seen = training_memory(work), passes(work)
         for phase in phases:
             left_out = item(found, "latents", phase) + item(found, "recorded steps", phase)
             assert found.phase(phase).bytes - left_out == pytest.approx(seen[phase], rel=0.06), phase
 
 
-def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
+def test_a_batch_that_gets_smaller_is_counted() -> None:
     """Eight rows of which one after the other stops: half and then a quarter are kept beside the whole."""
     config = settings("sampling.height=16", "sampling.width=16", "sampling.max_new_tokens=200", "sampling.batch_size=8")
     model, alive = load_model(str(TINY)), Alive()
@@ -337,38 +331,24 @@ def test_a_batch_that_gets_smaller_is_reckoned_with() -> None:
         context = read_given(model, [given] * 8)
         start = alive.now
         sample_text(Stopping(), context, train_sampling(config), range(8))  # type: ignore[arg-type]
-    work = Workload(model.network.config, None, config, given=context.used)
-    items = {i.name: i.bytes for i in memory(work).phase("rollout, words").items}
+    work = Workload(model.network.config, None, config, prompt_tokens=context.used)
+    items = {i.name: i.bytes for i in training_memory(work).phase("sampling, text").items}
     assert "smaller batches" in items
     given_once = 8 * context.used * work.cached_token
     seen = alive.over(start) + given_once
-    assert items["key-value cache"] + items["smaller batches"] <= seen < 1.2 * sum(items.values())  # and a pass
+    assert items["KV cache"] + items["smaller batches"] <= seen < 1.2 * sum(items.values())  # and a pass
 
 
-def test_decoding_a_picture_takes_three_of_its_widest_maps() -> None:
-    model, alive = load_model(str(TINY)), Alive()
-    config = settings("sampling.height=64", "sampling.width=32", "sampling.batch_size=1")
-    work = Workload(model.network.config, read_release(TINY).autoencoder, config)
+@pytest.mark.parametrize(("tile_rows", "side", "tolerance"), [(0, 64, 0.06), (8, 128, 0.06), (16, 256, 0.06)])
+def test_decoding_a_picture_takes_some_of_its_widest_maps(tile_rows: int, side: int, tolerance: float) -> None:
+    model, alive = load_model(str(TINY), vae_tile_rows=tile_rows), Alive()
+    sizes = (f"sampling.height={side}", f"sampling.width={side // 2}", f"sampling.vae_tile_rows={tile_rows}")
+    work = Workload(model.network.config, read_release(TINY).autoencoder, settings(*sizes, "sampling.batch_size=1"))
     with alive:
-        latent = torch.zeros(1, 16, 8, 4)
+        latent = torch.zeros(1, 16, side // 8, side // 16)
         start = alive.now
         model.codec.raw(latent)  # type: ignore[attr-defined]
-    assert item(memory(work), "decoder", "rollout, pixels") == pytest.approx(alive.over(start), rel=0.06)
-
-
-@pytest.mark.parametrize("strip", [8, 16])
-def test_decoding_in_strips_takes_two_maps(strip: int) -> None:
-    model, alive = load_model(str(TINY), vae_tile_rows=strip), Alive()
-    sizes = ("sampling.height=128", "sampling.width=64", "sampling.batch_size=1")
-    work = Workload(model.network.config, read_release(TINY).autoencoder, settings(*sizes))
-    with alive:
-        latent = torch.zeros(1, 16, 16, 8)
-        start = alive.now
-        model.codec.raw(latent)  # type: ignore[attr-defined]
-    cut = replace(work, config=settings(*sizes, f"sampling.vae_tile_rows={strip}"))
-    found = item(memory(cut), "decoder", "rollout, pixels")
-    assert found == pytest.approx(alive.over(start), rel=0.03)
-    assert found < 0.65 * item(memory(work), "decoder", "rollout, pixels")
+    assert item(training_memory(work), "decoder", "sampling, pixels") == pytest.approx(alive.over(start), rel=tolerance)
 
 
 # ----- sizes that are left open
@@ -381,14 +361,14 @@ OPEN = (
     "sampling.think=true",
 )
 OPEN += ("train.activation_checkpointing=true", "sampling.height=512", "sampling.width=512")
-SLOTS = {"sampling.batch_size": ("rollout", 768), "train.micro_batch_size": ("replays, update", 384)}
+SLOTS = {"sampling.batch_size": ("sampling", 768), "train.micro_batch_size": ("replay, update", 384)}
 """For each setting the phases it decides and the episodes it shares out, in the paper's step."""
 
 
 def largest(work: Workload, key: str, size: int) -> float:
     """GiB of the largest phase that a setting decides."""
     other = next(name for name in SLOTS if name != key)
-    found = memory(replace(work, config=with_values(work.config, {key: size, other: 1})))
+    found = training_memory(replace(work, config=with_values(work.config, {key: size, other: 1})))
     names = SLOTS[key][0].split(", ")
     return max(found.gib(phase) for phase in found.phases if phase.name.split(",")[0] in names)
 
@@ -416,34 +396,34 @@ def test_sizes_left_open_are_the_largest_that_fit() -> None:
     assert list(training_sizes(fixed, 64)) == ["sampling.batch_size"]
 
 
-@given(count=st.integers(1, 2000), at_once=st.integers(1, 8))
+@given(count=st.integers(1, 2000), concurrent=st.integers(1, 8))
 @hypothesis_settings(max_examples=100, deadline=None)
-def test_batches_are_of_one_size_and_no_larger_than_their_turns_need(count: int, at_once: int) -> None:
-    wished = even_sizes(count, at_once)
+def test_batches_are_of_one_size_and_no_larger_than_their_turns_need(count: int, concurrent: int) -> None:
+    wished = even_sizes(count, concurrent)
     sizes, fewer = wished[: wished.index(1) + 1], wished[wished.index(1) + 1 :]
-    assert sizes[0] == -(-count // at_once)
+    assert sizes[0] == -(-count // concurrent)
     assert sizes == sorted(set(sizes), reverse=True)
-    assert fewer == sorted(set(fewer)) and all(-(-count // size) < at_once for size in fewer)
+    assert fewer == sorted(set(fewer)) and all(-(-count // size) < concurrent for size in fewer)
     assert count in wished
     for size in sizes:
-        turns = -(-count // (size * at_once))
-        assert size == 1 or -(-count // ((size - 1) * at_once)) > turns, "a smaller one takes more turns"
+        turns = -(-count // (size * concurrent))
+        assert size == 1 or -(-count // ((size - 1) * concurrent)) > turns, "a smaller one takes more turns"
 
 
 def test_even_batches_by_hand() -> None:
     assert even_sizes(12) == [12, 6, 4, 3, 2, 1]
     assert even_sizes(97)[:3] == [97, 49, 33]
-    assert even_sizes(96, at_once=2)[:4] == [48, 24, 16, 12]
-    assert even_sizes(16, at_once=16) == [1, 2, 3, 4, 6, 8, 16]
+    assert even_sizes(96, concurrent=2)[:4] == [48, 24, 16, 12]
+    assert even_sizes(16, concurrent=16) == [1, 2, 3, 4, 6, 8, 16]
 
 
 def test_where_smaller_batches_take_more_the_larger_are_found() -> None:
     """On 16 threads sixteen episodes in one batch take less than in two. Where nothing fits, the least is named."""
-    work = replace(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*OPEN)), cpu=True, at_once=16)
+    work = replace(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*OPEN)), cpu=True, concurrent=16)
     few = with_values(work.config, {"train.prompts_per_step": 4, "train.group_size": 8})
     work = replace(work, config=few)
     needs = {
-        size: memory(
+        size: training_memory(
             replace(work, config=with_values(few, {"sampling.batch_size": 1, "train.micro_batch_size": size}))
         ).need
         for size in even_sizes(16, 16)
@@ -456,23 +436,23 @@ def test_where_smaller_batches_take_more_the_larger_are_found() -> None:
 def test_rows_of_an_evaluation_hold_whole_prompts() -> None:
     """Where all samples of a prompt fit together; nothing is trained, so there is more room than in a run."""
     work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*OPEN))
-    rows = {gib: sampling_rows(work, gib, 50, 4, adapted=False) for gib in (20, 36, 60, 2000)}
+    rows = {gib: sampling_batch_size(work, gib, 50, 4, adapted=False) for gib in (20, 36, 60, 2000)}
     assert list(rows.values()) == sorted(rows.values())
     assert (rows[20], rows[2000]) == (1, 200)
     assert all(size % 4 == 0 for size in rows.values() if size > 4)
     assert rows[36] > training_sizes(work, 36)["sampling.batch_size"], "no adapters, no moments"
-    assert sampling_rows(work, 60, 50, 4, adapted=False, models=2) < rows[60]
+    assert sampling_batch_size(work, 60, 50, 4, adapted=False, models=2) < rows[60]
 
 
 def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
     """All of a rollout twice; of an update all but what episodes and weights have once, and gradients for each."""
     once = small("train.finetune=lora", "sampling.batch_size=2", "train.micro_batch_size=1")
-    twice = replace(once, at_once=2)
-    one, two = memory(once), memory(twice)
+    twice = replace(once, concurrent=2)
+    one, two = training_memory(once), training_memory(twice)
     assert one.always == two.always
     for phase in one.phases:
         own = phase.bytes
-        if not phase.name.startswith("rollout"):
+        if not phase.name.startswith("sampling"):
             own -= item(one, "recorded steps", phase.name) + item(one, "gradients", phase.name)
         extra = item(one, "gradients", phase.name) * 3 if phase.name.startswith("update") else 0
         if phase.name == "optimizer step":
@@ -482,14 +462,14 @@ def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:
 
 def test_no_more_batches_at_the_same_time_than_there_are() -> None:
     """Four episodes, of which each of two updates takes two; sharded weights are passed by all ranks together."""
-    found = replace(small("sampling.batch_size=2", "train.micro_batch_size=1"), at_once=9)
-    assert (found.rows_at_once, found.micro_at_once) == (9, 2), "evaluations have many pictures"
-    assert replace(found, drawn=7).rows_at_once == 4
-    assert replace(found, world=2).micro_at_once == 1
-    assert replace(small("train.micro_batch_size=2"), at_once=9).micro_at_once == 1
+    found = replace(small("sampling.batch_size=2", "train.micro_batch_size=1"), concurrent=9)
+    assert (found.concurrent_batches, found.concurrent_micro_batches) == (9, 2), "evaluations have many pictures"
+    assert replace(found, samples=7).concurrent_batches == 4
+    assert replace(found, world=2).concurrent_micro_batches == 1
+    assert replace(small("train.micro_batch_size=2"), concurrent=9).concurrent_micro_batches == 1
 
 
-# ----- FLOP
+# ----- operations
 
 
 def counted(action: Any) -> int:
@@ -498,82 +478,67 @@ def counted(action: Any) -> int:
         return count_flops(action)
 
 
-def flops(work: speed.Work) -> float:
-    return work.flops + work.wide
-
-
-@pytest.mark.parametrize("finetune", ["lora", "full"])
-def test_flops_of_reading_denoising_and_logits(finetune: str) -> None:
-    work = small(f"train.finetune={finetune}")
-    network, grid = network_of(work), work.model.grid(64, 64)
-    image = NoisyImage(torch.zeros(1, 1, work.latents, work.model.token_dim), torch.ones(1, 1), grid)
-    with torch.no_grad():
-        ids = torch.zeros(1, 50, dtype=torch.long)
-        context = network(network.empty_context(1), ids).context
-        read = counted(lambda: network(network.empty_context(1), ids))
-        assert flops(speed.read(work, 50, work.lora)) == pytest.approx(read, rel=1e-6)
-        paint = counted(lambda: network(context, image=image))
-        assert flops(speed.denoise(work, 50)) == pytest.approx(paint, rel=1e-6)
-        head = counted(lambda: network.logits(torch.zeros(7, work.model.hidden_size)))
-        assert flops(speed.head(work, 7)) == head
+DEEP = replace(SMALL, num_hidden_layers=8)
+"""What the first and the last layer leave out is little beside eight of them."""
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("experts", ["both", "image", "text"])
-def test_flops_of_replay_and_its_backward_pass(finetune: str, experts: str) -> None:
-    """Forward exactly; backward within 2 %: the first layer is spared some, flash attention makes scores again."""
+def test_operations_of_passes_are_those_that_torch_counts(finetune: str, experts: str) -> None:
+    """Reading, denoising, replay and its backward pass. Flash attention computes its scores again, which counts."""
     work = small(f"train.finetune={finetune}", f"train.experts={experts}", "sampling.max_new_tokens=40")
-    work = replace(work, model=replace(SMALL, num_hidden_layers=8))
-    network, grid = network_of(work), work.model.grid(64, 64)
-    if work.lora:
-        for name, parameter in network.named_parameters():
+    work = replace(work, model=DEEP)
+    network, grid, dim, kept = network_of(work), DEEP.grid(64, 64), DEEP.token_dim, []
+    rank, copies = work.rank if work.lora else 0, work.sde_steps if work.replays_images else 0
+    for name, parameter in network.named_parameters():
+        if work.lora:
             parameter.requires_grad_("lora_" in name and work.trains(expert_of(name)))
-    dim, copies, kept = work.model.token_dim, work.copies, []
+    ids = torch.zeros(1, work.text_tokens, dtype=torch.long)
 
-    def forward() -> None:
-        shape = (1, copies, work.latents, dim)
-        image = NoisyImage(torch.zeros(shape), torch.ones(1, copies), grid) if work.paints else None
-        out = network(network.empty_context(1), torch.zeros(1, work.text, dtype=torch.long), None, image)
-        kept.append(network.logits(out.hidden_BLC[0, : work.words]).sum())
-        kept.append(out.velocity_BKND.sum() if work.paints else kept[0])
+    def noisy(count: int) -> NoisyImage:
+        return NoisyImage(torch.zeros(1, count, work.latent_tokens, dim), torch.ones(1, count), grid)
 
-    assert flops(speed.replay(work, work.lora)) == pytest.approx(counted(forward), rel=1e-6)
-    remade = speed.attention(work, work.image, work.text + work.image) * copies * work.paints
-    remade += speed.attention(work, work.text, work.text) * work.trains("text")
-    found = counted(lambda: sum(kept).backward()) + remade / 2
-    assert flops(speed.backward(work)) == pytest.approx(found, rel=0.02)
+    def replayed() -> None:
+        out = network(network.empty_context(1), ids, None, noisy(copies) if copies else None)
+        kept.append(network.logits(out.hidden_BLC[0, : work.sampled_tokens]).sum())
+        kept.append(out.velocity_BKND.sum() if copies else kept[0])
 
-
-def test_flops_of_decoding_a_picture() -> None:
-    model, config = load_model(str(TINY)), read_release(TINY).autoencoder
-    found = counted(lambda: model.codec.raw(torch.zeros(1, 16, 8, 4)))  # type: ignore[attr-defined]
-    assert speed.decoder_flops(config, 64 * 32) == pytest.approx(found, rel=0.02)
-
-
-def test_a_step_is_the_sum_of_its_passes() -> None:
-    """Calls counted by hand: 3 prompts of 4 in batches of 5, so prompts 0 1 | 1 2 | 2 are read."""
-    work = small("train.prompts_per_step=3", "train.group_size=4", "train.minibatches=1", "train.epochs=2")
-    assert work.batch.reads == 5
-    parts = {part.name: part.work for part in step_parts(work)}
-    assert parts["read prompts"].flops == pytest.approx(5 * speed.read(work, GIVEN, False).flops)
-    assert parts["denoise"].flops == pytest.approx(12 * 24 * speed.denoise(work, work.text).flops)
-    assert parts["old replay"].flops == parts["reference replay"].flops == 12 * speed.replay(work, False).flops
-    both = speed.replay(work, False) + speed.backward(work)
-    assert parts["update"].flops == pytest.approx(2 * 12 * both.flops)
-    words = sum(speed.attention(work, 1, GIVEN + k) for k in range(1, work.words + 3))
-    words += (work.words + 2) * 2 * work.matrices("text")
-    assert parts["write words"].flops == pytest.approx(12 * words)
+    with torch.no_grad():
+        context = network(network.empty_context(1), ids).context
+        found = counted(lambda: network(context, image=noisy(1)))
+    denoised = Pass(1, past=work.text_tokens, copies=1, image=work.latent_tokens, rank=rank)
+    assert forward_flops(DEEP, denoised) == pytest.approx(found, rel=0.01)
+    episode = Pass(1, work.text_tokens, copies=copies, image=work.latent_tokens, scored=work.sampled_tokens, rank=rank)
+    assert forward_flops(DEEP, episode) == pytest.approx(counted(replayed), rel=0.01)
+    scores_again = 0.5 * 4 * DEEP.num_hidden_layers * DEEP.hidden_size * episode.pairs(text=work.trains("text"))
+    found = counted(lambda: sum(kept).backward()) + scores_again
+    trained = tuple(expert for expert in ("text", "image") if work.trains(expert))
+    assert backward_flops(DEEP, episode, trained) == pytest.approx(found, rel=0.03)
 
 
-def test_seconds_are_those_of_arithmetic_or_of_moving_bytes() -> None:
-    rates = speed.Rates(10.0, 2.0, 5.0, 1.0, "")
-    assert speed.Work(20, 6, 0).seconds(rates) == 5
-    assert speed.Work(20, 6, 50).seconds(rates) == 10
-    assert speed.Work(20, 6, 50, 11).seconds(rates) == 11
+def test_sampling_a_token_reads_the_text_expert_and_the_cache() -> None:
+    work = small("train.finetune=lora")
+    network = network_of(work)
+    context = network(network.empty_context(3), torch.zeros(3, 50, dtype=torch.long)).context
+    read = size([*context.keys, *context.values])
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 2 and "_moe_gen" not in name and (".layers." in name or "lm_head" in name):
+            read += parameter.numel() * parameter.element_size()
+    assert decode_bytes(SMALL, 3, 50, 4, work.rank) == read
+
+
+def test_seconds_of_a_step_are_the_sum_of_its_passes() -> None:
+    """12 episodes, two epochs, text sampled in 3 batches; arithmetic decides everything but the sampled text."""
+    own = ("train.prompts_per_step=3", "train.group_size=4", "train.minibatches=1", "train.epochs=2")
+    work = small(*own, "dtype=bfloat16", "sampling.batch_size=4")
+    episode = Pass(1, work.text_tokens, copies=3, image=work.latent_tokens, scored=work.sampled_tokens)
+    noisy = Pass(1, past=work.text_tokens, copies=1, image=work.latent_tokens)
+    passes = 24 * forward_flops(SMALL, noisy) + 3 * forward_flops(SMALL, episode) + 2 * backward_flops(SMALL, episode)
+    text = work.sampled_tokens * 3 * decode_bytes(SMALL, 4, GIVEN + work.sampled_tokens // 2, 2, 0)
+    assert step_seconds(work) == pytest.approx(12 * passes / 4e14 + text / 2e12)
 
 
 # ----- as a whole
-
 
 LARGER = [
     ("sampling.batch_size=16", "sampling.batch_size=64"),
@@ -593,17 +558,11 @@ LARGER = [
 @pytest.mark.parametrize(("less", "more"), LARGER)
 def test_more_takes_more(less: str, more: str) -> None:
     """In at least one phase, and in none less."""
-    common = [
-        "dtype=bfloat16",
-        "train.finetune=lora",
-        "train.micro_batch_size=2",
-        "sampling.width=512",
-        "sampling.height=512",
-    ]
+    common = ["dtype=bfloat16", "train.finetune=lora", "train.micro_batch_size=2"]
+    common += ["sampling.width=512", "sampling.height=512"]
 
     def phases(override: str) -> dict[str, float]:
-        work = Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*common, override))
-        found = memory(work)
+        found = training_memory(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, settings(*common, override)))
         return {phase.name: found.gib(phase) for phase in found.phases}
 
     small, large = phases(less), phases(more)
@@ -615,9 +574,8 @@ def test_the_host_takes_the_reference_off_the_device() -> None:
     found = {}
     for where in ("device", "host"):
         config = settings("dtype=bfloat16", f"train.reference_device={where}")
-        found[where] = memory(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, config))
-    moved = sum(i.bytes for i in found["host"].host)
-    assert moved == item(found["device"], "reference") > 0
+        found[where] = training_memory(Workload(BAGEL_NETWORK, BAGEL_AUTOENCODER, config))
+    assert sum(i.bytes for i in found["host"].host) == item(found["device"], "reference") > 0
     assert not item(found["host"], "reference")
     assert found["device"].need > found["host"].need
 
@@ -630,23 +588,21 @@ def test_needs_are_those_of_the_standard_settings() -> None:
     assert max(tiny.values()) < 1.2
 
 
-def test_the_batch_arithmetic() -> None:
+def test_counts_of_a_step() -> None:
     batch = batch_of(settings("train.epochs=3", "train.micro_batch_size=7"))
     assert (batch.episodes, batch.each, batch.optimizer_steps, batch.micro_batches) == (768, 384, 6, 55)
-    assert (batch.rollouts, batch.reads, batch.word_calls, batch.denoise_calls) == (48, 64, 1026, 24)
-    assert (batch.replays, batch.backwards) == (2, 3)
-    assert batch_of(settings("objective.penalty=none", "sampling.think=false")).replays == 0.5, "the second update's"
+    assert (batch.rollouts, batch.word_calls, batch.denoise_calls) == (48, 1026, 24)
+    assert (batch.replays, batch.backwards) == (1.5, 3)
+    assert batch_of(settings("objective.penalty=none")).replays == 0.5, "the second update's old scores"
 
 
 def test_what_is_not_done_takes_nothing() -> None:
-    """No thinking, no words; no images in training, no replay of them; no autoencoder, no decoding."""
-    silent, blind = small("sampling.think=false"), small("train.experts=text")
-    assert not {p.name for p in memory(silent).phases} & {"rollout, words", "replays, words", "update, words"}
-    assert not {p.name for p in step_parts(silent)} & {"write words", "decode pixels"}
-    assert "reference replay" not in {p.name for p in step_parts(blind)}
-    assert not item(memory(blind), "recorded steps", "update, layers")
-    assert item(memory(small()), "recorded steps", "update, layers") > 0
-    assert speed.replay(blind, False) == speed.read(blind, blind.text, False) + speed.head(blind, blind.words)
+    """No thinking, no text; no images in training, none recorded; no autoencoder, no pixels."""
+    silent, text_only = training_memory(small("sampling.think=false")), training_memory(small("train.experts=text"))
+    names = {"sampling, image", "replay, layers", "update, layers", "optimizer step"}
+    assert {p.name for p in silent.phases} == names
+    assert not item(text_only, "recorded steps", "update, layers")
+    assert item(training_memory(small()), "recorded steps", "update, layers") > 0
 
 
 def test_it_imports_no_torch() -> None:
