@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling
 from tools.docs import documents, regenerated
 from unigrpo_cli import __version__
 from unigrpo_cli.config import config_keys, load_config
@@ -26,12 +25,6 @@ def test_generated_parts_are_up_to_date() -> None:
         assert path.read_text() == regenerated(path.read_text()), (
             f"{path.relative_to(ROOT)} is stale: run `python -m tools.docs`"
         )
-
-
-def test_the_projection_is_what_its_program_prints(capsys: pytest.CaptureFixture) -> None:
-    scaling.main()
-    printed = capsys.readouterr().out.rstrip()
-    assert f"<!-- scaling -->\n{printed}\n<!-- end scaling -->" in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_every_hook_column_and_key_is_somewhere() -> None:

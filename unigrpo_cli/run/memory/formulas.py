@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from unigrpo_cli.config import Config, Sampling, Train
+from unigrpo_cli.config import Config, SamplingConfig, TrainConfig
 from unigrpo_cli.models.mot.config import LAYERS, AutoencoderConfig, MoTConfig, autoencoder_shapes
 from unigrpo_cli.run.memory.workload import FP32, IMAGE, TEXT, Workload
 
@@ -105,8 +105,8 @@ def needs(model: MoTConfig, autoencoder: AutoencoderConfig | None) -> dict[str, 
     reference of full fine-tuning on the device.
     """
     side = min(512 // model.pixels_per_token, model.max_latent_size) * model.pixels_per_token
-    sampling = Sampling(height=side, width=side, batch_size=1)
-    small = Train(micro_batch_size=1, activation_checkpointing=True, prompts_per_step=2, group_size=2)
+    sampling = SamplingConfig(height=side, width=side, batch_size=1)
+    small = TrainConfig(micro_batch_size=1, activation_checkpointing=True, prompts_per_step=2, group_size=2)
     lora, full = (
         Workload(model, autoencoder, Config(dtype="bfloat16", sampling=sampling, train=train))
         for train in (small.model_copy(update={"finetune": "lora"}), small)
