@@ -89,7 +89,7 @@ def unread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("this must not be called")
 
-    monkeypatch.setattr("unigrpo_cli.models.mot.checkpoint.read_tensors", forbidden)
+    monkeypatch.setattr("unigrpo_cli.models.mot.weights.read_tensors", forbidden)
     monkeypatch.setattr("unigrpo_cli.models.mot.checkpoint.load_tokenizer", forbidden)
     monkeypatch.setattr("unigrpo_cli.run.prepare.load_policy", forbidden)
     monkeypatch.setattr("unigrpo_cli.run.start.open_rewards", forbidden)
