@@ -198,6 +198,10 @@ CONFIGURATION = [
     setting("set-an-empty-part", "train..steps=3", "'train.'", "did you mean train."),
     setting("set-deep", f"seed={DEEP}", "seed = '[[[", "valid integer"),
     setting("set-digits", f"seed={LONG}", "seed = '999", "exceeded maximum size"),
+    *(
+        setting(f"count-{key}", f"{key}=999999999999", key, "less than or equal to", command=TRAIN)
+        for key in ("train.group_size", "train.prompts_per_step", "eval.samples", "doctor.members")
+    ),
     setting("set-a-preset", "preset=paper", "preset", "--preset paper"),
     setting("image-of-zero", "sampling.height=0", "sampling.height = 0", "greater than or equal to 1"),
     setting("image-too-large", "sampling.height=1000000000", "sampling.height", "multiples of 8, at most"),
@@ -853,6 +857,15 @@ PLUGINS = [
         "rename one",
     ),
     plugin("plugin-signature", f'{HEADING}@reward("mine")\ndef mine(picture): ...\n', "'picture'", "pixels"),
+    plugin(
+        "plugin-of-another-tool",
+        f'{HEADING}@reward("mine")\ndef mine(completions, **kwargs): ...\n',
+        "'completions'",
+        "use images",
+    ),
+    plugin(
+        "plugin-any-keywords", f'{HEADING}@reward("mine")\ndef mine(images, **kwargs): ...\n', "'**kwargs'", "metadata"
+    ),
     plugin("plugin-name-with-a-comma", f'{HEADING}@reward("a,b")\ndef mine(images): ...\n', "'a,b'", "letters"),
     plugin(
         "plugin-range-backwards",

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from unigrpo_cli.cli import app
+from unigrpo_cli.cli import app, completion, main
 
 FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
 
@@ -199,6 +199,76 @@ def test_misspelt_options_and_commands_are_one_line(arguments: list[str]) -> Non
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error:")
     assert "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--lr", "1e-5"], "no option --lr: use --set train.lr_text and train.lr_image"),
+        (["train", "--output-dir", "x"], "no option --output-dir: use --out"),
+        (["generate", "x", "--guidance-scale=4"], "no option --guidance-scale: use --set eval.guidance_text"),
+        (["train", "--wandb"], "no option --wandb: use metrics.jsonl"),
+        (["completions"], "no command completions: use `unigrpo --install-completion`"),
+    ],
+)
+def test_words_of_other_tools_are_known(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["unigrpo", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+
+
+def test_help_and_listing_import_no_torch_and_help_shows_the_reward_grammar() -> None:
+    """The slow part of a start is torch; importing it says so."""
+    code = "import sys; from unigrpo_cli.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    for arguments in (["--help"], ["train", "--help"], ["rewards", "list"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("False\n")
+        assert done.stderr == ""
+        if arguments[0] == "train":
+            assert "[alias=]name[:weight](@key=value)*" in done.stdout.replace("\n", "").replace(" ", "")
+    assert "loading torch ..." in _command("inspect", "--json", "nowhere").stderr
+
+
+def test_completion_of_rewards_settings_and_presets() -> None:
+    assert "geneval" in completion.rewards("gen")
+    assert "clip:0.5,geneval" in completion.rewards("clip:0.5,gen")
+    assert completion.settings("train.lr_t") == ["train.lr_text="]
+    assert completion.presets("pap") == ["paper"]
+
+
+def test_generate_passes_through_at_most_six_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command to the sampler, and none of them plans memory."""
+    import unigrpo_cli.rollout
+
+    passed: list[str] = []
+    sampler = unigrpo_cli.rollout.sample_image
+
+    def noted(*arguments: object) -> object:
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_name != "generate":
+            frame = frame.f_back
+            passed.append(frame.f_code.co_filename)
+        return sampler(*arguments)
+
+    monkeypatch.setattr(unigrpo_cli.rollout, "sample_image", noted)
+    result = _run("generate", "a red heart", "--out", tmp_path / "o", "--set", "sampling.batch_size=0")
+    assert result.exit_code == 0, result.output
+    ours = {name for name in passed if "unigrpo_cli" in name}
+    assert 1 < len(ours) <= 6, ours
+    assert not any("memory" in Path(name).parts for name in ours)
+
+
+def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a \x1b[31mred\x1b]0;title\x07 heart\x9b2J\n")
+    result = _run("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "g")
+    assert result.exit_code == 0, result.output
+    assert "a \\x1b[31mred" in result.stdout
+    assert not set("\x1b\x07\x9b") & set(result.output)
 
 
 def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path) -> None:

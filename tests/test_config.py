@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from unigrpo_cli.config import PRESETS, Config, config_keys, load_config, to_toml
+from unigrpo_cli.cli import app
+from unigrpo_cli.config import PRESETS, Config, config_keys, elsewhere, load_config, to_toml
 from unigrpo_cli.config.loading import REMOVED, RENAMED
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.rewards.batch import COLUMNS
 
 
 def test_later_wins(tmp_path: Path) -> None:
@@ -49,6 +54,8 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         ("train.stpes=3", "unknown configuration key 'train.stpes': did you mean train.steps"),
         ("steps=3", "did you mean"),
         ("train.sde=cps", "did you mean sampling.sde"),
+        ("train.learning_rate=1e-5", "use train.lr_text and train.lr_image"),
+        ("num_generations=8", "use train.group_size"),
         ("nonsense.key=1", "unknown configuration key 'nonsense'"),
         ("train=3", "is a section"),
         ("train.steps", "section.key=value"),
@@ -95,6 +102,28 @@ def test_old_keys_say_what_became_of_them(tmp_path: Path) -> None:
         UsageError, match=r"train\.minibatches; train\.tune is now train\.finetune; watch is now monitor"
     ):
         load_config(file=tmp_path / "c.toml")
+
+
+def test_words_of_other_tools_lead_to_settings_and_options_that_exist() -> None:
+    options = {name for command in _commands().values() for option in command.params for name in option.opts}
+    for word, here in elsewhere.SETTINGS.items():
+        assert word not in config_keys()
+        named = re.findall(r"--[a-z-]+|\b[a-z]+\.[a-z_]+\b", here)
+        assert {n for n in named if n.startswith("--")} <= options
+        keys = {n for n in named if not n.startswith("--")} - {"metrics.jsonl", "scaling.md"}
+        assert keys <= set(config_keys()), word
+    for here in elsewhere.COMMANDS.values():
+        assert here.removeprefix("unigrpo ").split(" -")[0] in _commands() or "--install-completion" in here
+    assert set(elsewhere.PARAMETERS).isdisjoint(COLUMNS)
+
+
+def _commands() -> dict[str, Any]:
+    def below(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+        for key, inner in getattr(command, "commands", {}).items():
+            yield f"{name} {key}".strip(), inner
+            yield from below(inner, f"{name} {key}".strip())
+
+    return dict(below(typer.main.get_command(app), ""))
 
 
 def test_unknown_presets() -> None:

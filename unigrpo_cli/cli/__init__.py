@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 import sys
 
@@ -50,6 +51,17 @@ def _main(
         os.environ["UNIGRPO_DEBUG"] = "1"
 
 
+def _usage_message(message: str) -> str:
+    """The message of a usage error; for an option or a command of another tool, what to use here."""
+    from unigrpo_cli.config.elsewhere import COMMANDS, setting_here
+
+    if (found := re.match(r"No such option:? '?(-[^\s'=.]+)", message)) and (here := setting_here(found[1])):
+        return f"no option {found[1]}: use {'--set ' if re.match('[a-z_.]+(=|$| (and|for|or) )', here) else ''}{here}"
+    if (found := re.match(r"No such command '([^']+)'", message)) and (here := COMMANDS.get(found[1])):
+        return f"no command {found[1]}: use `{here}`"
+    return message
+
+
 def main() -> None:
     """Entry point."""
     from unigrpo_cli.cli.common import plugin_commands
@@ -84,7 +96,7 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         if type(error).__name__ != "NoArgsIsHelpError":  # this one has printed the help
             where = context.command_path if context is not None else "unigrpo"
-            print(f"error: {one_line(error.format_message())} (see `{where} --help`)", file=sys.stderr)
+            print(f"error: {one_line(_usage_message(error.format_message()))} (see `{where} --help`)", file=sys.stderr)
         code = UsageError.exit_code
     if code == 130:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second signal changes nothing

@@ -218,20 +218,17 @@ def _evaluate(
 
 
 def _table(display: Display, config: Config, report: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
+    """A column per reward: its mean, the interval, and the mean of each task."""
+    scores = report["scores"]
+    rows = [
+        ["mean", *(f"{score['mean']:.3f}" for score in scores.values())],
+        ["95 % from", *(f"{score['ci95'][0]:.3f}" for score in scores.values())],
+        ["95 % to", *(f"{score['ci95'][1]:.3f}" for score in scores.values())],
+    ]
+    for task, means in report["per_task"].items():
+        rows.append([task, *("-" if means.get(name) is None else f"{means[name]:.2f}" for name in scores)])
     title = f"{report['model']} on {config.eval.suite}, {report['n']} images"
-    table = Table(title=Text(title), title_style="bold")
-    table.add_column("reward")
-    for column in ("mean", "95 %", *report["per_task"]):
-        table.add_column(Text(column), justify="right")
-    for name, score in report["scores"].items():
-        low, high = score["ci95"]
-        tasks = [report["per_task"][task].get(name) for task in report["per_task"]]
-        cells = ["-" if value is None else f"{value:.2f}" for value in tasks]
-        table.add_row(*map(Text, (name, f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}", *cells)))
-    display.say(table)
+    display.table(title, ["", *scores], rows, set(range(1, len(scores) + 1)))
     for name, difference in report.get("difference", {}).items():
         low, high = difference["ci95"]
         display.say(

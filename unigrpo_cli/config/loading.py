@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from unigrpo_cli.config.elsewhere import setting_here
 from unigrpo_cli.config.schema import PRESETS, Config
 from unigrpo_cli.errors import UsageError, suggest
 from unigrpo_cli.io.limits import read_text, refuse_depth, refuse_odd_text
@@ -37,8 +38,8 @@ RENAMED = {
     "watch": "monitor",
 }
 """Keys of version 0.1 and what they are called now. A key of a renamed section keeps its own name."""
-
 REMOVED = {
+    "train.old_scores": "the first update after a rollout uses its own scores",
     "watch.slower": "the rule is gone; seconds of each phase are in metrics.jsonl",
     "monitor.slower": "the rule is gone; seconds of each phase are in metrics.jsonl",
 }
@@ -156,8 +157,11 @@ def _check_keys(values: dict, section: type[BaseModel], prefix: str) -> None:
     for key, value in values.items():
         if key not in section.model_fields:
             known = [prefix + name for name in section.model_fields]
-            elsewhere = [path for path in config_keys() if path.rsplit(".", 1)[-1] == key]
-            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else suggest(prefix + key, known)
+            same_name = [path for path in config_keys() if path.rsplit(".", 1)[-1] == key]
+            if foreign := setting_here(key):
+                hint = f"use {foreign}"
+            else:
+                hint = f"did you mean {' or '.join(same_name)}?" if same_name else suggest(prefix + key, known)
             raise UsageError(f"unknown configuration key {prefix + key!r}: {hint}")
         inner = section.model_fields[key].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -14,6 +14,8 @@ PRESETS = ("embedded", "paper")
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Several = Annotated[int, Field(ge=2, le=10_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -108,8 +110,8 @@ class TrainConfig(Section):
     """The training loop and its optimizer."""
 
     steps: Count = Field(1000, description="training steps: one rollout, then epochs * minibatches optimizer steps")
-    prompts_per_step: Positive = Field(32, description="prompts (groups) per rollout, P [paper: batch size 32]")
-    group_size: Annotated[int, Field(ge=2)] = Field(24, description="episodes per prompt, G [paper: 24]")
+    prompts_per_step: Few = Field(32, description="prompts (groups) per rollout, P [paper: batch size 32]")
+    group_size: Several = Field(24, description="episodes per prompt, G [paper: 24]")
     minibatches: Positive = Field(
         2, description="optimizer steps per pass, on disjoint groups [both reproductions of the paper: 2]"
     )
@@ -162,7 +164,7 @@ class EvalConfig(Section):
         description="shapes, geneval, a prompts file, or KIND:PATH (docs/suites.md); auto: shapes, or with other "
         "prompts a held-out tenth of them",
     )
-    samples: Positive = Field(1, description="images per prompt")
+    samples: Few = Field(1, description="images per prompt")
     limit: Count = Field(0, description="only the first n prompts of each task; 0: all")
     temperature: NonNegative = Field(1.0, description="softmax temperature of the reasoning; 0: greedy")
     steps: Positive = Field(49, description="denoising steps (network calls) per image [paper: 50 points = 49 calls]")
@@ -248,8 +250,8 @@ class DoctorConfig(Section):
     at_start: Literal["stop", "warn", "off"] = Field(
         "stop", description="check a run before its first step: stop on a fault, warn of it, or do not check"
     )
-    prompts: Positive = Field(2, description="groups that the doctor samples")
-    members: Annotated[int, Field(ge=2)] = Field(4, description="episodes in each group, at most train.group_size")
+    prompts: Few = Field(2, description="groups that the doctor samples")
+    members: Several = Field(4, description="episodes in each group, at most train.group_size")
     text_drift: NonNegative = Field(
         0.0, description="largest drift of a token's log-prob, nats; 0: 0.001 in float32, 0.5 in bfloat16"
     )

@@ -89,9 +89,13 @@ def _as_class(
         if p.name in COLUMNS:
             continue
         if p.default is inspect.Parameter.empty:
+            from unigrpo_cli.config.elsewhere import PARAMETERS
+
+            shown = {p.VAR_KEYWORD: "**", p.VAR_POSITIONAL: "*"}.get(p.kind, "") + p.name
+            hint = f"use {PARAMETERS[p.name]}" if p.name in PARAMETERS else suggest(p.name, COLUMNS)
             raise RewardError(
-                f"reward {name!r}: parameter {p.name!r} is neither a column nor an option with a default; "
-                f"{suggest(p.name, COLUMNS)} (columns: {', '.join(COLUMNS)})"
+                f"reward {name!r}: parameter {shown!r} is neither a column nor an option with a default; {hint} "
+                f"(columns: {', '.join(COLUMNS)})"
             )
         annotated = p.annotation is not inspect.Parameter.empty and not isinstance(p.annotation, str)
         kind = p.annotation if annotated else type(p.default) if p.default is not None else Any

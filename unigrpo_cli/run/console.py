@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +38,24 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     return "".join(BLOCKS[round((v - low) / span * (len(BLOCKS) - 1))] for v in shown)
 
 
+class PlainConsole(Console):
+    """A console on which text cannot move the cursor or change colours: control characters are spelled out."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.replace("\n", "").isprintable():
+                yield segment
+            else:
+                yield Segment("".join(map(_printable, segment.text)), segment.style)
+
+
+def _printable(character: str) -> str:
+    """A character that shows; control characters and marks of writing direction as an escape."""
+    if character.isprintable() or character in "\n\u200c\u200d":  # joiners, as in emoji
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode()
+
+
 class Display:
     """Messages and progress. With `json`, stdout is left alone for the one object that goes there.
 
@@ -45,8 +64,8 @@ class Display:
     """
 
     def __init__(self, json: bool = False, quiet: bool = False, rank: int = 0):
-        self.console = Console(stderr=json, highlight=False)
-        self.errors = Console(stderr=True, highlight=False)
+        self.console = PlainConsole(stderr=json, highlight=False)
+        self.errors = PlainConsole(stderr=True, highlight=False)
         self.quiet, self.rank = quiet or rank > 0, rank
         warnings.showwarning = self._warning
 
