@@ -186,11 +186,11 @@ def _content(path: Path) -> bytes | str:
         return ""
     if path.name == "state.json":
         state = json.loads(path.read_text())
-        watch = state["facts"].get("watch", {})
+        monitor = state["record"]["monitor"]
         for name in ("first", "last"):
-            watch[name] = [_not_timed(row) for row in watch.get(name, [])]
+            monitor[name] = [_not_timed(row) for row in monitor[name]]
         for name in ("sightings", "lasting"):
-            watch.pop(name, None)
+            monitor.pop(name)
         return json.dumps(state)
     if path.name == "doctor.json":
         return json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"})

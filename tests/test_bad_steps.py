@@ -157,28 +157,28 @@ def test_a_gradient_that_explodes_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         if refused:
             assert "expert exploded: its norm" in done.skipped
             assert _equal(_held(state), before)
-        assert all(len(norms) == 8 + 2 * (not refused) for norms in state.facts["watch"]["norms"].values())
+        assert all(len(norms) == 8 + 2 * (not refused) for norms in state.record.gradient_norms.values())
 
 
 def test_what_an_explosion_is_compared_with() -> None:
     """Each expert's own median; none before there are enough; nothing of updates that teach nothing."""
-    facts: dict = {}
-    check_gradient({"text": 1e9}, facts, 1000)
+    known: dict = {}
+    check_gradient({"text": 1e9}, known, 1000)
     for norm in [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 50.0, 1.0, 1.0]:
-        remember_norms({"text": norm, "image": norm / 1e4}, facts, taught=True)
-    assert len(facts["norms"]["text"]) == ENOUGH - 1, "zeros do not count"
-    check_gradient({"text": 1e9}, facts, 1000)
-    remember_norms({"text": 1e-7}, facts, taught=False)
-    check_gradient({"text": 1e9}, facts, 1000)
-    remember_norms({"text": 1.0, "image": 1e-4}, facts, taught=True)
-    check_gradient({"text": 999.0, "image": 0.0999}, facts, 1000)
+        remember_norms({"text": norm, "image": norm / 1e4}, known, taught=True)
+    assert len(known["text"]) == ENOUGH - 1, "zeros do not count"
+    check_gradient({"text": 1e9}, known, 1000)
+    remember_norms({"text": 1e-7}, known, taught=False)
+    check_gradient({"text": 1e9}, known, 1000)
+    remember_norms({"text": 1.0, "image": 1e-4}, known, taught=True)
+    check_gradient({"text": 999.0, "image": 0.0999}, known, 1000)
     with pytest.raises(RefusedUpdateError, match="text expert exploded: its norm 1e\\+03 is above"):
-        check_gradient({"text": 1001.0, "image": 0.0}, facts, 1000)
+        check_gradient({"text": 1001.0, "image": 0.0}, known, 1000)
     with pytest.raises(RefusedUpdateError, match="image expert"):
-        check_gradient({"text": 1.0, "image": 0.11}, facts, 1000)
+        check_gradient({"text": 1.0, "image": 0.11}, known, 1000)
     for _ in range(100):
-        remember_norms({"text": 2.0}, facts, taught=True)
-    assert facts["norms"]["text"] == [2.0] * 32
+        remember_norms({"text": 2.0}, known, taught=True)
+    assert known["text"] == [2.0] * 32
 
 
 def test_latents_that_are_not_finite_are_found_before_any_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +299,8 @@ def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatc
     why = json.loads((bad / "bad_step.json").read_text())
     assert (why["step"], why["reason"], len(why["advantages"])) == (5, rows[4]["skipped"], 3)
 
-    facts = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())["facts"]
-    assert facts["watch"]["bad_steps"] == 0, "who goes on all the same has three steps again"
+    record = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())["record"]
+    assert record["monitor"]["bad_steps"] == 0, "who goes on all the same has three steps again"
     resumed = _run("train", "--resume", run / "checkpoints" / "step_000003", "--steps", "5", "--json")
     assert resumed.exit_code == 0, resumed.output
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

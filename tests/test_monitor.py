@@ -7,8 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ from unigrpo_cli.train import training_step
 from unigrpo_cli.training import metrics
 from unigrpo_cli.training.metrics import memory, over_updates, rollout_metrics
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
-from unigrpo_cli.training.state import TrainState
+from unigrpo_cli.training.state import MonitorRecord, TrainState
 
 Row = dict[str, float]
 
@@ -219,10 +218,10 @@ CASES: dict[str, tuple[list[Row], list[Row]]] = {
 }
 
 
-def _monitor(facts: dict[str, Any] | None = None, *settings: str, limit: float = 0.0) -> Monitor:
+def _monitor(record: MonitorRecord | None = None, *settings: str, limit: float = 0.0) -> Monitor:
     limits = {"text": limit, "image": limit}
     config = load_config(overrides=list(settings))
-    return Monitor({} if facts is None else facts, config, {"a": 1.0, "b": 0.0}, {"a": 1, "b": 1}, limits)
+    return Monitor(record or MonitorRecord(), config, {"a": 1.0, "b": 0.0}, {"a": 1, "b": 1}, limits)
 
 
 def _names(rows: Sequence[Row], *settings: str, limit: float = 0.0) -> list[str]:
@@ -276,7 +275,7 @@ def test_the_first_ratio_may_round_off_the_cpu() -> None:
 @pytest.mark.parametrize(("sign", "slope"), [(1, -0.01), (-1, 0.01)])
 def test_a_reward_where_lower_is_better_falls_when_it_rises(sign: int, slope: float) -> None:
     for direction, warned in ((1, True), (-1, False)):
-        monitor = Monitor({}, load_config(), {"a": float(sign)}, {"a": sign}, {"text": 0.0, "image": 0.0})
+        monitor = Monitor(MonitorRecord(), load_config(), {"a": float(sign)}, {"a": sign}, {"text": 0.0, "image": 0.0})
         rows = [{"reward/a": 0.5 + direction * slope * k + w} for k, w in enumerate(WAVE)]
         lines = [line for row in rows for line in monitor.check(HEALTHY | row, None)]
         assert any("getting worse" in line for line in lines) == warned
@@ -317,7 +316,7 @@ def test_a_resumed_run_warns_as_an_uninterrupted_one(name: str) -> None:
     for cut in range(1, len(rows), 3):
         monitor = _monitor()
         found = [(monitor.check(HEALTHY | row, None), monitor.row(None)) for row in rows[:cut]]
-        monitor = _monitor(json.loads(json.dumps(monitor.facts, allow_nan=False)))
+        monitor = _monitor(MonitorRecord(**json.loads(json.dumps(asdict(monitor.record), allow_nan=False))))
         found += [(monitor.check(HEALTHY | row, None), monitor.row(None)) for row in rows[cut:]]
         assert found == wanted
 
@@ -327,7 +326,7 @@ def test_a_removed_reward_is_forgotten() -> None:
     for row in _after(0, 3, reward__a__spread=0.0):
         monitor.check(HEALTHY | row, None)
     assert monitor.row(None) == {"warnings": ["constant-reward a"]}
-    resumed = Monitor(monitor.facts, load_config(), {"b": 1.0}, {"b": 1}, {"text": 0.0, "image": 0.0})
+    resumed = Monitor(monitor.record, load_config(), {"b": 1.0}, {"b": 1}, {"text": 0.0, "image": 0.0})
     resumed.check(HEALTHY, None)
     assert resumed.row(None) == {"warnings": []}
 
@@ -385,7 +384,7 @@ def _warned(
     plugins.rewards.add("same", same)
     with Scorer(parse_rewards([of]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         limits = ratio_limits(policy, config.objective)
-        monitor = Monitor(state.facts.setdefault("watch", {}), config, rewards.weights, {of: 1}, limits)
+        monitor = Monitor(state.record.monitor, config, rewards.weights, {of: 1}, limits)
         for state.step in range(steps):
             done = training_step(state, PROMPTS, rewards, config, rescore=True)
             assert done.skipped is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import random
 import resource
@@ -29,22 +28,23 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, WeightsError
 from unigrpo_cli.io.atomic import (
     append_line,
-    damage,
     locked,
     new_directory,
     new_file,
-    point,
-    sweep,
+    remove_partial,
+    update_symlink,
+    verify_checksums,
     write_text,
 )
 from unigrpo_cli.models.hub import embedded_directory
 from unigrpo_cli.models.mot.bagel import read_release, weights_digest
+from unigrpo_cli.run.checkpoint import checkpoints, newest_checkpoint, prune_checkpoints
 from unigrpo_cli.run.config_diff import Effect, changes, effect_of
 from unigrpo_cli.run.directory import Run
 from unigrpo_cli.run.resume import run_to_resume
 from unigrpo_cli.run.setup import find_checkpoint
-from unigrpo_cli.training.rng_state import Generators, put_generators, read_generators, seed_generators
-from unigrpo_cli.training.state import checkpoints, newest_checkpoint, prompt_list, prune_checkpoints
+from unigrpo_cli.training.rng_state import put_generators, read_generators, seed_generators
+from unigrpo_cli.training.state import prompt_list
 
 FOUR = ("train.steps=4", "eval.every=2")
 SIGNALS = """
@@ -149,21 +149,8 @@ def test_states_of_generators_come_back() -> None:
 
     first, second = draw(), draw()
     assert first != second
-    put_generators(Generators(kept.words, json.loads(json.dumps(kept.rest))))
+    put_generators(kept)
     assert draw() == first
-
-
-def test_facts_come_back_whole(copy: Path, plugin: Path) -> None:
-    """Whatever JSON can hold, numbers that are not finite and all."""
-    facts = {"kept": {"rows": [[math.nan, -0.0, 5e-324], [1 / 3, math.inf, -math.inf]], "words": "\u2028"}}
-    state = copy / "checkpoints" / "step_000004" / "state.json"
-    content = json.loads(state.read_text())
-    content["facts"] |= facts
-    state.write_text(json.dumps(content))
-    _seal(state.parent)
-    _done(_run(*command(copy, plugin, ("train.steps=5",))))
-    kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["facts"]
-    assert json.dumps(kept["kept"]) == json.dumps(facts["kept"])
 
 
 def test_another_environment_and_another_number_of_threads_are_told_of(copy: Path, plugin: Path) -> None:
@@ -171,20 +158,20 @@ def test_another_environment_and_another_number_of_threads_are_told_of(copy: Pat
     versions = json.loads(environment.read_text())
     environment.write_text(json.dumps(versions | {"torch": "1.0", "gone": "2"}))
     again = _done(_run(*command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
-    (line,) = _lines(again, "to the bit")
-    assert f"torch 1.0 -> {versions['torch']}: as before" in line
+    (line,) = _lines(again, "bitwise reproducible")
+    assert f"package versions changed (torch 1.0 -> {versions['torch']})" in line
     assert "train.micro_batch_size: 24 -> 1 (changes results by rounding alone)" in again.output
     assert json.loads(environment.read_text()) == versions
 
 
 def test_abstentions_are_remembered(copy: Path, plugin: Path) -> None:
     """The share that stops a run is one over the last samples, those before the resume too."""
-    kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["facts"]["abstained"]
+    kept = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["record"]["abstained"]
     assert len(kept["moody"]) > 0
     assert not any(kept["moody"])
     state = copy / "checkpoints" / "step_000004" / "state.json"
     content = json.loads(state.read_text())
-    content["facts"]["abstained"]["moody"] = [True] * 400
+    content["record"]["abstained"]["moody"] = [True] * 400
     state.write_text(json.dumps(content))
     _seal(state.parent)
     stopped = _done(_run(*command(copy, plugin, ("train.steps=5",))), 3)
@@ -266,7 +253,7 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
         save_file(*arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", moving)
-    monkeypatch.setattr("unigrpo_cli.training.state.save_file", saving)
+    monkeypatch.setattr("unigrpo_cli.run.checkpoint.save_file", saving)
     stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
     assert "weights are moving" in stopped.stderr
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
@@ -294,7 +281,7 @@ def _flip(path: Path) -> None:
     [
         ("optimizer.safetensors", _flip, "sha256 differs"),
         ("ema.safetensors", _cut, "has 500 bytes of"),
-        ("SHA256SUMS", Path.unlink, "not written to the end"),
+        ("SHA256SUMS", Path.unlink, "was not completed"),
         ("tokenizer.json", Path.unlink, "is missing"),
     ],
 )
@@ -324,7 +311,7 @@ def test_no_whole_checkpoint_is_an_error(copy: Path, plugin: Path) -> None:
     for path in checkpoints(copy):
         _flip(path / "ema.safetensors")
     refused = _done(_run(*command(copy, plugin, FOUR)), 5)
-    assert "no checkpoint that is whole (2 damaged)" in _lines(refused, "error:")[0]
+    assert "no intact checkpoint (2 damaged)" in _lines(refused, "error:")[0]
 
 
 def test_sums_are_what_sha256sum_checks(alone: Path) -> None:
@@ -334,19 +321,16 @@ def test_sums_are_what_sha256sum_checks(alone: Path) -> None:
         assert len(done.stdout.splitlines()) == len(list(path.iterdir())) - 1, "every file but the sums themselves"
 
 
-def test_a_checkpoint_of_the_first_format(copy: Path, plugin: Path) -> None:
-    """It cannot be gone on from; its weights can still be used."""
+def test_a_checkpoint_of_an_earlier_format(copy: Path, plugin: Path) -> None:
     for path in checkpoints(copy):
         content = json.loads((path / "state.json").read_text())
-        (path / "state.json").write_text(
-            json.dumps({k: content[k] for k in ("step", "base", "finetune", "facts", "trained")} | {"format": 1})
-        )
-        (path / "SHA256SUMS").unlink()
+        (path / "state.json").write_text(json.dumps({"format": 2, "tune": "full", "step": content["step"]}))
     last = copy / "checkpoints" / "step_000004"
     for given in (("--resume", copy), ("--resume", last)):
         (line,) = _lines(_done(_run("train", "--plugin", plugin, *given), 5), "error:")
-        assert "checkpoint format 1" in line and f"--model {last}" in line
-    assert find_checkpoint(str(copy)) == (str(last), None)
+        assert "checkpoint format 2; this version reads format 3" in line
+    with pytest.raises(WeightsError, match="copy the directory without state"):
+        find_checkpoint(str(last))
 
 
 def test_what_killed_writes_left_is_cleaned(copy: Path, plugin: Path, alone: Path) -> None:
@@ -380,16 +364,16 @@ def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     refused = _done(_run(*command(tmp_path / "other", plugin, FOUR)), 2)
-    assert "holds other things than a run" in refused.stderr
+    assert "files that are not a run's" in refused.stderr
     refused = _done(_run("train", "--resume", tmp_path / "other"), 2)
     assert "holds no checkpoint and no config.toml" in refused.stderr
 
 
 def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) -> None:
     resumed = _done(_run("train", "--resume", copy / "checkpoints" / "step_000002", "--plugin", plugin))
-    (line,) = _lines(resumed, "set aside")
+    (line,) = _lines(resumed, "is renamed to")
     assert "step_000004" in line and "later_step_000004" in line
-    assert damage(copy / "checkpoints" / "later_step_000004") is None
+    assert verify_checksums(copy / "checkpoints" / "later_step_000004") is None
     shutil.rmtree(copy / "checkpoints" / "later_step_000004")
     assert not differences(alone, copy)
 
@@ -455,7 +439,7 @@ def test_a_metrics_line_cut_short_within_a_letter_is_dropped(tmp_path: Path) -> 
 def test_which_checkpoints_stay(tmp_path: Path) -> None:
     for step in range(1, 13):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
-    point(tmp_path / "checkpoints" / "last", "step_000012")
+    update_symlink(tmp_path / "checkpoints" / "last", "step_000012")
     prune_checkpoints(tmp_path, keep=2, every=5, best=7)
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [5, 7, 10, 11, 12]
     prune_checkpoints(tmp_path, keep=1, every=0, best=None)
@@ -477,8 +461,8 @@ def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
     _done(_run(*small, *sets))
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002", "step_000004"]
     assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == "step_000002"
-    facts = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["facts"]
-    assert facts["best"]["step"] == 2
+    record = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["record"]
+    assert record["best"]["step"] == 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [round(r["eval/told"], 1) for r in rows if "eval/told" in r] == [0.5, 0.9, 0.2, 0.3]
     assert [r["step"] for r in rows if "eval/told" in r] == [1, 2, 3, 4]
@@ -535,7 +519,7 @@ def test_what_cannot_change_is_refused(alone: Path, plugin: Path, setting: str, 
 
 def test_another_model_or_out_is_refused(alone: Path, plugin: Path, tmp_path: Path) -> None:
     refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--model", "elsewhere"), 2)
-    assert "model it began with" in refused.stderr
+    assert "model the run started from" in refused.stderr
     refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--out", tmp_path / "b"), 2)
     assert "leave out --out" in refused.stderr
 
@@ -551,8 +535,8 @@ def test_what_is_learnt_from_here_on_is_warned_of(copy: Path, plugin: Path, tmp_
     for text in (
         "train.lr_text: 0.0003 -> 1e-05 (changes what is learnt",
         "eval.seed: 42 -> 7 (evaluations before and after are not comparable)",
-        "prompts to train on are not what they were",
-        "reward 'moody' is not what it was",
+        "training prompts have changed",
+        "reward 'moody' has changed",
         "no difference is reported",
     ):
         assert len(_lines(resumed, text)) == 1, text
@@ -574,7 +558,7 @@ def test_the_reference_must_be_what_it_was(tmp_path: Path, plugin: Path) -> None
     weights[name] = weights[name] + 1
     save_file(weights, tmp_path / "moved" / "ema.safetensors")
     (line,) = _lines(_done(_run("train", "--resume", run, "--plugin", plugin, "--steps", "3"), 5), "error:")
-    assert "does not hold the weights that this run began with" in line
+    assert "does not hold the weights that this run started from" in line
 
 
 def test_prompts_are_told_apart_by_all_they_hold(tmp_path: Path) -> None:
@@ -583,8 +567,6 @@ def test_prompts_are_told_apart_by_all_they_hold(tmp_path: Path) -> None:
     one = [Prompt("a", "a", {"tag": "t", "image": str(picture)}, str(picture)), Prompt("b", "b")]
     kept = prompt_list(one)
     assert kept.count == 2 and kept == prompt_list(list(one))
-    cursor = kept.cursor(load_config(overrides=["train.prompts_per_step=4"]), 3)
-    assert cursor == {"epoch": 6, "position": 0}, "12 prompts drawn of 2"
     moved = tmp_path / "b.png"
     shutil.copy(picture, moved)
     assert prompt_list([Prompt("a", "a", {"tag": "t", "image": str(moved)}, str(moved)), one[1]]) == kept
@@ -625,7 +607,7 @@ def test_no_room_for_metrics_or_samples(
     shutil.rmtree(copy / "checkpoints" / "step_000004")
 
     def full(path: Path, *_: object, **__: object) -> None:
-        raise DiskError(f"{path} cannot be written (No space left on device); free space or mend that")
+        raise DiskError(f"{path} cannot be written (No space left on device); free disk space or fix permissions")
 
     monkeypatch.setattr(f"unigrpo_cli.run.{where}", full)
     (line,) = _lines(_done(_run(*command(copy, plugin, FOUR)), 1), "error:")
@@ -705,14 +687,14 @@ def test_a_directory_is_the_old_or_the_new_one(tmp_path: Path) -> None:
             (partial / "a").write_text(text)
             assert not path.exists() or (path / "a").read_text() == "old"
     assert (path / "a").read_text() == "new"
-    assert damage(path) is None
+    assert verify_checksums(path) is None
     with pytest.raises(KeyboardInterrupt):
         _write_half_a_directory(path)
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
-    assert sweep(tmp_path) == []
-    for line, wrong in (("", "empty"), ("0  ../a\n", "no sum"), (f"{'0' * 64}  a\n", "differs")):
+    assert remove_partial(tmp_path) == []
+    for line, wrong in (("", "empty"), ("0  ../a\n", "no checksum"), (f"{'0' * 64}  a\n", "differs")):
         (path / "SHA256SUMS").write_text(line)
-        assert wrong in str(damage(path))
+        assert wrong in str(verify_checksums(path))
 
 
 def _write_half_a_file(path: Path) -> None:

@@ -34,6 +34,7 @@ from unigrpo_cli.parallel.ranks import Ranks, joined
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.checkpoint import read_state, restore_checkpoint, save_checkpoint
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.rng_state import read_generators
 from unigrpo_cli.training.state import (
@@ -41,9 +42,6 @@ from unigrpo_cli.training.state import (
     Reference,
     TrainState,
     prompt_list,
-    read_state,
-    restore_state,
-    save_state,
 )
 
 SETTINGS = [
@@ -260,7 +258,7 @@ def _saved(ranks: Ranks, out: Path, finetune: str) -> Found:
         for _ in range(2):
             step(state, judges, config)
         place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
-        save_state(state, place / f"{finetune}.{ranks.world}")
+        save_checkpoint(state, place / f"{finetune}.{ranks.world}")
         step(state, judges, config)
     return weights_of(state), {}
 
@@ -279,7 +277,7 @@ def _restored(ranks: Ranks, out: Path, finetune: str) -> Found:
     if finetune == "full":
         policy.restore(checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
-    restore_state(state, checkpoint, read_state(checkpoint))
+    restore_checkpoint(state, checkpoint, read_state(checkpoint))
     with rewards() as judges:
         step(state, judges, config)
     return weights_of(state), {"step": state.step}

@@ -1,12 +1,11 @@
-"""Files that are whole or not there, whatever moment a process, a machine or a disk chooses to stop at.
+"""Files that are complete or absent, whenever a process, a machine or a disk stops.
 
-A file is written under a temporary name in the same directory, forced to the disk and renamed; a directory
-likewise, with a list of sums over its files as its last one. Everything temporary ends in `.partial`.
+A file is written under a temporary name in the same directory, synced and renamed; a directory likewise, with a list
+of checksums as its last file. Every temporary name ends in `.partial`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -22,29 +21,31 @@ PARTIAL = ".partial"
 REPLACED = "replaced_"
 SUMS = "SHA256SUMS"
 LOCK = ".lock"
+WINDOWS = os.name == "nt"
 _CHUNK = 2**22
+_held_locks: set[int] = set()
 
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """Around whatever writes `path`.
+    """Turn system errors while writing `path` into one line.
 
     Raises:
-        DiskError: naming it and what the system says, e.g. that no space is left.
+        DiskError: with the path and the system's reason, e.g. no space left.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DiskError(f"{path} cannot be written ({reason}); free space or mend that") from error
+        raise DiskError(f"{path} cannot be written ({reason}); free disk space or fix permissions") from error
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; on leaving it becomes `path`, on an exception it goes.
+    """A temporary path to write to. On success it becomes `path`; on an exception it is removed.
 
     Raises:
-        DiskError: when the disk does not take it; what was there before is still there then.
+        DiskError: when the disk refuses it; the old file is unchanged then.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -59,26 +60,26 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a text in the place of a file, or leave the file as it was.
+    """Replace the content of a file, or leave it unchanged.
 
     Raises:
-        DiskError: when the disk does not take it.
+        DiskError: when the disk refuses it.
     """
     with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
 def new_directory(path: Path, *, sums: bool) -> Iterator[Path]:
-    """A temporary directory to write to; on leaving it becomes `path`, on an exception it goes.
+    """A temporary directory to write to. On success it becomes `path`; on an exception it is removed.
 
-    A directory that has the name already is moved aside first: at no moment is there neither of the two.
+    An existing directory of that name is renamed first, so at every moment one of the two is there.
 
     Args:
-        sums: write `SHA256SUMS` over its files as the last of them.
+        sums: write `SHA256SUMS` of its files as the last one.
 
     Raises:
-        DiskError: when the disk does not take it.
+        DiskError: when the disk refuses it.
     """
     partial = path.with_name(path.name + PARTIAL)
     if partial.exists():
@@ -99,27 +100,27 @@ def new_directory(path: Path, *, sums: bool) -> Iterator[Path]:
             sync(path.parent)
             if aside.exists():
                 shutil.rmtree(aside)
-    except WeightsError:  # tells what in it is worth keeping
+    except WeightsError:  # says what in it is worth keeping
         raise
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # half of it helps nobody, and its space may
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, by one write: all of it or nothing.
+    """Append a line to a file in one write: all of it or nothing.
 
     Raises:
-        DiskError: when the disk does not take it; the file is as it was then.
+        DiskError: when the disk refuses it; the file is unchanged then.
     """
     data = (line + "\n").encode()
     with on_disk(path):
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
             before = os.fstat(file).st_size
             try:
                 done = os.write(file, data)
-                if done < len(data):  # a full disk takes what it can; the rest of it says why
+                if done < len(data):  # a full disk takes what fits; the second write raises the reason
                     os.write(file, data[done:])
             except OSError:
                 os.ftruncate(file, before)
@@ -129,34 +130,41 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to the disk."""
-    file = os.open(path, os.O_RDONLY)
+    """Force a file, or the names in a directory, to the disk. Windows syncs no directories."""
+    if WINDOWS and path.is_dir():
+        return
+    file = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
         os.close(file)
 
 
-def point(link: Path, name: str) -> None:
-    """Make `link` a relative symlink to `name` beside it, in one move.
+def update_symlink(link: Path, name: str) -> None:
+    """Make `link` a relative symlink to `name` beside it, atomically. Windows without the right to make links: none.
 
     Raises:
-        DiskError: when the file system takes no links.
+        DiskError: when the file system has no links.
     """
     if link.is_symlink() and os.readlink(link) == name:
         return
     partial = link.with_name(link.name + PARTIAL)
     with on_disk(link):
         partial.unlink(missing_ok=True)
-        partial.symlink_to(name)
+        try:
+            partial.symlink_to(name, target_is_directory=True)
+        except OSError:
+            if WINDOWS:  # links are a convenience: nothing of ours reads them
+                return
+            raise
         partial.replace(link)
         sync(link.parent)
 
 
-def sweep(directory: Path) -> list[Path]:
-    """Remove what killed writes left directly in a directory; says what it was.
+def remove_partial(directory: Path) -> list[Path]:
+    """Remove what killed processes left directly in a directory, and return it.
 
-    A directory that was moved aside for a new one that never came gets its name back.
+    A directory that was renamed for a new one that never came gets its name back.
     """
     found = []
     for path in sorted(directory.glob(REPLACED + "*")):
@@ -176,7 +184,7 @@ def sweep(directory: Path) -> list[Path]:
 
 
 def quarantine(path: Path, why: str) -> Path:
-    """Rename a directory to `<why>_<name>`, numbered where there is one; gives the new path."""
+    """Rename a directory to `<why>_<name>`, with a number when that exists, and return the new path."""
     aside, k = path.with_name(f"{why}_{path.name}"), 2
     while aside.exists():
         aside, k = path.with_name(f"{why}_{path.name}.{k}"), k + 1
@@ -184,18 +192,18 @@ def quarantine(path: Path, why: str) -> Path:
     return aside
 
 
-def damage(directory: Path) -> str | None:
-    """What is wrong with a directory by its sums: the file and how, or None. Reads every byte of it."""
+def verify_checksums(directory: Path) -> str | None:
+    """The first file that differs from `SHA256SUMS`, and how; None when all match. Reads every byte."""
     try:
         lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return f"{SUMS} is missing or unreadable: it was not written to the end"
+        return f"{SUMS} is missing or unreadable: the directory was not completed"
     if not lines:
         return f"{SUMS} is empty"
     for line in lines:
         digest, found, name = line.partition("  ")
-        if not found or Path(name).name != name:
-            return f"{SUMS} has a line that is no sum"
+        if not found or Path(name).name != name or "\0" in name:
+            return f"{SUMS} has a line that is no checksum"
         try:
             own = digest_of(directory / name)
         except OSError as error:
@@ -215,7 +223,7 @@ def digest_of(path: Path) -> str:
 
 
 def _sums_of(directory: Path) -> str:
-    """As `sha256sum -c` reads it."""
+    """In the format of `sha256sum -c`."""
     return "".join(f"{digest_of(path)}  {path.name}\n" for path in sorted(directory.iterdir()))
 
 
@@ -230,16 +238,39 @@ def locked(directory: Path) -> Iterator[None]:
         file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(file)
+        except (BlockingIOError, PermissionError):  # of fcntl, and of msvcrt
             raise UsageError(
                 f"{directory} is being written by another process; wait for it or stop it, or give another --out"
             ) from None
         except OSError as error:
             raise DiskError(
-                f"{directory / LOCK} cannot be locked ({error.strerror or error}); write to a file system that has "
-                "locks"
+                f"{directory / LOCK} cannot be locked ({error.strerror or error}); use a file system that has locks"
             ) from error
+        _held_locks.add(file)
         yield
     finally:
+        _held_locks.discard(file)
         os.close(file)
+
+
+def _close_locks() -> None:
+    for file in _held_locks:
+        os.close(file)
+    _held_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):  # a child that a reward leaves running must not hold the run's lock
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+def _lock(file: int) -> None:
+    """Lock an open file or raise at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.episode import Prompt
@@ -13,13 +12,14 @@ from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
+from unigrpo_cli.run.checkpoint import StateFile, read_state, restore_checkpoint
 from unigrpo_cli.run.memory import left_open
 from unigrpo_cli.run.memory.plan import Plan, describe_sizes, plan_of, refuse_too_large
 from unigrpo_cli.run.resume import refuse_changes, with_kept_sizes
 from unigrpo_cli.run.setup import find_checkpoint, load_policy, model_of
 from unigrpo_cli.suites import training_prompts
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
-from unigrpo_cli.training.state import Reference, TrainState, read_state, restore_state
+from unigrpo_cli.training.state import Reference, TrainState
 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
@@ -70,16 +70,16 @@ def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tupl
             raise UsageError("train.finetune=full cannot start from an adapter; use --set train.finetune=lora")
         return base, adapter
     content = read_state(checkpoint)
-    base = content["base"]
+    base = content.base
     if Path(base).is_absolute() and not Path(base).exists():  # it was moved: take it where it is now said to be
         base = find_checkpoint(model_of(config, fetch))[0]
-    return base, str(checkpoint) if content["finetune"] == "lora" else None
+    return base, str(checkpoint) if content.finetune == "lora" else None
 
 
 def prepare(
     config: Config,
     checkpoint: Path | None,
-    content: dict[str, Any] | None,
+    content: StateFile | None,
     warn: Callable[[str], None],
     ranks: Ranks = ALONE,
 ) -> tuple[TrainState, Reference, Plan]:
@@ -100,16 +100,16 @@ def prepare(
         _warn_of_rank(policy, config, warn)
         policy = prepare_policy(policy, config, ranks)
         return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference, planned
-    if reference.digest != content["reference"]:
+    if reference.digest != content.reference:
         raise WeightsError(
-            f"{base} does not hold the weights that this run began with, which stay its reference; put those of "
-            f"{content['base']} back, or begin a new run from the checkpoint with --model {checkpoint}"
+            f"{base} does not hold the weights that this run started from, which are its reference; restore those of "
+            f"{content.base} or start a new run from the checkpoint with --model {checkpoint}"
         )
     policy = prepare_policy(load_policy(base, adapter, config), config, ranks)
     if adapter is None:
         policy.restore(checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
-    restore_state(state, checkpoint, content)
+    restore_checkpoint(state, checkpoint, content)
     return state, reference, planned
 
 

@@ -22,7 +22,7 @@ from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
-from unigrpo_cli.training.state import STATE, incomplete, newest_checkpoint, read_header
+from unigrpo_cli.run.checkpoint import STATE, missing_part, newest_checkpoint, read_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -122,12 +122,12 @@ def find_checkpoint(path: str) -> tuple[str, str | None]:
     if os.path.isdir(directory / "checkpoints"):
         directory = newest_checkpoint(directory)
     if os.path.isfile(directory / STATE):
-        lacking = incomplete(directory)
+        content = read_state(directory)
+        lacking = missing_part(directory)
         if lacking is not None:
             raise WeightsError(f"{directory} is not complete: {lacking}; take another checkpoint of that run")
-        content = read_header(directory)
-        if content["finetune"] == "lora":
-            return content["base"], str(directory)
+        if content.finetune == "lora":
+            return content.base, str(directory)
     return str(directory) if os.path.isdir(directory) else path, None
 
 

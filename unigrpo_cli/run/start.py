@@ -1,11 +1,11 @@
-"""A training run in its directory: begun or gone on with, and refused before anything is written that cannot be."""
+"""Start a training run, or resume one. What cannot work is refused before anything is written."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
-from unigrpo_cli.run.config_diff import Change, Effect, flat
+from unigrpo_cli.run.checkpoint import StateFile, checkpoints, read_state
+from unigrpo_cli.run.config_diff import Change, Effect, effect_of, flat
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run, fresh_directory, scratch_directory
 from unigrpo_cli.run.doctor import examine_at_start
-from unigrpo_cli.run.inputs import read_inputs
+from unigrpo_cli.run.inputs import read_inputs, with_suite
 from unigrpo_cli.run.memory import left_open
 from unigrpo_cli.run.prepare import prepare, with_sizes
 from unigrpo_cli.run.resume import (
@@ -33,10 +34,28 @@ from unigrpo_cli.run.resume import (
 )
 from unigrpo_cli.run.setup import is_embedded, open_rewards, warn_of_unknown_words
 from unigrpo_cli.run.signals import Interrupts
-from unigrpo_cli.run.trainer import ABSTAINED, OWED, Trainer
+from unigrpo_cli.run.trainer import Trainer
 from unigrpo_cli.training.optimizer import shards
 from unigrpo_cli.training.rng_state import seed_generators
-from unigrpo_cli.training.state import Origin, TrainState, checkpoints, prompt_list, read_state
+from unigrpo_cli.training.state import Origin, TrainState, prompt_list
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes, and where it continues.
+
+    Args:
+        out: `--out` of a new run.
+        files: the directory of a run that is resumed; None makes one.
+        checkpoint, content: the checkpoint to resume from, and its state file; None starts at step 0.
+        wanted: the checkpoint was named by the user.
+    """
+
+    out: Path | None = None
+    files: Run | None = None
+    checkpoint: Path | None = None
+    content: StateFile | None = None
+    wanted: bool = False
 
 
 def start(
@@ -44,12 +63,12 @@ def start(
     plugins: Plugins,
     display: Display,
     out: Path | None,
-    listener: Interrupts,
+    interrupts: Interrupts,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """A new run. Everything that can be refused is refused before its directory is made."""
+    """A new run; returns its summary. What can be refused is refused before its directory is made."""
     with ExitStack() as held:
-        return _run(config, plugins, display, listener, ranks, held, out, None, None, None)
+        return _run(config, plugins, display, interrupts, ranks, held, Place(out))
 
 
 def resume(
@@ -58,62 +77,84 @@ def resume(
     display: Display,
     directory: Path,
     wanted: Path | None,
-    listener: Interrupts,
+    interrupts: Interrupts,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Go on with a run in its directory: from `wanted`, or its newest whole checkpoint, or else from the start.
+    """Continue a run in its directory: from `wanted`, or its newest intact checkpoint, or else from the start.
+
+    A run that is finished stays as it is.
 
     Raises:
-        UsageError: when another process writes it, or settings are asked for that cannot change.
-        WeightsError: when there is no whole checkpoint, or the model is not the one it began with.
+        UsageError: when another process writes it, or settings are given that cannot change.
+        WeightsError: when no checkpoint is intact, or the model is not the one it started from.
     """
     with ExitStack() as held:
         found: dict[str, Any] = {}
         with ranks.together():
             if ranks.first:
                 held.enter_context(locked(directory))
-                for left in Run(directory).sweep():
-                    display.warn(f"{left} was left half written by a process that was killed; it is removed")
+                for path in Run(directory).remove_partial():
+                    display.warn(f"removed {path}, which a killed process left half written")
                 chosen = choose_checkpoint(directory, wanted, display.warn)
-                found = {"from": chosen and str(chosen), "there": [path.name for path in checkpoints(directory)]}
+                finished = None if chosen is None else _finished(directory, chosen, config, display)
+                names = [path.name for path in checkpoints(directory)]
+                found = {"checkpoint": chosen and str(chosen), "names": names, "finished": finished}
         found = ranks.from_first(found)
-        checkpoint = None if found["from"] is None else Path(found["from"])
-        place = directory if ranks.first else held.enter_context(scratch_directory(found["there"]))
-        return _run(config, plugins, display, listener, ranks, held, None, Run(place), checkpoint, wanted)
+        if found["finished"] is not None:
+            return found["finished"]
+        checkpoint = None if found["checkpoint"] is None else Path(found["checkpoint"])
+        content = None if checkpoint is None else read_state(checkpoint)
+        directory = directory if ranks.first else held.enter_context(scratch_directory(found["names"]))
+        place = Place(None, Run(directory), checkpoint, content, wanted is not None)
+        return _run(config, plugins, display, interrupts, ranks, held, place)
+
+
+def _finished(directory: Path, checkpoint: Path, config: Config, display: Display) -> dict[str, Any] | None:
+    """The summary of a run that has no steps left; None for one that has something to do.
+
+    Raises:
+        UsageError: when settings are given that cannot change.
+    """
+    content, summary = read_state(checkpoint), Run(directory).summary()
+    changed = [change.key for change in refuse_changes(content, checkpoint, with_kept_sizes(content, with_suite(config)))]
+    unfinished = content.record.pending or content.step < config.train.steps
+    if summary is None or unfinished or summary.get("steps") != content.step:
+        return None
+    for line in Run(directory).forget_after(content.step):
+        display.warn(line)
+    unused = [key for key in changed if effect_of(key) in (Effect.LEARNT, Effect.MEASURED)]
+    if unused:
+        display.say(f"not used, because no step is left: {', '.join(unused)}")
+    display.say(
+        f"nothing to do: the run has finished its {content.step} steps and stays as it is; train further with --steps "
+        f"{content.step + 100}, or score it with unigrpo eval --model {directory}"
+    )
+    return summary
 
 
 def _run(
     config: Config,
     plugins: Plugins,
     display: Display,
-    listener: Interrupts,
+    interrupts: Interrupts,
     ranks: Ranks,
     held: ExitStack,
-    out: Path | None,
-    run: Run | None,
-    checkpoint: Path | None,
-    wanted: Path | None,
+    place: Place,
 ) -> dict[str, Any]:
-    """All of a run.
-
-    Args:
-        run: the directory to go on in; None makes one at `out`.
-        checkpoint: where to go on from; None begins.
-    """
     began = time.perf_counter()
+    content, files = place.content, place.files
     inputs = read_inputs(config, plugins, display.say)
     config, prompts, suite = inputs.config, inputs.prompts, inputs.suite
-    _refuse_what_ranks_cannot_share(config, prompts, ranks)
-    content = None if checkpoint is None else read_state(checkpoint)
+    _refuse_uneven_ranks(config, prompts, ranks)
     asked, config = left_open(config), with_kept_sizes(content, config)
-    if content is not None and asked:
-        values = flat(config.model_dump())
-        kept = ", ".join(f"{key}={values[key]}" for key in asked)
-        display.say(f"{kept}: found when this run began; type a number to change it")
-    if content is not None and checkpoint is not None:
-        _say_changes(refuse_changes(content, checkpoint, config), display)
-    config = with_sizes(config, checkpoint, [*prompts, *suite], display.say, ranks)
-    state, reference, _ = prepare(config, checkpoint, content, display.warn, ranks)
+    if content is not None and place.checkpoint is not None:
+        if asked:
+            values = flat(config.model_dump())
+            kept = ", ".join(f"{key}={values[key]}" for key in asked)
+            display.say(f"{kept}: chosen when this run started; give a number to change it")
+        _say_changes(refuse_changes(content, place.checkpoint, config), display)
+    config = with_sizes(config, place.checkpoint, [*prompts, *suite], display.say, ranks)
+    state, reference, _ = prepare(config, place.checkpoint, content, display.warn, ranks)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
     embedded, thinks = is_embedded(state.policy), config.sampling.think
@@ -121,58 +162,61 @@ def _run(
     with ranks.together():
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
         rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
-    rewards.restore_abstentions(state.facts.get(ABSTAINED, {}))
+    rewards.restore_abstentions(state.record.abstained)
     state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
     for line in [] if content is None else not_comparable(content, state.origin):
         display.warn(line)
-    fresh = run is None
     with ranks.together():
-        if run is None:
-            run = Run(fresh_directory(out, "train") if ranks.first else held.enter_context(scratch_directory(())))
-            held.enter_context(locked(run.directory))
+        if files is None:
+            scratch = None if ranks.first else held.enter_context(scratch_directory(()))
+            files = Run(scratch or fresh_directory(place.out, "train"))
+            held.enter_context(locked(files.directory))
         else:
-            quarantine_later(run.directory, checkpoint, "damaged" if wanted is None else "later", display.warn)
+            quarantine_later(files.directory, place.checkpoint, "later" if place.wanted else "damaged", display.warn)
     try:
         with ranks.together():
-            if changed := run.environment_changed():
-                display.warn(f"this run goes on with {', '.join(changed)}: as before, but no longer to the bit")
-            run.describe(config)
-            run.forget_after(state.step, evaluated="eval" not in state.facts.get(OWED, ()))
-            _examine(state, prompts, rewards, config, run, display)
-        return Trainer(config, display, listener, run, state, rewards, prompts, suite, began).go()
+            if changed := files.environment_changed():
+                versions = ", ".join(changed)
+                display.warn(f"package versions changed ({versions}): resuming is no longer bitwise reproducible")
+            files.describe(config)
+            for line in files.forget_after(state.step, evaluated="eval" not in state.record.pending):
+                if ranks.first:
+                    display.warn(line)
+            _examine(state, prompts, rewards, config, files, display)
+        return Trainer(config, display, interrupts, files, state, rewards, prompts, suite).run(began)
     except DiskError as error:
-        raise DiskError(f"{error}, then go on with `unigrpo train --resume {run.directory}`") from error
+        raise DiskError(f"{error}, then resume: unigrpo train --resume {files.directory}") from error
     finally:
-        if fresh:
-            run.remove_if_only_described()
+        if place.files is None:
+            files.remove_if_only_described()
 
 
 def _examine(
-    state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, run: Run, display: Display
+    state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, files: Run, display: Display
 ) -> None:
-    """The doctor's short examination: on the first rank, which has the others' weights, while they wait."""
+    """The doctor's short checks, on the first rank while the others wait."""
     if state.policy.is_sharded:
-        display.say("the doctor looks at whole weights only, so this run is not examined: `unigrpo doctor` does it")
+        display.say("weights are sharded, so the doctor's checks are left out here; run `unigrpo doctor` for them")
     elif state.ranks.first:
-        examine_at_start(replace(state, ranks=ALONE), prompts, rewards, config, run, display)
+        examine_at_start(replace(state, ranks=ALONE), prompts, rewards, config, files, display)
 
 
-def _refuse_what_ranks_cannot_share(config: Config, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """Groups are never split; and ranks with sharded weights make their passes together, so all need equally many.
+def _refuse_uneven_ranks(config: Config, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """Groups are never split, and ranks with sharded weights need equally many passes.
 
     Raises:
-        UsageError: for a number of prompts, or prompts of two kinds, that do not fit that.
+        UsageError: for a number of prompts, or prompts of two kinds, for which that cannot be.
     """
     ranks.refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
     if shards(config, ranks) and len({prompt.image is None for prompt in prompts}) > 1:
         raise UsageError(
-            "prompts with and without pictures cannot be mixed where weights are sharded: ranks would make other "
-            "numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
+            "prompts with and without pictures cannot be mixed when weights are sharded, because ranks would make "
+            "different numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
         )
 
 
 def _say_changes(found: Sequence[Change], display: Display) -> None:
-    """One line for each setting that is not what it was; those that decide results are warnings."""
+    """One line per changed setting; a warning when it decides results."""
     for change in found:
         if change.effect in (Effect.NONE, Effect.ROUNDING):
             display.say(f"changed: {change}")

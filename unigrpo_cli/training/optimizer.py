@@ -97,12 +97,12 @@ def optimizer_step(state: TrainState, config: Config, taught: bool) -> dict[str,
         RefusedUpdateError: when a gradient is not finite or explodes. No weight has changed then.
         DivergedError: when a weight is not finite afterwards.
     """
-    ranks, trained, facts = state.ranks, state.policy.trainable(), state.facts.setdefault("watch", {})
+    ranks, trained, known = state.ranks, state.policy.trainable(), state.record.gradient_norms
     parameters = [p for expert in trained.values() for p in expert]
     ranks.sum_gradients(parameters)
     norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
-    update_guard.check_gradient(norms, facts, config.monitor.explosion)
-    update_guard.remember_norms(norms, facts, taught=ranks.any(taught))
+    update_guard.check_gradient(norms, known, config.monitor.explosion)
+    update_guard.remember_norms(norms, known, taught=ranks.any(taught))
     norm = ranks.clip_gradients(parameters, config.train.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = group["full_lr"] * warmup(state.optimizer, config)

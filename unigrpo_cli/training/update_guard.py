@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from torch import Tensor
 
@@ -63,13 +62,14 @@ def check_losses(losses: Sequence[Loss]) -> None:
             raise RefusedUpdateError(f"the loss is {loss.total.item()}, not finite, so no update was made")
 
 
-def check_gradient(norms: dict[str, float], facts: dict[str, Any], limit: float) -> None:
+def check_gradient(norms: dict[str, float], known: dict[str, list[float]], limit: float) -> None:
     """Before the optimizer's step: is each expert's gradient finite, and of a size like those before it?
 
     Compared with the median of the last accepted updates that had something to learn (`remember_norms`). Each
     expert on its own: norms may be a thousandfold apart, and the larger would hide the smaller's explosion.
 
     Args:
+        known: `RunRecord.gradient_norms`.
         limit: how many times the median; `monitor.explosion`.
 
     Raises:
@@ -78,15 +78,15 @@ def check_gradient(norms: dict[str, float], facts: dict[str, Any], limit: float)
     for expert, norm in norms.items():
         if not math.isfinite(norm):
             raise RefusedUpdateError(f"the gradient of the {expert} expert is not finite, so no update was made")
-        known = facts.get("norms", {}).get(expert, [])
-        if len(known) >= ENOUGH and norm > limit * median(known):
+        recent = known.get(expert, [])
+        if len(recent) >= ENOUGH and norm > limit * median(recent):
             raise RefusedUpdateError(
                 f"the gradient of the {expert} expert exploded: its norm {norm:.3g} is above "
-                f"monitor.explosion={limit:g} times the recent median {median(known):.3g}, so no update was made"
+                f"monitor.explosion={limit:g} times the recent median {median(recent):.3g}, so no update was made"
             )
 
 
-def remember_norms(norms: dict[str, float], facts: dict[str, Any], taught: bool) -> None:
+def remember_norms(norms: dict[str, float], known: dict[str, list[float]], taught: bool) -> None:
     """Keep the norms of an accepted update.
 
     Not those of zero, nor those of a share in which every advantage is 0: penalties alone pull a thousandfold more
@@ -94,9 +94,9 @@ def remember_norms(norms: dict[str, float], facts: dict[str, Any], taught: bool)
     """
     for expert, norm in norms.items():
         if taught and norm > 0:
-            known = facts.setdefault("norms", {}).setdefault(expert, [])
-            known.append(norm)
-            del known[:-RECENT]
+            recent = known.setdefault(expert, [])
+            recent.append(norm)
+            del recent[:-RECENT]
 
 
 def check_weights(parameters: Sequence[Tensor], step: int) -> None:

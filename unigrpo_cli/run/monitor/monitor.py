@@ -10,16 +10,17 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.errors import DivergedError
 from unigrpo_cli.run.monitor.history import FIRST, LAST, History
 from unigrpo_cli.run.monitor.rules import RULES
+from unigrpo_cli.training.state import MonitorRecord
 
 QUIET = 5  # steps without an observation after which a warning ends and may be printed again
 
 
 class Monitor:
-    """Checks each finished step. Its memory is in `facts`, so a resumed run gives the same warnings."""
+    """Checks each finished step. Its memory is in `record`, so a resumed run gives the same warnings."""
 
     def __init__(
         self,
-        facts: dict[str, Any],
+        record: MonitorRecord,
         config: Config,
         weights: Mapping[str, float],
         signs: Mapping[str, int],
@@ -27,13 +28,11 @@ class Monitor:
     ):
         """
         Args:
-            facts: `state.facts["watch"]`: JSON values, changed in place and saved with checkpoints.
+            record: changed in place and saved with checkpoints.
             config, weights, signs, ratio_limits: see `History`.
         """
-        self.facts, self.config = facts, config
+        self.record, self.config = record, config
         self.weights, self.signs, self.ratio_limits = weights, signs, ratio_limits
-        for name, empty in (("first", []), ("last", []), ("sightings", {}), ("lasting", {}), ("bad_steps", 0)):
-            facts.setdefault(name, empty)
 
     def check(self, metrics: dict[str, float], skipped: str | None) -> list[str]:
         """Check a finished step and return its new warnings, one line each.
@@ -41,21 +40,19 @@ class Monitor:
         A skipped step is not part of the history: nothing was learned from its batch.
         """
         if skipped is not None:
-            self.facts["bad_steps"] += 1
+            self.record.bad_steps += 1
             return [f"this step was skipped: {skipped}"]
-        self.facts["bad_steps"] = 0
-        row = {k: v for k, v in metrics.items() if _rules_read(k) and math.isfinite(v)}
-        if len(self.facts["first"]) < FIRST:
-            self.facts["first"].append(row)
-        self.facts["last"] = [*self.facts["last"], row][-LAST:]
-        history = History(
-            self.facts["first"], self.facts["last"], self.config, self.weights, self.signs, self.ratio_limits
-        )
+        self.record.bad_steps = 0
+        row = {k: float(v) for k, v in metrics.items() if _rules_read(k) and math.isfinite(v)}
+        if len(self.record.first) < FIRST:
+            self.record.first.append(row)
+        self.record.last = [*self.record.last, row][-LAST:]
+        history = History(self.record.first, self.record.last, self.config, self.weights, self.signs, self.ratio_limits)
         return self._new_warnings(history)
 
     def _new_warnings(self, history: History) -> list[str]:
         warnings = []
-        sightings, lasting = self.facts["sightings"], self.facts["lasting"]
+        sightings, lasting = self.record.sightings, self.record.lasting
         checked = set()
         for rule in RULES:
             for subject in rule.subjects(history):
@@ -80,7 +77,7 @@ class Monitor:
     @property
     def lasting(self) -> dict[str, str]:
         """Current warnings: rule and subject, and the latest observation."""
-        return self.facts["lasting"]
+        return self.record.lasting
 
     def row(self, skipped: str | None) -> dict[str, Any]:
         """The step's entries in metrics.jsonl that are not numbers."""
@@ -97,10 +94,10 @@ class Monitor:
         Raises:
             DivergedError: after `monitor.bad_steps` skipped steps in a row.
         """
-        count = self.facts["bad_steps"]
+        count = self.record.bad_steps
         if count < self.config.monitor.bad_steps:
             return
-        self.facts["bad_steps"] = 0
+        self.record.bad_steps = 0
         raise DivergedError(
             f"{count} steps in a row were skipped, the last because of {skipped}. Inspect its batch with "
             f"`unigrpo rollout --from {where}`, then resume from a checkpoint before step {step - count + 1} with "
