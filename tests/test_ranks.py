@@ -57,6 +57,7 @@ def free_port() -> int:
 def launch(world: int, *command: str, **more: str) -> list[subprocess.Popen]:
     """Processes as torchrun starts them."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    address["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = []
     for rank in range(world):
         environment = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
