@@ -116,7 +116,8 @@ def _finished(directory: Path, checkpoint: Path, config: Config, display: Displa
         UsageError: when settings are given that cannot change.
     """
     content, summary = read_state(checkpoint), Run(directory).summary()
-    changed = [change.key for change in refuse_changes(content, checkpoint, with_kept_sizes(content, with_suite(config)))]
+    config = with_kept_sizes(content, with_suite(config))
+    changed = [change.key for change in refuse_changes(content, checkpoint, config)]
     unfinished = content.record.pending or content.step < config.train.steps
     if summary is None or unfinished or summary.get("steps") != content.step:
         return None
