@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +147,9 @@ def test_a_parameter_that_is_no_column() -> None:
         torch.full((4,), 0.5, requires_grad=True),
         RewardOutput([0.5] * 4),
         [True, 1, 0.5, 0.5],
+        [np.float32(0.5), np.int64(1), np.array(0.5), torch.tensor(0.5, dtype=torch.bfloat16)],
+        torch.full((4,), 0.5, dtype=torch.bfloat16),
+        [Fraction(1, 2), Decimal("0.5"), 1e30, -1e30],
     ],
 )
 def test_what_counts_as_scores(answer) -> None:
@@ -202,13 +212,27 @@ def _faulty(answer):
         ("good", "str; it must give a list"),
         (["a", "b", "c", "d"], "the text 'a'"),
         (["0.5", "0.5", "0.5", "0.5"], "the text '0.5'"),
-        (torch.tensor(0.5), "one ndarray"),
+        (torch.tensor(0.5), "one Tensor"),
         (torch.ones(4, 1), r"shape \[4, 1\]"),
         ({0.1, 0.2, 0.3, 0.4}, "one set"),
         (RewardOutput([1, 1, 1, 1], components=[1, 2]), "cannot be read"),
         (RewardOutput([1, 1, 1, 1], info=[{"x": object()}] * 4), "cannot be read"),
         (RewardOutput([1.0] * 4, components={"part": [1.0]}), "component 'part'"),
         (RewardOutput([1.0] * 4, info=[{}]), "1 info rows"),
+        ([1 + 2j] * 4, "not a number: a complex"),
+        (np.full(4, 1 + 2j), "not a number: a complex128"),
+        (torch.full((4,), 1 + 2j), "not a number: a complex number"),
+        (np.full(4, 5, "timedelta64[ns]"), r"not a number: a timedelta64\[ns\]"),
+        (list(np.full(4, "2026-01-01", "datetime64[ns]")), "not a number: a datetime64"),
+        ([timedelta(seconds=1)] * 4, "not a number: a timedelta"),
+        ([1.0, 2.0, 3.0, 1e160], r"gave 1e\+160; scores must lie between"),
+        (torch.tensor([1.0, 2.0, -1e31, 3.0]), r"gave -1e\+31; scores must lie between"),
+        ([1.0, 2.0, 3.0, 10**400], "not a number"),
+        (RewardOutput([1.0] * 4, components={"part": [1e308] * 4}), "component 'part' has 1e"),
+        (RewardOutput([1.0] * 4, components={"spread": [1.0] * 4}), "reward/faulty/spread is the metric of all"),
+        (RewardOutput([1.0] * 4, components={"abstained": [1.0] * 4}), "choose another name"),
+        (RewardOutput([1.0] * 4, components={"\x1b[2J": [1.0] * 4}), "printable text"),
+        (RewardOutput([1.0] * 4, components={3: [1.0] * 4}), "printable text"),
     ],
 )
 def test_a_wrong_shape_stops_even_when_errors_may_abstain(answer, says: str) -> None:
@@ -237,6 +261,44 @@ def test_an_exception_may_abstain_but_is_never_zero() -> None:
     assert not scored.valid.any()
     assert np.isnan(scored.scores).all()
     assert scored.mean is None
+
+
+def test_the_message_of_a_failure_is_one_plain_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    error = ValueError("\x1b[31mred\x1b[0m\nkey sk-very-secret at https://me:pass@host/")
+    with pytest.raises(RewardError) as failed:
+        _score(_faulty(_raise(error)))
+    text = str(failed.value)
+    assert text.isprintable()
+    assert "sk-very-secret" not in text
+    assert "me:pass" not in text
+
+
+def _grouped(scores: list[float], text: str = "faulty") -> list[str]:
+    """Warnings about a step of two groups of two."""
+    samples = [replace(s, group_id=str(k // 2)) for k, s in enumerate(example_samples(4))]
+    with (
+        warnings.catch_warnings(record=True) as seen,
+        Scorer(parse_rewards([text]), _plugins(_faulty(scores)), CONTEXT) as rewards,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            rewards.score(samples)
+    return [str(w.message) for w in seen]
+
+
+@pytest.mark.parametrize(
+    ("scores", "text"), [([0.5, 0.5 + 1e-9, 0.9, 0.9], "faulty"), ([0.5, 0.6, 0.9, 0.9], "faulty:1e-6")]
+)
+def test_differences_too_small_for_an_advantage_are_named_once(scores: list[float], text: str) -> None:
+    (said,) = _grouped(scores, text)
+    assert "reward 'faulty'" in said
+    assert "too little for an advantage" in said
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.501, 0.9, 0.9 + 1e-9], [0.5, 0.5, 0.9, 0.9]])
+def test_usual_and_equal_scores_need_no_warning(scores: list[float]) -> None:
+    assert _grouped(scores) == []
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
@@ -548,19 +610,68 @@ def test_what_a_reward_writes_into_its_input_nobody_else_sees() -> None:
             row.clear()
         return [0.0] * len(metadata)
 
-    @reward("painter")
-    def painter(pixels):
-        for image in pixels:
-            image[:] = 0
-        return [0.0] * len(pixels)
-
     given = [Sample("p", np.ones((2, 2, 3), np.uint8), metadata={"a": [1]})]
     with Scorer(parse_rewards(["vandal"]), _plugins(vandal), CONTEXT) as rewards:
         rewards.score(given)
     assert given[0].metadata == {"a": [1]}
-    with Scorer(parse_rewards(["painter"]), _plugins(painter), CONTEXT) as rewards:
-        with pytest.raises(RewardError, match="read-only"):
+
+
+def _paint(image: Any) -> None:
+    image[:] = 0
+
+
+def _paint_after_asking(image: Any) -> None:
+    image.flags.writeable = True
+    image[:] = 0
+
+
+def _paint_beneath(image: Any) -> None:
+    while image.base is not None and hasattr(image.base, "flags"):
+        image = image.base
+    image.setflags(write=True)
+    image[:] = 0
+
+
+@pytest.mark.parametrize("paint", [_paint, _paint_after_asking, _paint_beneath])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_no_plugin_can_paint_over_what_others_see(paint: Callable, hooked: bool) -> None:
+    """Neither a reward nor a hook; the pictures of the episodes stay, too."""
+
+    @reward("painter")
+    def painter(pixels):
+        for image in () if hooked else pixels:
+            paint(image)
+        return [0.0] * len(pixels)
+
+    class Hook:
+        @hookimpl
+        def unigrpo_before_score(self, batch: RewardBatch) -> RewardBatch | None:
+            for image in batch.pixels if hooked else ():
+                paint(image)
+            return None
+
+    given = [Sample("p", np.ones((2, 2, 3), np.uint8))]
+    plugins = _plugins(painter)
+    plugins.manager.register(Hook())
+    with Scorer(parse_rewards(["painter"]), plugins, CONTEXT) as rewards:
+        with pytest.raises(RewardError, match=r"read-only|cannot set WRITEABLE"):
             rewards.score(given)
+    assert given[0].pixels.all()
+
+
+def test_an_observer_cannot_change_scores() -> None:
+    class Observer:
+        @hookimpl
+        def unigrpo_after_score(self, scored: Any) -> None:
+            scored.scores[:] = 100
+            scored.info.clear()
+
+    plugins = _plugins(_faulty([1.0, 2.0, 3.0, 4.0]))
+    plugins.manager.register(Observer())
+    with Scorer(parse_rewards(["faulty"]), plugins, CONTEXT) as rewards:
+        found = rewards.score(example_samples(4))["faulty"]
+    assert found.scores.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert len(found.info) == 4
 
 
 def test_setup_has_a_deadline_and_what_is_up_is_torn_down() -> None:

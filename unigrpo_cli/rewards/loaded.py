@@ -33,6 +33,12 @@ from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
 from unigrpo_cli.rewards.spec import RewardSpec
 
+LARGEST = 1e30
+"""Largest magnitude of a score: its square, and sums of squares, stay far inside fp64."""
+SMALLEST_SPREAD = 1e-5
+"""Ten times what is added to a group's deviation before it divides (`algo.advantage.EPS`)."""
+STANDING = ("abstained", "spread")
+"""Metrics of every reward, `reward/NAME/...`, which no component may replace."""
 RECENT = 512
 """Samples over which the share of abstentions is taken."""
 
@@ -240,15 +246,25 @@ class LoadedReward:
         scores = _numbers(output.scores, count, f"{self.label} gave")
         valid = np.isfinite(scores)
         components = {
-            name: _numbers(values, count, f"{self.label} component {name!r} has")
+            self._component_name(name): _numbers(values, count, f"{self.label} component {name!r} has")
             for name, values in output.components.items()
         }
-        rows = [{}] * count if output.info is None else list(output.info)
+        rows = list(output.info or ()) or [{}] * count
         if len(rows) != count:
             raise RewardError(f"{self.label} gave {len(rows)} info rows for {count} samples")
         info = [json.loads(to_json(dict(row))) if row else {} for row in rows]
         self._check_range(scores[valid])
         return RewardResult(np.where(valid, scores, math.nan), valid, components, info)
+
+    def _component_name(self, name: Any) -> str:
+        if not isinstance(name, str) or not name.isprintable() or not name.strip():
+            raise RewardError(f"{self.label} has a component named {name!r}; give it a printable text as its name")
+        if name in STANDING:
+            raise RewardError(
+                f"{self.label} has a component named {name!r}, but reward/{self.alias}/{name} is the metric of all "
+                "rewards; choose another name"
+            )
+        return name
 
     def _check_range(self, scores: NDArray[np.float64]) -> None:
         low, high = self.range
@@ -260,6 +276,20 @@ class LoadedReward:
         if self.limits.strict:
             raise RewardError(f"{message}; fix the reward or its range")
         self.warn_once("range", message)
+
+    def check_spread(self, scores: NDArray[np.float64], group_ids: Sequence[str]) -> None:
+        """Warn once when scores differ inside groups, but by too little to become an advantage."""
+        groups: dict[str, list[float]] = {}
+        for score, group in zip(scores.tolist(), group_ids, strict=True):
+            if score == score:
+                groups.setdefault(group, []).append(score)
+        spread = max((max(group) - min(group) for group in groups.values()), default=0.0)
+        if 0 < spread * abs(self.spec.weight) < SMALLEST_SPREAD:
+            self.warn_once(
+                "spread",
+                f"{self.label}: scores inside a group differ by at most {spread:.2g} (weight {self.spec.weight:g}), "
+                "too little for an advantage; rescale the reward or raise its weight",
+            )
 
     def warn_once(self, kind: str, message: str) -> None:
         """One warning of a kind in a run."""
@@ -358,22 +388,42 @@ def _version_of(version: str, reward: Any) -> str:
 
 def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
     """One fp64 number per sample; None becomes NaN."""
+    needed = f"it must give a list of {count} numbers"
     if hasattr(values, "detach"):
-        values = values.detach().double().cpu().numpy()
+        values = values.detach().cpu()
     single = isinstance(values, str | bytes | dict | set | frozenset) or not hasattr(values, "__len__")
     if single or getattr(values, "ndim", 1) == 0:
-        raise RewardError(f"{what} one {type(values).__name__}; it must give a list of {count} numbers")
-    values = [v.detach().cpu().numpy() if hasattr(v, "detach") else v for v in values]
-    words = [v for v in values if isinstance(v, str | bytes)]
-    if words:
-        raise RewardError(f"{what} the text {words[0]!r}; it must give a list of {count} numbers")
-    try:
-        array = np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RewardError(
-            f"{what} something that is no number: {error}; it must give a list of {count} numbers"
-        ) from error
-    if array.shape != (count,):
-        shape = len(values) if array.ndim == 1 else f"shape {list(array.shape)}"
-        raise RewardError(f"{what} {shape} scores for {count} samples; it must give one number per sample")
-    return array
+        raise RewardError(f"{what} one {type(values).__name__}; {needed}")
+    if getattr(values, "ndim", 1) > 1:
+        raise RewardError(f"{what} shape {list(values.shape)} scores for {count} samples; {needed}")
+    if len(values) != count:
+        raise RewardError(f"{what} {len(values)} scores for {count} samples; it must give one number per sample")
+    numbers = np.empty(count)
+    for k, value in enumerate(values):
+        if isinstance(value, str | bytes):
+            raise RewardError(f"{what} the text {value!r}; {needed}")
+        try:
+            numbers[k] = _number(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RewardError(f"{what} something that is not a number: {error}; {needed}") from error
+    large = numbers[np.isfinite(numbers) & (np.abs(numbers) > LARGEST)]
+    if len(large):
+        raise RewardError(f"{what} {large[0]:g}; scores must lie between {-LARGEST:g} and {LARGEST:g}: rescale them")
+    return numbers
+
+
+def _number(value: Any) -> float:
+    """A real number as float. Complex numbers, dates and durations would lose a part."""
+    if value is None:
+        return math.nan
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if value.is_complex():
+            raise TypeError("a complex number")
+    elif getattr(getattr(value, "dtype", None), "kind", "f") not in "biuf":
+        raise TypeError(f"a {value.dtype}")
+    if getattr(value, "ndim", 0):
+        raise TypeError(f"an array of shape {list(value.shape)}")
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"a {type(value).__name__}")
+    return float(value)

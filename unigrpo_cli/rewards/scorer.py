@@ -6,6 +6,7 @@ the same.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -175,7 +176,7 @@ class Scorer:
         """Show results to plugins. An observer's error is a warning."""
         for alias, result in results.items():
             with _warned():
-                self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=result)
+                self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=copy.deepcopy(result))
 
     def record_abstentions(self, valid: Mapping[str, NDArray[np.bool_]]) -> None:
         """Count abstentions by alias. Every rank counts those of all, so all stop together.
@@ -286,7 +287,10 @@ class PendingScores:
                     self._results[loaded.alias] = self._collect(loaded)
             results = {r.alias: self._results[r.alias] for r in self._active}
             if self._batches:
-                self._scorer.notify(self._whole(), results)
+                whole = self._whole()
+                for loaded in self._active if self._split == "train" else ():
+                    loaded.check_spread(results[loaded.alias].scores, whole.group_ids)
+                self._scorer.notify(whole, results)
             self._scorer.offload([r for r in self._scorer.rewards if r.alias in self._remote])
         if self._ranks.world > 1:
             results = results_of_all(results, self._ranks, self._parts)
