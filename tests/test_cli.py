@@ -281,7 +281,7 @@ def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path) -> None:
 
 
 def test_stdout_is_the_json_object_whatever_a_reward_prints(tmp_path: Path) -> None:
-    plugin = _reward(tmp_path, "print('hello'); return [1.0] * len(images)")
+    plugin = _reward(tmp_path, "print('hello'); return [image.getpixel((0, 0))[0] / 255 for image in images]")
     done = _command("rewards", "test", "mine", "--plugin", plugin, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["reward"] == "mine"

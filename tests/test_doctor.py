@@ -71,7 +71,7 @@ def _rewards(*functions: Callable) -> Scorer:
     names = []
     for function in functions:
         made = function.__unigrpo_reward__
-        plugins.rewards._put(RewardEntry(made.name, "tests", "-", load=lambda function=function: function))
+        plugins.rewards.add_entry(RewardEntry(made.name, "tests", "-", load=lambda function=function: function))
         names.append(made.name)
     return Scorer(parse_rewards(names), plugins, RewardContext("cpu", 0, True, True))
 

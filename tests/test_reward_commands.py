@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -211,7 +213,7 @@ def test_the_list_shows_source_version_range_and_state(tmp_path: Path) -> None:
 
 
 class Settings(Options):
-    level: float = 0.5
+    level: float = 1.0
 
 
 class Steady:
@@ -221,7 +223,7 @@ class Steady:
         self.options = options
 
     def score(self, batch: RewardBatch) -> Any:
-        return [self.options.level] * len(batch)
+        return [self.options.level * float(image.mean()) / 255 for image in batch.pixels]
 
 
 @reward("bright", range=(0, 1))
@@ -236,11 +238,11 @@ def _found(checks: list[Check], name: str) -> Check:
 def test_the_suite_takes_a_name_a_class_or_a_function() -> None:
     names = [[check.name for check in assert_reward_contract(one)] for one in ("clean", Steady, bright)]
     assert all(a == b for a, b in pairwise(names))
-    assert len(names[0]) == 9
+    assert len(names[0]) == 11
     assert_reward_contract("redness", plugin=REDNESS)
-    assert_reward_contract(Steady, options={"level": 1.0})
-    with pytest.raises(AssertionError, match=r"stays in its declared range: 2 to 2 in \[0, 1\]"):
-        assert_reward_contract(Steady, options={"level": 2.0})
+    assert_reward_contract(Steady, options={"level": 0.5})
+    with pytest.raises(AssertionError, match=r"stays in its declared range: 4.* to 5.* in \[0, 1\]"):
+        assert_reward_contract(Steady, options={"level": 10.0})
     with pytest.raises(RewardError, match="no option 'levle': did you mean level"):
         assert_reward_contract(Steady, options={"levle": 2.0})
     with pytest.raises(RewardError, match="no `score` method"):
@@ -252,7 +254,7 @@ def test_a_class_of_a_known_name_is_the_one_that_is_checked() -> None:
         name = "clean"
 
         def score(self, batch: RewardBatch) -> list[float]:
-            return [7.0] * len(batch)
+            return [7.0 + k for k in range(len(batch))]
 
     assert not _found(check_reward(Clean), "stays in its declared range").ok
 
@@ -260,9 +262,9 @@ def test_a_class_of_a_known_name_is_the_one_that_is_checked() -> None:
 @pytest.mark.parametrize(
     ("answer", "broken"),
     [
-        (lambda batch: [0.5] * max(1, len(batch)), "says nothing about nothing"),
-        (lambda batch: [0.5] * len(batch) if len(batch) else 0.0, "says nothing about nothing"),
-        (lambda batch: RewardOutput([0.5] * (len(batch) or 2)), "says nothing about nothing"),
+        (lambda batch: [0.5] * max(1, len(batch)), "handles an empty batch"),
+        (lambda batch: [0.5] * len(batch) if len(batch) else 0.0, "handles an empty batch"),
+        (lambda batch: RewardOutput([0.5] * (len(batch) or 2)), "handles an empty batch"),
         (lambda batch: ["0.5"] * len(batch), "answers with one number per sample"),
         (lambda batch: [0.5 + 0j] * len(batch), "answers with one number per sample"),
         (lambda batch: [None if k else 0.5 for k in range(len(batch))], "does not depend on the batch"),
@@ -274,12 +276,76 @@ def test_the_suite_finds_each_fault(answer: Any, broken: str) -> None:
     assert _found(check_reward(Steady), broken).ok
 
 
+def _swallowing(answer: Callable[[Any], Any], instead: Any) -> Callable[[Any, Any], Any]:
+    def score(self: Any, batch: RewardBatch) -> Any:
+        try:
+            return answer(batch)
+        except Exception:
+            return [instead] * len(batch)
+
+    return score
+
+
+FAULT = {"raise": lambda batch: 1 / 0, "key": lambda batch: [m["grade"] for m in batch.metadata]}
+
+
+@pytest.mark.parametrize("fault", FAULT)
+@pytest.mark.parametrize("instead", [0.0, 1.0, 0.5])
+def test_a_reward_that_hides_its_failure_is_found(fault: str, instead: float) -> None:
+    hiding = type("Hiding", (Steady,), {"name": "hiding", "score": _swallowing(FAULT[fault], instead)})
+    check = _found(check_reward(hiding), "tells samples apart")
+    assert not check.ok
+    assert f"{instead:.4g} for all 8 samples" in check.seen
+
+
+def _bright_image(batch: RewardBatch) -> list[float]:
+    return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in batch.images]
+
+
+def _bright_array(batch: RewardBatch) -> list[float]:
+    return [float(np.asarray(image).mean()) / 255 for image in batch.images]
+
+
+def _bright_pixels(batch: RewardBatch) -> list[float]:
+    return [float(pixels.mean()) / 255 for pixels in batch.pixels]
+
+
+@pytest.mark.parametrize("reads", [_bright_image, _bright_array, _bright_pixels])
+@pytest.mark.parametrize(("instead", "ok"), [(0.0, False), (0.3, False), (None, True)])
+def test_a_score_for_an_unreadable_picture_is_found(reads: Any, instead: float | None, ok: bool) -> None:
+    hiding = type("Hiding", (Steady,), {"name": "hiding", "score": _swallowing(reads, instead)})
+    checks = check_reward(hiding)
+    assert _found(checks, "does not score an unreadable picture").ok is ok
+    assert _found(checks, "tells samples apart").ok, "it works on whole pictures"
+
+
+def test_one_score_per_call_is_found() -> None:
+    def mean_of_call(self: Any, batch: RewardBatch) -> list[float]:
+        return [float(np.mean([image.mean() for image in batch.pixels])) / 255] * len(batch)
+
+    for facts in ({"batch_size": 4}, {"batch_size": 4, "scope": "group"}, {"batch_size": 3}):
+        check = _found(check_reward(type("Mean", (Steady,), {"score": mean_of_call} | facts)), "tells samples apart")
+        assert not check.ok
+        assert "for each call" in check.seen
+
+
+@pytest.mark.parametrize("column", ["pixels", "reasoning", "prompts", "metadata"])
+def test_the_samples_differ_for_rewards_of_every_kind(column: str) -> None:
+    """One that only reads text gets texts that differ; the pictures differ in what they should score."""
+
+    def length(self: Any, batch: RewardBatch) -> list[float]:
+        return [(zlib.crc32(str(value).encode()) % 1000) / 1000 for value in getattr(batch, column)]
+
+    hashed = type("Hashed", (Steady,), {"score": length, "needs": frozenset()})
+    assert _found(check_reward(hashed), "tells samples apart").ok
+
+
 def test_refusing_an_empty_batch_is_fine_and_a_run_never_asks_it() -> None:
     def refuses(self: Any, batch: RewardBatch) -> list[float]:
         assert len(batch), "asked about nothing"
         return [0.5] * len(batch)
 
-    assert _found(check_reward(type("R", (Steady,), {"score": refuses})), "says nothing about nothing").ok, (
+    assert _found(check_reward(type("R", (Steady,), {"score": refuses})), "handles an empty batch").ok, (
         "an exception is as good"
     )
 

@@ -1,9 +1,9 @@
-"""The contract of a reward, for the tests of whoever writes one.
+"""The contract of a reward, for the tests of its author.
 
 from unigrpo_cli.testing import assert_reward_contract
 
 def test_contract():
-    assert_reward_contract("mine", plugin="mine.py")    # by name, as `--reward` and `--plugin` take it
+    assert_reward_contract("mine", plugin="mine.py")    # by name, as in `--reward` and `--plugin`
     assert_reward_contract(Mine, options={"gain": 2})   # by class
     assert_reward_contract(redness)                     # by function
 """
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from unigrpo_cli.rewards.conformance import Check, check_reward, example_samples
+from unigrpo_cli.rewards.conformance import Check, check_reward, contrasting_samples, example_samples
 
-__all__ = ["Check", "assert_reward_contract", "check_reward", "example_samples"]
+__all__ = ["Check", "assert_reward_contract", "check_reward", "contrasting_samples", "example_samples"]
 
 
 def assert_reward_contract(reward: Any, **how: Any) -> list[Check]:
-    """Run `check_reward`, which takes the same arguments, and give its checks back.
+    """Run `check_reward` with the same arguments and return its checks.
 
     Raises:
-        AssertionError: naming every promise that was not kept and what was seen.
+        AssertionError: naming every broken promise and what was seen.
         RewardError: when the reward cannot be found or set up.
     """
     checks = check_reward(reward, **how)

@@ -1,33 +1,37 @@
-"""What every reward promises, as checks that can be run on any plugin."""
+"""The promises of a reward, as checks that run on any plugin."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NoReturn
 
 import numpy as np
+from PIL import Image
 
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult, Sample
 from unigrpo_cli.rewards.function import MARK
-from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits
+from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits, message_of
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
-from unigrpo_cli.toy.prompts import draw_scene, held_out_prompts
+from unigrpo_cli.toy.prompts import corrupt_plan, draw_scene, held_out_prompts
 from unigrpo_cli.toy.render import render
-from unigrpo_cli.toy.world import plan_text
+from unigrpo_cli.toy.world import THINK_CLOSE, THINK_OPEN, plan_text
 
-TOLERANCE = 1e-4  # a network's scores move this much with the batch they are in
+TOLERANCE = 1e-4
+"""Relative: a network's scores move by this much with the batch they are in."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, whether it was kept, and what was seen."""
+    """One promise, whether it is kept, and what was seen."""
 
     name: str
     ok: bool
@@ -35,7 +39,7 @@ class Check:
 
 
 def example_samples(count: int = 8, seed: int = 0) -> list[Sample]:
-    """Pictures of the shapes world with prompts, metadata and plans."""
+    """Pictures of the shapes world, all painted as asked, with prompts, metadata and plans."""
     rng = np.random.default_rng(seed)
     suite = held_out_prompts(per_tag=count)
     rows = suite[:: len(suite) // count][:count]
@@ -43,6 +47,32 @@ def example_samples(count: int = 8, seed: int = 0) -> list[Sample]:
     for k, row in enumerate(rows):
         scene = draw_scene(row, rng)
         samples.append(Sample(row["prompt"], render(scene, rng), plan_text(scene), row, f"{k}", f"{k // 2}"))
+    return samples
+
+
+def contrasting_samples(seed: int = 0) -> list[Sample]:
+    """Eight samples that deserve different scores: for each of four prompts one as asked, and one with a fault.
+
+    The faults: one thing wrong in the picture; nothing painted; a plan that does not answer the prompt; noise in place
+    of a picture and words in place of a plan.
+    """
+    rng = np.random.default_rng(seed)
+    rows = {row["tag"]: row for row in held_out_prompts(per_tag=1)}
+    samples: list[Sample] = []
+    for k, tag in enumerate(("counting", "color_attr", "position", "two_object")):
+        row = rows[tag]
+        scene = draw_scene(row, rng)
+        wrong = corrupt_plan(scene, row, rng)
+        picture, plan = render(scene, rng), plan_text(scene)
+        noise = rng.integers(0, 256, picture.shape, dtype=np.uint8)
+        fault = [
+            (render(wrong, rng), plan),
+            (render((), rng), f"{THINK_OPEN} {THINK_CLOSE}"),
+            (picture, plan_text(wrong)),
+            (noise, "a picture with some things in it, " * 40),
+        ][k]
+        for pixels, text in ((picture, plan), fault):
+            samples.append(Sample(row["prompt"], pixels, text, row, str(len(samples)), str(k)))
     return samples
 
 
@@ -57,115 +87,124 @@ def check_reward(
 ) -> list[Check]:
     """Run all checks on a reward.
 
-    A reward with `scope = "group"` compares the samples of a group, so it is excused from being the same alone.
-
     Args:
         reward: a name as in `--reward`, a reward class, or a function decorated with `@reward`.
-        plugin: the file or module that the name is in, if it is not installed.
-        options: what would be given as `@key=value`.
-        samples: what to score; default eight pictures of the shapes world with prompts, metadata and plans.
-        max_seconds: longest time per sample that is accepted; None accepts any.
+        plugin: the file or module with the name, if it is not installed.
+        options: as `@key=value` gives them.
+        samples: what to score, `contrasting_samples` by default.
+        max_seconds: limit of the time per sample; None for no limit.
 
     Raises:
-        RewardError: when it cannot be found or set up.
+        RewardError: when the reward cannot be found or set up.
     """
     if plugins is None:
         plugins = Plugins()
         plugins.load([plugin] if plugin else None)
-    choice = _choice(reward, options or {}, plugins)
-    given = list(samples if samples is not None else example_samples())
+    spec = _spec_of(reward, options or {}, plugins)
+    given = list(samples if samples is not None else contrasting_samples())
     context = RewardContext(device="cpu", seed=0, embedded=True, offline=False)
-    rewards = Scorer([choice], plugins, context, RewardLimits(max_abstain=1.0))
-    with warnings.catch_warnings(record=True) as said:
+    scorer = Scorer([spec], plugins, context, RewardLimits(max_abstain=1.0))
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with rewards:
-            checks = _scoring(rewards, given, max_seconds)
-    torn = [str(w.message) for w in said if "failed in teardown" in str(w.message)]
-    for other in [w for w in said if str(w.message) not in torn]:
+        with scorer:
+            checks = _checks(scorer, given, max_seconds)
+    failed = [str(w.message) for w in caught if "failed in teardown" in str(w.message)]
+    for other in [w for w in caught if str(w.message) not in failed]:
         warnings.warn(other.message, other.category, stacklevel=2)
-    checks.append(Check("can be torn down", not torn, torn[0] if torn else "done"))
-    return checks
+    return [*checks, Check("can be torn down", not failed, failed[0] if failed else "done")]
 
 
-def _choice(reward: Any, options: Mapping[str, Any], plugins: Plugins) -> RewardSpec:
-    """The reward to check; one given as an object is added to the plugins under its own name."""
+def _spec_of(reward: Any, options: Mapping[str, Any], plugins: Plugins) -> RewardSpec:
+    """The reward to check; an object is added to the plugins under its own name."""
     if isinstance(reward, str):
-        (choice,) = parse_rewards([reward], {})
-        choice.options.update(options)
-        return choice
+        (spec,) = parse_rewards([reward], {})
+        spec.options.update(options)
+        return spec
     made = getattr(reward, MARK, reward)
     name = str(getattr(made, "name", None) or getattr(made, "__name__", type(made).__name__))
     origin = str(getattr(made, "__module__", "-"))
-    plugins.rewards._put(RewardEntry(name, origin, "-", load=lambda: reward))
+    plugins.rewards.add_entry(RewardEntry(name, origin, "-", load=lambda: reward))
     return RewardSpec(name, f"{origin}/{name}", 1.0, dict(options))
 
 
-def _scoring(rewards: Scorer, given: Sequence[Sample], max_seconds: float | None) -> list[Check]:
+def _checks(scorer: Scorer, samples: Sequence[Sample], max_seconds: float | None) -> list[Check]:
     """All checks of a reward that is set up."""
-    opened = rewards.rewards[0]
+    loaded = scorer.rewards[0]
 
     def score(rows: Sequence[Sample]) -> RewardResult:
-        return rewards.score(rows)[opened.alias]
+        return scorer.score(rows)[loaded.alias]
 
     try:
-        rewards.check_needs([s.metadata for s in given], has_reasoning=True, split="train")
+        scorer.check_needs([s.metadata for s in samples], has_reasoning=True, split="train")
         began = time.perf_counter()
-        first = score(given)
-        seconds = (time.perf_counter() - began) / max(1, len(given))
+        first = score(samples)
+        seconds = (time.perf_counter() - began) / max(1, len(samples))
     except RewardError as error:
         return [Check("answers with one number per sample", False, str(error))]
-    checks = [Check("answers with one number per sample", True, f"{len(given)} scores")]
-    checks += _about(first, opened.range, seconds, max_seconds)
+    checks = [Check("answers with one number per sample", True, f"{len(samples)} scores")]
+    checks += _of_answer(first, loaded, seconds, max_seconds)
     try:
-        checks += _again(score, first, given, alone=getattr(opened.reward, "scope", "sample") == "sample")
+        checks += _repeated(score, first, samples, alone=loaded.scores_alone)
     except RewardError as error:
         checks.append(Check("answers again", False, str(error)))
-    if not opened.worker.hung:
-        checks.append(_nothing(opened))
+    if not loaded.worker.hung:
+        checks += [_unreadable(loaded, samples[0]), _empty(loaded)] if samples else [_empty(loaded)]
     return checks
 
 
-def _nothing(opened: LoadedReward) -> Check:
-    """No samples, no scores. A run never asks that, so refusing with an exception is as good as an empty answer."""
-    answer = opened.raw_score(RewardBatch(()))
-    if isinstance(answer, BaseException):
-        return Check("says nothing about nothing", True, f"refuses: {type(answer).__name__}")
-    scores = answer.scores if isinstance(answer, RewardOutput) else answer
-    count = len(scores) if hasattr(scores, "__len__") else -1
-    seen = f"{count} scores for no samples" if count >= 0 else f"one {type(scores).__name__} for no samples"
-    return Check("says nothing about nothing", count == 0, seen)
-
-
-def _about(first: RewardResult, limits: tuple[float, float], seconds: float, max_seconds: float | None) -> list[Check]:
+def _of_answer(first: RewardResult, loaded: LoadedReward, seconds: float, max_seconds: float | None) -> list[Check]:
     """Checks of one answer."""
     abstained, count = int((~first.valid).sum()), len(first.valid)
-    low, high = limits
-    seen = first.scores[first.valid]
-    inside = bool(((seen >= low - 1e-6) & (seen <= high + 1e-6)).all())
-    limit = "" if max_seconds is None else f", {1000 * max_seconds:g} ms accepted"
-    timed = f"{1000 * seconds:.1f} ms per sample{limit}"
-    spread = f"{seen.min():.4g} to {seen.max():.4g}" if len(seen) else "nothing"
+    low, high = loaded.range
+    known = first.scores[first.valid]
+    inside = bool(((known >= low - 1e-6) & (known <= high + 1e-6)).all())
+    limit = "" if max_seconds is None else f", limit {1000 * max_seconds:g} ms"
+    spread = f"{known.min():.4g} to {known.max():.4g}" if len(known) else "nothing"
     return [
         Check("has an opinion", abstained < count, f"{abstained} of {count} abstained"),
+        _distinct(first, loaded),
         Check("stays in its declared range", inside, f"{spread} in [{low:g}, {high:g}]"),
-        Check("is fast enough", max_seconds is None or seconds <= max_seconds, timed),
+        Check(
+            "is fast enough",
+            max_seconds is None or seconds <= max_seconds,
+            f"{1000 * seconds:.1f} ms per sample{limit}",
+        ),
     ]
 
 
-def _again(
-    score: Callable[[Sequence[Sample]], RewardResult], first: RewardResult, given: Sequence[Sample], *, alone: bool
+def _distinct(first: RewardResult, loaded: LoadedReward) -> Check:
+    """Different samples have different scores. One score for all is how a caught exception looks."""
+    name = "tells samples apart"
+    known = first.scores[first.valid]
+    if len(known) < 2:
+        return Check(name, True, "fewer than two opinions")
+    if (known == known[0]).all():
+        return Check(
+            name, False, f"{known[0]:.4g} for all {len(known)} samples; if it fails inside, let the exception out"
+        )
+    size = getattr(loaded.reward, "batch_size", None) or len(first.scores)
+    calls = [first.scores[at : at + size] for at in range(0, len(first.scores), size)]
+    full = [own[np.isfinite(own)] for own in calls if np.isfinite(own).sum() > 1]
+    if full and all((own == own[0]).all() for own in full):
+        return Check(name, False, f"one score for each call of {size} samples; score every sample by itself")
+    return Check(name, True, f"{len(np.unique(known))} different scores")
+
+
+def _repeated(
+    score: Callable[[Sequence[Sample]], RewardResult], first: RewardResult, samples: Sequence[Sample], *, alone: bool
 ) -> list[Check]:
-    """Checks of further answers against the first: the same samples again, in another order, one by one."""
-    checks = [_same("gives the same twice", first, score(given))]
-    order = list(range(len(given)))
+    """Checks of further answers against the first: the same samples again, in another order, one by one.
+
+    A reward with `scope = "group"` compares samples, so it may score a sample differently when it is alone.
+    """
+    checks = [_same("gives the same twice", first, score(samples))]
+    order = list(range(len(samples)))
     random.Random(0).shuffle(order)
-    rotated, back = score([given[k] for k in order]), np.argsort(order)
-    straight = RewardResult(rotated.scores[back], rotated.valid[back], {}, [])
-    checks.append(_same("does not depend on the order", first, straight))
+    back = np.argsort(order).tolist()
+    checks.append(_same("does not depend on the order", first, score([samples[k] for k in order]).select(back)))
     if alone:
-        ones = [score([row]) for row in given]
-        joined = RewardResult(np.concatenate([s.scores for s in ones]), np.concatenate([s.valid for s in ones]), {}, [])
-        checks.append(_same("does not depend on the batch", first, joined))
+        ones = RewardResult.join([score([sample]) for sample in samples])
+        checks.append(_same("does not depend on the batch", first, ones))
     return checks
 
 
@@ -175,3 +214,79 @@ def _same(name: str, a: RewardResult, b: RewardResult) -> Check:
     agree = bool((a.valid == b.valid).all())
     scale = max(1.0, float(np.abs(a.scores[both]).max())) if both.any() else 1.0
     return Check(name, agree and gap <= TOLERANCE * scale, f"largest difference {gap:.2g}")
+
+
+def _empty(loaded: LoadedReward) -> Check:
+    """No samples, no scores. A run never asks this, so an exception is as good as an empty answer."""
+    name = "handles an empty batch"
+    answer = loaded.raw_score(RewardBatch(()))
+    if isinstance(answer, BaseException):
+        return Check(name, True, f"refuses: {type(answer).__name__}")
+    scores = answer.scores if isinstance(answer, RewardOutput) else answer
+    if not hasattr(scores, "__len__"):
+        return Check(name, False, f"one {type(scores).__name__} for no samples")
+    return Check(name, len(scores) == 0, f"{len(scores)} scores for no samples")
+
+
+def _unreadable(loaded: LoadedReward, sample: Sample) -> Check:
+    """A picture that cannot be read has no score. A number would be a swallowed exception."""
+    name = "does not score an unreadable picture"
+    batch = _UnreadablePicture((replace(sample),))
+    answer = loaded.raw_score(batch)
+    if not batch.refused:
+        return Check(name, True, "does not look at pictures")
+    if isinstance(answer, BaseException):
+        return Check(name, True, f"raises: {message_of(answer)}")
+    scores = answer.scores if isinstance(answer, RewardOutput) else answer
+    try:
+        (score,) = scores
+        value = math.nan if score is None else float(score)
+    except (TypeError, ValueError):
+        return Check(name, True, "gives no number")
+    if not math.isfinite(value):
+        return Check(name, True, "abstains")
+    return Check(name, False, f"gives {value:.4g} after an exception; let it out, or abstain with None")
+
+
+class _UnreadableImage(Image.Image):
+    """A picture like a truncated file: it has a size, and any use of its pixels raises."""
+
+    def __init__(self, size: tuple[int, int], refuse: Callable[[], NoReturn]):
+        super().__init__()
+        self._mode, self._size, self._refuse = "RGB", size, refuse
+
+    def load(self) -> Any:
+        self._refuse()
+
+    def copy(self) -> Any:
+        self._refuse()
+
+    @property
+    def __array_interface__(self) -> Any:
+        self._refuse()
+
+
+class _UnreadablePicture(RewardBatch):
+    """One sample whose picture cannot be read."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the picture was used."""
+        return self.__dict__.get("_refused", False)
+
+    def _refuse(self) -> NoReturn:
+        self.__dict__["_refused"] = True
+        raise OSError("image file is truncated")
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        height, width = self.samples[0].pixels.shape[:2]
+        return [_UnreadableImage((width, height), self._refuse)]
+
+    @property
+    def pixels(self) -> Any:
+        self._refuse()
+
+    @cached_property
+    def tensors(self) -> Any:
+        self._refuse()

@@ -87,9 +87,9 @@ class RewardRegistry:
 
         `override=True` makes it answer to `name` although another plugin has that name too.
         """
-        self._put(RewardEntry(name, *self._origin, load=lambda: factory, override=override))
+        self.add_entry(RewardEntry(name, *self._origin, load=lambda: factory, override=override))
 
-    def _put(self, entry: RewardEntry) -> None:
+    def add_entry(self, entry: RewardEntry) -> None:
         if any(e.address == entry.address for e in self.entries):
             raise RewardError(f"{entry.origin} offers two rewards named {entry.name!r}; rename one")
         self.entries.append(entry)
@@ -169,7 +169,7 @@ class Plugins:
             origin, number = _distribution(point)
             known |= {point.name, origin, f"{origin}/{point.name}"}
             if not blocked & {point.name, origin, f"{origin}/{point.name}"} and only in (None, origin):
-                self.rewards._put(RewardEntry(point.name, origin, number, load=point.load))
+                self.rewards.add_entry(RewardEntry(point.name, origin, number, load=point.load))
         for point in entry_points(group=PLUGIN_GROUP):
             origin, number = _distribution(point)
             known |= {point.name, origin}
@@ -203,7 +203,7 @@ class Plugins:
         for value in list(vars(module).values()):
             made = getattr(value, MARK, None)
             if made is not None and getattr(value, "__module__", None) == module.__name__:
-                self.rewards._put(RewardEntry(made.name, origin, number, load=partial(_itself, value)))
+                self.rewards.add_entry(RewardEntry(made.name, origin, number, load=partial(_itself, value)))
         try:
             self._register(module, f"--plugin {text}", origin, number)
         except UnigrpoError:
