@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from unigrpo_cli.cli import app, completion, main
+from unigrpo_cli.cli import app, common, completion, main
 
 FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
 
@@ -280,12 +280,79 @@ def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_stdout_is_the_json_object_whatever_a_reward_prints(tmp_path: Path) -> None:
-    plugin = _reward(tmp_path, "print('hello'); return [image.getpixel((0, 0))[0] / 255 for image in images]")
-    done = _command("rewards", "test", "mine", "--plugin", plugin, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["reward"] == "mine"
-    assert "hello" in done.stderr
+def test_a_plugin_cannot_spoil_stdout_or_the_working_directory(tmp_path: Path) -> None:
+    """It prints by every way, changes directory, and leaves a child running that inherits what can be inherited."""
+    plugin = tmp_path / "rude.py"
+    plugin.write_text(RUDE)
+    flags = "rollout --model embedded --limit 1 --group-size 2 --out kept/run --json --reward rude --plugin rude.py"
+    code = f"import sys; sys.argv[1:] = {flags.split()}; from unigrpo_cli.cli import main; main()"
+    began = time.monotonic()
+    with (tmp_path / "stderr").open("w") as stderr:  # a file, which nobody waits for
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path)
+    said = (tmp_path / "stderr").read_text()
+    assert done.returncode == 0, said
+    assert time.monotonic() - began < 80, "stdout ends although the child lives on"
+    assert json.loads(done.stdout)["episodes"] == 2
+    assert all(f"{where} {how}" in said for where in ("import", "setup", "score") for how in WAYS)
+    assert (tmp_path / "kept" / "run" / "rewards.json").is_file()
+
+
+WAYS = ("print", "write", "child", "shell")
+RUDE = """
+import os, subprocess, sys, time
+from unigrpo_cli import hookimpl
+
+def rude(where, folder):
+    print(where, "print")
+    os.write(1, f"{where} write\\n".encode())
+    subprocess.run([sys.executable, "-c", f"print({where!r}, 'child')"], check=True)
+    os.system(f"echo {where} shell")
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+
+rude("import", "a")
+
+class Rude:
+    name, range = "rude", (0.0, 1.0)
+
+    def __init__(self, options):
+        pass
+
+    def setup(self, context):
+        rude("setup", "b")
+
+    def score(self, batch):
+        assert os.path.basename(os.getcwd()) == "b", "it keeps a directory of its own"
+        rude("score", "c")
+        if os.fork() == 0:
+            time.sleep(90)
+            os._exit(0)
+        return [0.5 + k / 10 for k in range(len(batch))]
+
+@hookimpl
+def unigrpo_register_rewards(registry):
+    registry.add("rude", Rude)
+"""
+
+
+def test_a_plugin_that_ends_the_process_is_reported(tmp_path: Path) -> None:
+    done = _command("rewards", "test", "mine", "--plugin", _reward(tmp_path, "__import__('os')._exit(0)"))
+    assert done.returncode == 3
+    assert "os._exit(0)" in done.stderr
+
+
+@pytest.mark.parametrize(("status", "child", "ends"), [(0, False, 3), (7, False, 7), (0, True, 0)])
+def test_only_a_success_that_is_none_is_changed(
+    status: int, child: bool, ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Children of a reward may end by os._exit(0); multiprocessing ends them so."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with common._noticed_exit():
+        if child:
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+        os._exit(status)
+    assert ended == [ends]
 
 
 def test_help_survives_a_broken_environment() -> None:

@@ -8,16 +8,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from unigrpo_cli.cli import completion
-from unigrpo_cli.errors import EndedElsewhereError, UnigrpoError, UsageError, one_line
+from unigrpo_cli.errors import EndedElsewhereError, RewardError, UnigrpoError, UsageError, one_line
 from unigrpo_cli.io.secrets import redacted
+from unigrpo_cli.io.stdout import stdout_to_stderr
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -98,7 +99,8 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with stdout_for_json(kwargs.get("json", False)), _announced_torch(kwargs.get("quiet", False)):
+        quiet = kwargs.get("quiet", False)
+        with stdout_for_json(kwargs.get("json", False)), _announced_torch(quiet), _noticed_exit():
             return guarded(*args, **kwargs)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -243,16 +245,35 @@ _json_stream: list[TextIO] = []
 
 @contextmanager
 def stdout_for_json(wanted: bool) -> Iterator[None]:
-    """With --json, redirect what a reward or a library prints to stdout to stderr."""
+    """With --json, send everything but the JSON object to stderr."""
     if not wanted:
         yield
         return
-    _json_stream.append(sys.stdout)
-    try:
-        with redirect_stdout(sys.stderr):
+    with stdout_to_stderr() as stream:
+        _json_stream.append(stream)
+        try:
             yield
+        finally:
+            _json_stream.pop()
+
+
+@contextmanager
+def _noticed_exit() -> Iterator[None]:
+    """Report `os._exit(0)` by a plugin or library: without this the command would seem to have succeeded."""
+    leave, process = os._exit, os.getpid()
+
+    def noticed(status: int) -> NoReturn:
+        if status == 0 and os.getpid() == process:  # a forked child may end this way
+            text = "error: a reward, plugin or library ended the process with os._exit(0); the command is not done"
+            os.write(2, f"{text}: remove that call\n".encode())
+            status = RewardError.exit_code
+        leave(status)
+
+    os._exit = noticed
+    try:
+        yield
     finally:
-        _json_stream.pop()
+        os._exit = leave
 
 
 def print_json(content: Any) -> None:
@@ -273,7 +294,7 @@ def plugin_commands(app: typer.Typer) -> list[str]:
     from unigrpo_cli.rewards.registry import Plugins
 
     plugins, problems = Plugins(), []
-    with redirect_stdout(sys.stderr):
+    with stdout_to_stderr():
         plugins.load_installed()  # commands that need them report what is wrong
         commands, groups = list(app.registered_commands), list(app.registered_groups)
         try:

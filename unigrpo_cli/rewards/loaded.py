@@ -13,10 +13,9 @@ import math
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from unigrpo_cli.errors import RewardError, one_line, suggest
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
+from unigrpo_cli.io.working_directory import WorkingDirectory
 from unigrpo_cli.parallel.workers import Worker
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult
 from unigrpo_cli.rewards.function import Options
@@ -97,6 +97,7 @@ class LoadedReward:
 
     def __post_init__(self) -> None:
         self.worker = Worker(f"reward {self.alias}")
+        self._directory = WorkingDirectory()
         self.range = self._declared_range()
         self._warned: set[str] = set()
 
@@ -165,7 +166,7 @@ class LoadedReward:
             RewardError: when it fails or does not return in time.
         """
         if hasattr(self.reward, method):
-            return self._wait(self.worker.submit(partial(getattr(self.reward, method), *arguments)), method)
+            return self._wait(self._start(getattr(self.reward, method), *arguments), method)
         return None
 
     def submit(self, batch: RewardBatch) -> list[Call]:
@@ -176,7 +177,7 @@ class LoadedReward:
         own = replace(batch, samples=tuple(replace(s, metadata=copy.deepcopy(s.metadata)) for s in batch.samples))
         step = size or max(1, len(own))
         pieces = [own[at : at + step] for at in range(0, len(own), step)]
-        return [(len(piece), self.worker.submit(partial(self.reward.score, piece))) for piece in pieces]
+        return [(len(piece), self._start(self.reward.score, piece)) for piece in pieces]
 
     def collect(self, calls: Sequence[Call]) -> RewardResult:
         """The checked answers of submitted calls.
@@ -192,12 +193,21 @@ class LoadedReward:
         Raises:
             TimeoutError: when it does not return in time.
         """
-        call = self.worker.submit(partial(self.reward.score, batch))
+        call = self._start(self.reward.score, batch)
         error = self.worker.wait(call, timeout_s)
         return call.result() if error is None else error
 
     def close(self) -> None:
         self.worker.close()
+
+    def _start(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Queue a call of plugin code."""
+
+        def call() -> Any:
+            with self._directory.entered():
+                return function(*arguments)
+
+        return self.worker.submit(call)
 
     def _wait(self, call: Future, what: str, count: int | None = None) -> Any:
         """The answer of a call; `count` NaN for a failed scoring that may abstain."""
@@ -349,7 +359,9 @@ def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> Loa
             f"reward {spec.alias!r}: option {key}{shown}: {said}; see `unigrpo rewards info {spec.name}`"
         ) from (None if secret else error)
     try:
-        return LoadedReward(spec, entry, factory(options), limits)
+        with WorkingDirectory().entered():
+            reward = factory(options)
+        return LoadedReward(spec, entry, reward, limits)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:

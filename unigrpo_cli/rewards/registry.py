@@ -25,6 +25,7 @@ import pluggy
 
 from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, suggest
 from unigrpo_cli.io.entry_points import NO_AUTOLOAD, OURS
+from unigrpo_cli.io.working_directory import WorkingDirectory
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.rewards.function import MARK
 from unigrpo_cli.rewards.hooks import PROJECT, Hooks
@@ -58,7 +59,8 @@ class RewardEntry:
         """
         if self._factory is None and not self._error:
             try:
-                found = self.load()
+                with WorkingDirectory().entered():
+                    found = self.load()
             except (Exception, SystemExit) as error:  # whatever a stranger's module raises at import
                 self._error = f"{type(error).__name__}: {error}"
             else:
@@ -154,7 +156,8 @@ class Plugins:
         """
         caller = getattr(self.manager.hook, hook)
         try:
-            return caller.call_historic(kwargs=arguments) if caller.is_historic() else caller(**arguments)
+            with WorkingDirectory().entered():
+                return caller.call_historic(kwargs=arguments) if caller.is_historic() else caller(**arguments)
         except UnigrpoError:
             raise
         except (Exception, SystemExit) as error:
@@ -176,7 +179,8 @@ class Plugins:
             if blocked & {point.name, origin} or only not in (None, origin):
                 continue
             try:
-                self._register(point.load(), point.name, origin, number)
+                with WorkingDirectory().entered():
+                    self._register(point.load(), point.name, origin, number)
             except (Exception, SystemExit) as error:  # an installed plugin must not break the command line
                 self.rewards.problems.append(
                     f"plugin {point.name!r} of {origin} failed: {type(error).__name__}: {error}"
@@ -187,7 +191,8 @@ class Plugins:
 
     def _load_named(self, text: str, may_be_empty: bool = False) -> None:
         try:
-            module = _from_file(Path(text)) if text.endswith(".py") else importlib.import_module(text)
+            with WorkingDirectory().entered():
+                module = _from_file(Path(text)) if text.endswith(".py") else importlib.import_module(text)
         except UnigrpoError as error:
             raise RewardError(f"--plugin {text}: {error}") from error
         except KeyboardInterrupt:
@@ -205,7 +210,8 @@ class Plugins:
             if made is not None and getattr(value, "__module__", None) == module.__name__:
                 self.rewards.add_entry(RewardEntry(made.name, origin, number, load=partial(_itself, value)))
         try:
-            self._register(module, f"--plugin {text}", origin, number)
+            with WorkingDirectory().entered():
+                self._register(module, f"--plugin {text}", origin, number)
         except UnigrpoError:
             raise
         except (Exception, SystemExit) as error:
