@@ -1,4 +1,4 @@
-"""The vision-language judge: how it is asked, how its answers are read, and that no failure becomes a number."""
+"""The reward `vlm`: judges behind a server that injects faults, on this machine and in process; the cache; secrets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 import torch
@@ -33,26 +31,9 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins import judge_cache
-from unigrpo_plugins.judge_client import (
-    Answer,
-    Endpoint,
-    Patience,
-    RefusedError,
-    UnansweredError,
-    in_parallel,
-)
-from unigrpo_plugins.judge_endpoint import find_model
-from unigrpo_plugins.judge_modes import (
-    Question,
-    Rating,
-    Rubric,
-    YesNoOdds,
-    YesNoWord,
-    axes_of,
-    checklist,
-    fence_of,
-    fenced,
-)
+from unigrpo_plugins.judge_client import Answer
+from unigrpo_plugins.judge_endpoint import data_url
+from unigrpo_plugins.judge_modes import Question, YesNoOdds, checklist, fence_of, fenced
 from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
@@ -60,7 +41,7 @@ SECRET = "sk-very-secret-0123456789"
 
 
 @pytest.fixture(autouse=True)
-def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _own_cache_and_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("UNIGRPO_JUDGE_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -143,7 +124,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_each_question_is_asked_once_and_paid_for(judge: Callable[..., VlmReward]) -> None:
+def test_equal_questions_are_asked_and_paid_once(judge: Callable[..., VlmReward]) -> None:
     reward = judge(price_in=2.0, price_out=10.0)
     batch = _batch(4)
     before = reward.figures()
@@ -168,7 +149,9 @@ QUICK = {"read_timeout_s": 1.0}
 
 
 @pytest.mark.parametrize("kind", [*FAULTS, "all"])
-def test_a_third_of_faults_changes_no_score(server: JudgeServer, judge: Callable[..., VlmReward], kind: str) -> None:
+def test_faults_in_a_third_of_requests_change_no_score(
+    server: JudgeServer, judge: Callable[..., VlmReward], kind: str
+) -> None:
     batch = _batch(16)
     reward = judge(**QUICK)
     expected = _scores(reward, batch)
@@ -182,7 +165,7 @@ def test_a_third_of_faults_changes_no_score(server: JudgeServer, judge: Callable
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_that_stays_is_no_opinion_and_never_zero(
+def test_a_lasting_fault_is_no_opinion_and_never_zero(
     server: JudgeServer, judge: Callable[..., VlmReward], kind: str
 ) -> None:
     reward = judge(attempts=2, breaker=99, read_timeout_s=0.2 if kind == "hang" else 5)
@@ -193,7 +176,7 @@ def test_a_fault_that_stays_is_no_opinion_and_never_zero(
     assert all(np.isnan(values).all() for values in output.components.values())
 
 
-def test_a_server_that_dies_and_comes_back_loses_nothing(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
+def test_a_server_that_restarts_loses_nothing(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
     batch = _batch(24)
     reward = judge(concurrency=2, attempts=16)  # time enough to come back, whatever the jitter
     expected = _scores(reward, batch)
@@ -231,17 +214,6 @@ def test_a_judge_that_is_gone_stops_the_run(server: JudgeServer, judge: Callable
         reward.score(_batch(2))
 
 
-def test_only_failures_in_a_row_break_it() -> None:
-    bad, good = httpx2.Response(500), _answer()
-    endpoint, _ = _endpoint([bad, good, bad, good, bad, bad], Clock(), patience=Patience(attempts=1, breaker=2))
-    for what in (UnansweredError, None, UnansweredError, None, UnansweredError, RewardError, RewardError):
-        if what is None:
-            endpoint.ask({})
-        else:
-            with pytest.raises(what):
-                endpoint.ask({})
-
-
 def test_no_server_at_all_is_found_at_setup() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
@@ -250,191 +222,12 @@ def test_no_server_at_all_is_found_at_setup() -> None:
             VlmReward(VlmOptions(url=url, attempts=2, backoff_s=0.001)).setup(CONTEXT)
 
 
-# ----- transport, on a clock of its own
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.at = 0.0
-        self.rests: list[float] = []
-
-    def __call__(self) -> float:
-        return self.at
-
-    def rest(self, seconds: float) -> None:
-        self.rests.append(seconds)
-        self.at += seconds
-
-
-def _answer(text: str = "Yes", first: tuple = (("Yes", -0.1), ("No", -2.4)), **more: Any) -> dict:
-    listed = [{"token": t, "logprob": p, "bytes": None} for t, p in first]
-    logprobs = {"content": [{**listed[0], "top_logprobs": listed}]} if listed else None
-    choice = {"message": {"role": "assistant", "content": text}, "logprobs": logprobs, "finish_reason": "stop"}
-    return {"choices": [choice | more], "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
-
-
-def _endpoint(answers: list, clock: Clock, **facts: Any) -> tuple[Endpoint, list[httpx2.Request]]:
-    """An endpoint that gives these answers in turn: responses, rows of JSON, or exceptions."""
-    seen: list[httpx2.Request] = []
-
-    def give(request: httpx2.Request) -> httpx2.Response:
-        seen.append(request)
-        answer = answers[min(len(seen), len(answers)) - 1]
-        if isinstance(answer, Exception):
-            raise answer
-        return httpx2.Response(200, json=answer) if isinstance(answer, dict) else answer
-
-    options = {"clock": clock, "rest": clock.rest, "now": lambda: 1e9, "draw": lambda: 1.0} | facts
-    patience = options.pop("patience", Patience())
-    key = options.pop("key", None)
-    return Endpoint("http://judge.test/v1", key, patience, transport=httpx2.MockTransport(give), **options), seen
-
-
-def test_waiting_doubles_under_full_jitter() -> None:
-    clock = Clock()
-    draws = iter([1.0, 0.5, 0.0, 1.0])
-    patience = Patience(attempts=5, backoff_s=1.0, backoff_most_s=6.0)
-    endpoint, seen = _endpoint([httpx2.Response(500)], clock, patience=patience, draw=lambda: next(draws))
-    with pytest.raises(UnansweredError, match=r"status 500 \(after 5 tries\)"):
-        endpoint.ask({})
-    assert clock.rests == [1.0, 1.0, 0.0, 6.0]
-    assert len(seen) == 5
-
-
-@pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize(
-    ("header", "wait"),
-    [
-        ("7", 7.0),
-        ("0", 0.5),
-        (formatdate(1e9 + 9, usegmt=True), 9.0),
-        (formatdate(1e9 - 9, usegmt=True), 0.5),
-        ("soon", 0.5),
-        ("-3", 0.5),
-        ("nan", 0.5),
-    ],
-)
-def test_retry_after_is_honoured(status: int, header: str, wait: float) -> None:
-    clock = Clock()
-    endpoint, _ = _endpoint([httpx2.Response(status, headers={"Retry-After": header}), _answer()], clock)
-    assert endpoint.ask({}).text == "Yes"
-    assert clock.rests == [wait]
-
-
-def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
-    clock = Clock()
-    endpoint, seen = _endpoint([httpx2.Response(503, headers={"Retry-After": "3600"})], clock)
-    with pytest.raises(UnansweredError):
-        endpoint.ask({})
-    assert (clock.rests, len(seen)) == ([], 1)
-
-
-def test_an_answer_that_drips_ends_at_the_deadline() -> None:
-    clock = Clock()
-
-    def drip() -> Iterator[bytes]:
-        while True:
-            clock.at += 10
-            yield b" "
-
-    endpoint, seen = _endpoint([httpx2.Response(200, content=drip())], clock, patience=Patience(deadline_s=45))
-    with pytest.raises(UnansweredError, match="without end"):
-        endpoint.ask({})
-    assert (clock.at, len(seen)) == (50, 1)
-
-
-@pytest.mark.parametrize(
-    "passing",
-    [httpx2.Response(status) for status in (408, 409, 425, 429, 500, 502, 503, 504, 529)]
-    + [httpx2.Response(200, content=b'{"choices": [{"mess'), httpx2.Response(200, content=b"<html>")]
-    + [
-        {"choices": []},
-        {"error": "late"},
-        _answer(text=["no", "text"]),
-        httpx2.Response(200, content=json.dumps(_answer(first=(("Yes", math.nan),)))),
-    ]
-    + [httpx2.ConnectError("refused"), httpx2.ReadError("reset"), httpx2.ReadTimeout("slow")]
-    + [httpx2.RemoteProtocolError("half"), httpx2.ConnectTimeout("slow"), httpx2.PoolTimeout("full")],
-    ids=lambda p: str(getattr(p, "status_code", None) or type(p).__name__),
-)
-def test_what_may_pass_is_tried_again(passing: Any) -> None:
-    clock = Clock()
-    endpoint, seen = _endpoint([passing, _answer()], clock)
-    assert endpoint.ask({}).text == "Yes"
-    assert len(seen) == 2
-    assert endpoint.figures()["retries"] == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "remedy"),
-    [
-        (400, "@mode=auto"),
-        (401, "UNIGRPO_JUDGE_KEY"),
-        (403, "UNIGRPO_JUDGE_KEY"),
-        (404, "@model"),
-        (422, "@mode=auto"),
-        (413, "too large"),
-        (402, "credit"),
-        (301, "@url"),
-        (418, "@url"),
-    ],
-)
-def test_what_is_refused_is_not_tried_again(status: int, remedy: str) -> None:
-    clock = Clock()
-    endpoint, seen = _endpoint([httpx2.Response(status, json={"error": {"message": "no such\nthing"}})], clock)
-    with pytest.raises(RefusedError, match=rf"status {status} \(no such thing\); .*{remedy}") as caught:
-        endpoint.ask({})
-    assert (caught.value.exit_code, caught.value.status, len(seen)) == (3, status, 1)
-
-
-def test_timeouts_are_apart_and_within_the_deadline() -> None:
-    clock = Clock()
-    patience = Patience(connect_s=3, read_s=40, deadline_s=50, attempts=2, backoff_s=30, backoff_most_s=30)
-    endpoint, seen = _endpoint([httpx2.ReadTimeout("slow"), _answer()], clock, patience=patience)
-    endpoint.ask({})
-    limits = [request.extensions["timeout"] for request in seen]
-    assert [(t["connect"], t["read"]) for t in limits] == [(3, 40), (3, 20)]
-
-
-def test_which_model() -> None:
-    def among(*answers: Any, model: str | None = None) -> str:
-        return find_model(_endpoint(list(answers), Clock())[0], model)
-
-    assert among({"data": [{"id": "only"}]}) == "only"
-    assert among({"data": [{"id": "a"}, {"id": "b"}]}, model="c") == "c"
-    assert among(httpx2.Response(404), model="c") == "c", "not every server lists its models"
-    with pytest.raises(RewardError, match=r"serves 2 models: a, b; choose with @model"):
-        among({"data": [{"id": "b"}, {"id": "a"}]})
-    with pytest.raises(RewardError, match="status 404"):
-        among(httpx2.Response(404))
-    with pytest.raises(RewardError, match=r"status 401.*UNIGRPO_JUDGE_KEY"):
-        among(httpx2.Response(401), model="c")
-
-
-def test_a_proxy_does_not_stand_before_this_machine(
-    monkeypatch: pytest.MonkeyPatch, judge: Callable[..., VlmReward]
-) -> None:
+def test_loopback_needs_no_proxy(monkeypatch: pytest.MonkeyPatch, judge: Callable[..., VlmReward]) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     assert not np.isnan(_scores(judge(attempts=1), _batch(2))).any()
-
-
-def test_the_first_error_does_not_wait_for_the_slow() -> None:
-    gate = threading.Event()
-
-    def ask(k: int) -> int:
-        if k == 1:
-            raise RewardError("gone")
-        return gate.wait(30) or k
-
-    began = time.perf_counter()
-    with pytest.raises(RewardError, match="gone"):
-        in_parallel(ask, range(4), 2)
-    assert time.perf_counter() - began < 5
-    gate.set()
-    assert in_parallel(lambda k: k * k, range(20), 7) == [k * k for k in range(20)]
 
 
 # ----- secrets
@@ -510,7 +303,7 @@ def test_a_prompt_cannot_leave_its_fence(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ATTACKS[:-1])
-def test_an_attack_gains_nothing_with_the_stand_in(judge: Callable[..., VlmReward], text: str) -> None:
+def test_an_attack_gains_nothing(judge: Callable[..., VlmReward], text: str) -> None:
     sample = replace(example_samples(1)[0], prompt=text)
     assert math.isnan(judge().score(RewardBatch((sample,))).scores[0])
 
@@ -526,7 +319,7 @@ def test_the_reasoning_is_never_sent(monkeypatch: pytest.MonkeyPatch, judge: Cal
     assert not [data for data in sent if b"XYZZY" in data]
 
 
-def test_a_field_of_every_request_can_be_set_or_taken_out(
+def test_fields_of_every_request_can_be_set_or_removed(
     monkeypatch: pytest.MonkeyPatch, judge: Callable[..., VlmReward]
 ) -> None:
     sent: list[dict] = []
@@ -538,8 +331,6 @@ def test_a_field_of_every_request_can_be_set_or_taken_out(
 
 
 def test_small_pictures_are_sent_without_loss(judge: Callable[..., VlmReward]) -> None:
-    from unigrpo_plugins.judge_endpoint import data_url
-
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 512, 3), dtype=np.uint8))
     (part,) = [{"type": "image_url", "image_url": {"url": data_url(picture)}}]
     assert (judge_server._picture([part]) == np.asarray(picture)).all()
@@ -587,198 +378,6 @@ def test_a_mode_that_the_judge_cannot_do(server: JudgeServer, judge: Callable[..
 def test_a_model_that_is_not_there(judge: Callable[..., VlmReward]) -> None:
     with pytest.raises(RewardError, match=rf"one model here, {MODEL}"):
         judge(model="gpt-9")
-
-
-@pytest.mark.parametrize(
-    ("first", "value", "mass"),
-    [
-        (
-            [("Yes", 0.5), (" yes", 0.1), ("YES", 0.1), ("No", 0.2), ("\u2581no", 0.05), ("Maybe", 0.02)],
-            0.7 / 0.95,
-            0.95,
-        ),
-        ([("\u0120Yes", 0.25), ("\u0120no", 0.25)], 0.5, 0.5),
-        ([("no", 0.9)], 0.0, 0.9),
-        ([("Yes", 0.9), ("Yesterday", 0.05), ("Not", 0.04)], 1.0, 0.9),
-        ([("The", 0.9), ("yesterday", 0.1)], math.nan, math.nan),
-        ([], math.nan, math.nan),
-    ],
-)
-def test_odds_of_yes(first: list, value: float, mass: float) -> None:
-    reading = YesNoOdds().read(Answer("", tuple((t, math.log(p)) for t, p in first)))
-    assert reading.value == pytest.approx(value, abs=1e-12, nan_ok=True)
-    assert reading.parts.get("mass", math.nan) == pytest.approx(mass, abs=1e-12, nan_ok=True)
-    assert bool(reading.why) == math.isnan(value)
-
-
-def test_the_sampled_token_counts_once_and_counts_when_it_is_not_listed() -> None:
-    row = _answer(first=(("Yes", math.log(0.6)), ("No", math.log(0.3))))
-    endpoint, _ = _endpoint([row], Clock())
-    assert YesNoOdds().read(endpoint.ask({})).value == pytest.approx(2 / 3)
-    row["choices"][0]["logprobs"]["content"][0] |= {"token": " yes", "logprob": math.log(0.1)}
-    endpoint, _ = _endpoint([row], Clock())
-    assert YesNoOdds().read(endpoint.ask({})).value == pytest.approx(0.7)
-
-
-def _object(alignment: Any = 4, quality: Any = 2) -> str:
-    return json.dumps({"reason": "small", "alignment": alignment, "quality": quality})
-
-
-MEAN = (2 * 0.75 + 0.25) / 3
-READ_RUBRICS = {
-    _object(): MEAN,
-    _object(5, 5): 1.0,
-    _object(1, 1): 0.0,
-    f"```json\n{_object()}\n```": MEAN,
-    f"```\n{_object()}\n```\n": MEAN,
-    f"Here it is:\n\n```JSON\n{_object()}\n```\nIt is small.": MEAN,
-    f"Sure! {_object()}": MEAN,
-    f"<think>{_object(1, 1)} or so?</think>{_object()}": MEAN,
-    f"{_object()}\n{_object()}": MEAN,
-    '{"Reason": "", "Alignment": 4, "QUALITY": 2}': MEAN,
-    _object(4.0, "2"): MEAN,
-    _object("4/5", "2 out of 5"): MEAN,
-    _object(4.5, 2): (2 * 0.875 + 0.25) / 3,
-}
-UNREAD_RUBRICS = [
-    "",
-    "[4, 2]",
-    "4, 2",
-    '{"reason": "it go',
-    f"```json\n{_object()[:-9]}",
-    f"{_object()[:-1]}\n```",
-    f"<think>{_object()}",
-    '{"alignment": 4}',
-    '{"alignment": 4, "alignment": 3, "quality": 2}',
-    '{"alignment": NaN, "quality": 2}',
-    f"{_object()} or {_object(3)}",
-    _object(6),
-    _object(0),
-    _object(True),
-    _object("8/10"),
-    _object("4 or 5"),
-    _object(None),
-    _object([4]),
-]
-
-
-@pytest.mark.parametrize("text", [*READ_RUBRICS, *UNREAD_RUBRICS])
-def test_rubrics(text: str) -> None:
-    reading = Rubric(axes_of("alignment:2 quality")).read(Answer(text))
-    assert reading.value == pytest.approx(READ_RUBRICS.get(text, math.nan), nan_ok=True)
-    assert bool(reading.why) == math.isnan(reading.value)
-    if text == _object():
-        assert (reading.remark, reading.parts) == ("small", {"alignment": 0.75, "quality": 0.25})
-
-
-READ_RATINGS = {
-    0.7: ["7", " 7\n", "7.", "7.0", "**7**", "`7`", "# 7", "```\n7\n```", "7/10", "7 / 10", "7 out of 10", "(7/10)"]
-    + [
-        "Score: 7",
-        "score=7",
-        "**Score:** 7",
-        "**Score: 7**",
-        "Score: 7/10",
-        "Rating: 7 out of 10",
-        "Rating: 7 (out of 10)",
-    ]
-    + ["Final score: 7.", "The score is 7.", "Score 7", "Score (0-10): 7", "Score out of 10: 7", "Score\uff1a7", "70%"]
-    + ["Score: 70/100", "I give it 7/10 because it is red.", "Score: 7\n\nTwo of 3 dogs are red.", "7/10\nScore: 7"]
-    + ['{"score": 7}', '{"rating": "7/10", "reason": "3 dogs"}', '```json\n{"Score": 7}\n```', "<think>3/10?</think>7"],
-    0.8: ["4/5", "Score: 4 (out of 5)", "Rating: 4/5 stars", "Score (0-5): 4"],
-    0.75: ["7.5", "7.5/10"],
-    1.0: ["10", "10/10", "5/5", "100%"],
-    0.0: ["0", "0/10"],
-}
-UNREAD_RATINGS = [
-    "",
-    "seven",
-    "\u0667",
-    "I would say 7",
-    "7 dogs",
-    "7 or 8",
-    "7-8",
-    "7 8",
-    "7\n8",
-    "11",
-    "-3",
-    "1e1",
-    "7\u00bd",
-]
-UNREAD_RATINGS += [
-    "7/10 or 8/10",
-    "7/10, 3/10",
-    "between 6 and 8/10",
-    "6-8/10",
-    "12/10",
-    "10/5",
-    "150%",
-    "7,5",
-    "7,5/10",
-]
-UNREAD_RATINGS += ["7/", "7/1", "7 out of", "3/4", "7/1000", "7/10/2024", "1/10.5", "4 stars", "Score: 4 stars"]
-UNREAD_RATINGS += [
-    "Score: 11",
-    "Score: -3",
-    "Score: 10.5",
-    "Score: 6-7",
-    "Score: 7 or 8",
-    "Score: 7\nScore: 8",
-    "Score: 7,5",
-]
-UNREAD_RATINGS += [
-    "Score: 7 (8/10 for colour)",
-    "Score (1-5): 4",
-    "Score (1-10): 7",
-    "Score out of 7: 6",
-    "Score: seven",
-]
-UNREAD_RATINGS += [
-    '{"score": 7',
-    '{"score": 7, "rating": 8}',
-    '{"score": true}',
-    '{"score": [7]}',
-    "<think>7",
-    "<think>7/10",
-]
-
-
-@pytest.mark.parametrize(("text", "value"), [(t, v) for v, texts in READ_RATINGS.items() for t in texts])
-def test_clear_ratings(text: str, value: float) -> None:
-    assert Rating().read(Answer(text)).value == pytest.approx(value)
-
-
-@pytest.mark.parametrize("text", UNREAD_RATINGS)
-def test_unclear_ratings_are_no_opinion(text: str) -> None:
-    reading = Rating().read(Answer(text))
-    assert math.isnan(reading.value) and reading.why
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("7", math.nan), ("Score: 7", math.nan), ("Score: 7/1", math.nan), ("7/10", math.nan), ("Score: 7\nThe dog", 0.7)],
-)
-def test_a_number_at_the_limit_of_tokens_may_lack_digits(text: str, value: float) -> None:
-    assert Rating().read(Answer(text, finish="length")).value == pytest.approx(value, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("texts", "value"),
-    [
-        (
-            ["Yes", "yes.", "**Yes**", "Answer: yes", "```\nYES\n```", '{"answer": "yes"}', "<think>no?</think> Yes!"],
-            1.0,
-        ),
-        ([" no.", "No", "**Answer:** No", '{"answer": false}'], 0.0),
-        (
-            ["", "not", "yes, it does", "yes and no", "yes no", "<think>yes", '{"answer": 1}', '{"answer": "yes"'],
-            math.nan,
-        ),
-    ],
-)
-def test_words(texts: list[str], value: float) -> None:
-    for text in texts:
-        assert YesNoWord().read(Answer(text)).value == pytest.approx(value, nan_ok=True), text
 
 
 @pytest.mark.parametrize("text", ["**Score:** 7", '```json\n{"score": "7/10"}\n```', "7 out of 10"])
@@ -856,7 +455,7 @@ def test_wrong_options_are_named(text: str, says: str) -> None:
 # ----- the cache
 
 
-def test_evaluation_remembers_and_training_does_not(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
+def test_evaluation_uses_the_cache_and_training_does_not(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
     reward, began = judge(), server.served
     first = _scores(reward, _batch(4))
     assert server.served - began == 4
@@ -875,7 +474,7 @@ def test_evaluation_remembers_and_training_does_not(server: JudgeServer, judge: 
     assert server.served - began == 4 + 1 + 4
 
 
-def test_no_opinion_is_not_remembered(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
+def test_no_opinion_is_not_cached(server: JudgeServer, judge: Callable[..., VlmReward]) -> None:
     reward = judge(cache="on")
     unread = RewardBatch((replace(example_samples(1)[0], prompt="a dog"),))
     for _ in range(2):
@@ -930,31 +529,34 @@ def test_a_damaged_row_is_asked_for_again(judge: Callable[..., VlmReward]) -> No
     assert reward.figures()["calls"] == before + 4
 
 
-def test_a_full_disk_turns_the_cache_off(judge: Callable[..., VlmReward], monkeypatch: pytest.MonkeyPatch) -> None:
+def _file_as_folder(patch: pytest.MonkeyPatch) -> None:
+    judge_cache.default_path().parents[1].write_text("a file where the folder should be")
+
+
+def _full_disk(patch: pytest.MonkeyPatch) -> None:
     plain = judge_cache.AnswerCache._open
 
     def small(self: judge_cache.AnswerCache) -> sqlite3.Connection:
         db = plain(self)
-        db.execute("PRAGMA max_page_count = 1")  # SQLite then says what it says of a full disk
+        db.execute("PRAGMA max_page_count = 1")  # SQLite then reports a full disk
         return db
 
+    patch.setattr(judge_cache.AnswerCache, "_open", small)
+
+
+@pytest.mark.parametrize("fault", [_full_disk, _file_as_folder])
+def test_a_cache_that_cannot_be_written_is_turned_off(
+    judge: Callable[..., VlmReward], monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
     expected = _scores(judge(), _batch(24)).tolist()
-    monkeypatch.setattr(judge_cache.AnswerCache, "_open", small)
+    fault(monkeypatch)
     reward = judge(cache="on", concurrency=1)
-    with pytest.warns(UserWarning, match=r"cache .* is off from here on: database or disk is full") as caught:
-        found = [_scores(reward, _batch(24)).tolist() for _ in range(2)]
-    assert found == [expected, expected]
+    with pytest.warns(UserWarning, match=r"cache .* is off from here on") as caught:
+        assert [_scores(reward, _batch(24)).tolist() for _ in range(2)] == [expected, expected]
     assert len([w for w in caught if "is off" in str(w.message)]) == 1
 
 
-def test_a_cache_that_cannot_be_made(judge: Callable[..., VlmReward], tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    reward = judge(cache="on")
-    with pytest.warns(UserWarning, match="is off from here on"):
-        assert not np.isnan(_scores(reward, _batch(4))).any()
-
-
-# ----- a model run here
+# ----- a model on this machine
 
 
 TEMPLATE = (
@@ -977,37 +579,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         PreTrainedTokenizerFast,
     )
 
-    words = [
-        "<unk>",
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<image>",
-        "Yes",
-        "yes",
-        "YES",
-        "No",
-        "no",
-        "red",
-        "blue",
-        "a",
-        "star",
-    ]
-    words += [
-        "Does",
-        "the",
-        "picture",
-        "show",
-        "Answer",
-        "with",
-        "one",
-        "word",
-        "or",
-        ":",
-        "USER",
-        "ASSISTANT",
-        ".",
-    ]
+    words = (
+        "<unk> <pad> <s> </s> <image> Yes yes YES No no red blue a star Does the picture show Answer with one word or"
+    )
+    words = [*words.split(), ":", "USER", "ASSISTANT", "."]
     plain = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
@@ -1035,10 +610,8 @@ def _alone(directory: Path, text: str, picture: Image.Image) -> float:
     """P(yes) by the library, one sample, no padding."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(directory),
-        AutoProcessor.from_pretrained(directory),
-    )
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    processor = AutoProcessor.from_pretrained(directory)
     inputs = processor(text=[f"USER: <image> {text} ASSISTANT:"], images=[picture], return_tensors="pt")
     with torch.inference_mode():
         p = model(**inputs).logits[0, -1].softmax(dim=-1)
@@ -1046,15 +619,9 @@ def _alone(directory: Path, text: str, picture: Image.Image) -> float:
     return float(yes / (yes + no))
 
 
-def test_a_model_run_here_equals_the_library(directory: Path) -> None:
+def test_a_local_model_equals_the_library(directory: Path) -> None:
     rng = np.random.default_rng(0)
-    prompts = [
-        "a red star",
-        "star",
-        "a blue star or the red star with a star",
-        "a <image> star </s>",
-        "one red star",
-    ]
+    prompts = ["a red star", "star", "a blue star or the red star with a star", "a <image> star </s>", "one red star"]
     sizes = [(32, 32), (48, 48), (32, 32), (32, 32), (48, 48)]
     pixels = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     samples = tuple(Sample(p, x) for p, x in zip(prompts, pixels, strict=True))
@@ -1068,12 +635,10 @@ def test_a_model_run_here_equals_the_library(directory: Path) -> None:
     output = reward.score(RewardBatch(samples))
     assert rows == [2, 1, 2], "three pictures of one size and two of another, two at a time"
     safe = [p.replace("<image>", "< image>").replace("</s>", "< /s>") for p in prompts]
-    expected = [
-        _alone(directory, fenced(Question(p), YesNoOdds.tail), Image.fromarray(x))
-        for p, x in zip(safe, pixels, strict=True)
-    ]
+    texts = [fenced(Question(p), YesNoOdds.tail) for p in safe]
+    expected = [_alone(directory, t, Image.fromarray(x)) for t, x in zip(texts, pixels, strict=True)]
     assert output.scores == pytest.approx(expected, abs=1e-5)
-    assert max(expected) - min(expected) > 1e-3, "a model that sees no difference would prove nothing"
+    assert max(expected) - min(expected) > 1e-3, "the model must see a difference"
     assert all(0 < mass < 1 for mass in output.components["mass"])
     shared = context.shared
     assert list(shared.loads.values()) == [1]
@@ -1081,7 +646,7 @@ def test_a_model_run_here_equals_the_library(directory: Path) -> None:
     assert not shared._held
 
 
-def test_a_conversation_begins_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_begin_token_comes_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A template writes the first token and the tokenizer would write it again."""
     reward = VlmReward(VlmOptions(model=str(directory)))
     reward.setup(CONTEXT)
@@ -1093,18 +658,8 @@ def test_a_conversation_begins_once(directory: Path, monkeypatch: pytest.MonkeyP
     reward.teardown()
 
 
-def test_what_a_model_run_here_cannot_do(directory: Path, tmp_path: Path) -> None:
+def test_limits_of_a_local_model(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match=r"@mode=yes_no or checklist, not rubric"):
         VlmReward(VlmOptions(model=str(directory), mode="rubric")).setup(CONTEXT)
     with pytest.raises(RewardError, match="cannot be loaded"):
         VlmReward(VlmOptions(model=str(tmp_path))).setup(CONTEXT)
-
-
-def test_odds_without_mass_are_no_opinion() -> None:
-    """A model about to think has yes among its first tokens by chance; its odds are not its answer."""
-    thinking = Answer("<think>", (("<think>", -1e-6), ("Yes", -16.0)))
-    reading = YesNoOdds().read(thinking)
-    assert reading.value != reading.value
-    assert "<think>" in reading.why
-    sure = YesNoOdds().read(Answer("Yes", (("Yes", math.log(0.06)), ("No", math.log(0.02)))))
-    assert sure.value == pytest.approx(0.75)
