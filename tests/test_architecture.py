@@ -1,4 +1,4 @@
-"""Who imports whom, and what an import costs."""
+"""Which module imports which, and the cost of an import."""
 
 from __future__ import annotations
 
@@ -12,14 +12,37 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+ROOMS = (
+    ("__main__",),
+    ("cli", "testing"),
+    ("run",),
+    ("train",),
+    ("evaluate", "training"),
+    ("replay",),
+    ("rollout",),
+    ("rewards",),
+    ("suites", "models"),
+    ("episode",),
+    ("toy", "config"),
+    ("parallel",),
+    ("io", "algo"),
+    ("errors",),
+)
+"""Rooms from top to bottom; a room imports only rooms of lower lines."""
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for path in ROOT.glob("unigrpo_cli/**/*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
 def _imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere, except under TYPE_CHECKING."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
+    """Names that a file imports anywhere: inside functions and under TYPE_CHECKING too."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -28,54 +51,41 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-def _room(module: str) -> str | None:
-    """The sub-package, top-level module or plugin package that a module name belongs to."""
-    parts = module.split(".")
-    if parts[0] == "unigrpo_plugins":
-        return "plugins"
-    if parts[0] != "unigrpo_cli" or len(parts) < 2:
-        return None
-    here = ROOT / "unigrpo_cli" / parts[1]
-    return parts[1] if here.is_dir() or here.with_suffix(".py").is_file() else None
-
-
 def _graph() -> dict[str, set[str]]:
-    graph: dict[str, set[str]] = {}
-    for path in [*ROOT.glob("unigrpo_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
-        if path == ROOT / "unigrpo_cli" / "__init__.py":
-            continue
-        own = "plugins" if "plugins" in path.relative_to(ROOT).parts[:1] else _room_of_file(path)
-        graph.setdefault(own, set())
-        graph[own] |= {r for r in map(_room, _imports(path)) if r and r != own}
+    """Modules of the package and the modules that each imports; `from a import b` with a module b is `a.b`."""
+    modules = _modules()
+    graph = {}
+    for name, path in modules.items():
+        found = _imports(path) & modules.keys()
+        graph[name] = {m for m in found if not any(other.startswith(f"{m}.") for other in found)} - {name}
     return graph
 
 
-def _room_of_file(path: Path) -> str:
-    relative = path.relative_to(ROOT / "unigrpo_cli")
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
-
-
-def test_no_two_rooms_import_each_other() -> None:
+def test_rooms_depend_downwards_only() -> None:
+    line = {room: k for k, rooms in enumerate(ROOMS) for room in rooms}
     graph = _graph()
-    assert len(graph) > 15
-    mutual = {(a, b) for a in graph for b in graph[a] if a < b and a in graph.get(b, set())}
-    assert not mutual
+    assert len(graph) > 100
+    wrong = []
+    for module, imported in graph.items():
+        for other in imported:
+            above, below = (m.split(".")[1] if "." in m else None for m in (module, other))
+            if above and below and above != below and line[above] >= line[below]:
+                wrong.append(f"{module} imports {other}")
+    assert not wrong
 
 
-def test_there_is_no_cycle_at_all() -> None:
-    graph, done, path = _graph(), set(), []
+def test_no_circle_of_modules() -> None:
+    graph, done = _graph(), set()
 
-    def visit(node: str) -> None:
-        assert node not in path, f"import cycle: {' -> '.join([*path[path.index(node) :], node])}"
-        if node not in done:
-            path.append(node)
-            for other in sorted(graph.get(node, ())):
-                visit(other)
-            path.pop()
-            done.add(node)
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, f"import circle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module not in done:
+            for other in sorted(graph[module]):
+                visit(other, [*path, module])
+            done.add(module)
 
-    for node in sorted(graph):
-        visit(node)
+    for module in sorted(graph):
+        visit(module, [])
 
 
 def test_the_algorithm_knows_nothing_of_us() -> None:
@@ -88,8 +98,8 @@ def test_the_algorithm_knows_nothing_of_us() -> None:
 
 
 def test_plugins_use_the_public_door() -> None:
-    """Built-in rewards import what a stranger may: the package, its errors, and the shapes world."""
-    public = ("unigrpo_cli.errors", "unigrpo_cli.toy")
+    """Built-in rewards import what other packages may: public names, errors, files within limits, the shapes world."""
+    public = ("unigrpo_cli.errors", "unigrpo_cli.toy", "unigrpo_cli.io")
     exported = {f"unigrpo_cli.{name}" for name in __import__("unigrpo_cli").__all__}
     for path in (ROOT / "plugins").glob("*.py"):
         for name in _imports(path):
@@ -97,9 +107,9 @@ def test_plugins_use_the_public_door() -> None:
                 assert name in exported or name.startswith(public), f"{path.name} imports {name}"
 
 
-def test_nobody_imports_the_programs_that_made_the_weights() -> None:
-    graph = _graph()
-    assert not [room for room in graph if "rebuild" in graph[room]]
+def test_the_package_imports_no_tool() -> None:
+    for path in [*ROOT.glob("unigrpo_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
+        assert not [name for name in _imports(path) if name.split(".")[0] in ("tools", "benchmarks", "tests")], path
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["rewards", "list"], ["--version"]])
@@ -129,7 +139,7 @@ def test_no_file_runs_code_when_it_is_read() -> None:
         assert not [word for word in banned if word in text], path
 
 
-def test_no_room_is_named_after_nothing() -> None:
+def test_names_are_nouns_of_the_field() -> None:
     """House rule: nouns of the field."""
     for path in [*ROOT.glob("unigrpo_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
         assert path.stem not in ("utils", "helpers", "misc", "base")

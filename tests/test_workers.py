@@ -24,7 +24,7 @@ from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits, is_out_of_memory, out_of_memory_hint
-from unigrpo_cli.parallel.workers import Worker, at_once, parallel_map, sequential
+from unigrpo_cli.parallel.workers import Worker, parallel_map, sequential, worker_count
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -136,11 +136,11 @@ def test_a_process_that_is_interrupted_amid_batches_ends_as_it_says() -> None:
 
 
 def test_how_many_at_once(four_threads: None) -> None:
-    assert [at_once(n, CPU) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
-    assert at_once(9, torch.device("cuda")) == 1
+    assert [worker_count(n, CPU) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
+    assert worker_count(9, torch.device("cuda")) == 1
     with sequential():
-        assert at_once(9, CPU) == 1
-    assert at_once(9, CPU) == 4
+        assert worker_count(9, CPU) == 1
+    assert worker_count(9, CPU) == 4
 
 
 # ----- a worker with deadlines

@@ -18,7 +18,7 @@ from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
-from unigrpo_cli.parallel.workers import at_once
+from unigrpo_cli.parallel.workers import worker_count
 from unigrpo_cli.rewards.batch import RewardResult, Sample
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import Sampling, rollout
@@ -159,7 +159,7 @@ def evaluate(
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.active("eval")}
     if sampling.batch_size > samples:  # whole prompts, so that batches are the same however many are drawn at once
         sampling = replace(sampling, batch_size=sampling.batch_size // samples * samples)
-    chunk = max(1, sampling.batch_size // samples) * at_once(len(prompts), policy.device)
+    chunk = max(1, sampling.batch_size // samples) * worker_count(len(prompts), policy.device)
     share = ranks.stretch(prompts)
     for k in range(ranks.most(-(-len(share) // chunk))):
         with ranks.together():

@@ -36,7 +36,7 @@ from unigrpo_cli.models.mot.context import Context
 from unigrpo_cli.models.mot.network import NoisyImage
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
-from unigrpo_cli.parallel.workers import at_once, parallel_map
+from unigrpo_cli.parallel.workers import parallel_map, worker_count
 
 NO_GUIDANCE = Guidance()
 
@@ -117,7 +117,7 @@ def rollout(
             return _think_then_paint(policy, asked, rows, sampling, window, seed)
 
     episodes: dict[tuple[int, int], Episode] = {}
-    beside = at_once(len(batches), policy.device)
+    beside = worker_count(len(batches), policy.device)
     for rows, drawn in zip(batches, parallel_map(draw, batches, beside), strict=True):
         episodes |= zip(rows, drawn, strict=True)
         on_rows(len(rows))

@@ -25,14 +25,14 @@ from unigrpo_cli.errors import RefusedUpdateError
 from unigrpo_cli.evaluate import sample_of, samples_of, train_sampling
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
-from unigrpo_cli.parallel.workers import parallel_map, threads_of_each
+from unigrpo_cli.parallel.workers import parallel_map, threads_per_worker
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, split_up
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.training import metrics as step_metrics
 from unigrpo_cli.training import update_guard
-from unigrpo_cli.training.backward import backward, replays_at_once
+from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.metrics import timed
 from unigrpo_cli.training.optimizer import optimizer_step
 from unigrpo_cli.training.schedule import combination, objective_of, plugin_advantages, prompts_for, window_of
@@ -198,15 +198,15 @@ def score_old_and_reference(
         parts = micro_batches(episodes, rows, t.micro_batch_size, t.max_tokens_per_micro_batch)
         parts = split_up(parts, ranks.most(len(parts)))
         batches = [collate([episodes[row] for row in part], policy.device) for part in parts]
-        at_once = replays_at_once(policy, len(batches))
+        workers = replay_workers(policy, len(batches))
         old: list[Scores | None] = [None] * len(parts)
         reference: list[Scores | None] = [None] * len(parts)
         if rescore or k:
-            old = list(parallel_map(_scorer(policy, config, paints), batches, at_once))
+            old = list(parallel_map(_scorer(policy, config, paints), batches, workers))
         if needs_reference:
             with policy.reference() as start:
                 score = partial(replay, start, image=paints, text=objective.text_kl > 0)
-                reference = list(parallel_map(score, batches, at_once))
+                reference = list(parallel_map(score, batches, workers))
         found.append([MicroBatch(*m) for m in zip(batches, parts, old, reference, strict=True)])
     return found
 
@@ -228,15 +228,15 @@ def update(
     policy, ranks = state.policy, state.ranks
     parameters = [p for expert in policy.trainable().values() for p in expert]
     episodes = ranks.world * sum(len(m.rows) for m in micro_batches)
-    at_once = replays_at_once(policy, len(micro_batches))
+    workers = replay_workers(policy, len(micro_batches))
     score = _scorer(policy, config, objective.image_weight > 0)
     terms: dict[str, float] = {}
     done: list[MicroBatch] = []
     try:
-        for k in range(0, len(micro_batches), at_once):  # on a CPU, some side by side
-            new = list(parallel_map(score, [m.batch for m in micro_batches[k : k + at_once]], at_once))
+        for k in range(0, len(micro_batches), workers):  # on a CPU, some side by side
+            new = list(parallel_map(score, [m.batch for m in micro_batches[k : k + workers]], workers))
             part = [replace(m, old=m.old or s.detached()) for m, s in zip(micro_batches[k:], new, strict=False)]
-            with threads_of_each(at_once):
+            with threads_per_worker(workers):
                 losses = [
                     unigrpo_loss(
                         m.batch.actions, s, m.old_scores, m.reference, m.advantage_B, objective, episodes=episodes
@@ -245,7 +245,7 @@ def update(
                 ]
             with ranks.together():
                 update_guard.check_losses(losses)
-            backward([loss.total for loss in losses], parameters, at_once)
+            backward([loss.total for loss in losses], parameters, workers)
             for loss in losses:
                 step_metrics.add_terms(terms, loss)
             done += part

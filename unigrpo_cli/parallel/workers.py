@@ -113,22 +113,22 @@ def sequential() -> Iterator[None]:
         _sequential.reset(token)
 
 
-def at_once(batches: int, device: torch.device) -> int:
+def worker_count(batches: int, device: torch.device) -> int:
     """How many batches run at the same time: on a CPU one per torch thread, else one."""
     import torch
 
     return 1 if device.type != "cpu" or _sequential.get() else max(1, min(batches, torch.get_num_threads()))
 
 
-def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], at_once: int) -> Iterator[Result]:
-    """`function` of each part, in their order, `at_once` of them at the same time; with 1 in this thread, when asked.
+def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], workers: int) -> Iterator[Result]:
+    """`function` of each part, in their order, `workers` of them at the same time; with 1 in this thread, when asked.
 
     Torch's threads are divided among the workers, so a result is bitwise the same whatever else runs, for equal
-    `at_once`. Workers record gradients where the caller does. At most `at_once` results wait to be taken. The first
+    `workers`. Workers record gradients where the caller does. At most `workers` results wait to be taken. The first
     exception is raised here. Parts that have not started are then dropped and running ones
     are waited for: a process that ends inside a torch operator crashes.
     """
-    if at_once == 1:
+    if workers == 1:
         yield from map(function, parts)
         return
     import torch
@@ -140,10 +140,10 @@ def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], at_o
             return function(part)
 
     threads, waiting = torch.get_num_threads(), iter(parts)
-    set_threads = partial(_limit_threads, max(1, threads // at_once))
-    pool = ThreadPoolExecutor(at_once, "batches", initializer=set_threads)
+    set_threads = partial(_limit_threads, max(1, threads // workers))
+    pool = ThreadPoolExecutor(workers, "batches", initializer=set_threads)
     try:
-        started = deque(pool.submit(call, part) for part in islice(waiting, at_once))
+        started = deque(pool.submit(call, part) for part in islice(waiting, workers))
         while started:
             result = started.popleft().result()
             started += [pool.submit(call, part) for part in islice(waiting, 1)]
@@ -155,12 +155,12 @@ def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], at_o
 
 
 @contextmanager
-def threads_of_each(at_once: int) -> Iterator[None]:
+def threads_per_worker(workers: int) -> Iterator[None]:
     """Inside, as many torch threads as `parallel_map` gives each worker: rounding can depend on their number."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // at_once))
+    torch.set_num_threads(max(1, threads // workers))
     try:
         yield
     finally:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from unigrpo_cli.models.policy import TrainablePolicy
-from unigrpo_cli.parallel.workers import at_once, parallel_map
+from unigrpo_cli.parallel.workers import parallel_map, worker_count
 
 
-def replays_at_once(policy: TrainablePolicy, batches: int) -> int:
+def replay_workers(policy: TrainablePolicy, batches: int) -> int:
     """How many micro-batches are replayed at the same time; one where ranks make their passes together."""
-    return 1 if policy.is_sharded else at_once(batches, policy.device)
+    return 1 if policy.is_sharded else worker_count(batches, policy.device)
 
 
-def backward(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter], at_once: int) -> None:
+def backward(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter], workers: int) -> None:
     """Add the gradients of all losses to `.grad`, one loss after the other, whichever is computed first."""
-    if at_once == 1:
+    if workers == 1:
         for loss in losses:
             loss.backward()
         return
     gradients_of = partial(torch.autograd.grad, inputs=tuple(parameters), allow_unused=True)
-    for gradients in parallel_map(gradients_of, losses, at_once):
+    for gradients in parallel_map(gradients_of, losses, workers):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
