@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.family import MODELS, ModelRegistry
 from unigrpo_cli.models.hub import embedded_directory
 from unigrpo_cli.models.mot.family import MoTFamily
+from unigrpo_cli.run.setup import choose_attention, device_of
 
 
 def test_the_embedded_model_is_found_by_its_name() -> None:
@@ -47,3 +50,23 @@ def test_each_family_says_why_it_takes_no_directory(tmp_path: Path) -> None:
         registry.find(str(tmp_path))
     with pytest.raises(UsageError, match="two model families are named 'mot'"):
         registry.add(type("Mine", (Other,), {"name": "mot"})())
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("auto", "flash efficient"), ("flash", "flash"), ("efficient", "efficient"), ("cudnn", "cudnn"), ("math", "")],
+)
+def test_the_attention_kernel_is_a_setting(name: str, allowed: str) -> None:
+    """By default cuDNN's is left out: it plans anew for each number of keys, so for every token of a text."""
+    cuda = torch.backends.cuda
+    try:
+        device_of(load_config(overrides=["device=cpu", f"attention={name}"]))
+        found = {
+            "flash": cuda.flash_sdp_enabled(),
+            "efficient": cuda.mem_efficient_sdp_enabled(),
+            "cudnn": cuda.cudnn_sdp_enabled(),
+        }
+    finally:
+        choose_attention("auto")
+    assert " ".join(kernel for kernel, on in found.items() if on) == allowed
+    assert cuda.math_sdp_enabled()

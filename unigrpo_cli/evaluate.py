@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unigrpo_cli.algo.flow import Window
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.config import Config
-from unigrpo_cli.episode import Episode, Group, Prompt, flatten
-from unigrpo_cli.errors import UsageError
+from unigrpo_cli.episode import Episode, Group, ImageActions, Prompt, TextActions, flatten
+from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.parallel.workers import worker_count
@@ -144,6 +145,7 @@ def evaluate(
     samples: int,
     seed: int,
     ranks: Ranks = ALONE,
+    strict: bool = False,
     on_rows: Callable[[int], None] = lambda rows: None,
     on_groups: Callable[[list[Group], dict[str, RewardResult]], None] = lambda groups, scored: None,
 ) -> Evaluation:
@@ -153,6 +155,7 @@ def evaluate(
     the prompts out, and each has the whole evaluation in the end.
 
     Args:
+        strict: refuse samples that are not finite; training leaves them to its update guard.
         on_rows: told how many episodes are done here, for a progress bar.
         on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
     """
@@ -165,6 +168,8 @@ def evaluate(
         with ranks.together():
             part = share[k * chunk : (k + 1) * chunk]
             groups = rollout(policy, part, samples, sampling, NO_NOISE, seed, on_rows)
+            if strict:
+                refuse_non_finite(flatten(groups))
         drawn = samples_of(groups)
         begin = sum(ranks.gather(len(drawn))[: ranks.rank])
         everyone = rewards.score(drawn, split="eval", ranks=ranks)
@@ -181,6 +186,29 @@ def evaluate(
     for name in ("batch_size", "compiled", "tapered", "sde", "noise_level"):  # no part of what Euler steps draw
         noise.pop(name)
     return summarise(joined, tasks, ids, texts, noise)
+
+
+def refuse_non_finite(episodes: Sequence[Episode]) -> None:
+    """Refuse episodes whose logits or latents are not finite: their scores would mean nothing.
+
+    Raises:
+        WeightsError: naming the first such prompt.
+    """
+    for episode in episodes:
+        for segment in episode.segments:
+            if isinstance(segment, TextActions):
+                refuse_non_finite_actions("logits", segment.log_prob, episode.prompt)
+            elif isinstance(segment, ImageActions):
+                refuse_non_finite_actions("latents", segment.latent, episode.prompt)
+
+
+def refuse_non_finite_actions(kind: str, values: Tensor, prompt: Prompt) -> None:
+    """The same for the actions of one segment."""
+    if not values.isfinite().all():
+        raise WeightsError(
+            f"the model's {kind} are NaN or infinite for {prompt.text!r}: its weights are broken, or its dtype is too "
+            "narrow; try --set dtype=float32, or another checkpoint"
+        )
 
 
 def summarise(

@@ -121,8 +121,8 @@ def _report(
         prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
         models = 1 + (other_model is not None)
         settings = with_batch_size(settings, prompts, settings.eval.samples, display.say, models=models)
-        policy = load_policy(model_of(settings), settings.adapter, settings)
-        other = None if other_model is None else load_policy(other_model, None, settings)
+        policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
+        other = None if other_model is None else load_policy(other_model, None, settings, display.warn)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:
         with ranks.together():
             rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
@@ -212,6 +212,7 @@ def _evaluate(
             samples=samples,
             seed=config.eval.seed,
             ranks=ranks,
+            strict=True,
             on_rows=lambda rows: advance(rows * ranks.world),
             on_groups=save if run is not None else lambda groups, scored: None,
         )

@@ -47,6 +47,8 @@ def generate(
     preset: common.Preset = None,
     config: common.ConfigFile = None,
     overrides: common.Set = None,
+    plugin: common.PluginOption = None,
+    plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -60,9 +62,10 @@ def generate(
     from unigrpo_cli.run.setup import load_policy, model_of, warn_of_unknown_words
 
     display = Display(json=json, quiet=quiet)
+    common.load_plugins(plugin, plugins_dir, display)
     settings = common.resolve_config(context, {"think": "sampling.think", "temperature": "eval.temperature"})
     prompts = _prompts(texts or [], prompts_file, image)
-    policy = load_policy(model_of(settings), settings.adapter, settings)
+    policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
     if any(prompt.image for prompt in prompts):
         policy.require_vision()
     warn_of_unknown_words(policy, prompts, display.warn)
@@ -105,7 +108,8 @@ def _sample(policy: Policy, prompts: Sequence[Prompt], samples: int, settings: C
     """`samples` episodes of every prompt."""
     from dataclasses import replace
 
-    from unigrpo_cli.evaluate import NO_NOISE, eval_sampling
+    from unigrpo_cli.episode import flatten
+    from unigrpo_cli.evaluate import NO_NOISE, eval_sampling, refuse_non_finite
     from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits
     from unigrpo_cli.rollout import rollout
 
@@ -116,7 +120,10 @@ def _sample(policy: Policy, prompts: Sequence[Prompt], samples: int, settings: C
         with display.progress(count, "painting") as advance:
             return rollout(policy, prompts, samples, sampling, NO_NOISE, settings.seed, advance)
 
-    return halve_until_it_fits(sample, settings.sampling.batch_size or min(count, LARGEST_BATCH), display.warn)
+    first_size = settings.sampling.batch_size or min(count, LARGEST_BATCH)
+    groups = halve_until_it_fits(sample, first_size, display.warn)
+    refuse_non_finite(flatten(groups))
+    return groups
 
 
 def _save(groups: Sequence[Group], settings: Config, directory: Path, display: Display) -> list[dict[str, Any]]:
@@ -155,7 +162,7 @@ def _answers(
     policy: Policy, prompts: Sequence[Prompt], settings: Config, directory: Path, display: Display
 ) -> list[dict[str, Any]]:
     """Answers in words, printed and written to answers.json."""
-    from unigrpo_cli.evaluate import eval_sampling
+    from unigrpo_cli.evaluate import eval_sampling, refuse_non_finite_actions
     from unigrpo_cli.io.json import to_json
     from unigrpo_cli.rollout import answer
 
@@ -164,6 +171,7 @@ def _answers(
         for prompt in prompts:
             (text,) = answer(policy, [prompt], eval_sampling(settings), settings.seed)
             advance(1)
+            refuse_non_finite_actions("logits", text.log_prob, prompt)
             answers.append(
                 {"prompt": prompt.text, "source": prompt.image, "answer": text.text, "finished": text.finished}
             )

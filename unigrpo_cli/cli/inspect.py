@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,11 +28,13 @@ def inspect(
     from unigrpo_cli.models.family import MODELS
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.memory import needs
-    from unigrpo_cli.run.setup import find_checkpoint
+    from unigrpo_cli.run.setup import find_checkpoint, refuse_changed
 
     display = Display(json=json)
     common.load_plugins(plugin, plugins_dir, display)
     base, adapter = find_checkpoint(model)
+    for place in filter(None, (base, adapter)):
+        refuse_changed(Path(place))
     if adapter is not None:
         display.say(f"{adapter} is an adapter of {base}, which is audited here")
     found = MODELS.find(base)

@@ -119,7 +119,7 @@ def _sample_and_score(
         else:
             chosen = training_prompts(settings.prompts, with_suite(settings).eval.suite)[:limit]
             settings = with_batch_size(settings, chosen, settings.train.group_size, display.say)
-            policy = load_policy(model_of(settings), settings.adapter, settings)
+            policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
             embedded, thinks = is_embedded(policy), settings.sampling.think
     with open_rewards(choices, plugins, settings, embedded=embedded, ranks=ranks) as rewards, ExitStack() as held:
         with ranks.together():
@@ -150,14 +150,15 @@ def _sampled(
     policy: Policy, prompts: Sequence[Prompt], settings: Config, display: Display, ranks: Ranks
 ) -> list[Group]:
     """This rank's groups, as the first training step would sample them."""
-    from unigrpo_cli.evaluate import train_sampling
+    from unigrpo_cli.episode import flatten
+    from unigrpo_cli.evaluate import refuse_non_finite, train_sampling
     from unigrpo_cli.rollout import rollout as sample
     from unigrpo_cli.training.schedule import window_of
 
     members = settings.train.group_size
     with display.progress(len(prompts) * members, "sampling") as advance, ranks.together():
         window = window_of(settings, 0)
-        return sample(
+        groups = sample(
             policy,
             ranks.stretch(prompts),
             members,
@@ -166,6 +167,8 @@ def _sampled(
             settings.seed,
             lambda rows: advance(rows * ranks.world),
         )
+        refuse_non_finite(flatten(groups))
+    return groups
 
 
 def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult]) -> dict[str, Any]:

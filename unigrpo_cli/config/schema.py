@@ -279,6 +279,9 @@ class Config(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of frozen weights and activations; trained weights are kept in float32"
     )
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+        "auto", description="attention kernel on a GPU; auto: flash or efficient, as cuDNN plans anew for each length"
+    )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="CPU threads; each computes a batch of its own where there are several; 0: torch's choice"
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from unigrpo_cli.errors import NotFetchedError, UnigrpoError, UsageError, WeightsError
 from unigrpo_cli.io.entry_points import OURS, distribution, installed
+from unigrpo_cli.models.files import refuse_odd_files
 from unigrpo_cli.models.hub import locate
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class ModelRegistry:
         directory, weights_file = locate(model, patterns, fetch)
         if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
             raise WeightsError(f"{directory} is an adapter: give its base with --model, and it with --adapter")
+        refuse_odd_files(directory)
         reasons = dict(self._broken)
         for family in self.families():
             reason = family.reject(directory)

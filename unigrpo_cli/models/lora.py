@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.io.limits import parse_json, read_text
+from unigrpo_cli.models.files import refuse_non_finite, refuse_odd_files
 from unigrpo_cli.models.mot.layers import Linear, widen
 from unigrpo_cli.models.policy import Adapter
 
@@ -95,6 +96,7 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
     Raises:
         WeightsError: when files are missing or damaged, or do not fit the network.
     """
+    refuse_odd_files(directory)
     if not (directory / "adapter_config.json").is_file():
         raise WeightsError(f"{directory} is no adapter: adapter_config.json is missing; give the directory that has it")
     facts = _facts(directory / "adapter_config.json")
@@ -103,6 +105,8 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
         raise WeightsError(f"{directory} is an adapter of kind {kind}; this version takes LoRA adapters")
     state = _read_weights(directory)
     _refuse_rank(directory, facts, state)
+    for name, tensor in state.items():
+        refuse_non_finite(tensor, name, directory)
     network.requires_grad_(False)
     try:
         config = LoraConfig.from_pretrained(str(directory))

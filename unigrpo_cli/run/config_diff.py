@@ -25,7 +25,7 @@ _NONE = (
     "reward.setup_timeout_s reward.max_abstain reward.strict reward.offload"
 )
 _ROUNDING = (
-    "device threads sampling.batch_size sampling.vae_tile_rows sampling.compile train.micro_batch_size "
+    "device attention threads sampling.batch_size sampling.vae_tile_rows sampling.compile train.micro_batch_size "
     "train.max_tokens_per_micro_batch "
     "train.reference_device train.activation_checkpointing reward.overlap reward.scoring_rank"
 )

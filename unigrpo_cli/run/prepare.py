@@ -16,7 +16,7 @@ from unigrpo_cli.run.checkpoint import StateFile, read_state, restore_checkpoint
 from unigrpo_cli.run.memory import left_open
 from unigrpo_cli.run.memory.plan import Plan, describe_sizes, plan_of, refuse_too_large
 from unigrpo_cli.run.resume import refuse_changes, with_kept_sizes
-from unigrpo_cli.run.setup import find_checkpoint, load_policy, model_of
+from unigrpo_cli.run.setup import find_adapter, find_checkpoint, load_policy, model_of
 from unigrpo_cli.suites import training_prompts
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import Reference, TrainState
@@ -65,7 +65,7 @@ def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tupl
         except NotFetchedError:
             name = config.model
         base, own_adapter = find_checkpoint(name)
-        adapter = config.adapter or own_adapter
+        adapter = find_adapter(config.adapter) if config.adapter else own_adapter
         if adapter and config.train.finetune == "full":
             raise UsageError("train.finetune=full cannot start from an adapter; use --set train.finetune=lora")
         return base, adapter
@@ -96,7 +96,7 @@ def prepare(
     family, directory, weights_file = MODELS.find(base)
     reference = Reference(base, family.digest(directory, weights_file))
     if content is None or checkpoint is None:
-        policy = load_policy(model_of(config), config.adapter, config)
+        policy = load_policy(model_of(config), config.adapter, config, warn)
         _warn_of_rank(policy, config, warn)
         policy = prepare_policy(policy, config, ranks)
         return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference, planned

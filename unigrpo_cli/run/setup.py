@@ -12,6 +12,7 @@ import torch
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
+from unigrpo_cli.io.atomic import SUMS, verify_checksums
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.models.hub import EMBEDDED
 from unigrpo_cli.models.policy import Policy, TrainablePolicy
@@ -22,9 +23,12 @@ from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
-from unigrpo_cli.run.checkpoint import STATE, missing_part, newest_checkpoint, read_state
+from unigrpo_cli.run.checkpoint import MOMENTS, STATE, missing_part, newest_checkpoint, read_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+DEVICES = ("cpu", "cuda")
 
 
 def device_of(config: Config, *, planned: bool = False) -> torch.device:
@@ -36,15 +40,16 @@ def device_of(config: Config, *, planned: bool = False) -> torch.device:
     Raises:
         UsageError: when it is not there, or several processes were launched for a command of one.
     """
+    if config.device.partition(":")[0] not in ("auto", *DEVICES):
+        raise UsageError(f"device={config.device}: supported are cpu and cuda (NVIDIA); give device=cpu")
     if config.threads:
         torch.set_num_threads(config.threads)
+    choose_attention(config.attention)
     _, world, here = launched()
     if world > 1 and not planned:
         return _device_of_rank(config, here)
     if config.device == "auto":
-        from accelerate import PartialState
-
-        return PartialState().device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
         torch.empty(0, device=device)
@@ -52,6 +57,19 @@ def device_of(config: Config, *, planned: bool = False) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {config.device!r} cannot be used ({reason}); try device=cpu") from error
     return device
+
+
+def choose_attention(name: str) -> None:
+    """Allow one of torch's fused attention kernels on a GPU, or with `auto` all but cuDNN's.
+
+    Torch prefers cuDNN in bf16 on Hopper. It makes a plan for each shape, so decoding, where keys grow by one per
+    token, would plan for every token. The unfused kernel stays allowed: some masks fit no fused one.
+    """
+    cuda = torch.backends.cuda
+    cuda.enable_flash_sdp(name in ("auto", "flash"))
+    cuda.enable_mem_efficient_sdp(name in ("auto", "efficient"))
+    cuda.enable_cudnn_sdp(name == "cudnn")
+    cuda.enable_math_sdp(True)
 
 
 def _device_of_rank(config: Config, here: int) -> torch.device:
@@ -131,14 +149,49 @@ def find_checkpoint(path: str) -> tuple[str, str | None]:
     return str(directory) if os.path.isdir(directory) else path, None
 
 
-def load_policy(model: str, adapter: str | None, config: Config) -> TrainablePolicy:
-    """A policy ready for sampling, its weights frozen.
+def find_adapter(path: str) -> str:
+    """The adapter directory behind a name: that directory, or a run's newest complete checkpoint.
 
     Raises:
-        WeightsError: when its files are missing or do not fit.
+        WeightsError: when there is none, or that checkpoint holds all weights.
+    """
+    directory = Path(os.path.abspath(path))
+    if not os.path.isdir(directory):
+        raise WeightsError(f"no adapter directory {path}: give a run, a checkpoint or a PEFT adapter")
+    if os.path.isdir(directory / "checkpoints"):
+        directory = newest_checkpoint(directory)
+    if os.path.isfile(directory / STATE) and find_checkpoint(str(directory))[1] is None:
+        raise WeightsError(f"{path} holds all weights of a model, not an adapter: give it with --model")
+    return str(directory)
+
+
+def refuse_changed(directory: Path) -> None:
+    """Verify a run's checkpoint against its checksums; the optimizer's file is verified when a run resumes.
+
+    Raises:
+        WeightsError: naming the first file that is not what was written.
+    """
+    if os.path.isfile(directory / STATE) and os.path.isfile(directory / SUMS):
+        found = verify_checksums(directory, skip=(MOMENTS,))
+        if found is not None:
+            raise WeightsError(f"{directory}: {found}; take another checkpoint of that run")
+
+
+def load_policy(
+    model: str, adapter: str | None, config: Config, warn: Callable[[str], None] = lambda line: None
+) -> TrainablePolicy:
+    """A policy ready for sampling, its weights frozen. A run's checkpoint is verified first.
+
+    Raises:
+        WeightsError: when its files are missing, damaged or not finite, or do not fit.
     """
     found, own_adapter = find_checkpoint(model)
     family, directory, weights_file = MODELS.find(found)
+    adapters = [Path(own_adapter)] if own_adapter is not None else []
+    if adapter is not None:
+        adapters.append(Path(find_adapter(adapter)))
+    for place in (directory, *adapters):
+        refuse_changed(place)
     policy = family.load(
         directory,
         weights_file,
@@ -146,13 +199,12 @@ def load_policy(model: str, adapter: str | None, config: Config) -> TrainablePol
         dtype=DTYPES[config.dtype],
         vae_tile_rows=config.sampling.vae_tile_rows,
     )
-    for name in (own_adapter, adapter):
-        if name is not None:
-            if policy.adapter is not None:
-                raise WeightsError(f"{model} has an adapter of its own; --adapter {adapter} cannot be added")
-            if not os.path.isdir(name):
-                raise WeightsError(f"no adapter directory {name}: give one that holds adapter_config.json")
-            policy.load_adapter(Path(name))
+    for place in adapters:
+        if policy.adapter is not None:
+            raise WeightsError(f"{model} has an adapter of its own; --adapter {adapter} cannot be added")
+        policy.load_adapter(place)
+        if policy.adapter is not None and policy.adapter.idle:
+            warn(f"adapter {place} changes nothing (its lora_B is zero, or its alpha is 0): the base model samples")
     check_size(policy, config)
     return policy
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unigrpo_cli.models.files import refuse_non_finite
 from unigrpo_cli.models.mot.config import AutoencoderConfig
 from unigrpo_cli.models.mot.tiled_decode import decode_tiled
 
@@ -70,6 +71,8 @@ class Autoencoder:
             (Path(directory) / "config.json").write_text(json.dumps(form))
             network = AutoencoderKL.from_single_file(str(path), config=directory, local_files_only=True)
         self.network = network.to(device).requires_grad_(False)
+        for name, tensor in self.network.named_parameters():
+            refuse_non_finite(tensor, name, path)
         self.network.eval()
 
     @torch.no_grad()

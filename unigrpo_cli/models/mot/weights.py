@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.files import refuse_non_finite
 from unigrpo_cli.models.mot.bagel import (
     AUTOENCODER,
     COMPANIONS,
@@ -40,14 +41,15 @@ def network_weights(release: Release, device: torch.device | str, dtype: torch.d
     Tables that the files lack are made from their formula.
 
     Raises:
-        WeightsError: when a file cannot be read.
+        WeightsError: when a file cannot be read or a weight is not finite.
     """
     wanted = ((name, release.tensors[name]) for name in release.wanted)
     wide = torch.promote_types(dtype, torch.float32)
-    state = {
-        name: tensor.to(device).to(wide if computes_wide(name) else dtype)  # widened there: the host keeps one copy
-        for name, tensor in read_tensors(wanted)
-    }
+    state = {}
+    for name, tensor in read_tensors(wanted):
+        moved = tensor.to(device)
+        refuse_non_finite(moved, name, release.directory)
+        state[name] = moved.to(wide if computes_wide(name) else dtype)  # widened there: the host keeps one copy
     config = release.config
     sides = {LATENT_POSITIONS: config.max_latent_size}
     if config.vision is not None:
@@ -70,6 +72,7 @@ def restore_weights(network: MoT, directory: Path) -> None:
     own = network.state_dict()
     with torch.no_grad():
         for name, tensor in read_tensors((name, release.tensors[name]) for name in release.wanted):
+            refuse_non_finite(tensor, name, directory)
             own[name].copy_(own_part(tensor, own[name]))
 
 

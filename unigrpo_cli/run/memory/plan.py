@@ -17,7 +17,7 @@ from unigrpo_cli.parallel.heartbeat import launched
 from unigrpo_cli.run.memory.formulas import GIB, Memory, training_memory
 from unigrpo_cli.run.memory.sizes import BATCH_SIZE, sampling_batch_size, training_sizes
 from unigrpo_cli.run.memory.workload import Workload, config_of_rank
-from unigrpo_cli.run.setup import device_of, find_checkpoint, model_of
+from unigrpo_cli.run.setup import device_of, find_adapter, find_checkpoint, model_of
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def with_batch_size(
     if config.sampling.batch_size:
         return config
     base, own_adapter = find_checkpoint(model_of(config))
-    adapter = config.adapter or own_adapter
+    adapter = find_adapter(config.adapter) if config.adapter else own_adapter
     network, autoencoder, _ = _model_sizes(base, fetch=True)
     _refuse_image_size(network, config)
     device = device_of(config)
