@@ -161,7 +161,7 @@ CONFIGURATION = [
     config("text-for-a-number", '[train]\nsteps = "many"\n', "train.steps = 'many'", "valid integer"),
     config("list-for-a-number", "[train]\nsteps = [1]\n", "train.steps = [1]", "valid integer"),
     config("number-for-text", "model = 3\n", "model = 3", "valid string"),
-    config("number-for-a-preset", "preset = 3\n", "preset", "accepted: embedded, paper"),
+    config("number-for-a-preset", "preset = 3\n", "preset", "accepted: bagel-one-gpu, embedded, paper"),
     config("negative", "[train]\nsteps = -1\n", "train.steps = -1", "greater than or equal to 0"),
     config("nan", "[train]\nlr_text = nan\n", "train.lr_text = nan", "finite"),
     config("inf", "[objective]\nimage_clip = inf\n", "objective.image_clip = inf", "finite"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from unigrpo_cli.cli import app
+from unigrpo_cli.config import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -32,3 +35,38 @@ def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path) -> None:
     assert 0 < summary["eval_after"]["redness"] < 1
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["reward/redness"] > 0
+
+
+def test_examples_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = json.loads(CliRunner().invoke(app, ["examples", "--json"]).stdout)["examples"]
+    pages = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
+    assert {row["name"] for row in listed} == pages
+    assert all(row["summary"] for row in listed)
+    for name in pages:
+        assert CliRunner().invoke(app, ["examples", name]).exit_code == 0
+        tracked = {p.relative_to(EXAMPLES / name) for p in (EXAMPLES / name).rglob("*") if p.is_file()}
+        copied = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file()}
+        assert copied == {p for p in tracked if not {"__pycache__", ".pytest_cache"} & set(p.parts)}
+    again = CliRunner().invoke(app, ["examples", "embedded"])
+    assert again.exit_code == 2
+    assert "choose another --out" in again.stderr
+    wrong = CliRunner().invoke(app, ["examples", "embeded", "--out", "x"])
+    assert wrong.exit_code == 2
+    assert "did you mean embedded" in wrong.stderr
+
+
+def test_the_package_ships_every_file_of_the_examples() -> None:
+    """As setuptools reads the patterns of pyproject.toml: one level per star."""
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert project["package-dir"]["unigrpo_examples"] == "examples"
+    shipped = {p for pattern in project["package-data"]["unigrpo_examples"] for p in EXAMPLES.glob(pattern)}
+    files = {p for p in EXAMPLES.glob("*/**/*") if p.is_file() and not {"__pycache__", ".pytest_cache"} & set(p.parts)}
+    assert files <= shipped
+
+
+def test_the_example_for_one_gpu_is_the_preset() -> None:
+    example = load_config(file=EXAMPLES / "bagel_one_gpu" / "config.toml")
+    preset = load_config(preset="bagel-one-gpu")
+    assert example == preset.model_copy(update={"prompts": "prompts.txt"})
+    assert (preset.train.finetune, preset.memory_gb, preset.eval.suite) == ("lora", 80, "geneval")

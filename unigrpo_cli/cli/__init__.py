@@ -11,7 +11,7 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import doctor, eval, generate, inspect, rewards, rollout, train
+from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, rewards, rollout, train
 from unigrpo_cli.errors import UsageError, one_line
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect.inspect)
+app.command("examples")(examples.examples)
 app.add_typer(rewards.app, name="rewards")
 
 

@@ -50,7 +50,11 @@ Out = Annotated[Path | None, typer.Option("--out", help="Output directory; defau
 Seed = Annotated[int | None, typer.Option("--seed", help="Random seed.")]
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="Default settings: embedded, or paper for BAGEL.", autocompletion=completion.presets),
+    typer.Option(
+        "--preset",
+        help="Default settings: embedded, paper (for BAGEL), or bagel-one-gpu.",
+        autocompletion=completion.presets,
+    ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
 Set = Annotated[

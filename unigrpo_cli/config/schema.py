@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PRESETS = ("embedded", "paper")
+PRESETS = ("embedded", "paper", "bagel-one-gpu")
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -269,7 +269,7 @@ class Config(Section):
         None, description="weights file in the model directory, if it is neither indexed nor ema.safetensors"
     )
     adapter: str | None = Field(None, description="PEFT adapter directory applied to the model")
-    preset: Literal["embedded", "paper"] = Field("embedded", description="where defaults come from")
+    preset: Literal["embedded", "paper", "bagel-one-gpu"] = Field("embedded", description="where defaults come from")
     prompts: str = Field(
         "shapes",
         description="prompts to train on: `shapes`, a .txt, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME",

@@ -1,0 +1,1 @@
+"""Examples of unigrpo, which `unigrpo examples` lists and copies."""
