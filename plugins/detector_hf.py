@@ -20,6 +20,7 @@ from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
 from unigrpo_plugins.coco import labels_of
 from unigrpo_plugins.detectors import Detection, DetectorChoice, Image
+from unigrpo_plugins.weights import cannot, load_transformer
 
 if TYPE_CHECKING:
     import torch
@@ -209,11 +210,13 @@ def _edges(size: str) -> dict[str, int]:
 
 
 def load_detector(context: RewardContext, reward: str, choice: DetectorChoice) -> TransformersDetector:
-    """Open a detector's weights from the hub or a directory; refuse to run on random ones.
+    """Load a detector from the hub or a directory; random weights are refused.
 
     Raises:
         RewardError: naming the remedy.
     """
+    import transformers
+
     family = FAMILIES[choice.name]
     where = f"reward {reward!r}: detector {choice.name!r}"
     weights = choice.weights or family.weights
@@ -231,47 +234,19 @@ def load_detector(context: RewardContext, reward: str, choice: DetectorChoice) -
     if weights.startswith((".", "/", "~")) and not directory.is_dir():
         raise RewardError(f"{where}: no directory {weights}; give one with config.json, or a hub id")
     source = str(directory) if directory.is_dir() else weights
-    model, prepare = _from_pretrained(where, family, source, context)
-    model.eval().to(context.device)
-    size = choice.size or family.size
-    return TransformersDetector(choice.name, model, prepare, size, choice.batch_size, context.device)
-
-
-def _from_pretrained(where: str, family: Family, source: str, context: RewardContext) -> tuple[Any, Any]:
-    import transformers
-
     architecture = getattr(transformers, family.architecture, None)
     if architecture is None:
         raise RewardError(f"{where} is not in transformers {transformers.__version__}: pip install -U transformers")
-    local = {"local_files_only": context.offline}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **local)
-        if family.model_type not in (None, config.model_type):
-            raise RewardError(
-                f"{where}: {source} is a {config.model_type!r}, not a {family.model_type!r}; "
-                "give other @weights, or @detector=boxes for a detector of boxes"
-            )
-        prepare = transformers.AutoImageProcessor.from_pretrained(source, **local)
-        model, info = architecture.from_pretrained(
-            source, config=config, output_loading_info=True, use_safetensors=True, dtype="float32", **local
-        )
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=context.offline)
+        prepare = transformers.AutoImageProcessor.from_pretrained(source, local_files_only=context.offline)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise RewardError(_unavailable(where, source, error, context.offline)) from error
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise RewardError(f"{where}: {source} {cannot(context, source, error)}") from error
+    if family.model_type not in (None, config.model_type):
         raise RewardError(
-            f"{where}: {source} lacks {len(info['missing_keys'])} of the model's tensors ({some}), which would be "
-            "random; give complete @weights"
+            f"{where}: {source} is a {config.model_type!r}, not a {family.model_type!r}; give other @weights, or "
+            "@detector=boxes for a detector of boxes"
         )
-    return model, prepare
-
-
-def _unavailable(where: str, source: str, error: Exception, offline: bool) -> str:
-    """Why weights could not be opened, and what to do."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if Path(source).is_dir():
-        remedy = "it needs config.json, preprocessor_config.json and model.safetensors, as save_pretrained writes"
-    else:
-        remedy = f"fetch them where there is a network (hf download {source}), or give a directory: @weights=DIR"
-    hint = " (HF_HUB_OFFLINE is set)" if offline else ""
-    return f"{where}: {source} cannot be loaded{hint}: {first}; {remedy}"
+    model = load_transformer(context, reward, architecture, source, "float32", config=config)
+    size = choice.size or family.size
+    return TransformersDetector(choice.name, model, prepare, size, choice.batch_size, context.device)

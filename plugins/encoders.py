@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
 from unigrpo_plugins.prompt_length import PromptLength
-from unigrpo_plugins.weights import first_line
+from unigrpo_plugins.weights import LFS, first_line, is_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +112,8 @@ def shared_encoder(
     for given in (name, pretrained or ""):
         if name != EMBEDDED and ":" not in given and Path(given).expanduser().is_dir():
             raise RewardError(f"reward {reward!r}: {given} is a directory; write @{option}=local-dir:{given}")
+    if pretrained and Path(pretrained).is_file() and is_lfs_pointer(Path(pretrained)):
+        raise RewardError(f"reward {reward!r}: {LFS.format(pretrained)}")
     if pretrained and (name == EMBEDDED or ":" in name):
         raise RewardError(
             f"reward {reward!r}: @pretrained={pretrained} does not go with @{option}={name}, which brings its own "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
 from unigrpo_plugins.judge_modes import LEAST_MASS, Question, Reading, YesNoOdds, fenced, no_opinion, word_of
+from unigrpo_plugins.weights import load_processing, load_transformer
 
 if TYPE_CHECKING:
     import torch
@@ -117,24 +118,15 @@ def load(context: RewardContext, name: str, precision: str) -> VisionLanguageMod
         RewardError: when it cannot be loaded or has no chat template.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     choice = precision if precision != "auto" else "fp32" if context.device == "cpu" else "bf16"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
-    try:
-        processor = AutoProcessor.from_pretrained(name, local_files_only=context.offline)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, local_files_only=context.offline
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        hint = " (HF_HUB_OFFLINE is set)" if context.offline else ""
-        raise RewardError(
-            f"reward 'vlm': {name!r} cannot be loaded{hint}: {str(error).strip().splitlines()[0]}; @model without "
-            "@url is a directory or hub id of an image-text-to-text model in safetensors"
-        ) from error
+    processor = load_processing(context, "vlm", name)
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
         raise RewardError(f"reward 'vlm': {name!r} has no chat template; choose an instruction-tuned model")
-    return VisionLanguageModel(model.eval().to(context.device), processor, context.device)
+    model = load_transformer(context, "vlm", AutoModelForImageTextToText, name, dtype)
+    return VisionLanguageModel(model, processor, context.device)
 
 
 def _ids_of(tokenizer: Any, word: str, model: str) -> list[int]:

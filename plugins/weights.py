@@ -1,7 +1,6 @@
-"""Files of judges: found in a directory or on the hub, in a form that cannot run code, and never half a model.
+"""Weights of reward models: found in a directory or on the hub, complete, and in a format that cannot run code.
 
-Only .safetensors are read. Weights that are published as .pth, .pt or .bin are converted once, by the user, with
-the one line that the error prints.
+Only .safetensors are read. The user converts .pth, .pt and .bin files once, with the line that the error prints.
 """
 
 from __future__ import annotations
@@ -15,11 +14,13 @@ from unigrpo_cli.errors import RewardError
 
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:/[\w./+-]+)?")
 CONVERTIBLE = (".pth", ".pt", ".bin", ".ckpt")
-FORMS = (".safetensors", *CONVERTIBLE)
+FORMATS = (".safetensors", *CONVERTIBLE)
+LFS = "{} is a git-lfs pointer, not the weights; run `git lfs pull` where it was cloned, or use `hf download`"
+DIRECTORY = "its directory needs config.json, preprocessor_config.json and model.safetensors, as save_pretrained writes"
 
 
 def conversion(path: str | Path) -> str:
-    """The line to type that turns a .pth state dict (also one under `state_dict`) into .safetensors."""
+    """The command that converts a .pth state dict, also one under `state_dict`, to .safetensors."""
     to = Path(path).with_suffix(".safetensors").name
     return (
         'python -c "from torch import load; from safetensors.torch import save_file; '
@@ -29,17 +30,17 @@ def conversion(path: str | Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; when that ends with a colon, also what it announces."""
+    """The first line of an error; also the second when the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return text[:300].rstrip(".")
 
 
 def find_weights(context: RewardContext, reward: str, option: str, given: str) -> Path:
-    """The .safetensors file that an option names: a file, a directory with one, `org/repo` or `org/repo/file`.
+    """The .safetensors file of an option: a file, a directory with one, `org/repo` or `org/repo/file`.
 
     Raises:
-        RewardError: when there is none, or it is of another form, or there are several.
+        RewardError: without one, with several, or for a file of another format.
     """
     path = Path(given).expanduser()
     where = f"reward {reward!r}: {option}={given}"
@@ -47,19 +48,19 @@ def find_weights(context: RewardContext, reward: str, option: str, given: str) -
         return _safe(path, where)
     if path.is_dir():
         return _only_file(path, where)
-    if not _HUB.fullmatch(given) or (path.suffix in FORMS and given.count("/") < 2):
+    if not _HUB.fullmatch(given) or (path.suffix in FORMATS and given.count("/") < 2):
         raise RewardError(f"{where}: no such file; give a .safetensors file, a directory with one, or a hub id")
     return _only_file(*_fetched(context, given, where))
 
 
 def _fetched(context: RewardContext, given: str, where: str) -> tuple[Path, str]:
-    """What the hub (or its cache) has under `org/repo` or `org/repo/file`."""
+    """The snapshot of `org/repo`, or the file of `org/repo/file`, from the hub or its cache."""
     from huggingface_hub import snapshot_download
 
     repo, name = "/".join(given.split("/")[:2]), "/".join(given.split("/")[2:])
     if name and not name.endswith(".safetensors"):
         raise RewardError(
-            f"{where} is not .safetensors, and no other form is read; fetch it with `hf download {repo} {name} "
+            f"{where} is not .safetensors, and no other format is read; fetch it with `hf download {repo} {name} "
             f"--local-dir .` and convert it with: {conversion(name)}"
         )
     try:
@@ -72,19 +73,29 @@ def _fetched(context: RewardContext, given: str, where: str) -> tuple[Path, str]
 
 
 def cannot(context: RewardContext, name: str, error: BaseException) -> str:
-    """The tail of an error about a model that is not to be had."""
+    """The end of an error about a model that cannot be loaded."""
     hint = " (HF_HUB_OFFLINE is set)" if context.offline else ""
-    return (
-        f"cannot be loaded{hint}: {first_line(error)}; it must be a directory, or fetch it where there is a "
-        f"network with `hf download {name}` and give its directory"
-    )
+    if Path(name).expanduser().is_dir():
+        pointer = next((f for f in sorted(Path(name).expanduser().glob("*.safetensors")) if is_lfs_pointer(f)), None)
+        remedy = LFS.format(pointer.name) if pointer is not None else DIRECTORY
+    else:
+        remedy = f"give a directory, or fetch it with `hf download {name}` where there is a network"
+    return f"cannot be loaded{hint}: {first_line(error)}; {remedy}"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is git-lfs's note about a file in place of the file."""
+    with path.open("rb") as file:
+        return file.read(48).startswith(b"version https://git-lfs.github.com/")
 
 
 def _safe(path: Path, where: str) -> Path:
     if path.suffix == ".safetensors":
+        if is_lfs_pointer(path):
+            raise RewardError(f"{where}: {LFS.format(path.name)}")
         return path
     raise RewardError(
-        f"{where} is not .safetensors, and no other form is read; convert it once with: {conversion(path)}"
+        f"{where} is not .safetensors, and no other format is read; convert it once with: {conversion(path)}"
     )
 
 
@@ -93,7 +104,7 @@ def _only_file(path: Path, where: str) -> Path:
         return _safe(path, where)
     found = sorted(path.rglob("*.safetensors"))
     if len(found) == 1:
-        return found[0]
+        return _safe(found[0], where)
     if found:
         names = ", ".join(str(f.relative_to(path)) for f in found[:4])
         raise RewardError(f"{where} has {len(found)} .safetensors files ({names}); name one of them")
@@ -117,17 +128,22 @@ def load_state(path: Path, where: str) -> dict[str, Any]:
         raise RewardError(f"{where}: {path.name} cannot be read: {first_line(error)}") from error
 
 
-def load_transformer(context: RewardContext, reward: str, factory: Any, name: str, dtype: Any) -> Any:
-    """A transformers model, in evaluation mode, with every one of its weights from the file.
+def load_transformer(context: RewardContext, reward: str, factory: Any, name: str, dtype: Any, **options: Any) -> Any:
+    """A transformers model in evaluation mode, on the context's device, with all of its weights from the file.
 
     Raises:
-        RewardError: when it is not to be had, or a part of it would be random.
+        RewardError: when it cannot be loaded, or some of its weights would be random.
     """
     try:
         model, found = factory.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, local_files_only=context.offline, output_loading_info=True
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=context.offline,
+            output_loading_info=True,
+            **options,
         )
-    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError of shapes: one line for all
+    except Exception as error:  # OSError, ValueError, SafetensorError, RuntimeError: one line for all
         raise RewardError(f"reward {reward!r}: {name} {cannot(context, name, error)}") from error
     absent = sorted(found["missing_keys"]) + sorted(str(k[0]) for k in found["mismatched_keys"])
     if absent:
@@ -141,10 +157,10 @@ def load_transformer(context: RewardContext, reward: str, factory: Any, name: st
 
 
 def load_processing(context: RewardContext, reward: str, name: str) -> Any:
-    """The transformers processor that goes with a model: preprocessing of pictures and the tokenizer.
+    """The transformers processor of a model: preprocessing of pictures, and the tokenizer.
 
     Raises:
-        RewardError: when it is not to be had.
+        RewardError: when it cannot be loaded.
     """
     from transformers import AutoProcessor
 

@@ -343,7 +343,9 @@ def test_weights_that_cannot_be_had_name_the_remedy(
     rtdetr: Path, rfdetr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(RewardError, match=r"HF_HUB_OFFLINE is set.*hf download nobody/nothing.*@weights=DIR"):
+    with pytest.raises(
+        RewardError, match=r"HF_HUB_OFFLINE is set.*give a directory, or fetch it with `hf download nobody/nothing`"
+    ):
         _open("boxes", "nobody/nothing")
     with pytest.raises(RewardError, match=r"no directory \./nowhere"):
         _open("rfdetr", "./nowhere")
@@ -374,7 +376,7 @@ def test_incomplete_weights_are_refused(rtdetr: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if "enc_score_head" in name)
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RewardError, match=r"lacks 1 of the model's tensors.*random"):
+    with pytest.raises(RewardError, match=r"lacks 1 weights of a RTDetrV2ForObjectDetection.*random"):
         _open("boxes", tmp_path)
 
 

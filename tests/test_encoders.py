@@ -144,6 +144,12 @@ def test_a_directory_goes_to_local_dir(tmp_path: Path, reward: type, options: di
         reward(reward.Options(**given)).setup(CONTEXT)
 
 
+def test_a_git_lfs_pointer_is_no_weights_file(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 3944692325\n")
+    with pytest.raises(RewardError, match=r"w\.safetensors is a git-lfs pointer"):
+        ClipReward(ClipReward.Options(model="ViT-B-32", pretrained=str(tmp_path / "w.safetensors"))).setup(CONTEXT)
+
+
 # ----- prompts beyond the context
 
 

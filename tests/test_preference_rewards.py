@@ -26,6 +26,7 @@ from unigrpo_plugins.weights import conversion
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=True, offline=True)
 TOLERANCE = 1e-5
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3944692325\n"
 
 
 def oblong(count: int = 3) -> list[Sample]:
@@ -137,11 +138,14 @@ def test_pickscores_that_are_not_there(pickscore: Path, tmp_path: Path) -> None:
     pickled = copied(pickscore, tmp_path / "pickled")
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
+    pointer = copied(pickscore, tmp_path / "pointer")
+    (pointer / "model.safetensors").write_text(POINTER)
     for name, says in (
         ("nobody/nothing-of-this-name", r"HF_HUB_OFFLINE is set.*hf download nobody/nothing"),
         (str(torn), "torn cannot be loaded"),
         (str(mute), "the processor of .*mute cannot be loaded"),
         (str(pickled), r"pickled cannot be loaded.*safetensors"),
+        (str(pointer), r"model\.safetensors is a git-lfs pointer, .*`git lfs pull`"),
     ):
         with pytest.raises(RewardError, match=says) as caught:
             PickScoreReward(PickScoreReward.Options(model=name)).setup(CONTEXT)
@@ -206,13 +210,14 @@ def test_hpsv2_files_gone_wrong(hps: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": state}, pickled)
     save_file({k: v for k, v in state.items() if k != "visual.proj"}, tmp_path / "holed.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((hps / "HPS.safetensors").read_bytes()[:300])
+    (tmp_path / "lfs.safetensors").write_text(POINTER)
     two = tmp_path / "two"
     two.mkdir()
     for name in "ab":
         save_file({"x": torch.zeros(1)}, two / f"{name}.safetensors")
     for where, model, says in (
         (None, "tiny-hps", r"@weights=FILE; fetch them with `hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt"),
-        (pickled, "tiny-hps", r"no other form is read; convert it once with: python -c .*'state_dict'"),
+        (pickled, "tiny-hps", r"no other format is read; convert it once with: python -c .*'state_dict'"),
         (tmp_path / "no.safetensors", "tiny-hps", "no such file"),
         ("xswu/HPSv2/HPS_v2.1_compressed.pt", "tiny-hps", r"hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt"),
         ("nobody/nothing-of-this-name", "tiny-hps", r"HF_HUB_OFFLINE is set.*hf download nobody/nothing"),
@@ -220,6 +225,7 @@ def test_hpsv2_files_gone_wrong(hps: Path, tmp_path: Path) -> None:
         (tmp_path / "holed.safetensors", "tiny-hps", r"cannot be loaded.*visual\.proj"),
         (tmp_path / "torn.safetensors", "tiny-hps", "cannot be loaded"),
         (hps / "HPS.safetensors", "ViT-nothing", "cannot be loaded"),
+        (tmp_path / "lfs.safetensors", "tiny-hps", r"lfs\.safetensors is a git-lfs pointer, .*`git lfs pull`"),
     ):
         with pytest.raises(RewardError, match=says) as caught:
             hps_reward(where, model).setup(CONTEXT)
