@@ -21,6 +21,7 @@ from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.rewards.hooks import Hooks
 from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.run.doctor import CHECKS
 from unigrpo_cli.run.monitor.rules import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,15 @@ def monitor() -> str:
     return "\n".join(lines) + "\n"
 
 
+def doctor() -> str:
+    """Every check of the doctor: what must hold, what a fault means, and its remedy."""
+    lines = ["| check | what must hold | a fault means | remedy |", "|---|---|---|---|"]
+    for check in CHECKS:
+        holds = " ".join((inspect.getdoc(check.run) or "").split())
+        lines.append(f"| `{check.name}` | {holds} | {check.means} | {check.remedy} |")
+    return "\n".join(lines) + "\n"
+
+
 def commands() -> str:
     """The options of every command."""
     from unigrpo_cli.cli import app
@@ -137,6 +147,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "hooks": hooks,
     "rewards": rewards,
     "commands": commands,
+    "doctor": doctor,
     "monitor": monitor,
     "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
     "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),

@@ -36,9 +36,9 @@ def doctor(
 ) -> None:
     """Check what `unigrpo train` with the same options would do: episodes, replay, ratios, rewards, reference.
 
-    Samples a few small groups (doctor.prompts, doctor.members), passes them through the functions of training, and
-    reports each check: ok, or what it means and what to do. Makes one probe step; trains and writes nothing. Exits
-    with 6 on a fault. `train` runs a short form of this at its start.
+    Samples a few small groups (doctor.prompts, doctor.members), runs them through the functions of training, records
+    what the network receives, and reports each check: ok, or what a fault means and what to do. Makes one trial
+    update; trains and writes nothing. Exits with 6 on a fault. `train` runs a short form of this at its start.
     """
     from unigrpo_cli.errors import FaultError
     from unigrpo_cli.run.console import Display
@@ -59,7 +59,7 @@ def doctor(
 
 def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
     """All checks, on the state that training with these settings would start from."""
-    from unigrpo_cli.run.doctor import findings, gather
+    from unigrpo_cli.run.doctor import examine
     from unigrpo_cli.run.inputs import read_inputs
     from unigrpo_cli.run.prepare import prepare, with_sizes
     from unigrpo_cli.run.setup import is_embedded, open_rewards
@@ -67,7 +67,7 @@ def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Find
     inputs = read_inputs(settings, plugins, display.say)
     prompts = inputs.prompts
     settings = with_sizes(inputs.config, None, prompts, display.say)
-    state, _, plan = prepare(settings, None, None, display.warn)
+    state, _, _ = prepare(settings, None, None, display.warn)
     with open_rewards(inputs.rewards, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="train")
-        return findings(gather(state, prompts, rewards, settings, thorough=True, plan=plan))
+        return examine(state, prompts, rewards, settings, thorough=True)

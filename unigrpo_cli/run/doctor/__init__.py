@@ -1,13 +1,11 @@
-"""The doctor: small groups through the very functions that training calls, and what is wrong with them by name.
+"""The doctor: records a small training step and checks it.
 
-`witness.py` writes down what the network is really fed, `trial.py` draws, scores, replays and updates on trial,
-the checks compare; `checks.py` lists them. `examine` is the whole; `at_start.py` its short form before a run.
+`recorder.py` records what the network actually receives, `probe_step.py` makes the step with the functions that
+training calls, and `checks.py` lists the checks of the recording. `at_start.py` is the short form before a run.
 """
 
 from unigrpo_cli.run.doctor.at_start import examine_at_start
-from unigrpo_cli.run.doctor.checks import CHECKS, findings
-from unigrpo_cli.run.doctor.findings import FAULT, Finding
-from unigrpo_cli.run.doctor.probe_step import gather
-from unigrpo_cli.run.doctor.report import report, rows, show
+from unigrpo_cli.run.doctor.checks import CHECKS, examine
+from unigrpo_cli.run.doctor.findings import FAULT, Finding, report, rows, show
 
-__all__ = ["CHECKS", "FAULT", "Finding", "examine_at_start", "findings", "gather", "report", "rows", "show"]
+__all__ = ["CHECKS", "FAULT", "Finding", "examine", "examine_at_start", "report", "rows", "show"]

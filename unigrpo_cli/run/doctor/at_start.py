@@ -1,4 +1,4 @@
-"""The short examination before a run: what is cheap, and leaves nothing behind but its report."""
+"""The short examination at the start of a run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from unigrpo_cli.errors import FaultError
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run
-from unigrpo_cli.run.doctor.checks import findings
-from unigrpo_cli.run.doctor.findings import WARN
-from unigrpo_cli.run.doctor.probe_step import gather
-from unigrpo_cli.run.doctor.report import faults, line, report, summary
+from unigrpo_cli.run.doctor.checks import examine
+from unigrpo_cli.run.doctor.findings import WARN, faults, line, report, summary
 from unigrpo_cli.training.state import TrainState
 
 
 def examine_at_start(
     state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, run: Run, display: Display
 ) -> None:
-    """Examine a run that is about to begin, as `doctor.at_start` says.
+    """Examine a new run before its first step, as `doctor.at_start` says; a resumed run is not examined again.
 
-    Weights, optimizer and global generators are afterwards as they were, so the run is the same with and without.
-    A resumed run is not examined again: it was when it began, and the ratios of every 16th step are watched.
+    Weights, optimizer and global random generators are restored, so the run is the same with and without it.
 
     Raises:
         FaultError: on a fault, with `at_start = "stop"`; nothing has been trained then.
@@ -32,7 +29,7 @@ def examine_at_start(
     if config.doctor.at_start == "off" or state.step or not config.train.steps:
         return
     began = time.perf_counter()
-    found = findings(gather(state, prompts, rewards, config, thorough=False))
+    found = examine(state, prompts, rewards, config, thorough=False)
     wrong = faults(found)
     for finding in found:
         if finding in wrong or finding.verdict == WARN:
@@ -41,7 +38,7 @@ def examine_at_start(
         names = ", ".join(f.name for f in wrong)
         raise FaultError(
             f"the doctor found a fault, and nothing was trained: {names}; `unigrpo doctor` with the same options "
-            "says more, --set doctor.at_start=warn trains all the same"
+            "shows more, --set doctor.at_start=warn trains anyway"
         )
     display.say(summary(found))
     run.write_json("doctor.json", report(found, time.perf_counter() - began))

@@ -1,0 +1,202 @@
+"""What the checks read: recorded episodes, rewards, replay and a trial update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, TextActions, flatten
+from unigrpo_cli.models.policy import TrainablePolicy
+from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.rewards.scorer import Scorer
+from unigrpo_cli.run.doctor.recorder import Item, Prefix, Trace, VelocityCall
+from unigrpo_cli.train import MicroBatch, StepResult
+from unigrpo_cli.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class RecordedRollout:
+    """Groups sampled by the training's own rollout, and the network's inputs; `again` with the same seed."""
+
+    groups: list[Group]
+    traces: list[Trace]
+    again: list[Group] | None = None
+
+
+@dataclass(frozen=True)
+class RecordedRewards:
+    """Rewards of the sampled episodes, by alias.
+
+    Args:
+        scored: as training scores them.
+        advantage_B: as training combines them.
+        alone: each episode scored by itself, for rewards that score samples independently; NaN for an abstention.
+        again: all episodes scored a second time.
+        contrasts: scores of very different samples, for a reward that gave every episode the same score.
+    """
+
+    scored: dict[str, RewardResult]
+    advantage_B: Tensor
+    alone: dict[str, list[float]]
+    again: dict[str, list[float]]
+    contrasts: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class RecordedReplay:
+    """The episodes as training replays them, and the first update's gradients with known advantages.
+
+    Args:
+        minibatches: micro-batches of each update; `rows` the episode of each row of each micro-batch.
+        traces: the network's inputs when the old policy was scored, one per micro-batch.
+        terms: terms of each update.
+        gradients: largest magnitude by parameter name; None where there was none.
+        by_term: largest gradient of each expert from the text or the image term alone, on the first micro-batch:
+            `by_term["text"]["image"]` is what the text term teaches the image expert.
+        loss_errors: of each micro-batch, by kind: how far the loss's gradient is from that of advantage times
+            log-probability, relative, per row.
+    """
+
+    minibatches: list[list[MicroBatch]]
+    rows: list[list[int]]
+    traces: list[Trace]
+    terms: list[dict[str, float]]
+    gradients: dict[str, float | None]
+    by_term: dict[str, dict[str, float]]
+    loss_errors: list[dict[str, Tensor]]
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        return [m for share in self.minibatches for m in share]
+
+
+@dataclass(frozen=True)
+class TrialUpdate:
+    """The state after one trial update.
+
+    Args:
+        reference_moved: largest change of the reference's scores; 0 when it stood still.
+        distance: largest difference between policy and reference.
+        pull: largest gradient of the penalty alone (all advantages zero).
+        outward: that gradient times the weights' displacement; positive when the penalty pulls back. None when the
+            starting weights were not kept.
+        step: the next training step, without its update.
+    """
+
+    reference_moved: float
+    distance: float
+    pull: float
+    outward: float | None
+    step: StepResult
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that checks read. A part that failed is None; `trouble` has the reason by the part's name.
+
+    `config` is the run's with the doctor's batch sizes.
+    """
+
+    config: Config
+    state: TrainState
+    rewards: Scorer
+    thorough: bool
+    rollout: RecordedRollout
+    scores: RecordedRewards
+    replay: RecordedReplay | None = None
+    trial: TrialUpdate | None = None
+    trouble: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> TrainablePolicy:
+        return self.state.policy
+
+    @property
+    def episodes(self) -> list[Episode]:
+        return flatten(self.rollout.groups)
+
+    @property
+    def trains_text(self) -> bool:
+        c = self.config
+        return c.sampling.think and c.train.experts != "image" and c.objective.text_weight > 0
+
+    @property
+    def trains_image(self) -> bool:
+        return self.config.train.experts != "text" and self.config.objective.image_weight > 0
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the network computes in less than fp32."""
+        return torch.finfo(self.policy.dtype).bits < 32
+
+    def image_calls(self, episode: Episode) -> list[VelocityCall]:
+        """The network calls that painted an episode's last image: those nearest to its recorded latents."""
+        image = episode.images[-1]
+
+        def distance(calls: Sequence[VelocityCall]) -> float:
+            x = calls[min(image.window.start, len(calls) - 1)].x_ND
+            if x.shape != image.before.shape[1:]:
+                return float("inf")
+            return float((x.double() - image.before[0].double()).abs().mean())
+
+        return min((calls for trace in self.rollout.traces for calls in trace.images()), key=distance)
+
+    def received(self, episode: Episode) -> Prefix:
+        """What the network received before the episode's last image."""
+        return self.image_calls(episode)[0].prefix
+
+    def replayed_rows(self) -> Iterator[tuple[Trace, MicroBatch, int, Episode]]:
+        """Each replayed row: its trace (empty where it was not recorded), micro-batch, row number and episode."""
+        if self.replay is not None:
+            episodes, micro_batches = self.episodes, self.replay.micro_batches
+            traces = [*self.replay.traces, *(Trace() for _ in micro_batches)]
+            for trace, m, rows in zip(traces, micro_batches, self.replay.rows, strict=False):
+                yield from ((trace, m, b, episodes[k]) for b, k in enumerate(rows))
+
+
+@dataclass(frozen=True)
+class RecordedInputs:
+    """What an episode says the network received before its last image: items, None where there was an image.
+
+    `actions` has each text action: the number of items before it, its id, and its recorded log-probability.
+    """
+
+    items: list[Item | None]
+    actions: list[tuple[int, int, float]]
+
+
+def recorded_inputs(episode: Episode) -> RecordedInputs:
+    items: list[Item | None] = []
+    actions: list[tuple[int, int, float]] = []
+    for segment in episode.segments[:-1]:
+        if isinstance(segment, GivenText):
+            items += segment.ids.tolist()
+        elif isinstance(segment, GivenImage):
+            items += [None] * (bool(len(segment.latent)) + (segment.view is not None))
+        elif isinstance(segment, ImageActions):
+            items.append(None)
+        else:
+            items += segment.opening
+            recorded = zip(segment.ids.tolist(), segment.log_prob.tolist(), strict=False)
+            actions += [(len(items) + k, i, p) for k, (i, p) in enumerate(recorded)]
+            items += [*segment.ids.tolist(), *segment.closing]
+    return RecordedInputs(items, actions)
+
+
+def action_ids(episode: Episode) -> list[int]:
+    """The sampled token ids of an episode."""
+    return [i for s in episode.segments if isinstance(s, TextActions) for i in s.ids.tolist()]
+
+
+def scored_ids(m: MicroBatch, row: int) -> list[int]:
+    """The token ids that replay scores as actions of a row."""
+    ids_BL = torch.cat([chunk.action_BL for chunk in m.batch.turns], dim=1)
+    return ids_BL[row][m.batch.actions.mask_BL[row]].tolist()
+
+
+def label(episode: Episode) -> str:
+    return f"{episode.prompt.id}/{episode.member}"

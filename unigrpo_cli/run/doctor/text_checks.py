@@ -1,0 +1,146 @@
+"""Checks of sampled text: tokens, stop tokens, temperature, truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unigrpo_cli.algo.rng import derive, uniform
+from unigrpo_cli.episode import Episode, TextActions
+from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
+from unigrpo_cli.run.doctor.recorder import Item, Prefix
+from unigrpo_cli.run.doctor.recording import Recording, action_ids, label, recorded_inputs, scored_ids
+
+EXACT = 1e-4  # two ways to compute one log-probability in fp32
+NO_TEXT = "no text is sampled: sampling.think is false"
+
+
+def texts_of(r: Recording) -> list[tuple[Episode, TextActions]]:
+    return [(e, s) for e in r.episodes for s in e.segments if isinstance(s, TextActions)]
+
+
+def tokens(r: Recording) -> Outcome:
+    """The recorded and the replayed ids are those that the network received."""
+    wrong: list[str] = []
+    count = 0
+
+    def compare(received: Prefix, other: Sequence[Item | None], which: str, episode: Episode) -> None:
+        nonlocal count
+        count += len(received)
+        at = _first_difference(received, other)
+        if at is not None:
+            seen = f"the network received {_item(received, at)}, {which} {_item(other, at)}"
+            wrong.append(f"{label(episode)}: item {at}: {seen}")
+
+    for episode in r.episodes:
+        compare(r.received(episode), recorded_inputs(episode).items, "recorded is", episode)
+    for trace, m, b, episode in r.replayed_rows():
+        replayed = {call.row: call.prefix for call in trace.calls} or dict(enumerate(trace.prefixes))
+        if b in replayed:
+            compare(r.received(episode), replayed[b], "replayed is", episode)
+        scored = scored_ids(m, b)
+        if scored != action_ids(episode)[: len(scored)]:
+            wrong.append(f"{label(episode)}: replay scores other ids than were sampled")
+    return judged(len(wrong), 0, wrong[0] if wrong else f"{count} ids compared")
+
+
+def _first_difference(received: Prefix, other: Sequence[Item | None]) -> int | None:
+    for k, (a, b) in enumerate(zip(received, other, strict=False)):
+        if a != b and not (b is None and isinstance(a, str)):
+            return k
+    return None if len(received) == len(other) else min(len(received), len(other))
+
+
+def _item(items: Sequence[Item | None], at: int) -> str:
+    return str(items[at]) if at < len(items) else "nothing"
+
+
+def stop_token(r: Recording) -> Outcome:
+    """A finished text ends in its sampled stop token, a truncated text in a forced one, as the network received it."""
+    if not r.config.sampling.think:
+        return skipped(NO_TEXT)
+    found = [(episode, _stop_problem(r, episode, text)) for episode, text in texts_of(r)]
+    wrong = [f"{label(episode)}: {problem}" for episode, problem in found if problem]
+    for _, m, b, episode in r.replayed_rows():
+        scored, sampled = scored_ids(m, b), action_ids(episode)
+        if len(scored) < len(sampled) and r.policy.stop_id in sampled[len(scored) :]:
+            wrong.append(f"{label(episode)}: its stop token is not scored in replay")
+    return judged(len(wrong), 0, wrong[0] if wrong else f"{len(found)} texts end correctly")
+
+
+def _stop_problem(r: Recording, episode: Episode, text: TextActions) -> str:
+    stop, ids, longest = r.policy.stop_id, text.ids.tolist(), r.config.sampling.max_new_tokens
+    if text.finished and (not ids or ids[-1] != stop):
+        return "finished, but its last action is no stop token"
+    if text.finished and text.closing:
+        return "finished, but closed a second time"
+    if not text.finished and text.closing != (stop,):
+        return "truncated, but not closed"
+    if not text.finished and len(ids) < longest:
+        return f"truncated after {len(ids)} of {longest} tokens"
+    if stop in (ids[:-1] if text.finished else ids):
+        return "continues after a stop token"
+    if text is episode.segments[-2] and r.received(episode)[-1:] != (stop,):
+        return "the network received no stop token before the image"
+    return ""
+
+
+def temperature(r: Recording) -> Outcome:
+    """Tokens are sampled, recorded and replayed at the configured temperature."""
+    wanted = r.config.sampling.temperature
+    if not r.config.sampling.think:
+        return skipped(NO_TEXT)
+    if wanted == 0:
+        return skipped("greedy sampling has no temperature")
+    other = sorted({m.batch.temperature for _, m, _, _ in r.replayed_rows()} - {wanted})
+    if other:
+        return fault(f"configured is {wanted:g}, replayed is {other[0]:g}", other[0], wanted)
+    known = {prefix: logits for trace in r.rollout.traces for prefix, logits in trace.logits.items()}
+    count, missed, gap = 0, 0, 0.0
+    for episode in r.episodes:
+        if sum(isinstance(s, TextActions) for s in episode.segments) > 1:
+            continue  # later texts draw from seeds of their own
+        prefix = r.received(episode)
+        draws = uniform(derive(episode.seed, "text"), r.config.sampling.max_new_tokens)
+        for (before, id, recorded), draw in zip(recorded_inputs(episode).actions, draws, strict=False):
+            logits = known.get(prefix[:before])
+            if logits is not None:
+                # By definition, not by `algo.text.token`, which may be at fault.
+                log_prob = (logits / wanted).log_softmax(dim=-1)
+                cumulative = log_prob.exp().double().cumsum(dim=-1)
+                sampled = int((cumulative <= draw * cumulative[-1]).sum().clamp_max(len(logits) - 1))
+                count, missed = count + 1, missed + (sampled != id)
+                gap = max(gap, abs(float(log_prob[id]) - recorded))
+    if not count:
+        return skipped("no recorded logits belong to a sampled token")
+    share = missed / count
+    if r.policy.device.type != "cpu" and share <= 0.01:
+        share = 0.0  # on another device a random number at the edge of a token may fall on its other side
+    if max(gap, share) <= EXACT:
+        return Outcome(OK, gap, EXACT, f"{count} tokens sampled and recorded at {wanted:g}")
+    problems = [f"recorded log-probabilities are off by up to {gap:.2g}"] if gap > EXACT else []
+    problems += [f"{share:.0%} of tokens are sampled otherwise"] if share else []
+    return fault(f"configured is {wanted:g}, but {' and '.join(problems)}", max(gap, share), EXACT)
+
+
+def truncation(r: Recording) -> Outcome:
+    """At most half of the texts are truncated."""
+    texts = texts_of(r)
+    if not texts:
+        return skipped(NO_TEXT)
+    share = sum(not text.finished for _, text in texts) / len(texts)
+    seen = f"{share:.0%} of texts are truncated at {r.config.sampling.max_new_tokens} tokens"
+    return judged(share, 0.5, seen, WARN)
+
+
+def duplicates(r: Recording) -> Outcome:
+    """Members of a group differ in text and picture."""
+    groups, same_texts, pairs = r.rollout.groups, 0, 0
+    for group in groups:
+        same_texts += r.config.sampling.think and len({e.reasoning for e in group.episodes}) == 1
+        for k, a in enumerate(group.episodes):
+            pairs += sum(torch.equal(a.pixels, b.pixels) for b in group.episodes[k + 1 :])
+    bad = pairs + (same_texts if same_texts == len(groups) else 0)
+    seen = f"{same_texts} of {len(groups)} groups with a single text, {pairs} pairs of identical pictures"
+    return judged(bad, 0, seen, WARN)

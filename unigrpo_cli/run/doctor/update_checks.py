@@ -1,0 +1,190 @@
+"""Checks of the first update: advantages, gradients, the reference."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
+from unigrpo_cli.run.doctor.probe_step import difference
+from unigrpo_cli.run.doctor.recording import Recording, label
+from unigrpo_cli.run.doctor.replay_checks import NO_REPLAY, no_update
+
+RESCORED = 1e-4  # a network's scores change this much with the batch they are in
+WEIGHT = 0.05  # relative error of an action's weight in the loss; the rest is rounding
+SAME = {True: 1e-2, False: 1e-4}  # a reference elsewhere in memory may round differently: low precision, fp32
+
+
+def advantages(r: Recording) -> Outcome:
+    """Each action is weighted by its own episode's advantage, and better episodes have larger ones."""
+    if r.config.advantage.shuffle:
+        return Outcome(WARN, None, None, "advantage.shuffle is on, a control in which nothing can be learned")
+    by_episode = {id(e): float(a) for e, a in zip(r.episodes, r.scores.advantage_B, strict=True)}
+    for _, m, b, episode in r.replayed_rows():
+        used, own = float(m.advantage_B[b]), by_episode[id(episode)]
+        if used != own:
+            seen = f"{label(episode)} is replayed with advantage {used:+.3f}, its own is {own:+.3f}"
+            return fault(seen, abs(used - own), 0.0)
+    for errors, rows in zip(r.replay.loss_errors, r.replay.rows, strict=False) if r.replay else ():
+        for kind, error_B in errors.items():
+            b = int(error_B.argmax())
+            if not float(error_B[b]) <= WEIGHT:
+                seen = f"the loss weights the {kind} actions of {label(r.episodes[rows[b]])} by another advantage"
+                return fault(
+                    f"{seen} than their own (relative error {float(error_B[b]):.2g})", float(error_B[b]), WEIGHT
+                )
+    return _order(r)
+
+
+def _order(r: Recording) -> Outcome:
+    """Of two episodes of a group, the one with better rewards has the larger advantage."""
+    advantage_B, compared, wrong = r.scores.advantage_B.tolist(), 0, []
+    for a, b in _better(r):
+        compared += 1
+        # Clamping may make unequal episodes equal, but not both 0.
+        if not advantage_B[a] >= advantage_B[b] or advantage_B[a] == advantage_B[b] == 0.0:
+            wrong.append(f"{label(r.episodes[a])} is better than {label(r.episodes[b])} but has the smaller advantage")
+    if not compared:
+        return skipped("no two episodes of a group differ in reward")
+    seen = f"{len(wrong)} of {compared} pairs: {wrong[0]}" if wrong else f"{compared} pairs in order"
+    if wrong and r.rewards.plugins.manager.hook.unigrpo_combine_rewards.get_hookimpls():
+        return Outcome(WARN, len(wrong), 0, f"a plugin combines the rewards; {seen}")
+    return judged(len(wrong), 0, seen)
+
+
+def _better(r: Recording) -> Iterator[tuple[int, int]]:
+    """Pairs of a group where each weighted reward of the first is clearly larger than or equal to the second's.
+
+    Scores of episodes scored one by one are used where there are any.
+    """
+    columns, resolutions = [], []
+    for name, weight in r.rewards.weights.items():
+        if weight:
+            scores = r.scores.alone.get(name) or r.scores.scored[name].scores.tolist()
+            columns.append([weight * s for s in scores])
+            resolutions.append(abs(weight) * _resolution(scores, r.scores.again.get(name)))
+    members = r.config.train.group_size
+    for a in range(len(r.episodes)):
+        for b in range(a - a % members, a - a % members + members):
+            gaps = [own[a] - own[b] for own in columns]
+            larger = [gap > least for gap, least in zip(gaps, resolutions, strict=True)]
+            if any(larger) and all(more or gap == 0 for more, gap in zip(larger, gaps, strict=True)):
+                yield a, b
+
+
+def _resolution(scores: list[float], again: list[float] | None) -> float:
+    """The smallest difference that counts: rounding, or four deviations of a reward's own noise."""
+    known = [abs(s) for s in scores if math.isfinite(s)]
+    squares = [(a - b) ** 2 for a, b in zip(scores, again or [], strict=False) if math.isfinite(a - b)]
+    noise = math.sqrt(sum(squares) / len(squares) / 2) if squares else 0.0
+    return max(RESCORED * max([1.0, *known]), 4 * noise)
+
+
+def gradients(r: Recording) -> Outcome:
+    """Every trained expert gets a gradient in each of its layers, from the right terms, at the configured rate."""
+    if "gradients" in r.trouble:
+        return fault(r.trouble["gradients"])
+    if r.replay is None:
+        return skipped(NO_REPLAY)
+    t, groups = r.config.train, r.state.optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    names = {id(p): name for name, p in r.policy.named_parameters()}
+    reached = {
+        "text": r.trains_text or (r.trains_image and r.config.objective.grad_through_context),
+        "image": r.trains_image,
+    }
+    largest: dict[str, float] = {}
+    for expert, parameters in r.policy.trainable().items():
+        own = {id(p) for p in parameters}
+        if t.experts not in ("both", expert):
+            continue
+        if not own:
+            return fault(f"the {expert} expert has no trainable weights", 0.0, 0.0)
+        if not own <= held:
+            return fault(f"the optimizer lacks {len(own - held)} tensors of the {expert} expert", 0.0, 0.0)
+        wanted = t.lr_text if expert == "text" else t.lr_image
+        rates = sorted({g["full_lr"] for g in groups if own & {id(p) for p in g["params"]}})
+        if rates != [wanted]:
+            shown = ", ".join(f"{rate:g}" for rate in rates)
+            seen = f"the optimizer's rate of the {expert} expert is {shown}, train.lr_{expert} is {wanted:g}"
+            return fault(seen, rates[-1], wanted)
+        if not reached[expert]:
+            continue
+        values = {names[i]: r.replay.gradients.get(names[i]) or 0.0 for i in own}
+        largest[expert] = max(values.values())
+        problem = _wrong_term(r, expert)
+        if not problem and not largest[expert] > 0:
+            problem = f"the {expert} expert gets no gradient"
+        if not problem and (empty := _layers_without(values)):
+            problem = f"layers {empty} of the {expert} expert get no gradient"
+        if problem:
+            return fault(problem, 0.0, 0.0)
+    if not largest:
+        return skipped("the objective trains no expert")
+    seen = ", ".join(f"{expert} up to {value:.2g}" for expert, value in largest.items())
+    idle = sum(not value for value in r.replay.gradients.values())
+    return Outcome(OK, min(largest.values()), 0.0, f"{seen}; {idle} of {len(r.replay.gradients)} tensors have none")
+
+
+def _wrong_term(r: Recording, expert: str) -> str:
+    """A term that should train the expert and does not, or trains it and should not; empty when there is none."""
+    assert r.replay is not None
+    through_context = r.config.objective.grad_through_context
+    for term, trained in (("text", r.trains_text), ("image", r.trains_image)):
+        if not trained or term not in r.replay.by_term or (expert, term) == ("image", "text"):
+            continue
+        found = r.replay.by_term[term]
+        if expert != term and not found[term] > 0:
+            continue  # this term trains nothing, which is reported for its own expert
+        if (expert == term or through_context) and not found[expert] > 0:
+            return f"the {term} term gives the {expert} expert no gradient"
+        if expert != term and not through_context and found[expert] > 0:
+            return f"the {term} term trains the {expert} expert although objective.grad_through_context is false"
+    return ""
+
+
+def _layers_without(values: dict[str, float]) -> str:
+    """Layers in which no tensor has a gradient."""
+    layers: dict[int, float] = {}
+    for name, value in values.items():
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        if found:
+            layers[int(found[1])] = max(value, layers.get(int(found[1]), 0.0))
+    return ", ".join(str(k) for k, value in sorted(layers.items()) if not value > 0)
+
+
+def reference(r: Recording) -> Outcome:
+    """The reference is the starting model: it stands still while the policy moves, and the penalty pulls back."""
+    if r.replay is None:
+        return skipped(NO_REPLAY)
+    first, limit = r.replay.micro_batches[0], SAME[r.low_precision]
+    if first.reference is None:
+        return skipped("the objective has no penalty and no objective.text_kl")
+    start = difference(first.reference, first.old_scores, r.config.objective.text_kl > 0)
+    fresh = _at_reference(r)
+    if fresh and not start <= limit:
+        return fault("the reference differs from the policy before any update", start, limit)
+    if not fresh and not start > 0:
+        return fault("training starts from changed weights, but the reference equals them", start, limit)
+    if r.trial is None:
+        return Outcome(WARN if "update" in r.trouble else OK, start, limit, f"difference at the start; {no_update(r)}")
+    t = r.trial
+    if t.reference_moved > (0.0 if r.policy.device.type == "cpu" else SAME[False]):
+        return fault("an update of the policy moved the reference", t.reference_moved, 0.0)
+    if t.distance == start or (fresh and t.distance < start):
+        return fault("an update did not move the policy away from the reference", t.distance, start)
+    if not t.pull > 0:
+        return fault("away from the reference, the penalty has no gradient", t.pull, 0.0)
+    if fresh and t.outward is not None and t.outward < 0:
+        return fault("the penalty drives the policy away from the reference", t.outward, 0.0)
+    if t.step.metrics.get(f"image/first_{r.config.objective.penalty}") == 0:
+        return fault("in the step after an update the penalty is exactly 0", 0.0, 0.0)
+    return Outcome(OK, t.reference_moved, 0.0, f"it stood still while the policy moved {t.distance:.2g} away")
+
+
+def _at_reference(r: Recording) -> bool:
+    """Whether the policy still equals its reference: a frozen copy just made, or adapters without effect."""
+    if r.config.train.finetune == "full":
+        return r.state.step == 0
+    return r.policy.adapter is None or r.policy.adapter.idle
