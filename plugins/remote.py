@@ -62,6 +62,7 @@ class RemoteReward:
         self.jitter = random.Random()  # its own: waiting must not move the run's random numbers
         facts = self._ask("GET", "/v1/info")
         try:
+            _check_types(facts)
             low, high = facts["range"]
             self.range = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
             self.name = str(facts["name"])
@@ -72,7 +73,8 @@ class RemoteReward:
             # A reward that needs the whole rollout in one call cannot score a part of it early.
             self.concurrency = 1 if facts["batch_size"] else 0
             self.max_bytes = int(facts["max_bytes"])
-            self.higher_is_better = bool(facts["higher_is_better"])
+            self.max_pixels = int(facts.get("max_pixels", 2**62))
+            self.higher_is_better = facts["higher_is_better"]
             self.summary, self.licence = str(facts["summary"]), str(facts["licence"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._malformed(f"/v1/info: {type(error).__name__}: {error}") from error
@@ -108,7 +110,7 @@ class RemoteReward:
     def _requests(self, batch: RewardBatch) -> Iterator[list[dict[str, Any]]]:
         """The batch in as few requests as the server's limit allows, cut between the server's own batches."""
         rows: list[dict[str, Any]] = []
-        held = 0
+        held = pixels = 0
         step = max(1, len(batch)) if self.scope == "group" else self.unit
         for at in range(0, len(batch), step):
             unit = [self._row(sample) for sample in batch.samples[at : at + step]]
@@ -118,11 +120,18 @@ class RemoteReward:
                     f"reward 'remote': {len(unit)} samples that belong together make {size} bytes, and {self.url} "
                     f"takes {self.max_bytes}; serve it with a larger --max-mb"
                 )
-            if rows and held + size + 1024 > self.max_bytes:
+            shown = sum(math.prod(s.pixels.shape[:2]) for s in batch.samples[at : at + step])
+            if shown > self.max_pixels:
+                raise RewardError(
+                    f"reward 'remote': {len(unit)} samples that belong together have {shown} pixels, and {self.url} "
+                    f"takes {self.max_pixels}; serve it with a larger --max-mb"
+                )
+            if rows and (held + size + 1024 > self.max_bytes or pixels + shown > self.max_pixels):
                 yield rows
-                rows, held = [], 0
+                rows, held, pixels = [], 0, 0
             rows += unit
             held += size
+            pixels += shown
         if rows:
             yield rows
 
@@ -223,6 +232,30 @@ class RemoteReward:
             f"reward 'remote': {self.url} did not answer as a reward server does ({what}); is @url= the address that "
             "`unigrpo rewards serve` printed, with the same version of unigrpo?"
         )
+
+
+FACTS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "range": (list,),
+    "needs": (list,),
+    "sends": (list,),
+    "scope": (str,),
+    "batch_size": (int, type(None)),
+    "max_bytes": (int,),
+    "higher_is_better": (bool,),
+}
+"""Fields of /v1/info that decide what is sent and how scores are used, with their types."""
+
+
+def _check_types(facts: dict[str, Any]) -> None:
+    """Raise TypeError for a field of another type: the text "false" would count as true."""
+    for name, kinds in FACTS.items():
+        if type(facts[name]) not in kinds:
+            raise TypeError(f"{name} is {facts[name]!r}, not {' or '.join(k.__name__ for k in kinds)}")
+    if not all(type(bound) in (int, float, type(None)) for bound in facts["range"]):
+        raise TypeError(f"range is {facts['range']!r}, not two numbers")
+    if not all(type(text) is str for text in facts["needs"] + facts["sends"]):
+        raise TypeError("needs and sends are not lists of texts")
 
 
 def _png(sample: Sample) -> str:

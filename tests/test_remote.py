@@ -25,6 +25,7 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from typer.testing import CliRunner
 
 from unigrpo_cli import RewardContext, RewardOutput, Sample, reward
@@ -32,7 +33,7 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.conformance import example_samples
-from unigrpo_cli.rewards.http import RewardServer, columns_sent
+from unigrpo_cli.rewards.http import RefusedError, RewardServer, columns_sent, read_samples
 from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -210,7 +211,7 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with _remote(server.url, token_file=str(good)) as rewards:
             assert _ask(rewards, samples).valid.all()
         for options in ({"token_file": str(bad)}, {}):
-            with pytest.raises(RewardError, match=r"wants a token.*UNIGRPO_REWARD_TOKEN or @token_file="):
+            with pytest.raises(RewardError, match=r"needs a token.*UNIGRPO_REWARD_TOKEN or @token_file="):
                 with _remote(server.url, **options):
                     pass
         with pytest.raises(RewardError, match="nowhere"), _remote(server.url, token_file="nowhere"):
@@ -253,27 +254,116 @@ SAMPLE = {"prompt": "a red circle", "image": _png(), "metadata": {"include": [{"
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        ({"protocol": 2, "samples": []}, 400, "speaks protocol 1, the request 2"),
+        ({"protocol": 2, "samples": []}, 400, "has protocol 1, the request 2"),
         ({"samples": []}, 400, "protocol"),
         ([], 400, "JSON object"),
         ({"protocol": 1}, 400, "`samples` must be a list"),
         ({"protocol": 1, "samples": [{}]}, 400, "samples[0] must be an object with a text `prompt`"),
-        ({"protocol": 1, "samples": [SAMPLE | {"image": "%%%"}]}, 400, "no base64 PNG"),
-        ({"protocol": 1, "samples": [SAMPLE | {"image": 7}]}, 400, "no base64 PNG"),
-        ({"protocol": 1, "samples": [SAMPLE | {"image": _png(kind="BMP")}]}, 400, "no base64 PNG"),
-        ({"protocol": 1, "samples": [SAMPLE | {"image": _png(mode="L")}]}, 400, "RGB is needed"),
-        ({"protocol": 1, "samples": [SAMPLE | {"image": _png((9000, 9000), "1")}]}, 413, "9000 x 9000"),
+        ({"protocol": 1, "samples": [SAMPLE | {"image": "%%%"}]}, 400, "not a base64 PNG"),
+        ({"protocol": 1, "samples": [SAMPLE | {"image": 7}]}, 400, "not a base64 PNG"),
+        ({"protocol": 1, "samples": [SAMPLE | {"image": _png(kind="BMP")}]}, 400, "not a base64 PNG"),
+        ({"protocol": 1, "samples": [SAMPLE | {"image": _png(mode="L")}]}, 400, "send RGB"),
+        ({"protocol": 1, "samples": [SAMPLE | {"image": _png((9000, 9000), "1")}]}, 413, "more than 25000 pixels"),
+        (
+            {"protocol": 1, "samples": [SAMPLE | {"image": _png((120, 120))}] * 2},
+            413,
+            "samples[1]: the request has more",
+        ),
+        ({"protocol": 1, "samples": [SAMPLE] * 3 + [SAMPLE | {"image": _png((160, 160))}]}, 413, "samples[3]"),
         ({"protocol": 1, "samples": [SAMPLE | {"metadata": [1]}]}, 400, "`metadata` an object"),
         ({"protocol": 1, "samples": [SAMPLE], "split": "test"}, 400, "`split`"),
         ({"protocol": 1, "samples": [SAMPLE, SAMPLE | {"prompt": "x" * 60_000}]}, 413, "see --max-mb"),
+        ({"protocol": 1, "samples": [SAMPLE | {"metadata": {"include": [math.nan]}}]}, 400, "not JSON"),
     ],
 )
 def test_what_the_server_refuses(body: Any, status: int, says: str) -> None:
     with _served("geneval", max_bytes=50_000) as server:
-        answer = httpx2.post(f"{server.url}/v1/score", json=body, trust_env=False)
+        content, head = json.dumps(body), {"Content-Type": "application/json"}
+        answer = httpx2.post(f"{server.url}/v1/score", content=content, headers=head, trust_env=False)
         assert (answer.status_code, says in answer.json()["error"]) == (status, True), answer.text
         good = {"protocol": 1, "samples": [SAMPLE]}
         assert httpx2.post(f"{server.url}/v1/score", json=good, trust_env=False).json()["scores"] == [0.0]
+
+
+def test_pictures_are_counted_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve small files of 8000 x 8000 took 14 GB."""
+    decoded: list[Any] = []
+    monkeypatch.setattr(PngImageFile, "load", lambda self: decoded.append(self.size))
+    many = {"samples": [SAMPLE] * 8 + [SAMPLE | {"image": _png((8000, 8000), "1")}] * 12}
+    with pytest.raises(RefusedError, match=r"samples\[9\].*pixels"):
+        read_samples(many, 64 * 2**20)
+    assert decoded == []
+
+
+def test_a_client_cuts_its_requests_by_pixels() -> None:
+    """Eight pictures of 48 x 48 where a request may have five."""
+    sizes: list[int] = []
+
+    @reward("shade", batch_size=2)
+    def shade(images, batch):
+        sizes.append(len(images))
+        return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+    samples = example_samples(8)
+    with _served("shade", shade, max_bytes=5 * 48 * 48 * 2) as server, _remote(server.url) as rewards:
+        assert _ask(rewards, samples).scores.tolist() == _local("shade", samples, shade).scores.tolist()
+        assert server.max_pixels == 5 * 48 * 48
+
+
+def _raw(server: RewardServer, *headers: str, body: str = "") -> int:
+    """The status of a request that is written header by header."""
+    method, path = ("POST", "/v1/score") if body else ("GET", "/v1/info")
+    with socket.create_connection(server.server_address[:2]) as wire:
+        head = "\r\n".join([f"{method} {path} HTTP/1.1", "Connection: close", *headers])
+        wire.sendall(f"{head}\r\n\r\n{body}".encode())
+        return int(wire.makefile("rb").readline().split()[1])
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (["Host: 127.0.0.1"], 200),
+        (["Host: localhost:9000"], 200),  # a tunnel
+        (["Host: LOCALHOST."], 200),
+        (["Host: [::1]:80"], 200),
+        (["Host: evil.example"], 403),
+        (["Host: evil.example:80"], 403),
+        (["Host: 127.0.0.1.evil.example"], 403),
+        (["Host: 127.0.0.1@evil.example"], 403),
+        (["Host: "], 403),
+        ([], 403),
+        (["Host: 127.0.0.1", "Origin: http://localhost:9000"], 200),
+        (["Host: 127.0.0.1", "Origin: https://evil.example"], 403),
+        (["Host: 127.0.0.1", "Origin: null"], 403),
+        (["Host: 127.0.0.1", "Host: evil.example"], 400),
+    ],
+)
+def test_without_a_token_web_pages_are_refused(headers: list[str], status: int) -> None:
+    """A page whose name resolves to 127.0.0.1 (DNS rebinding) sends that name as Host."""
+    with _served("geneval") as server:
+        assert _raw(server, *headers) == status
+
+
+def test_with_a_token_the_name_does_not_matter() -> None:
+    with _served("geneval", token="s3cret") as server:
+        assert _raw(server, "Host: judge.example", "Authorization: Bearer s3cret") == 200
+        assert _raw(server, "Host: judge.example", "Authorization: Bearer no", "Authorization: Bearer s3cret") == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (["Content-Length: 2", "Content-Length: 2"], 400),
+        (["Content-Length: 2", "content-length: 9"], 400),
+        (["Content-Length: 2, 2"], 411),
+        (["Content-Length: +2"], 411),
+        (["Content-Length: 2", "Transfer-Encoding: chunked"], 411),
+        (["Content-Length: 2", "Content-Type: text/plain"], 400),
+    ],
+)
+def test_requests_of_ambiguous_length_or_type_are_refused(headers: list[str], status: int) -> None:
+    with _served("geneval") as server:
+        assert _raw(server, "Host: localhost", "Content-Type: application/json", *headers, body="{}") == status
 
 
 def test_requests_that_are_no_json_requests() -> None:
@@ -479,6 +569,13 @@ INFO = {
         (json.dumps(INFO | {"range": 3}).encode(), "did not answer"),
         (json.dumps(INFO | {"range": ["a", "b"]}).encode(), "did not answer"),
         (json.dumps(INFO | {"range": [1, 0]}).encode(), "declares range"),
+        (json.dumps(INFO | {"range": ["0", "1"]}).encode(), "did not answer.*range"),
+        (json.dumps(INFO | {"higher_is_better": "false"}).encode(), "did not answer.*higher_is_better is 'false'"),
+        (json.dumps(INFO | {"higher_is_better": 0}).encode(), "did not answer.*higher_is_better"),
+        (json.dumps(INFO | {"needs": "image"}).encode(), "did not answer.*needs"),
+        (json.dumps(INFO | {"sends": ["image", 1]}).encode(), "did not answer.*sends"),
+        (json.dumps(INFO | {"batch_size": True}).encode(), "did not answer.*batch_size"),
+        (json.dumps(INFO | {"scope": "batch"}).encode(), "declares scope = 'batch'"),
     ],
 )
 def test_information_that_is_none(info: bytes, says: str) -> None:
@@ -536,7 +633,7 @@ def test_the_command_says_where_and_ends_when_told() -> None:
         assert httpx2.get(f"{url}/v1/info", trust_env=False).status_code == 401
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
-        assert (process.returncode, out, err) == (0, "", "")
+        assert (process.returncode, out, err) == (0, "", "loading torch ...\n")
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,26 @@ def test_an_exception_stops_naming_reward_and_remedy(error: BaseException) -> No
         _score(_faulty(_raise(error)))
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("higher_is_better", "false"),
+        ("higher_is_better", 0),
+        ("scope", "batch"),
+        ("concurrency", "4"),
+        ("concurrency", -1),
+        ("needs", "image"),
+        ("needs", {1}),
+        ("range", "01"),
+        ("range", (1, 0)),
+    ],
+)
+def test_a_declaration_of_another_type_is_refused(attribute: str, value: object) -> None:
+    odd = type("Odd", (Gained,), {"name": "odd", attribute: value})
+    with pytest.raises(RewardError, match=rf"'odd'.*declares {attribute} = .*; give"):
+        _score(odd)
+
+
 def test_an_exception_may_abstain_but_is_never_zero() -> None:
     scored = _score(_faulty(_raise(ValueError("x"))), policy=RewardLimits(on_error="abstain", max_abstain=1.0))
     assert not scored.valid.any()

@@ -1,23 +1,21 @@
-"""One reward behind HTTP, for a judge that needs other packages or another machine. Its client: plugins/remote.py.
+"""A reward behind HTTP, for one that needs other packages or another machine. Its client: plugins/remote.py.
 
-Protocol 1, JSON both ways (docs/rewards.md has it in full):
+Protocol 1, JSON both ways (docs/rewards.md):
 
-    GET  /v1/info   what the reward is and which columns it wants to be sent
-    POST /v1/check  {"metadata": [...], "has_reasoning": true}: would these prompts do?
+    GET  /v1/info   what the reward is and which columns to send
+    POST /v1/check  {"metadata": [...], "has_reasoning": true}: do these prompts carry what it needs?
     POST /v1/score  {"samples": [{"prompt", "image", "reasoning", "metadata", "id", "group_id"}], "step", "split"}
 
-Images travel as base64 PNG, which keeps every pixel; a score of null is "no opinion". Nothing that is sent is ever
-run: JSON and PNG alone are read, and requests have a largest size.
+Images travel as base64 PNG, which keeps every pixel; a score of null is no opinion. Nothing that is sent is run: only
+JSON and PNG are read, and a request has a largest size in bytes and in pixels.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import io
 import ipaddress
-import json
 import math
 import socket
 import threading
@@ -26,26 +24,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.io.json import to_json
+from unigrpo_cli.io.limits import parse_json
 from unigrpo_cli.rewards.batch import Sample
-from unigrpo_cli.rewards.loaded import FailedCallError, LoadedReward
+from unigrpo_cli.rewards.loaded import FailedCallError, LoadedReward, message_of
 from unigrpo_cli.rewards.scorer import Scorer
 
 PROTOCOL = 1
 COLUMNS_SENT = ("image", "reasoning", "metadata")
-MAX_BYTES = 256 * 2**20  # of a request: 64 pictures of 1024 x 1024 are about 100 MiB
-MAX_PIXELS = 64 * 2**20  # of a picture: a PNG of a few bytes can unfold into gigabytes
-DRAIN_BYTES = 2**30  # of a refused request that is read and dropped, so that the refusal can be heard
-IDLE_S = 60.0  # a connection that says nothing for so long is closed
+MAX_BYTES = 256 * 2**20
+"""Of a request: 64 pictures of 1024 x 1024 are about 100 MiB as PNG."""
+BYTES_PER_PIXEL = 2
+"""A request may have as many pixels as its largest size in bytes divided by this: a small PNG can hold gigabytes."""
+DRAIN_BYTES = 2**30
+"""Of a refused request that are read and dropped, so that the client reads the answer."""
+IDLE_S = 60.0
+"""Seconds of silence after which a connection is closed."""
+SINGLE_HEADERS = ("Host", "Content-Length", "Content-Type", "Authorization", "Origin")
+"""Two of one of these would be read differently by different programs."""
 
 
 class RefusedError(Exception):
-    """An answer other than 200: its status, what is wrong, and what sort of thing that is."""
+    """An answer other than 200: its status, a message, and the kind of error."""
 
     def __init__(self, status: int, text: str, kind: str = "request"):
         super().__init__(text)
@@ -53,16 +60,16 @@ class RefusedError(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves the one reward of `rewards`. Connections are many, scoring is one at a time.
+    """Serves one reward: many connections, one scoring at a time.
 
-    Make it, set up the reward, then `listen` and `serve_forever`: a port in use is found before weights are read,
-    and nobody is let in before the reward is ready.
+    Construct it, set up the reward, then `listen` and `serve_forever`: a port in use is found before weights are
+    loaded, and no client connects before the reward is ready.
 
     Args:
-        token: what clients must send as `Authorization: Bearer`; None lets in everybody on this machine.
+        token: sent by clients as `Authorization: Bearer`; None accepts any program on this machine, but no web page.
 
     Raises:
-        UsageError: when the address cannot be had, or is reachable from outside without a token.
+        UsageError: when the address cannot be bound, or can be reached from other machines without a token.
     """
 
     request_queue_size = 128
@@ -72,9 +79,9 @@ class RewardServer(ThreadingHTTPServer):
         if not token and not is_loopback(host):
             raise UsageError(
                 f"--host {host} can be reached from other machines: give a --token-file (or UNIGRPO_REWARD_TOKEN), "
-                "or stay on 127.0.0.1"
+                "or use 127.0.0.1"
             )
-        self.token, self.max_bytes = token, max_bytes
+        self.token, self.max_bytes, self.max_pixels = token, max_bytes, max_bytes // BYTES_PER_PIXEL
         self.rewards: Scorer | None = None
         self.facts: dict[str, Any] = {}
         self.scoring = threading.Lock()
@@ -95,32 +102,33 @@ class RewardServer(ThreadingHTTPServer):
         return f"http://{name}:{port}"
 
     def server_bind(self) -> None:
-        """Bind without looking up the machine's name, which can take seconds and is not used."""
+        """Bind without looking up the machine's name, which can take seconds."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
     def listen(self, rewards: Scorer, version: str) -> None:
-        """Let clients in; `rewards` holds the one reward."""
+        """Accept clients; `rewards` holds the one reward."""
         self.rewards = rewards
-        self.facts = facts_of(rewards.rewards[0], version) | {"max_bytes": self.max_bytes}
+        self.facts = facts_of(rewards.rewards[0], version)
+        self.facts |= {"max_bytes": self.max_bytes, "max_pixels": self.max_pixels}
         self.server_activate()
 
     def stop(self) -> None:
-        """End `serve_forever` soon, from any thread or signal; who asks meanwhile is told to come again."""
+        """End `serve_forever` soon, from any thread or signal. Requests until then get a 503."""
         self.stopping = True
         threading.Thread(target=self.shutdown, daemon=True).start()
 
     def close(self, patience_s: float = 10.0) -> None:
-        """Close the socket once the scoring under way has ended, or `patience_s` is over."""
+        """Close the socket when the current scoring ends, or after `patience_s`."""
         self.stopping = True
         if self.scoring.acquire(timeout=patience_s):
             self.scoring.release()
         self.server_close()
 
     @contextmanager
-    def _chunk(self) -> Iterator[Scorer]:
-        """The reward, for one request alone."""
+    def _exclusive(self) -> Iterator[Scorer]:
+        """The reward, for one request at a time."""
         with self.scoring:
             if self.stopping or self.rewards is None:
                 raise RefusedError(503, "the reward server is stopping", "stopping")
@@ -131,24 +139,27 @@ class RewardServer(ThreadingHTTPServer):
         rows = body.get("metadata")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise RefusedError(400, "`metadata` must be a list of objects")
-        with self._chunk() as rewards:
+        has_reasoning = body.get("has_reasoning", True)
+        if not isinstance(has_reasoning, bool):
+            raise RefusedError(400, "`has_reasoning` must be true or false")
+        with self._exclusive() as rewards:
             try:
-                rewards.check_needs(rows, has_reasoning=bool(body.get("has_reasoning", True)), split="train")
+                rewards.check_needs(rows, has_reasoning=has_reasoning, split="train")
             except RewardError as error:
                 raise RefusedError(422, str(error), "needs") from error
         return {"protocol": PROTOCOL, "ok": True}
 
     def score(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Scores of the samples in a request."""
-        samples = read_samples(body)
         step, split = body.get("step", 0), body.get("split", "train")
         if type(step) is not int or split not in ("train", "eval"):
             raise RefusedError(400, '`step` must be a whole number and `split` "train" or "eval"')
-        with self._chunk() as rewards:
+        with self._exclusive() as rewards:
             opened = rewards.rewards[0]
+            samples = read_samples(body, self.max_pixels)  # one request at a time, for its memory
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a score out of range is said where the run is
+                    warnings.simplefilter("ignore")  # the client warns of scores outside the range
                     scored = rewards.score(samples, step=step, split=split)[opened.alias]
             except FailedCallError as error:
                 raise RefusedError(500, str(error), "failed") from error
@@ -166,7 +177,7 @@ class RewardServer(ThreadingHTTPServer):
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """One connection: requests are authorised before their bodies are read, and read before they are scored."""
+    """One connection. A request is authorised before its body is read."""
 
     server: RewardServer
     protocol_version = "HTTP/1.1"
@@ -181,11 +192,13 @@ class Exchange(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The server's output is the one line with its address."""
+        """The server prints only its address."""
 
     def _answer(self, found: Any) -> None:
-        self._unread = self._length() or 0
+        self._unread = 0
         try:
+            self._check_headers()
+            self._unread = self._length() or 0
             self._authorise()
             status, content = 200, to_json(found())
         except RefusedError as refusal:
@@ -194,17 +207,37 @@ class Exchange(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
             return
-        except Exception as error:  # ours, not the client's: said, and the server lives on
-            body = {"protocol": PROTOCOL, "error": f"{type(error).__name__}: {error}", "kind": "server"}
+        except Exception as error:  # a fault of this server, which keeps serving
+            body = {"protocol": PROTOCOL, "error": message_of(error), "kind": "server"}
             status, content = 500, to_json(body)
         self._send(status, content.encode())
 
     def _length(self) -> int | None:
         text = self.headers.get("Content-Length", "")
-        return int(text) if text.isdecimal() and len(text) < 16 else None
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
+
+    def _check_headers(self) -> None:
+        """Refuse requests whose length or origin is ambiguous, and without a token those of web pages.
+
+        A page can resolve its own name to 127.0.0.1 (DNS rebinding): its requests arrive here with that name as Host.
+        """
+        for name in SINGLE_HEADERS:
+            if len(self.headers.get_all(name, ())) > 1:
+                self.close_connection = True
+                raise RefusedError(400, f"send {name} once")
+        if "Transfer-Encoding" in self.headers:
+            self.close_connection = True
+            raise RefusedError(411, "send Content-Length, not Transfer-Encoding")
+        if self.server.token:
+            return
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if not is_loopback(_hostname(f"//{host}")):
+            raise RefusedError(403, f"Host {host!r} is not this machine; start the server with a token", "host")
+        if origin is not None and not is_loopback(_hostname(origin)):
+            raise RefusedError(403, f"Origin {origin!r} is not this machine; start the server with a token", "host")
 
     def _send(self, status: int, content: bytes) -> None:
-        if self._unread or self.server.stopping:  # what is left of a request is no next one
+        if self._unread or self.server.stopping:  # the rest of this request is not the next one
             self.close_connection = True
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -227,7 +260,7 @@ class Exchange(BaseHTTPRequestHandler):
         token = self.server.token
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise RefusedError(401, "this reward server wants a token: `Authorization: Bearer TOKEN`", "token")
+            raise RefusedError(401, "this reward server needs a token: `Authorization: Bearer TOKEN`", "token")
 
     def _get(self) -> dict[str, Any]:
         if self.path != "/v1/info":
@@ -241,32 +274,32 @@ class Exchange(BaseHTTPRequestHandler):
         body = self._body()
         if body.get("protocol") != PROTOCOL:
             said = body.get("protocol")
-            raise RefusedError(400, f"this server speaks protocol {PROTOCOL}, the request {said!r}", "protocol")
+            raise RefusedError(400, f"this server has protocol {PROTOCOL}, the request {said!r}", "protocol")
         return actions[self.path](body)
 
     def _body(self) -> dict[str, Any]:
-        # a web page can make a browser post plain text to a loopback address, but not JSON without asking first
+        # a browser lets a web page post plain text to a loopback address, but asks first before it posts JSON
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(415, "send Content-Type: application/json")
         length, limit = self._length(), self.server.max_bytes
         if length is None:
-            self.close_connection = True  # where this request ends is anybody's guess
+            self.close_connection = True  # the end of this request is unknown
             raise RefusedError(411, "send Content-Length")
         if length > limit:
             raise RefusedError(413, f"the request has {length} bytes, the limit is {limit}; see --max-mb", "size")
         content = self.rfile.read(length)
         self._unread = 0
         try:
-            body = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(400, f"the request is no JSON: {error}") from error
+            body = parse_json(content.decode())
+        except ValueError as error:
+            raise RefusedError(400, f"the request is not JSON: {error}") from error
         if not isinstance(body, dict):
             raise RefusedError(400, "the request must be a JSON object")
         return body
 
 
 def facts_of(opened: LoadedReward, version: str) -> dict[str, Any]:
-    """What a client has to know of a reward; a bound that is not finite is null."""
+    """What a client needs to know of a reward; an infinite bound is null."""
     reward = opened.reward
     return {
         "protocol": PROTOCOL,
@@ -280,12 +313,12 @@ def facts_of(opened: LoadedReward, version: str) -> dict[str, Any]:
         "sends": columns_sent(reward),
         "scope": str(getattr(reward, "scope", "sample")),
         "batch_size": getattr(reward, "batch_size", None),
-        "higher_is_better": bool(getattr(reward, "higher_is_better", True)),
+        "higher_is_better": opened.sign > 0,
     }
 
 
 def columns_sent(reward: Any) -> list[str]:
-    """The columns that a reward reads, by its parameters or its `needs`; all of them where it declares neither."""
+    """The columns that a reward reads, by its parameters or its `needs`; all when it declares neither."""
     if not hasattr(reward, "needs"):
         return list(COLUMNS_SENT)
     kinds = {need.partition(":")[0] for need in reward.needs}
@@ -295,15 +328,24 @@ def columns_sent(reward: Any) -> list[str]:
     return [name for name in COLUMNS_SENT if name in kinds | columns]
 
 
-def read_samples(body: Mapping[str, Any]) -> list[Sample]:
-    """The samples of a request.
+def read_samples(body: Mapping[str, Any], max_pixels: int) -> list[Sample]:
+    """The samples of a request. Its pictures are counted by their headers before one is decoded.
 
     Raises:
-        RefusedError: naming the sample and what is wrong with it.
+        RefusedError: naming the sample and its fault.
     """
     rows = body.get("samples")
     if not isinstance(rows, list):
         raise RefusedError(400, "`samples` must be a list of objects")
+    pixels = 0
+    for k, row in enumerate(rows):
+        if isinstance(row, dict) and row.get("image") is not None:
+            with _picture(k, row["image"]) as image:
+                pixels += image.width * image.height
+            if pixels > max_pixels:
+                raise RefusedError(
+                    413, f"samples[{k}]: the request has more than {max_pixels} pixels, the limit; see --max-mb", "size"
+                )
     return [_sample(k, row) for k, row in enumerate(rows)]
 
 
@@ -315,7 +357,7 @@ def _sample(k: int, row: Any) -> Sample:
         raise RefusedError(400, f"samples[{k}]: `reasoning` is text or null, `metadata` an object")
     return Sample(
         row["prompt"],
-        # what is not sent has no pixels, so that a reward which looks all the same fails loudly
+        # a picture that was not sent has no pixels, so a reward that reads it all the same fails
         np.zeros((0, 0, 3), np.uint8) if row.get("image") is None else _pixels(k, row["image"]),
         reasoning,
         metadata,
@@ -325,21 +367,32 @@ def _sample(k: int, row: Any) -> Sample:
 
 
 def _pixels(k: int, text: Any) -> NDArray[np.uint8]:
-    from PIL import Image
+    with _picture(k, text) as image:
+        if image.mode != "RGB":
+            raise RefusedError(400, f"samples[{k}]: the picture is {image.mode}; send RGB")
+        return np.asarray(image)
 
+
+@contextmanager
+def _picture(k: int, text: Any) -> Iterator[Image.Image]:
+    """A PNG whose header is read; its pixels are decoded when they are used."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise RefusedError(413, f"samples[{k}]: {image.width} x {image.height} pixels are too many", "size")
-            if image.mode != "RGB":
-                raise RefusedError(400, f"samples[{k}]: the picture is {image.mode}; RGB is needed")
-            return np.asarray(image)
-    except (TypeError, ValueError, binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RefusedError(400, f"samples[{k}]: `image` is no base64 PNG: {error}") from error
+            yield image
+    except (TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RefusedError(400, f"samples[{k}]: `image` is not a base64 PNG: {error}") from error
+
+
+def _hostname(url: str) -> str:
+    """The host of a URL; empty when it has none."""
+    try:
+        return (urlsplit(url).hostname or "").removesuffix(".")
+    except ValueError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine alone; other names count as reachable from outside."""
+    """Whether an address or name reaches this machine only; other names count as reachable from outside."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,7 @@ class LoadedReward:
     def __post_init__(self) -> None:
         self.worker = Worker(f"reward {self.alias}")
         self._directory = WorkingDirectory()
-        self.range = self._declared_range()
+        self._read_declarations()
         self._warned: set[str] = set()
 
     @property
@@ -153,7 +153,7 @@ class LoadedReward:
         """Load what it needs. Some rewards learn their range here, e.g. from a server."""
         if hasattr(self.reward, "setup"):
             self.call("setup", context)
-            self.range = self._declared_range()
+            self._read_declarations()
 
     def teardown(self) -> None:
         if hasattr(self.reward, "teardown") and not self.worker.hung:
@@ -321,16 +321,37 @@ class LoadedReward:
                 f"reward.max_abstain={self.limits.max_abstain:g}; try it with `unigrpo rewards test {self.spec.name}`"
             )
 
-    def _declared_range(self) -> tuple[float, float]:
-        """The reward's `range`; without one, all numbers."""
-        declared = getattr(self.reward, "range", (-math.inf, math.inf))
+    def _read_declarations(self) -> None:
+        """Check what the reward declares of itself, and take its range; without one, all numbers.
+
+        Raises:
+            RewardError: naming the attribute, e.g. for the text "false" as `higher_is_better`.
+        """
+        higher, scope = self._declared("higher_is_better", True), self._declared("scope", "sample")
+        if not isinstance(higher, bool):
+            self._refuse("higher_is_better", higher, "True or False")
+        if scope not in ("sample", "group"):
+            self._refuse("scope", scope, '"sample" or "group"')
+        concurrency = self._declared("concurrency", None)
+        if concurrency is not None and (type(concurrency) is not int or concurrency < 0):
+            self._refuse("concurrency", concurrency, "None or a whole number")
+        needs = self._declared("needs", ())
+        if not isinstance(needs, set | frozenset | list | tuple) or not all(isinstance(n, str) for n in needs):
+            self._refuse("needs", needs, 'a set of texts, e.g. {"image"}')
+        declared = self._declared("range", (-math.inf, math.inf))
         try:
             low, high = map(float, declared)
         except (TypeError, ValueError):
             low, high = math.nan, math.nan
-        if not low <= high:
-            raise RewardError(f"{self.label} declares range = {declared!r}; give two numbers, (low, high)")
-        return low, high
+        if isinstance(declared, str) or not low <= high:
+            self._refuse("range", declared, "two numbers, (low, high)")
+        self.range = (low, high)
+
+    def _declared(self, name: str, default: Any) -> Any:
+        return getattr(self.reward, name, default)
+
+    def _refuse(self, name: str, value: Any, accepted: str) -> NoReturn:
+        raise RewardError(f"{self.label} declares {name} = {value!r}; give {accepted}")
 
 
 def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> LoadedReward:
@@ -414,6 +435,8 @@ def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
     for k, value in enumerate(values):
         if isinstance(value, str | bytes):
             raise RewardError(f"{what} the text {value!r}; {needed}")
+        if isinstance(value, list | tuple):
+            raise RewardError(f"{what} shape [{count}, {len(value)}] scores for {count} samples; {needed}")
         try:
             numbers[k] = _number(value)
         except (TypeError, ValueError, OverflowError) as error:

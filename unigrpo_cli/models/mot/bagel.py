@@ -141,10 +141,12 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise WeightsError(
             f"{path}: truncated, it has {size:,} bytes of {end:,} that its header speaks of; fetch or save it again"
         )
+    if end < size:
+        raise WeightsError(f"{path}: {size - end:,} bytes follow its last tensor; fetch or save it again")
     spans = sorted((t.begin, t.end, name) for name, t in found.items())
     for at, (begin, stop, name) in enumerate(spans):
-        if not start <= begin <= stop or (at and begin < spans[at - 1][1]):
-            raise WeightsError(f"{path}: its header is damaged ({name} lies where another tensor or the header does)")
+        if begin != (spans[at - 1][1] if at else start) or stop < begin:
+            raise WeightsError(f"{path}: its header is damaged ({name} does not follow the tensor before it)")
     for name, t in found.items():
         if not all(type(n) is int and n >= 0 for n in t.shape):
             raise WeightsError(f"{path}: its header is damaged ({name} has shape {list(t.shape)}); fetch it again")
