@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -157,6 +159,49 @@ def test_columns_of_a_table_are_metadata(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text(f'Prompt,include,mine,image\ntwo cats,"{clause}",7,\n')
     (prompt,) = read_prompts(tmp_path / "p.csv")
     assert prompt.metadata == {"prompt": "two cats", "include": [{"class": "cat", "count": 2}], "mine": "7"}
+
+
+def test_parquet_and_a_data_set_of_the_hub_are_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists and numbers of other columns stay, images are dropped without being decoded."""
+    datasets = pytest.importorskip("datasets", reason='needs pip install "unigrpo-cli[datasets]"')
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    import pyarrow.parquet
+
+    columns = {
+        "caption": ["two cats", "a dog\ufeff"],
+        "include": [[{"class": "cat", "count": 2}], [{"class": "dog", "count": 1}]],
+        "score": [0.5, 1.0],
+        "image": [{"bytes": b"no picture", "path": None}] * 2,
+    }
+    table = pyarrow.table(columns)
+    features = datasets.Features.from_arrow_schema(table.schema) | {"image": datasets.Image()}
+    about = json.dumps({"info": {"features": datasets.Features(features).to_dict()}})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": about}), tmp_path / "p.parquet")
+    first, second = read_prompts(tmp_path / "p.parquet")
+    assert first.metadata == {"prompt": "two cats", "include": [{"class": "cat", "count": 2}], "score": 0.5}
+    assert (second.text, second.image) == ("a dog", None)
+    asked = []
+    local = datasets.load_dataset
+
+    def load(name: str, **how: object) -> object:
+        asked.append((name, how))
+        return local("parquet", data_files=str(tmp_path / "p.parquet"), split="train")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert read_prompts("hf:org/name")[0] == first
+    assert len(read_prompts("hf:org/name:test[:10]:caption")) == 2
+    assert asked == [("org/name", {"split": "train"}), ("org/name", {"split": "test[:10]"})]
+    with pytest.raises(UsageError, match=r"hf:org/name:test:captoin: no column 'captoin'; did you mean caption"):
+        read_prompts("hf:org/name:test:captoin")
+    with pytest.raises(UsageError, match="write it as hf:ORG/NAME"):
+        read_prompts("hf:")
+
+
+def test_a_data_set_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=re.escape('pip install "unigrpo-cli[datasets]"')):
+        read_prompts("hf:org/name")
 
 
 @pytest.mark.parametrize(
