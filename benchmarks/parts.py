@@ -299,7 +299,7 @@ def measure_update(bench: Benchmark, micro_batch_size: int, part: str) -> None:
     episodes = episodes_of(bench, micro_batch_size, part)
     batch = collate(episodes[:micro_batch_size], policy.device)
     scored = int(batch.actions.mask_BL.sum())
-    length = max(batch.turns[0].length_B)
+    length = max(batch.chunks[0].length_B)
     work = Pass(
         micro_batch_size, text=length, copies=size.copies, image=size.image_tokens, scored=scored, rank=size.rank
     )

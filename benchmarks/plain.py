@@ -237,7 +237,7 @@ def pipeline(policy: MoTPolicy, context: Context, sampling: Sampling, seeds: Seq
 
 def one_step(batch: Batch, k: int) -> Batch:
     """The batch with only its k-th noisy image: replayed so, K passes read the text K times."""
-    (turn,) = batch.turns
+    (turn,) = batch.chunks
     assert turn.image is not None
     own = replace(turn.image, x_BKND=turn.image.x_BKND[:, k : k + 1], t_BK=turn.image.t_BK[:, k : k + 1])
-    return replace(batch, turns=(replace(turn, image=own),))
+    return replace(batch, chunks=(replace(turn, image=own),))

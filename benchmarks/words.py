@@ -311,7 +311,7 @@ def compare_losses(bench: Comparison, own: OwnSteps, theirs: TrlSteps) -> None:
     given = {
         "prompt_ids": prompt_ids,
         "prompt_mask": torch.ones_like(prompt_ids),
-        "completion_ids": batch.turns[0].action_BL,
+        "completion_ids": batch.chunks[0].action_BL,
         "completion_mask": mask_BL.long(),
         "advantages": advantage_B,
         "old_per_token_logps": old_BL,

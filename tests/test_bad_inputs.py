@@ -1347,8 +1347,8 @@ def test_mangled_states(tmp_path: Path, made: Made, data: st.DataObject) -> None
 @FUZZ
 @given(st.data())
 def test_mangled_episodes(tmp_path: Path, made: Made, data: st.DataObject) -> None:
-    from unigrpo_cli.episode import load_episodes
     from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.run.episode_files import load_episodes
 
     shutil.copytree(made.episodes, tmp_path / "e", dirs_exist_ok=True)
     path = tmp_path / "e" / data.draw(st.sampled_from(["episodes.json", "episodes.safetensors"]))

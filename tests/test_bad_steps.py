@@ -18,11 +18,12 @@ from unigrpo_cli import RewardContext, reward
 from unigrpo_cli import train as train_module
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.episode import Group, Prompt, flatten, load_episodes
+from unigrpo_cli.episode import Group, Prompt, flatten
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.episode_files import load_episodes
 from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.train import StepResult, training_step
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy

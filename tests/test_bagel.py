@@ -19,7 +19,7 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
 from unigrpo_cli.config import load_config
-from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten, load_episodes, save_episodes
+from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten
 from unigrpo_cli.models.lora import load_adapters, save_adapters
 from unigrpo_cli.models.mot import layers
 from unigrpo_cli.models.mot.bagel import read_release
@@ -37,6 +37,7 @@ from unigrpo_cli.models.mot.network import MoT, NoisyImage
 from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
 from unigrpo_cli.replay import collate, micro_batches, replay
 from unigrpo_cli.rollout import Sampling, read_given, rollout
+from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.train import score_old_and_reference, with_advantages
 from unigrpo_cli.training.metrics import drift
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy

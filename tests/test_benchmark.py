@@ -150,7 +150,7 @@ def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None
     episodes = parts.episodes_of(bench, 2, parts.DIFFERING)
     assert [len(e.segments[-2].ids) for e in episodes] == [12, 6]
     batch = collate(episodes)
-    scored, length = int(batch.actions.mask_BL.sum()), max(batch.turns[0].length_B)
+    scored, length = int(batch.actions.mask_BL.sum()), max(batch.chunks[0].length_B)
     assert length == size.reading()
     work = Pass(2, text=length, copies=3, image=size.image_tokens, scored=scored, rank=size.rank)
     with torch.no_grad():

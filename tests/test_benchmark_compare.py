@@ -143,7 +143,7 @@ def test_operations_of_a_pass_are_torchs_count(text: bool, image: bool) -> None:
 
 def test_drawn_episodes_are_as_long_as_asked() -> None:
     _, batch = _episode_batch(60, 3)
-    assert batch.turns[0].length_B == [60]
+    assert batch.chunks[0].length_B == [60]
     assert batch.actions.images[0].x_BKND.shape[1:3] == (3, 64)
 
 

@@ -24,18 +24,9 @@ from unigrpo_cli.algo.objective import ImageSteps, step_densities
 from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.config import Config, Section, load_config, to_toml
-from unigrpo_cli.episode import (
-    Episode,
-    GivenImage,
-    GivenText,
-    Group,
-    ImageActions,
-    Prompt,
-    TextActions,
-    load_episodes,
-    save_episodes,
-)
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, Prompt, TextActions
 from unigrpo_cli.evaluate import train_sampling
+from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from tests.test_ranks import finished, free_port, launch
 from unigrpo_cli.cli import app
-from unigrpo_cli.episode import flatten, load_episodes, save_episodes
+from unigrpo_cli.episode import flatten
+from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 
 SMALL = [
     "train",

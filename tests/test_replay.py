@@ -12,23 +12,15 @@ import torch
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, step_densities, unigrpo_loss
 from unigrpo_cli.algo.rng import derive
-from unigrpo_cli.episode import (
-    Episode,
-    GivenImage,
-    Group,
-    Prompt,
-    TextActions,
-    flatten,
-    load_episodes,
-    save_episodes,
-)
+from unigrpo_cli.episode import Episode, GivenImage, Group, Prompt, TextActions, flatten
 from unigrpo_cli.models import sharding
 from unigrpo_cli.models.mot import policy as mot_policy
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.network import Attention, NoisyImage
 from unigrpo_cli.models.mot.policy import MoTPolicy
-from unigrpo_cli.replay import _shared_out, collate, micro_batches, replay, replayed_tokens
+from unigrpo_cli.replay import _passes_of, collate, micro_batches, replay, replayed_tokens
 from unigrpo_cli.rollout import Sampling, read_given, read_image, rollout, sample_image, sample_text
+from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.training.metrics import drift
 
 SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
@@ -147,10 +139,10 @@ def test_micro_batches_change_no_gradient(tiny: MoTPolicy) -> None:
 
 def test_padding_ids_do_not_matter(tiny: MoTPolicy) -> None:
     batch = collate(_episodes(tiny))
-    turn = batch.turns[0]
+    turn = batch.chunks[0]
     assert len(set(turn.length_B)) > 1, "the case must have padding"
     hole = torch.arange(turn.ids_BS.shape[1]) >= torch.tensor(turn.length_B)[:, None]
-    poisoned = replace(batch, turns=(replace(turn, ids_BS=torch.where(hole, 17, turn.ids_BS)),))
+    poisoned = replace(batch, chunks=(replace(turn, ids_BS=torch.where(hole, 17, turn.ids_BS)),))
     with torch.no_grad():
         clean, spoilt = replay(tiny, batch), replay(tiny, poisoned)
     mask = batch.actions.mask_BL
@@ -173,7 +165,7 @@ def test_the_stop_token_is_an_action_and_a_forced_one_is_not(tiny: MoTPolicy) ->
     assert len(cut.ids) == SAMPLING.max_new_tokens
     batch = collate([finished[0], truncated[0]])
     assert batch.actions.mask_BL.sum(dim=1).tolist() == [len(text.ids), len(cut.ids)]
-    assert [int(batch.turns[0].ids_BS[row, n - 1]) for row, n in enumerate(batch.turns[0].length_B)] == [
+    assert [int(batch.chunks[0].ids_BS[row, n - 1]) for row, n in enumerate(batch.chunks[0].length_B)] == [
         tiny.stop_id
     ] * 2
 
@@ -209,7 +201,7 @@ def test_several_rounds_replay_like_one(tiny: MoTPolicy) -> None:
     """Nothing assumes two acted segments: text, image, text that saw it, image again."""
     episodes = _two_rounds(tiny)
     batch = collate(episodes)
-    assert len(batch.turns) == 2
+    assert len(batch.chunks) == 2
     assert len(batch.actions.images) == 2
     with torch.no_grad():
         scores = replay(tiny, batch)
@@ -224,7 +216,7 @@ def test_several_rounds_replay_like_one(tiny: MoTPolicy) -> None:
 def test_few_copies_at_a_time_score_and_teach_the_same(tiny: MoTPolicy, joined: bool) -> None:
     """Texts of differing length, two images of three steps: all in one pass, two and one, one by one."""
     batch = collate(_two_rounds(tiny))
-    assert len(set(batch.turns[0].length_B)) > 1, "the case must have padding"
+    assert len(set(batch.chunks[0].length_B)) > 1, "the case must have padding"
     generator = torch.Generator().manual_seed(0)
     pull_BL = torch.randn(batch.actions.mask_BL.shape, generator=generator, dtype=torch.float64)
     pulls = [torch.randn(i.x_BKND.shape, generator=generator, dtype=torch.float64) for i in batch.actions.images]
@@ -266,7 +258,7 @@ def test_copies_at_once_are_a_rule_of_shapes(
         replay(tiny, batch)
     assert [copies for _, copies in looks] == passes
     assert [reads for reads, _ in looks] == [True] + [False] * (len(passes) - 1), "the text is read once"
-    noisy = batch.turns[0].image
+    noisy = batch.chunks[0].image
     elsewhere = replace(tiny, network=copy.deepcopy(tiny.network).to("meta"))
     assert elsewhere.copies_at_once(noisy) == 3
     monkeypatch.setattr(sharding, "is_sharded", lambda network: True)
@@ -278,7 +270,7 @@ def test_copies_at_once_are_a_rule_of_shapes(
 )
 def test_passes_share_the_copies_out_evenly(steps: int, copies: int, passes: list[int]) -> None:
     x_BKND, t_BK = torch.arange(2.0 * steps).view(2, steps, 1, 1), torch.rand(2, steps)
-    parts = _shared_out(NoisyImage(x_BKND, t_BK, (1, 1)), copies)
+    parts = _passes_of(NoisyImage(x_BKND, t_BK, (1, 1)), copies)
     assert [part.x_BKND.shape[1] for part in parts] == passes
     assert torch.equal(torch.cat([part.x_BKND for part in parts], dim=1), x_BKND)
     assert torch.equal(torch.cat([part.t_BK for part in parts], dim=1), t_BK)
@@ -343,7 +335,7 @@ def test_an_episode_without_thinking(tiny: MoTPolicy) -> None:
 def test_detach_keeps_the_image_term_from_the_words(tiny: MoTPolicy) -> None:
     """The embedding of a word that was read gets a gradient from the image only with grad_through_context."""
     batch = collate(_episodes(tiny))
-    word = int(batch.turns[0].ids_BS[0, 1])
+    word = int(batch.chunks[0].ids_BS[0, 1])
     for joined in (True, False):
         tiny.network.zero_grad()
         replay(tiny, batch, grad_through_context=joined).velocities[0].square().sum().backward()
@@ -393,7 +385,7 @@ def test_a_budget_of_tokens_bounds_micro_batches(tiny: MoTPolicy, tokens: int) -
 
 def test_replayed_tokens_are_those_the_network_is_fed(tiny: MoTPolicy) -> None:
     for episode in _episodes(tiny):
-        (turn,) = collate([episode]).turns
+        (turn,) = collate([episode]).chunks
         assert turn.image is not None
         copies, latents = turn.image.x_BKND.shape[1:3]
         fed = turn.ids_BS.shape[1] + copies * (latents + len(tiny.network.boundary_ids))

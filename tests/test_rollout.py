@@ -12,20 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.rng import derive, normal, uniform
-from unigrpo_cli.episode import (
-    Episode,
-    Group,
-    ImageActions,
-    Prompt,
-    TextActions,
-    flatten,
-    load_episodes,
-    save_episodes,
-)
+from unigrpo_cli.episode import Episode, Group, ImageActions, Prompt, TextActions, flatten
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 
 SAMPLING = Sampling(True, 12, 1.0, 48, 48, 6, 1.0, "flow", 0.8, 64)
 WINDOW = flow.Window(1, 3)

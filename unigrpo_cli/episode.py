@@ -1,49 +1,33 @@
-"""What happened: episodes, their segments, and the groups they are compared in.
+"""Episodes, their segments, and the groups in which they are compared. Types only; files: run/episode_files.py.
 
-An episode is a list of segments, each either *given* (a prompt) or *acted* (text, an image). Prompt ->
-reasoning -> image is the first case; several rounds of thinking and painting are longer lists of the same.
+An episode is a list of segments, each *given* (a prompt) or *acted* (text, an image). Prompt -> reasoning -> image is
+the first case; several rounds are longer lists of the same segments.
 
-Everything needed to score the actions again is stored as it was, never re-made: token ids (not text), the
-fp32 latents around each stochastic step (not their noise), the times (not the recipe for them).
+Everything needed to score the actions again is stored, never re-made: token ids (not text), the fp32 latents around
+each stochastic step (not their noise), the times (not the rule that made them).
 
-Shape letters: L tokens of a segment, T points of the time grid, K stochastic steps, N image tokens of D
-numbers each.
+Shape letters: L tokens of a segment, T points of the time grid, K stochastic steps, N image tokens of D numbers.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unigrpo_cli.algo.flow import SDES, Window
-from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import read_text, refuse_odd_text
-
-FORMAT = 1
-LARGEST_MEMBER = 10**6
-TENSORS = ("ids", "log_prob", "latent", "pixels", "view", "times", "before", "after")
-BAD_STEP = "bad_step.json"
-"""Beside episodes of a skipped training step: their numbers may be none, which is what they are kept for."""
-SAVE_AGAIN = "save them again with `unigrpo rollout --out DIR`"
+from unigrpo_cli.algo.flow import Window
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for, e.g. Prompt("two red circles", "two red circles", {"tag": "counting", ...}).
+    """A request, e.g. Prompt("two red circles", "two red circles", {"tag": "counting", ...}).
 
-    `id` names the prompt in seeds and files; it differs from `text` where a list repeats a prompt.
-    `metadata` is what rewards may need: GenEval's `include` and `exclude`, a text to render, anything.
-    `image` is the file of a picture that the text is about, e.g. the source of an edit.
+    Args:
+        id: names the prompt in seeds and files; differs from `text` where a list repeats a prompt.
+        metadata: data for rewards: GenEval's `include` and `exclude`, a text to render, anything.
+        image: file of the picture that the text is about, e.g. the source of an edit.
     """
 
     id: str
@@ -54,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GivenText:
-    """Text that was fed, not acted. `ids` [L] are all tokens as fed, delimiters included."""
+    """Text that was read, not sampled. `ids` [L] are all its tokens, boundary tokens included."""
 
     role: str
     text: str
@@ -63,13 +47,13 @@ class GivenText:
 
 @dataclass(frozen=True)
 class GivenImage:
-    """An image that was shown, not painted, e.g. the source of an edit.
+    """An image that was read, not sampled, e.g. the source of an edit.
 
     Args:
         grid: token rows and columns; N = rows * columns.
-        latent: [N, D] fp32, or [0, D] when it was shown to the vision tower alone.
+        latent: [N, D] fp32, or [0, D] when only the vision tower read it.
         pixels: [height, width, 3] uint8 on that grid.
-        view: [h, w, 3] uint8, what the vision tower was shown; None when it was not.
+        view: [h, w, 3] uint8, the vision tower's input; None without one.
     """
 
     role: str
@@ -81,15 +65,15 @@ class GivenImage:
 
 @dataclass(frozen=True)
 class TextActions:
-    """Sampled text. What was fed is `opening + ids + closing`; only `ids` are actions.
+    """Sampled text. The model read `opening + ids + closing`; only `ids` are actions.
 
     Args:
         ids: [L] int64, the stop token included when it was sampled.
         log_prob: [L] fp32, under the behaviour policy at `temperature`.
         finished: True when the stop token was sampled, False when the budget ran out (truncated).
-        opening, closing: tokens fed before the first action and after the last; `closing` is the forced end
+        opening, closing: tokens read before the first action and after the last; `closing` is the forced stop token
             of a truncated text, and empty for a finished one.
-        text: `ids` decoded, for people and rewards; never encoded again.
+        text: `ids` decoded, for people and rewards; never tokenised again.
     """
 
     ids: Tensor
@@ -103,17 +87,17 @@ class TextActions:
 
 @dataclass(frozen=True)
 class ImageActions:
-    """A painted image and the stochastic steps on the way to it.
+    """A sampled image and its stochastic denoising steps.
 
     Args:
         grid: token rows and columns; N = rows * columns.
         times: [T] fp32, the whole schedule; step k goes from times[k] to times[k + 1].
-        window: which steps were stochastic; its size is K (0 for an image painted by Euler steps alone).
+        window: which steps were stochastic; its size is K (0 for an image sampled by Euler steps alone).
         sde, noise_level: the transition that drew them.
         before, after: [K, N, D] fp32, latents around each stochastic step.
         log_prob: [K] fp32, mean over N and D, under the behaviour policy.
         latent: [N, D] fp32, the final latent x_0.
-        pixels: [height, width, 3] uint8, the latent decoded: what rewards see.
+        pixels: [height, width, 3] uint8, the latent decoded; the input of rewards.
     """
 
     grid: tuple[int, int]
@@ -129,17 +113,11 @@ class ImageActions:
 
 
 Segment = GivenText | GivenImage | TextActions | ImageActions
-_KINDS: dict[str, type] = {
-    "given_text": GivenText,
-    "given_image": GivenImage,
-    "text": TextActions,
-    "image": ImageActions,
-}
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One sample: `member` counts the samples of a prompt, `seed` is where all its randomness came from."""
+    """One sample of a prompt: `member` is its number in the group, `seed` the source of all its randomness."""
 
     prompt: Prompt
     member: int
@@ -158,13 +136,13 @@ class Episode:
 
     @property
     def pixels(self) -> Tensor:
-        """The last image, which the terminal reward looks at."""
+        """The last image: the input of the terminal reward."""
         return self.images[-1].pixels
 
 
 @dataclass(frozen=True)
 class Group:
-    """All samples of one prompt: the set that an advantage is relative to."""
+    """All samples of one prompt: an advantage is relative to this set."""
 
     prompt: Prompt
     episodes: tuple[Episode, ...]
@@ -175,178 +153,8 @@ def flatten(groups: Sequence[Group]) -> list[Episode]:
     return [episode for group in groups for episode in group.episodes]
 
 
-def packed(groups: Sequence[Group]) -> tuple[str, dict[str, Tensor]]:
-    """Groups as JSON and the tensors that it names; the inverse of `unpacked`."""
-    tensors: dict[str, Tensor] = {}
-    rows = []
-    for g, group in enumerate(groups):
-        members = []
-        for m, episode in enumerate(group.episodes):
-            segments = []
-            for s, segment in enumerate(episode.segments):
-                plain, own = _pack(segment)
-                segments.append(plain)
-                tensors |= {
-                    f"{g}.{m}.{s}.{name}": value.clone(memory_format=torch.contiguous_format)
-                    for name, value in own.items()
-                }
-            members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
-        prompt = group.prompt
-        asked = {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "image": prompt.image}
-        rows.append(asked | {"episodes": members})
-    return json.dumps({"format": FORMAT, "groups": rows}, indent=1), tensors
-
-
-def unpacked(text: str, tensors: dict[str, Tensor]) -> list[Group]:
-    """Groups from what `packed` made of them."""
-    return list(_groups(json.loads(text)["groups"], tensors, finite=False))
-
-
-def save_episodes(groups: Sequence[Group], directory: Path) -> None:
-    """Write `episodes.json` and `episodes.safetensors` into a directory; the inverse of `load_episodes`."""
-    text, tensors = packed(groups)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "episodes.safetensors")
-    (directory / "episodes.json").write_text(text + "\n")
-
-
-def load_episodes(directory: Path) -> list[Group]:
-    """Read what `save_episodes` wrote.
-
-    Raises:
-        UsageError: when the directory holds no episodes, or damaged ones.
-    """
-    try:
-        data = json.loads(read_text(directory / "episodes.json"))
-        refuse_odd_text(data)
-        if data.get("format") != FORMAT:
-            raise UsageError(f"{directory}: episodes of format {data.get('format')}, this version reads {FORMAT}")
-        tensors = load_file(directory / "episodes.safetensors")
-        groups = list(_groups(data["groups"], tensors, finite=not (directory / BAD_STEP).is_file()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        missing = [n for n in ("episodes.json", "episodes.safetensors") if not os.path.isfile(directory / n)]
-        raise UsageError(
-            f"{directory} holds no episodes ({' and '.join(missing)} missing); "
-            "give a directory written by `unigrpo rollout --out DIR`"
-        ) from error
-    except RecursionError as error:
-        raise UsageError(f"{directory}: damaged episodes (nested too deep); {SAVE_AGAIN}") from error
-    except KeyError as error:
-        raise UsageError(f"{directory}: damaged episodes ({error} is missing or unknown); {SAVE_AGAIN}") from error
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UsageError(f"{directory}: damaged episodes ({error}); {SAVE_AGAIN}") from error
-    if not groups or not all(group.episodes for group in groups):
-        raise UsageError(f"{directory}: damaged episodes (a group, or all of them, is empty); {SAVE_AGAIN}")
-    return groups
-
-
-def _groups(rows: list[dict], tensors: dict[str, Tensor], finite: bool) -> Iterator[Group]:
-    for g, row in enumerate(rows):
-        prompt = Prompt(row["id"], row["text"], row["metadata"], row.get("image"))
-        _kinds(prompt, id=str, text=str, metadata=dict, image=str | None)
-        episodes = []
-        for m, member in enumerate(row["episodes"]):
-            segments = []
-            for s, plain in enumerate(member["segments"]):
-                prefix = f"{g}.{m}.{s}."
-                own = {name: tensors[prefix + name] for name in plain["tensors"]}
-                segments.append(_unpack(plain, own, finite))
-            episode = Episode(prompt, member["member"], member["seed"], tuple(segments))
-            _kinds(episode, member=int, seed=int)
-            if not 0 <= episode.member < LARGEST_MEMBER:  # it is part of names of files
-                raise ValueError(f"member = {episode.member}")
-            if not episode.images:
-                raise ValueError(f"episode {m} of group {g} has no image")
-            episodes.append(episode)
-        yield Group(prompt, tuple(episodes))
-
-
-def _pack(segment: Segment) -> tuple[dict, dict[str, Tensor]]:
-    """A segment as JSON values and named tensors."""
-    kind = next(name for name, cls in _KINDS.items() if type(segment) is cls)
-    plain: dict[str, Any] = {"kind": kind}
-    tensors = {}
-    for name, value in vars(segment).items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            plain[name] = vars(value) if isinstance(value, Window) else value
-    return plain | {"tensors": sorted(tensors)}, tensors
-
-
-def _unpack(plain: dict, tensors: dict[str, Tensor], finite: bool) -> Segment:
-    values = {k: v for k, v in plain.items() if k not in ("kind", "tensors")} | tensors
-    if "window" in values:
-        values["window"] = Window(**values["window"])
-    for name in ("grid", "opening", "closing"):
-        if name in values:
-            values[name] = tuple(values[name])
-    grid = values.get("grid", (1, 1))
-    if len(grid) != 2 or not all(type(n) is int and 0 < n < 2**15 for n in grid):
-        raise ValueError(f"grid = {list(grid)}")
-    segment = _KINDS[plain["kind"]](**values)
-    for name, value in vars(segment).items():
-        _tensor_of(name, value, finite)
-    if isinstance(segment, TextActions):
-        _kinds(segment, finished=bool, temperature=float | int, text=str)
-        _same("log_prob", segment.log_prob.shape, segment.ids.shape)
-        if finite and bool((segment.log_prob > 1e-3).any()):  # of words, so no density; a little above 0 is rounding
-            raise ValueError("log_prob of text is above 0")
-    if isinstance(segment, ImageActions) or (isinstance(segment, GivenImage) and len(segment.latent)):
-        _same("latent", segment.latent.shape[:1], (segment.grid[0] * segment.grid[1],))
-    if isinstance(segment, ImageActions):
-        _sampled(segment)
-        steps, latent = (segment.window.size,), segment.latent.shape
-        _same("before", segment.before.shape, steps + latent)
-        _same("after", segment.after.shape, steps + latent)
-        _same("log_prob", segment.log_prob.shape, steps)
-        _same("pixels", (segment.pixels.ndim, segment.pixels.shape[-1]), (3, 3))
-        if not segment.pixels.numel():
-            raise ValueError("pixels is empty")
-    return segment
-
-
-def _sampled(image: ImageActions) -> None:
-    """Refuse a schedule or transition that no rollout writes."""
-    _kinds(image, sde=str, noise_level=float | int)
-    _kinds(image.window, start=int, size=int)
-    steps = len(image.times) - 1
-    if image.times.ndim != 1 or steps < 1 or not (image.times.diff() < 0).all():
-        raise ValueError("times must fall, from noise to data")
-    if image.window.start < 0 or not 0 <= image.window.size <= steps - image.window.start:
-        raise ValueError(f"window {image.window.start} + {image.window.size} is outside the {steps} steps")
-    if image.sde not in SDES:
-        raise ValueError(f"sde = {image.sde!r}")
-    if not 0 <= image.noise_level < math.inf:
-        raise ValueError(f"noise_level = {image.noise_level}")
-
-
-def _tensor_of(name: str, value: Any, finite: bool) -> None:
-    """Refuse a tensor of another dtype than its name has, and with `finite` numbers that no sampling gives."""
-    wanted = {"ids": torch.int64, "pixels": torch.uint8, "view": torch.uint8}.get(name)
-    if name in TENSORS and not (name == "view" and value is None):
-        if not isinstance(value, Tensor) or (value.dtype != wanted if wanted else not value.is_floating_point()):
-            raise ValueError(f"{name} must be a tensor of {wanted or 'floating-point numbers'}")
-        if finite and not torch.isfinite(value).all():
-            raise ValueError(f"{name} is not finite everywhere")
-        if name == "ids" and bool((value < 0).any()):
-            raise ValueError("ids are below 0")
-
-
-def _kinds(owner: Any, **kinds: Any) -> None:
-    for name, kind in kinds.items():
-        value = getattr(owner, name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{name} = {value!r}")
-
-
-def _same(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-    if tuple(found) != tuple(wanted):
-        raise ValueError(f"{name} has shape {list(found)}, not {list(wanted)}")
-
-
 def structure(segments: Sequence[Segment]) -> tuple:
-    """What must agree for rows to share a batch: the kinds of segments, in order, and the sizes of pictures."""
+    """Episodes that share a batch agree in this: kinds of segments, in order, and sizes of images."""
 
     def one(segment: Segment) -> tuple:
         if isinstance(segment, GivenImage):

@@ -44,8 +44,8 @@ class Evaluation:
     """Scores of one policy on one suite.
 
     `values` holds the raw scores by reward, one per episode in the order of `prompt_ids`, NaN where a reward
-    abstained. `noise` is all that decides what was drawn besides the policy (seed, samples, sampling): from two
-    evaluations on the same, `compare` makes a paired difference.
+    abstained. `noise` is everything besides the policy that decides the samples (seed, samples, sampling);
+    evaluations with equal noise are paired by `compare`.
     """
 
     scores: dict[str, Estimate]
@@ -64,7 +64,7 @@ class Evaluation:
         return {name: estimate.mean for name, estimate in self.scores.items()}
 
     def report(self, values: bool = False) -> dict[str, Any]:
-        """As JSON: scores with intervals, per-task means, n; with `values` also what `load_report` needs."""
+        """As JSON: scores with intervals, per-task means, n; with `values` also the raw values for `load_report`."""
         scores = {name: asdict(estimate) for name, estimate in self.scores.items()}
         found: dict[str, Any] = {"scores": scores, "per_task": self.per_task, "n": self.n}
         if values:
@@ -88,7 +88,7 @@ def eval_sampling(config: Config) -> Sampling:
 
 
 def train_sampling(config: Config) -> Sampling:
-    """The part of the configuration that `rollout` takes."""
+    """Sampling settings of training, as `rollout` takes them."""
     s = config.sampling
     return Sampling(
         think=s.think,
@@ -106,12 +106,12 @@ def train_sampling(config: Config) -> Sampling:
 
 
 def samples_of(groups: Sequence[Group], step: int = 0) -> list[Sample]:
-    """Episodes as rewards see them."""
+    """Episodes as inputs of rewards."""
     return [sample_of(e, step) for e in flatten(groups)]
 
 
 def sample_of(episode: Episode, step: int) -> Sample:
-    """One episode as rewards see it; its id is unique within a step."""
+    """One episode as the input of rewards; its id is unique within a step."""
     return Sample(
         prompt=episode.prompt.text,
         pixels=episode.pixels.numpy(),
@@ -151,16 +151,16 @@ def evaluate(
 ) -> Evaluation:
     """Sample `samples` images per prompt by Euler steps and score them.
 
-    The noise depends on (seed, prompt, sample) alone, so two policies are compared on the same. Several ranks share
-    the prompts out, and each has the whole evaluation in the end.
+    The noise depends on (seed, prompt, sample) alone, so policies are compared on equal noise. Ranks divide the
+    prompts; each returns the whole evaluation.
 
     Args:
         strict: refuse samples that are not finite; training leaves them to its update guard.
-        on_rows: told how many episodes are done here, for a progress bar.
-        on_groups: given each batch of episodes of this rank with its scores; they are not kept here.
+        on_rows: called with the number of finished episodes of this rank, for a progress bar.
+        on_groups: called with each batch of episodes of this rank and its scores.
     """
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.active("eval")}
-    if sampling.batch_size > samples:  # whole prompts, so that batches are the same however many are drawn at once
+    if sampling.batch_size > samples:  # whole prompts, so that batches do not depend on the number of workers
         sampling = replace(sampling, batch_size=sampling.batch_size // samples * samples)
     chunk = max(1, sampling.batch_size // samples) * worker_count(len(prompts), policy.device)
     share = ranks.stretch(prompts)
@@ -183,7 +183,7 @@ def evaluate(
     told = ranks.gather({name: np.concatenate([*parts, []]).tolist() for name, parts in values.items()})
     joined = {name: np.concatenate([np.asarray(own[name]) for own in told]) for name in values}
     noise = {"seed": seed, "samples": samples} | asdict(sampling)
-    for name in ("batch_size", "compiled", "tapered", "sde", "noise_level"):  # no part of what Euler steps draw
+    for name in ("batch_size", "compiled", "tapered", "sde", "noise_level"):  # without effect on Euler steps
         noise.pop(name)
     return summarise(joined, tasks, ids, texts, noise)
 
@@ -265,7 +265,7 @@ def compare(first: Evaluation, second: Evaluation, seed: int = 0) -> dict[str, d
 
 
 def paired(first: Evaluation, second: Evaluation) -> bool:
-    """Whether two evaluations looked at the same prompts on the same noise."""
+    """Whether two evaluations have the same prompts and noise."""
     return first.prompt_ids == second.prompt_ids and first.noise == second.noise
 
 
@@ -278,7 +278,7 @@ def load_report(path: Path) -> Evaluation:
     try:
         return _read_report(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is no evaluation that this version wrote ({type(error).__name__})") from error
+        raise UsageError(f"{path} is not an evaluation written by this version ({type(error).__name__})") from error
 
 
 def _read_report(data: dict[str, Any]) -> Evaluation:

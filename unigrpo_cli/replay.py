@@ -1,12 +1,11 @@
-"""Recorded actions under some weights: the mirror image of `rollout.py`.
+"""Score recorded actions under the current weights: the mirror image of `rollout.py`.
 
-The text of each turn of an episode is read once, and all K recorded noisy states of the image that follows look
-at it: side by side in one packed pass, or, on a CPU, some at a time. Called under `no_grad` for the old and the
-reference policy, with gradients for the current one: the same lines either way, so before the first update the
-ratio is exactly 1.
+The text of each chunk of an episode is read once; all K recorded noisy states of its image attend to it, in one packed
+pass or, on a CPU, a few at a time. Old and reference scores are computed under `no_grad`, current ones with gradients,
+by the same lines: before the first update the ratio is exactly 1.
 
-Shape letters: B episodes, L text actions (padded, all texts of an episode one after the other), K stochastic
-steps of one image, N image tokens of D numbers.
+Shape letters: B episodes, L text actions (padded, all texts of an episode in sequence), K stochastic steps of one
+image, N image tokens of D numbers.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ BOUNDARY = 2  # boundary tokens of an image
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some text, given and acted, and perhaps an image after it, painted or given: what is packed together.
+    """Text, given and sampled, and optionally the image after it, sampled or given: packed into one pass.
 
     Args:
-        ids_BS, length_B: all tokens of the turn, right-padded, and how many count.
-        row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 where off-mask.
-        action_BL, mask_BL: the acted ids, and where there are any.
-        image: the recorded noisy states of a painted image, or None.
-        latent_BND, grid, view_BHWC: the finished or given image, which later turns see; see `rollout.read_image`.
+        ids_BS, length_B: all tokens of the chunk, right-padded, and their number.
+        row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 off-mask.
+        action_BL, mask_BL: ids of the text actions; False where a row has none.
+        image: the recorded noisy states of a sampled image, or None.
+        latent_BND, grid, view_BHWC: the finished or given image, read by later chunks; see `rollout.read_image`.
     """
 
     ids_BS: Tensor
@@ -56,11 +55,12 @@ class Chunk:
 class Batch:
     """Episodes of one structure, stacked.
 
-    `actions` is what the objective needs; `behaviour` the log-probabilities that were recorded when the
-    actions were drawn: text [B, L], images [B, K] one after the other.
+    Args:
+        actions: the input of the objective.
+        behaviour_text_BL, behaviour_image_BK: log-probabilities recorded by the rollout; images in sequence.
     """
 
-    turns: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...]
     actions: Actions
     temperature: float
     behaviour_text_BL: Tensor
@@ -70,19 +70,19 @@ class Batch:
 def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int, tokens: int = 0) -> list[list[int]]:
     """The indices cut into parts of at most `size` episodes that can be replayed together.
 
-    With `tokens` a part has at most that many, padding counted (or one episode, which may have more). The longest
-    come first then, so that those that are padded together are of a length; else the order stays.
+    With `tokens` a part has at most that many, padding included, or one episode. Episodes are then sorted by length,
+    longest first; otherwise their order stays.
 
     Raises:
-        ValueError: when `size` was left open.
+        ValueError: when `size` is not set.
     """
     if size < 1:
-        raise ValueError(f"train.micro_batch_size={size}: a run finds a size for 0; here give the number of episodes")
-    alike: dict[tuple, list[int]] = {}
+        raise ValueError(f"train.micro_batch_size={size}: runs choose a size for 0; here give the number of episodes")
+    by_structure: dict[tuple, list[int]] = {}
     for k in indices:
-        alike.setdefault(structure(episodes[k].segments), []).append(k)
+        by_structure.setdefault(structure(episodes[k].segments), []).append(k)
     parts: list[list[int]] = []
-    for own in alike.values():
+    for own in by_structure.values():
         length = {k: replayed_tokens(episodes[k]) if tokens else 0 for k in own}
         part: list[int] = []
         for k in sorted(own, key=lambda k: -length[k]):
@@ -95,7 +95,7 @@ def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int
 
 
 def replayed_tokens(episode: Episode) -> int:
-    """Tokens that the network reads when an episode is replayed: words, and each image once per stochastic step."""
+    """Tokens of an episode in replay: its text, and each image once per stochastic step."""
     count = 0
     for segment in episode.segments:
         if isinstance(segment, GivenText):
@@ -110,7 +110,7 @@ def replayed_tokens(episode: Episode) -> int:
 
 
 def split_up(parts: Sequence[list[int]], count: int) -> list[list[int]]:
-    """The same parts with the largest cut in two until there are `count`: other memory, the same gradient."""
+    """Cut the largest part in two until there are `count`: the gradient stays the same."""
     found = list(parts)
     while len(found) < count:
         k = max(range(len(found)), key=lambda k: len(found[k]))
@@ -127,7 +127,7 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     """
     if len({structure(episode.segments) for episode in episodes}) > 1:
         raise ValueError("episodes replayed together must have the same segments in the same order and sizes")
-    turns, images, text_log_probs, image_log_probs = [], [], [], []
+    chunks, images, text_log_probs, image_log_probs = [], [], [], []
     temperatures = {s.temperature for e in episodes for s in e.segments if isinstance(s, TextActions)}
     if len(temperatures) > 1:
         raise ValueError(f"episodes replayed together must share one temperature, got {sorted(temperatures)}")
@@ -138,26 +138,26 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
             steps = _image_steps(painted)
             images.append(steps)
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
-            turns.append(_chunk(pending, painted, steps))
+            chunks.append(_chunk(pending, painted, steps))
             pending = [[] for _ in episodes]
         elif isinstance(column[0], GivenImage):
-            turns.append(_chunk(pending, [s for s in column if isinstance(s, GivenImage)], None))
+            chunks.append(_chunk(pending, [s for s in column if isinstance(s, GivenImage)], None))
             pending = [[] for _ in episodes]
         else:
             for row, segment in zip(pending, column, strict=True):
                 assert isinstance(segment, GivenText | TextActions)
                 row.append(segment)
     if pending[0]:
-        turns.append(_chunk(pending, [], None))
+        chunks.append(_chunk(pending, [], None))
     for episode in episodes:
         own = [s.log_prob for s in episode.segments if isinstance(s, TextActions)]
         text_log_probs.append(torch.cat(own) if own else torch.zeros(0))
-    mask_BL = torch.cat([turn.mask_BL for turn in turns], dim=1)
+    mask_BL = torch.cat([chunk.mask_BL for chunk in chunks], dim=1)
     behaviour = torch.zeros(mask_BL.shape)
     behaviour[mask_BL] = torch.cat(text_log_probs)
     behaviour_image = torch.cat(image_log_probs, dim=1) if images else torch.zeros(len(episodes), 0)
     batch = Batch(
-        tuple(turns),
+        tuple(chunks),
         Actions(mask_BL, tuple(images)),
         temperatures.pop() if temperatures else 1.0,
         behaviour,
@@ -171,7 +171,7 @@ def _chunk(
     shown: Sequence[GivenImage | ImageActions],
     steps: ImageSteps | None,
 ) -> Chunk:
-    """Text segments of every row, concatenated, and the image they end in."""
+    """The text segments of every row, concatenated, and the image that ends them."""
     ids, at, actions = [], [], []
     for row in rows:
         tokens: list[int] = []
@@ -242,52 +242,51 @@ def replay(
     text: bool = True,
     copies: int | None = None,
 ) -> Scores:
-    """Score recorded actions under the policy's present weights.
+    """Score recorded actions under the policy's current weights.
 
     Args:
-        grad_through_context: whether the image loss also trains the text expert, through the context's keys and
-            values. False: it trains the image expert alone.
+        grad_through_context: the image loss also trains the text expert, through the context's keys and values. False:
+            it trains only the image expert.
         image: False leaves out velocities (a text-only objective).
-        text: False leaves the words unscored, for a reference of velocities alone: its log-probabilities
-            are then 0 and mean nothing.
-        copies: noisy states of each row's image that one pass looks at; None takes the policy's
+        text: False leaves text unscored, for a reference that only needs velocities; log-probabilities are then 0.
+        copies: noisy states of each row's image that one pass passes at; None takes the policy's
             `copies_at_once`. Rounding aside, scores and gradients are the same for any number.
 
     Raises:
         ValueError: on fewer than one copy.
     """
     if copies is not None and copies < 1:
-        raise ValueError(f"copies={copies}: a pass looks at one noisy state or more; None lets the policy choose")
+        raise ValueError(f"copies={copies}: a pass passes at one noisy state or more; None lets the policy choose")
     detach = not grad_through_context
-    context = policy.empty_context(len(batch.turns[0].length_B))
+    context = policy.empty_context(len(batch.chunks[0].length_B))
     log_probs, entropies, velocities = [], [], []
-    for k, turn in enumerate(batch.turns):
-        noisy = turn.image if image else None
-        looks = [] if noisy is None else _shared_out(noisy, copies or policy.copies_at_once(noisy))
-        has_text = turn.ids_BS.shape[1] > 0
+    for k, chunk in enumerate(batch.chunks):
+        noisy = chunk.image if image else None
+        passes = [] if noisy is None else _passes_of(noisy, copies or policy.copies_at_once(noisy))
+        has_text = chunk.ids_BS.shape[1] > 0
         out = policy.forward(
             context,
-            turn.ids_BS if has_text else None,
-            turn.length_B if has_text else None,
-            looks[0] if looks else None,
+            chunk.ids_BS if has_text else None,
+            chunk.length_B if has_text else None,
+            passes[0] if passes else None,
             detach_context=detach,
         )
-        if turn.mask_BL.shape[1] and not text:
-            log_probs.append(torch.zeros(turn.mask_BL.shape, device=policy.device))
+        if chunk.mask_BL.shape[1] and not text:
+            log_probs.append(torch.zeros(chunk.mask_BL.shape, device=policy.device))
             entropies.append(log_probs[-1])
-        elif turn.mask_BL.shape[1]:
+        elif chunk.mask_BL.shape[1]:
             assert out.hidden_BLC is not None
-            hidden = out.hidden_BLC[turn.mask_BL.nonzero()[:, 0], turn.row_BL[turn.mask_BL]]
-            scored = token(policy.logits(hidden), temperature=batch.temperature, id=turn.action_BL[turn.mask_BL])
-            log_probs.append(_scatter(scored.log_prob, turn.mask_BL))
-            entropies.append(_scatter(scored.entropy, turn.mask_BL))
-        if looks:
-            others = [policy.forward(out.context, image=noisy, detach_context=detach) for noisy in looks[1:]]
-            velocities.append(_all_copies([out, *others]))
+            hidden = out.hidden_BLC[chunk.mask_BL.nonzero()[:, 0], chunk.row_BL[chunk.mask_BL]]
+            scored = token(policy.logits(hidden), temperature=batch.temperature, id=chunk.action_BL[chunk.mask_BL])
+            log_probs.append(_scatter(scored.log_prob, chunk.mask_BL))
+            entropies.append(_scatter(scored.entropy, chunk.mask_BL))
+        if passes:
+            others = [policy.forward(out.context, image=noisy, detach_context=detach) for noisy in passes[1:]]
+            velocities.append(_all_velocities([out, *others]))
         context = out.context
-        if turn.latent_BND is not None and k + 1 < len(batch.turns):
-            context = read_image(policy, context, turn.latent_BND, turn.grid, turn.view_BHWC)
-    rows = len(batch.turns[0].length_B)
+        if chunk.latent_BND is not None and k + 1 < len(batch.chunks):
+            context = read_image(policy, context, chunk.latent_BND, chunk.grid, chunk.view_BHWC)
+    rows = len(batch.chunks[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(
         torch.cat(log_probs, dim=1) if log_probs else blank,
@@ -296,20 +295,20 @@ def replay(
     )
 
 
-def _shared_out(image: NoisyImage, copies: int) -> list[NoisyImage]:
-    """The K noisy states in as few passes of at most `copies` as can be, those as even as can be."""
+def _passes_of(image: NoisyImage, copies: int) -> list[NoisyImage]:
+    """The K noisy states in the fewest passes of at most `copies` states, as even as possible."""
     steps = image.x_BKND.shape[1]
     each = math.ceil(steps / max(1, math.ceil(steps / copies)))
     parts = zip(image.x_BKND.split(each, dim=1), image.t_BK.split(each, dim=1), strict=True)
     return [NoisyImage(x_BKND, t_BK, image.grid) for x_BKND, t_BK in parts]
 
 
-def _all_copies(passes: list[MoTOutput]) -> Tensor:
+def _all_velocities(passes: list[MoTOutput]) -> Tensor:
     """Velocities [B, K, N, D] of all noisy states."""
     found = [out.velocity_BKND for out in passes if out.velocity_BKND is not None]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _scatter(values: Tensor, mask_BL: Tensor) -> Tensor:
-    """Values of the masked positions, back in place; 0 elsewhere."""
+    """Values of the masked positions in place; 0 elsewhere."""
     return torch.zeros(mask_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(mask_BL, values)

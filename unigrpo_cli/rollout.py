@@ -1,10 +1,7 @@
-"""Episodes under the behaviour policy: write, paint, and the program prompt -> reasoning -> image.
+"""Draw episodes under the behaviour policy: the program prompt -> reasoning -> image.
 
-`sample_text` and `sample_image` each draw one segment for all rows at once; `read_image` puts a
-picture into the context.
-Programs of several rounds are longer sequences of the three, each round with seeds of its own,
-`derive(seed, "round", k)`. `replay.py` is this file's mirror image: it scores what was drawn here with the same
-functions of `algo`.
+`sample_text` and `sample_image` each draw one segment for all rows of a batch; `read_image` puts an image into the
+context. `replay.py` is the mirror image of this file: it scores the actions drawn here by the same functions of `algo`.
 
 Shape letters: B rows (episodes), L text actions, K stochastic steps, N image tokens of D numbers.
 """
@@ -22,16 +19,7 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import (
-    Episode,
-    GivenImage,
-    GivenText,
-    Group,
-    ImageActions,
-    Prompt,
-    TextActions,
-    structure,
-)
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, Prompt, TextActions, structure
 from unigrpo_cli.models.mot.context import Context
 from unigrpo_cli.models.mot.network import NoisyImage
 from unigrpo_cli.models.policy import Policy
@@ -46,18 +34,17 @@ class Sampling:
     """How episodes are drawn.
 
     Args:
-        think: whether text is written before the image.
-        max_new_tokens: budget of one text, its stop token included.
-        temperature: of the sampled and of the scored distribution; 0 is greedy (evaluation only).
-        height, width: of the image, in pixels.
+        think: sample reasoning text before the image.
+        max_new_tokens: budget of one text, stop token included.
+        temperature: of the sampled and the scored distribution; 0 is greedy (evaluation only).
+        height, width: image size, pixels.
         steps: network calls per image.
-        shift: of the time grid; above 1 spends more steps at high noise.
+        shift: time shift of the grid; above 1, more steps at high noise.
         sde, noise_level: the stochastic transition inside the window.
-        batch_size: episodes in one batch. Changes speed and memory, no sample.
-        compiled: by `Policy.compiled`.
-        tapered: the last two batches are drawn in halves, for whoever takes up finished ones: little is left to do
-            when the last is drawn, also where several are drawn side by side.
-        guidance: off in training.
+        batch_size: episodes in one batch; changes speed and memory, no sample.
+        guidance: classifier-free guidance; off in training.
+        compiled: sample with `Policy.compiled`.
+        tapered: the last two batches are halved, so that asynchronous rewards start earlier.
     """
 
     think: bool
@@ -88,37 +75,36 @@ def rollout(
 ) -> list[Group]:
     """`members` episodes of every prompt, grouped.
 
-    An episode's randomness comes from (seed, prompt id, member) alone: batches and their order change nothing but
-    the rounding of matrix products. The window is one for all rows.
+    An episode's randomness comes from (seed, prompt id, member) alone: batches change only the rounding of matrix
+    products. All rows have the same window.
 
     Args:
-        on_rows, on_episodes: told after each batch how many, and given them.
+        on_rows, on_episodes: called after each batch with the number of its episodes, and with the episodes.
 
     Raises:
-        ValueError: when `sampling.batch_size` was left open.
+        ValueError: when `sampling.batch_size` is not set.
     """
     if sampling.batch_size < 1:
         raise ValueError(
-            f"sampling.batch_size={sampling.batch_size}: a command finds a size for 0; here give the number"
+            f"sampling.batch_size={sampling.batch_size}: commands choose a size for 0; here give the number"
         )
     if sampling.compiled:
         policy = policy.compiled()
-    asked = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
-    alike: dict[tuple, list[tuple[int, int]]] = {}
-    for k, (_, given) in enumerate(asked):
-        alike.setdefault(structure(given), []).extend((k, member) for member in range(members))
-    batches = [part for todo in alike.values() for part in _cut(todo, sampling.batch_size)]
+    given = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
+    rows_of: dict[tuple, list[tuple[int, int]]] = {}
+    for k, (_, preamble) in enumerate(given):
+        rows_of.setdefault(structure(preamble), []).extend((k, member) for member in range(members))
+    batches = [part for rows in rows_of.values() for part in _cut(rows, sampling.batch_size)]
     if sampling.tapered:
         batches[-2:] = [half for batch in batches[-2:] for half in _cut(batch, -(-len(batch) // 2))]
 
-    @torch.no_grad()  # which threads do not inherit
     def draw(rows: list[tuple[int, int]]) -> list[Episode]:
         with out_of_memory_hint("a rollout", "sampling.batch_size", len(rows)):
-            return _think_then_paint(policy, asked, rows, sampling, window, seed)
+            return _think_paint(policy, given, rows, sampling, window, seed)
 
     episodes: dict[tuple[int, int], Episode] = {}
-    beside = worker_count(len(batches), policy.device)
-    for rows, drawn in zip(batches, parallel_map(draw, batches, beside), strict=True):
+    workers = worker_count(len(batches), policy.device)
+    for rows, drawn in zip(batches, parallel_map(draw, batches, workers), strict=True):
         episodes |= zip(rows, drawn, strict=True)
         on_rows(len(rows))
         on_episodes(drawn)
@@ -132,46 +118,46 @@ def _cut(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
 Given = tuple[GivenText | GivenImage, ...]
 
 
-def _think_then_paint(
+def _think_paint(
     policy: Policy,
-    asked: Sequence[tuple[Prompt, Given]],
+    given: Sequence[tuple[Prompt, Given]],
     rows: Sequence[tuple[int, int]],
     sampling: Sampling,
     window: flow.Window,
     seed: int,
 ) -> list[Episode]:
-    """The program prompt -> reasoning -> image for one batch of rows: index into `asked`, member."""
-    seeds = [derive(seed, asked[k][0].id, member) for k, member in rows]
+    """The program prompt -> reasoning -> image for one batch of rows (index into `given`, member)."""
+    seeds = [derive(seed, given[k][0].id, member) for k, member in rows]
     own = list(dict.fromkeys(k for k, _ in rows))
     at = torch.tensor([own.index(k) for k, _ in rows], device=policy.device)
 
     def read(part: Callable[[Given], Given]) -> Context:
-        """The context after that part of what is given: read once per prompt, then shared by its group."""
-        return read_given(policy, [part(asked[k][1]) for k in own]).select(at)
+        """The context after that part of the given segments: read once per prompt, shared by its group."""
+        return read_given(policy, [part(given[k][1]) for k in own]).select(at)
 
-    context = read(lambda given: given)
+    context = read(lambda preamble: preamble)
     texts: list[TextActions] = []
     if sampling.think:
         context, texts = sample_text(policy, context, sampling, seeds)
     unconditional = None
     if sampling.guidance.on:
         unconditional = UnconditionalContexts(
-            less_text=read(lambda given: given[:-1]),
-            less_image=read(lambda given: tuple(s for s in given if isinstance(s, GivenText))),
+            less_text=read(lambda preamble: preamble[:-1]),
+            less_image=read(lambda preamble: tuple(s for s in preamble if isinstance(s, GivenText))),
         )
-    sources = [s for s in asked[own[0]][1] if isinstance(s, GivenImage)]
+    sources = [s for s in given[own[0]][1] if isinstance(s, GivenImage)]
     images = sample_image(
         policy, context, sampling, window, seeds, sources[-1].grid if sources else None, unconditional
     )
     return [
-        Episode(asked[k][0], member, seeds[row], (*asked[k][1], *texts[row : row + 1], images[row]))
+        Episode(given[k][0], member, seeds[row], (*given[k][1], *texts[row : row + 1], images[row]))
         for row, (k, member) in enumerate(rows)
     ]
 
 
 @torch.no_grad()
 def answer(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[TextActions]:
-    """What the model says to each prompt, and to the picture that comes with it; nothing is painted."""
+    """The model's answer in words to each prompt and its picture; no image is sampled."""
     texts = []
     for prompt in prompts:
         context = read_given(policy, [policy.question(prompt, sampling.think)])
@@ -180,7 +166,7 @@ def answer(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, seed: 
 
 
 def read_given(policy: Policy, given: Sequence[Given]) -> Context:
-    """The context after reading what each row was given; all rows have the same structure."""
+    """The context after the given segments of each row; all rows have the same structure."""
     context = policy.empty_context(len(given))
     pending: list[list[Tensor]] = [[] for _ in given]
 
@@ -208,7 +194,7 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
 def read_image(
     policy: Policy, context: Context, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
 ) -> Context:
-    """The context after seeing one picture per row: its clean latents unless N = 0, then the tower's view."""
+    """The context after one image per row: its clean latents unless N = 0, then the vision tower's view."""
     if x_BND.shape[1]:
         clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=policy.device), grid)
         context = policy.forward(context, image=clean, keep_image=True).context
@@ -218,7 +204,7 @@ def read_image(
 
 
 def views_of(images: Sequence[GivenImage | ImageActions]) -> Tensor | None:
-    """What the vision tower is shown of one picture per row, uint8 [B, h, w, 3]; None when it is shown nothing."""
+    """The vision tower's input of one image per row, uint8 [B, h, w, 3]; None without one."""
     views = [s.view for s in images if isinstance(s, GivenImage) and s.view is not None]
     return torch.stack(views) if views else None
 
@@ -226,11 +212,11 @@ def views_of(images: Sequence[GivenImage | ImageActions]) -> Tensor | None:
 def sample_text(
     policy: Policy, context: Context, sampling: Sampling, seeds: Sequence[int]
 ) -> tuple[Context, list[TextActions]]:
-    """Sample one text per row with a key-value cache, until all rows have stopped or the budget is spent.
+    """Sample one text per row with a KV cache, until all rows have stopped or the budget is spent.
 
-    Every sampled token is fed, the stop token too; a truncated row is fed a forced stop token, which is no
-    action. So the context always ends as in the model's own format. Whenever half of the batch has stopped, the
-    rest goes on without it.
+    The model reads every sampled token, the stop token too; a truncated row gets a forced stop token, which is not an
+    action. So the context always ends in the model's own format. When half of the batch has stopped, the unfinished
+    rows are moved to a smaller batch.
     """
     rows, budget = context.rows, sampling.max_new_tokens
     uniform_BL = torch.stack([uniform(derive(s, "text"), budget) for s in seeds]).to(policy.device)
@@ -240,8 +226,8 @@ def sample_text(
     finished = torch.zeros(rows, dtype=torch.bool, device=policy.device)
     length = torch.full((rows,), budget, device=policy.device)
     whole = context.reserve(budget + 2)
-    at = torch.arange(rows, device=policy.device)  # which rows are in the batch
-    going = [1] * rows  # which of those write on
+    at = torch.arange(rows, device=policy.device)  # rows in the batch
+    going = [1] * rows  # unfinished ones of those
     out = policy.forward(whole, torch.full((rows, 1), open_id, device=policy.device))
     for k in range(budget):
         assert out.hidden_BLC is not None
@@ -250,7 +236,7 @@ def sample_text(
         out = policy.forward(out.context, drawn.id[:, None], going)
         stops = (drawn.id == stop_id) & ~finished[at]
         length[at[stops]], finished[at[stops]] = k + 1, True
-        going = (~finished[at]).int().tolist()  # the one wait for the device per token
+        going = (~finished[at]).int().tolist()  # the only host wait per token
         if not any(going):
             break
         if 2 * sum(going) <= len(going) and k + 1 < budget:
@@ -283,7 +269,7 @@ def sample_text(
 
 @dataclass(frozen=True)
 class UnconditionalContexts:
-    """Contexts that guidance compares with: without the last user text, and without pictures; both unreasoned."""
+    """Contexts for guidance: without the last user text, and without images; both without reasoning."""
 
     less_text: Context
     less_image: Context
@@ -301,11 +287,11 @@ def sample_image(
     """Integrate one image per row from noise: stochastic steps inside the window, Euler steps elsewhere.
 
     Args:
-        grid: token rows and columns of the images, where `sampling` does not say: an edit has its source's.
-        poorer: for guidance, which only Euler steps can have: its steps are no actions of the policy.
+        grid: token rows and columns of the images; None takes them from `sampling`. An edit has its source's.
+        unconditional: contexts for guidance. Only Euler steps can be guided: guided steps are not actions.
     """
     if unconditional is not None and window.size:
-        raise ValueError("guidance is for evaluation; a stochastic window cannot have it")
+        raise ValueError("guidance is for evaluation: steps in a stochastic window cannot be guided")
     grid = grid or policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
     times = flow.time_grid(sampling.steps, sampling.shift)
@@ -360,7 +346,7 @@ def sample_image(
 
 
 def velocity(policy: Policy, context: Context, x_BND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
-    """v_BND of one noisy image per row at a common time, fp32 as all latents are."""
+    """v_BND of one noisy image per row at a common time, fp32."""
     t_B1 = t.to(policy.device).expand(len(x_BND), 1)
     out = policy.forward(context, image=NoisyImage(x_BND[:, None], t_B1, grid))
     assert out.velocity_BKND is not None

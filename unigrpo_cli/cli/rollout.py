@@ -99,11 +99,11 @@ def _sample_and_score(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Score whole groups, sampled or saved, split over the ranks; rank 0 writes them and returns the summary."""
-    from unigrpo_cli.episode import load_episodes, save_episodes
     from unigrpo_cli.errors import RewardError
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.directory import Run, new_directory
+    from unigrpo_cli.run.episode_files import load_episodes, save_episodes
     from unigrpo_cli.run.inputs import with_suite
     from unigrpo_cli.run.memory.plan import with_batch_size
     from unigrpo_cli.run.records import groups_of_all

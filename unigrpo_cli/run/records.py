@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from unigrpo_cli.episode import BAD_STEP, Group, packed, save_episodes, unpacked
+from unigrpo_cli.episode import Group
 from unigrpo_cli.io.atomic import new_directory
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.parallel.ranks import Ranks
 from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.run.episode_files import BAD_STEP, packed, save_episodes, unpacked
 
 WORDS = "json"
 """The name, among tensors that are sent, of what is none."""

@@ -194,7 +194,7 @@ def action_ids(episode: Episode) -> list[int]:
 
 def scored_ids(m: MicroBatch, row: int) -> list[int]:
     """The token ids that replay scores as actions of a row."""
-    ids_BL = torch.cat([chunk.action_BL for chunk in m.batch.turns], dim=1)
+    ids_BL = torch.cat([chunk.action_BL for chunk in m.batch.chunks], dim=1)
     return ids_BL[row][m.batch.actions.mask_BL[row]].tolist()
 
 
