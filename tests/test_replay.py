@@ -13,7 +13,6 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, step_densities, unigrpo_loss
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Episode, GivenImage, Group, Prompt, TextActions, flatten
-from unigrpo_cli.models import sharding
 from unigrpo_cli.models.mot import policy as mot_policy
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.network import Attention, NoisyImage
@@ -261,7 +260,7 @@ def test_copies_at_once_are_a_rule_of_shapes(
     noisy = batch.chunks[0].image
     elsewhere = replace(tiny, network=copy.deepcopy(tiny.network).to("meta"))
     assert elsewhere.copies_at_once(noisy) == 3
-    monkeypatch.setattr(sharding, "is_sharded", lambda network: True)
+    monkeypatch.setattr(mot_policy, "is_sharded", lambda network: True)
     assert tiny.copies_at_once(noisy) == 3
 
 
