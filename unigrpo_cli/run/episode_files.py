@@ -1,4 +1,4 @@
-"""Episodes on disk: `episodes.json` and `episodes.safetensors`, checked when they are read. Nothing unpickles."""
+"""Episodes on disk: `episodes.json` and `episodes.safetensors`, checked when they are read.."""
 
 from __future__ import annotations
 
