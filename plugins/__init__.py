@@ -1,1 +1,1 @@
-"""Rewards that come with unigrpo. They enter by the same door as anyone's: see docs/rewards.md."""
+"""Built-in rewards. They use the same interface as any plugin: docs/rewards.md."""

@@ -1,4 +1,4 @@
-"""LAION's aesthetic score: a small head on the image embeddings of a CLIP."""
+"""LAION's aesthetic score: a small head on a CLIP's image embeddings."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ WHERE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 class AestheticOptions(Options):
     head: str | None = Field(
         None,
-        description="the head: a .safetensors file, a directory with one, or org/repo[/file] on the hub; with the "
-        "embedded policy the default is the small one of the shapes world",
+        description="the head: a .safetensors file, a directory with one, or org/repo[/file] on the hub; default with "
+        "the embedded policy: the small head of the shapes world",
     )
     model: str | None = Field(
         None,
-        description=f"open_clip model that the head was trained on, as in `clip`; default {MODEL}, or `embedded` "
+        description=f"open_clip model that the head was trained on, as for `clip`; default {MODEL}, or `embedded` "
         "with the embedded policy and no head",
     )
     pretrained: str | None = Field(None, description=f"its weights; default {PRETRAINED} for the default model")
-    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the encoder's weights")
+    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the CLIP's weights")
     activation: Literal["auto", "none", "relu"] = Field(
-        "auto", description="between the head's layers; auto goes by their numbers"
+        "auto", description="between the head's layers; auto: by the numbers of the layers"
     )
-    batch_size: int = Field(64, ge=1, description="pictures in one pass")
+    batch_size: int = Field(64, ge=1, description="pictures per forward pass")
 
 
 class AestheticReward:
-    """How much people liked pictures of such an embedding: LAION's aesthetic predictor, version 1 or 2."""
+    """LAION's aesthetic predictor, version 1 or 2: how people rate pictures with such an embedding."""
 
     name = "aesthetic"
     summary = "LAION aesthetic score, about 4 to 7 (a head on CLIP embeddings)"
@@ -52,10 +52,10 @@ class AestheticReward:
         self.batch_size = options.batch_size
 
     def setup(self, context: RewardContext) -> None:
-        """Read the head, then get the encoder, which other rewards may share.
+        """Load the head and the encoder, which other rewards may share.
 
         Raises:
-            RewardError: when either is not to be had, or they do not fit each other.
+            RewardError: when one cannot be loaded, or they do not fit.
         """
         from unigrpo_cli.errors import RewardError
         from unigrpo_plugins.encoders import EMBEDDED, shared_encoder
@@ -94,7 +94,7 @@ class AestheticReward:
         )
 
     def _width(self) -> int:
-        """Length of the encoder's embeddings, seen on a blank picture: towers name it differently."""
+        """Width of the encoder's embeddings, measured on a blank picture: models name it differently."""
         from PIL import Image
 
         return self.encoder.images([Image.new("RGB", (32, 32))]).shape[-1]

@@ -1,7 +1,7 @@
-"""What a detector's classes are called in GenEval: COCO's 80 names in COCO's order, three of them longer.
+"""GenEval's names of a detector's classes: COCO's 80 in COCO's order, three of them longer.
 
-Checkpoints disagree on names (`tv` or `tvmonitor`, `LABEL_3`) but hardly on order, so classes are matched by
-index. Two orders are about: 80 in a row, and COCO's own ids, which skip eleven of 1 to 90.
+Checkpoints differ in names (`tv` or `tvmonitor`, `LABEL_3`) but hardly in order, so classes are matched by index. Two
+orders are in use: 80 in a row, and COCO's ids, which skip eleven of 1 to 90.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "comput
 CLASSES = tuple(RENAMED.get(name, name) for name in COCO)
 UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of 1 to 90; 0 is unused as well
 IDS = tuple(i for i in range(1, 91) if i not in UNUSED_IDS)
-AGREE = 0.75  # of the names: spellings differ, another order agrees almost nowhere
+AGREE = 0.75  # share of equal names: spellings differ, and another order agrees almost nowhere
 
 
 def labels_of(id2label: Mapping[int, str]) -> list[str | None]:
-    """GenEval's name for each of a detector's classes, by index; None for places that COCO leaves empty.
+    """GenEval's name of each of a detector's classes, by index; None for ids that COCO skips.
 
-    Names decide only whether it is COCO's order at all. Where it is not, they are taken as they are.
+    The names only decide whether the order is COCO's. If not, they stay as they are.
     """
     names = [str(id2label[k]) for k in sorted(id2label)]
     orders: dict[int, Mapping[int, str]] = {

@@ -1,6 +1,6 @@
-"""The name of an object's colour, one of GenEval's ten: by CIELAB, where distance is what eyes see, or by CLIP.
+"""The colour of an object, one of GenEval's ten: the nearest in CIELAB, or CLIP's choice.
 
-A judge of colours gives, for each object, how much it is of each colour, in [0, 1]; the largest is its name.
+Both give a likeness to each colour, in [0, 1]. The largest decides.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from unigrpo_plugins.prompt_length import PromptLength
 
 NAMES = tuple(COLORS)
-GREY = "#999"  # what GenEval paints around an object's mask
+GREY = "#999"  # GenEval's colour around an object's mask
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
-CROPS = 64  # in one pass of CLIP
+CROPS = 64  # per forward pass of CLIP
 
 
 @dataclass(frozen=True)
 class Coloured:
-    """An object whose colour is asked for, in its picture."""
+    """A detected object in its picture, whose colour is wanted."""
 
     image: Image
     detection: Detection
@@ -41,7 +41,7 @@ class ColorJudge(Protocol):
 
 
 def named(likeness: Mapping[str, float]) -> str:
-    """The colour that something is most of; at a tie, the first of the ten."""
+    """The most likely colour; at a tie the first of the ten."""
     return max(likeness, key=likeness.__getitem__)
 
 
@@ -66,9 +66,9 @@ _LAB = cielab(np.array(list(COLORS.values())))
 
 
 def closeness(lab: NDArray) -> dict[str, float]:
-    """How close a colour in CIELAB is to each of the ten: 1 at it, 1/2 where another becomes nearer, 0 at another.
+    """Closeness of a colour in CIELAB to each of the ten: 1 at it, 1/2 where another becomes nearer, 0 at another.
 
-    With d the distance to one and e the distance to the nearest of the other nine: e / (d + e).
+    It is e / (d + e), with d the distance to it and e that to the nearest of the other nine.
     """
     d = np.sqrt(((_LAB - lab) ** 2).sum(axis=1))
     others = np.array([np.delete(d, k).min() for k in range(len(d))])
@@ -78,7 +78,7 @@ def closeness(lab: NDArray) -> dict[str, float]:
 def median_lab(
     image: Image, mask: NDArray[np.bool_] | None, box: tuple[float, float, float, float]
 ) -> NDArray[np.float64]:
-    """CIELAB of the median pixel of an object (of its box, when there is no mask)."""
+    """CIELAB of the median pixel of an object, or of its box without a mask."""
     if mask is not None:
         pixels = image[mask]
     else:
@@ -88,19 +88,19 @@ def median_lab(
 
 
 def _pixels_of(box: tuple[float, float, float, float], image: Image) -> tuple[int, int, int, int]:
-    """A box in whole pixels, of at least one, inside the picture."""
+    """A box in whole pixels, at least one, inside the picture."""
     height, width = image.shape[:2]
     x0, y0 = min(max(0, round(box[0])), width - 1), min(max(0, round(box[1])), height - 1)
     return x0, y0, min(max(round(box[2]), x0 + 1), width), min(max(round(box[3]), y0 + 1), height)
 
 
 def name_color(image: Image, mask: NDArray[np.bool_] | None, box: tuple[float, float, float, float]) -> str:
-    """Colour name of an object: the nearest of ten."""
+    """The nearest of the ten colours to an object."""
     return named(closeness(median_lab(image, mask, box)))
 
 
 class LabColors:
-    """The nearest of ten in CIELAB, by the median pixel."""
+    """The nearest of the ten colours in CIELAB, by the median pixel."""
 
     name = "lab"
     cut: Mapping[str, dict[str, Any]] = {}
@@ -110,7 +110,7 @@ class LabColors:
 
 
 class ClipColors:
-    """GenEval's rule: CLIP's choice among ten captions of the object, cut out onto grey."""
+    """GenEval's rule: CLIP's choice among captions for the ten colours, on the object cut out onto grey."""
 
     name = "clip"
 
@@ -119,7 +119,7 @@ class ClipColors:
         self.cut: dict[str, dict[str, Any]] = {}  # by label, when a caption is longer than the context
 
     def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]:
-        """Probabilities of the ten colours, at the temperature that the model was trained with."""
+        """Probabilities of the ten colours, at the model's trained temperature."""
         found: list[dict[str, float]] = []
         captions = {label: self._captions(label) for label in {t.detection.label for t in things}}
         for at in range(0, len(things), CROPS):
@@ -131,7 +131,7 @@ class ClipColors:
         return found
 
     def _captions(self, label: str) -> torch.Tensor:
-        """[10, E]: for each colour the mean of its captions' embeddings, of length 1 again."""
+        """[10, E]: for each colour the mean of its captions' embeddings, normalised."""
         texts = [template.format(color=color, label=label) for color in NAMES for template in TEMPLATES]
         if self.length is not None:
             self.cut[label] = next((row for row in self.length.info(texts) if row), {})
@@ -140,7 +140,7 @@ class ClipColors:
 
 
 def cut_out(image: Image, detection: Detection) -> Picture:
-    """The object alone on grey, cropped to its box (with its surroundings, when there is no mask)."""
+    """The object on grey, cropped to its box; without a mask the whole box."""
     import PIL.Image
 
     picture = PIL.Image.fromarray(image)

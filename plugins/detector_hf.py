@@ -1,7 +1,7 @@
-"""Detectors of transformers: Mask2Former, RF-DETR, and any that gives boxes alone.
+"""Detectors of transformers: Mask2Former, RF-DETR, and any that gives only boxes.
 
-Post-processing is ours, from logits. For Mask2Former the library's own resizes masks to 384 x 384, cuts them
-there and lets them overwrite each other; GenEval's mmdet does not. Weights are safetensors alone.
+Post-processing from logits is done here. The library's own for Mask2Former resizes masks to 384 x 384, thresholds them
+there and lets them overwrite each other; GenEval's mmdet does not.
 
 Shapes: Q queries, C classes, h w a model's mask grid, H W the picture.
 """
@@ -25,16 +25,16 @@ from unigrpo_plugins.weights import cannot, load_transformer
 if TYPE_CHECKING:
     import torch
 
-TOP = 100  # candidates per picture that Mask2Former keeps, over queries and classes
+TOP = 100  # candidates of Mask2Former per picture, over queries and classes
 
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of one kind of detector.
+    """A kind of detector.
 
     Args:
         architecture: its class in transformers.
-        model_type: what `config.json` must say; None takes any.
+        model_type: that of `config.json`; None accepts any.
         size: see `DetectorChoice`.
         threshold, counting_threshold: GenEval's pair belongs to Mask2Former's confidence; see docs/rewards.
     """
@@ -49,7 +49,7 @@ class Family:
 
 
 FAMILIES = {
-    # The checkpoint's own 384 x 384 is transformers' choice; mmdet evaluates at 800 x 1333.
+    # mmdet evaluates at 800 x 1333; the checkpoint's 384 x 384 is transformers' choice.
     "mask2former": Family(
         "Mask2FormerForUniversalSegmentation",
         "mask2former",
@@ -65,7 +65,7 @@ FAMILIES = {
 
 
 class TransformersDetector:
-    """A model of transformers with its picture processor. Pictures of one size go through it together."""
+    """A model of transformers with its image processor. Pictures of one size are batched."""
 
     def __init__(self, name: str, model: Any, prepare: Any, size: str, batch_size: int, device: str):
         family = FAMILIES[name]
@@ -84,7 +84,7 @@ class TransformersDetector:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(index)
-        for indices in by_size.values():  # no picture is padded to the size of another
+        for indices in by_size.values():  # no picture is padded
             for at in range(0, len(indices), self.batch_size):
                 part = indices[at : at + self.batch_size]
                 for index, own in zip(part, self._detect([images[i] for i in part], floor), strict=True):
@@ -107,16 +107,16 @@ class TransformersDetector:
             ]
 
     def inputs(self, images: Sequence[Image]) -> Any:
-        """What the model is given for pictures of one size."""
+        """The model's inputs for pictures of one size."""
         edges = {} if self.size == "own" else {"size": _edges(self.size)}
-        copies = [np.array(image) for image in images]  # a batch's pixels refuse to be shared with torch
+        copies = [np.array(image) for image in images]  # a batch's pixels are read-only, which torch does not accept
         return self.prepare(images=copies, return_tensors="pt", input_data_format="channels_last", **edges)
 
     def _read(self, outputs: Any, b: int, size: tuple[int, ...], floor: float) -> list[Instance]:
         if self.name == "mask2former":
             return mask_instances(outputs.class_queries_logits[b], outputs.masks_queries_logits[b], size, floor)
         logits, masks = outputs.logits[b], outputs.pred_masks[b] if self.name == "rfdetr" else None
-        # An output more than there are classes means that the last is "no object".
+        # One output more than classes: the last is "no object".
         exclusive = logits.shape[-1] == len(self.names) + 1
         return box_instances(logits, outputs.pred_boxes[b], masks, size, floor, exclusive=exclusive)
 
@@ -129,10 +129,10 @@ Instance = tuple[int, float, Box, Any]
 def mask_instances(
     logits_QC1: torch.Tensor, mask_logits_Qhw: torch.Tensor, size: Sequence[int], floor: float
 ) -> list[Instance]:
-    """Mask2Former's instances as mmdet's head reads them (Cheng et al. 2022, section 4), best first.
+    """Mask2Former's instances as in mmdet's head (Cheng et al. 2022, section 4), best first.
 
-    Of the best 100 pairs of query and class, confidence is the class's probability times the mean of the mask's
-    inside the mask; the box is the extent of the mask.
+    They are the best 100 pairs of query and class. Confidence is the probability of the class times the mean
+    probability inside the mask. The box is the extent of the mask.
     """
     p_QC = logits_QC1.float().softmax(dim=-1)[:, :-1]
     best, index = p_QC.flatten().sort(descending=True, stable=True)
@@ -140,7 +140,7 @@ def mask_instances(
     instances = []
     for p, k in zip(best[:TOP].tolist(), index[:TOP].tolist(), strict=True):
         if p <= floor:
-            break  # a mask's mean is at most 1, so none of the rest can pass
+            break  # the mean of a mask is at most 1, so no later one can pass
         query, label = divmod(k, p_QC.shape[1])
         if query not in drawn:
             drawn[query] = _draw(mask_logits_Qhw[query], size)
@@ -151,7 +151,7 @@ def mask_instances(
 
 
 def _draw(logits_hw: torch.Tensor, size: Sequence[int]) -> tuple[float, Box, Any] | None:
-    """Mean probability inside a mask at the picture's size, its extent, and itself; None when it is empty."""
+    """Mean probability inside a mask at the picture's size, its extent, and the mask; None when it is empty."""
     import torch
 
     logits_HW = torch.nn.functional.interpolate(
@@ -176,10 +176,10 @@ def box_instances(
     *,
     exclusive: bool,
 ) -> list[Instance]:
-    """Instances of a DETR, best first: relative (cx, cy, w, h) to pixels, cut at the picture's edge.
+    """Instances of a DETR, best first: relative (cx, cy, w, h) to pixels, clipped to the picture.
 
-    `exclusive` classes share a softmax with a last "no object", one class per query; others have a sigmoid each,
-    and the best Q pairs of query and class are kept. An instance whose mask is empty is dropped.
+    `exclusive` classes share a softmax with a last "no object", one class per query. Others have a sigmoid each, and
+    the best Q pairs of query and class are kept. Instances with an empty mask are dropped.
     """
     logits_QC = logits_QC.float()
     if exclusive:
@@ -228,7 +228,7 @@ def load_detector(context: RewardContext, reward: str, choice: DetectorChoice) -
     if family.needs_scipy and find_spec("scipy") is None:
         raise RewardError(
             f"{where} needs scipy (transformers asks for it when it builds the model): "
-            f'pip install "unigrpo-cli[geneval]", or take {reward}@detector=rfdetr, which does without'
+            f'pip install "unigrpo-cli[geneval]", or use {reward}@detector=rfdetr, which does not need it'
         )
     directory = Path(weights).expanduser()
     if weights.startswith((".", "/", "~")) and not directory.is_dir():

@@ -1,7 +1,7 @@
-"""The detector `shapes`: it sees the shapes world, on pixels alone.
+"""The detector `shapes`: objects of the shapes world, from pixels.
 
-It segments what differs from the background, takes the connected pieces, and names each by the shape whose
-outline, at the piece's own size and centre, covers it best. It knows nothing of how a picture came to be.
+It segments pixels that differ from the background, and names each connected piece by the shape whose outline, at the
+size and centre of the piece, fits it best.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from unigrpo_cli.toy.render import signed_distance
 from unigrpo_cli.toy.world import SHAPES
 from unigrpo_plugins.detectors import Detection, Image
 
-CONTRAST = 30 / 255  # a pixel is foreground when a channel differs this much from the background
-WINDOW = 20  # pixels around a piece's centre that its outline is compared in, for pictures of 48
-SMALLEST = 12.0  # pixels of area, likewise
+CONTRAST = 30 / 255  # least difference of a channel from the background in a foreground pixel
+WINDOW = 20  # side of the window around a piece, in pixels of a picture of 48
+SMALLEST = 12.0  # least area of a piece, in the same pixels
 
 
 class ShapesDetector:
-    """See the module's text. Fit, the soft intersection over union with the best outline, gives confidence."""
+    """Confidence comes from the fit: the soft intersection over union with the best outline."""
 
     labels = frozenset(SHAPES)
     threshold = 0.3
@@ -57,7 +57,7 @@ def _detect_stack(x_BHWC: NDArray[np.floating]) -> list[list[Detection]]:
     for b, mask in pieces:
         alpha = _coverage_of(difference[b], contrast[b], mask)
         if alpha.sum() < SMALLEST * unit**2 / 2:
-            continue  # specks without a common colour: noise, not an object
+            continue  # pixels without a common colour: noise
         kept.append((b, mask))
         rows, columns = np.indices(mask.shape)
         cx, cy = (float(((axis + 0.5) * alpha).sum() / alpha.sum()) for axis in (columns, rows))
@@ -77,7 +77,7 @@ def _detect_stack(x_BHWC: NDArray[np.floating]) -> list[list[Detection]]:
 
 
 def confidence(fit: NDArray[np.floating]) -> float:
-    """Confidence from the fits of one piece: how good the best is, times how far ahead of the second."""
+    """Confidence from the fits of one piece: the best fit, times its lead over the second."""
     first, second = np.sort(fit)[::-1][:2]
     good = np.clip((first - 0.60) / 0.20, 0, 1)
     ahead = np.clip((first - second) / 0.06, 0, 1)
@@ -85,13 +85,13 @@ def confidence(fit: NDArray[np.floating]) -> float:
 
 
 def background(x_BHWC: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Median colour of each picture's border, [B, 1, 1, 3]."""
+    """Median colour of the border of each picture, [B, 1, 1, 3]."""
     border = np.concatenate([x_BHWC[:, 0], x_BHWC[:, -1], x_BHWC[:, :, 0], x_BHWC[:, :, -1]], axis=1)
     return np.median(border, axis=1)[:, None, None, :]
 
 
 def connected(mask_BHW: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Label 4-connected pieces by spreading the largest pixel number through each; 0 is background."""
+    """Labels of 4-connected pieces, by spreading the largest pixel number through each; 0 is background."""
     _, height, width = mask_BHW.shape
     labels = np.arange(1, height * width + 1, dtype=np.int32).reshape(1, height, width) * mask_BHW
     while True:
@@ -109,11 +109,11 @@ def connected(mask_BHW: NDArray[np.bool_]) -> NDArray[np.int32]:
 def _coverage_of(
     difference: NDArray[np.floating], contrast: NDArray[np.floating], mask: NDArray[np.bool_]
 ) -> NDArray[np.floating]:
-    """How much of each pixel a piece covers: its difference from the background relative to its core's."""
+    """Coverage of each pixel by a piece: its difference from the background relative to that of the core."""
     core = mask & (contrast >= 0.7 * contrast[mask].max())
     color = np.median(difference[core], axis=0)
     alpha = np.clip(difference @ color / max(float(color @ color), 1e-6), 0, 1)
-    near = mask.copy()  # the piece and one pixel around it: its soft edge, not its neighbours
+    near = mask.copy()  # the piece and one pixel around it, for its soft edge
     near[1:] |= mask[:-1]
     near[:-1] |= mask[1:]
     near[:, 1:] |= mask[:, :-1]
@@ -123,7 +123,7 @@ def _coverage_of(
 
 @cache
 def _unit(shape: str) -> tuple[float, float]:
-    """Area and vertical centroid of a shape of radius 1 (all shapes are symmetric left to right)."""
+    """Area and vertical centroid of a shape of radius 1; all shapes are symmetric left to right."""
     axis = (np.arange(400, dtype=np.float32) + 0.5) / 400 * 3 - 1.5
     x, y = np.meshgrid(axis, axis)
     inside = signed_distance(shape, x, y) < 0
@@ -150,9 +150,9 @@ def shape_fits(
 
 
 def background_deviation(images: Sequence[Image]) -> list[float]:
-    """Standard deviation of each picture's background pixels around their median, in [0, 1] units.
+    """Standard deviation of the background pixels of each picture around their median, in units of [0, 1].
 
-    Pixels within two of anything that stands out are left out, so a soft edge does not count as texture.
+    Pixels within two of a foreground pixel are left out: a soft edge is not texture.
     """
     deviations = []
     for image in images:

@@ -1,6 +1,6 @@
-"""Detectors behind one protocol: pictures in, labelled boxes and masks out. Which there are, and how one opens.
+"""Object detectors behind one protocol: pictures in, labelled boxes and masks out.
 
-No detector suppresses overlapping boxes: GenEval's own suppression is off by default, too.
+None suppresses overlapping boxes; GenEval's own suppression is off by default, too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Detection:
 
 
 class Detector(Protocol):
-    """`labels` is what it can see; thresholds are its own, for a confidence means something else in each.
+    """`labels` are its classes. Thresholds are its own, because confidences of detectors are not comparable.
 
-    `detect` gives for each picture the objects whose confidence is above `floor`, with masks or with boxes alone.
+    `detect` gives for each picture the objects with a confidence above `floor`, with masks or only with boxes.
     """
 
     labels: frozenset[str]
@@ -42,24 +42,24 @@ class Detector(Protocol):
 
 COCO_DETECTORS = {
     "mask2former": "masks, closest to GenEval's own; needs scipy",
-    "rfdetr": "masks; needs nothing more",
-    "boxes": "any object detector of transformers, boxes only; needs @weights=...",
+    "rfdetr": "masks; no further package",
+    "boxes": "any object detector of transformers, only boxes; needs @weights=...",
 }
 
 
 def coco_choices() -> str:
-    """What to type for each detector of COCO's 80 classes, for errors."""
+    """The option for each detector of COCO's 80 classes, for errors."""
     return "; ".join(f"@detector={name} ({what})" for name, what in COCO_DETECTORS.items())
 
 
 @dataclass(frozen=True)
 class DetectorChoice:
-    """What decides which detector is opened. Two rewards with the same choice share one.
+    """All that selects a detector. Rewards with the same choice share it.
 
     Args:
         weights: hub id or directory; None is the detector's default.
-        size: `SHORTxLONG`, the sides that pictures are resized to; `own` as the weights say; None the default.
-        batch_size: pictures in one pass.
+        size: `SHORTxLONG`, the sides that pictures are resized to; `own` is that of the weights; None the default.
+        batch_size: pictures per forward pass.
     """
 
     name: str
@@ -72,7 +72,7 @@ def shared_detector(context: RewardContext, reward: str, choice: DetectorChoice)
     """The detector of that choice and its key, for `context.shared.release` at teardown.
 
     Raises:
-        RewardError: when it lacks a package, or its weights are not to be had.
+        RewardError: when a package is missing, or its weights cannot be loaded.
     """
     key = ("detector", choice)
     return context.shared.get(key, lambda: _open(context, reward, choice)), key

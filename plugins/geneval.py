@@ -1,4 +1,4 @@
-"""GenEval as a reward: did the picture come out as asked? Objects, counts, colours, positions."""
+"""GenEval as a reward: detected objects against the prompt's objects, counts, colours and positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.geneval_rules import COLORS, KINDS, Seen, Verdict, judge, keep_confident
+from unigrpo_plugins.geneval_rules import COLORS, KINDS, DetectedObject, Verdict, judge, keep_confident
 
 if TYPE_CHECKING:
     from unigrpo_plugins.detectors import Detection
@@ -21,39 +21,39 @@ MODES = ("official", "strict", "partial", "soft")
 class GenEvalOptions(Options):
     detector: Literal["auto", "shapes", "mask2former", "rfdetr", "boxes"] = Field(
         "auto",
-        description="what looks; auto: shapes, with the embedded policy or where all prompts are about "
-        "its shapes, and otherwise none until one is named",
+        description="the detector; auto: shapes with the embedded policy or if all prompts are about its shapes, "
+        "otherwise an error that asks for one",
     )
-    weights: str | None = Field(None, description="hub id or directory of the detector; default is its own")
+    weights: str | None = Field(None, description="hub id or directory of the detector's weights; default: its own")
     size: str | None = Field(
         None,
         pattern=r"^(own|[1-9]\d*x[1-9]\d*)$",
-        description="SHORTxLONG, what it sees pictures at, or `own`, as its weights say; default 800x1333 "
-        "for mask2former, own for others",
+        description="SHORTxLONG, the size of pictures for the detector, or `own`: that of its weights; default "
+        "800x1333 for mask2former, own for others",
     )
-    threshold: float | None = Field(None, description="smallest confidence; default is the detector's")
-    counting_threshold: float | None = Field(None, description="the same for counting prompts")
-    batch_size: int = Field(8, ge=1, description="pictures in one pass of the detector")
+    threshold: float | None = Field(None, description="least confidence; default: the detector's")
+    counting_threshold: float | None = Field(None, description="least confidence for counting prompts")
+    batch_size: int = Field(8, ge=1, description="pictures per forward pass of the detector")
     mode: Literal["auto", "official", "strict", "partial", "soft"] = Field(
         "auto",
-        description="official: GenEval's verdict, 0 or 1; strict: the same with exact counts; partial: mean of "
-        "what was asked for, each in [0, 1]; soft: the same with graded colours and positions; auto: partial in "
-        "training (a denser signal), official in evaluation",
+        description="official: GenEval's verdict, 0 or 1; strict: the same with exact counts; partial: mean over the "
+        "requirements, each in [0, 1]; soft: the same with graded colours and positions; auto: partial in training, "
+        "official in evaluation",
     )
     color: Literal["auto", "lab", "clip"] = Field(
         "auto",
         description="lab: nearest of ten in CIELAB; clip: GenEval's rule, CLIP's choice; auto: lab for `shapes`, "
         "clip for others",
     )
-    clip_model: str = Field("ViT-L-14-quickgelu", description="open_clip name of the judge of colours")
-    clip_pretrained: str | None = Field("openai", description="open_clip tag or weights file of it")
+    clip_model: str = Field("ViT-L-14-quickgelu", description="open_clip name of the CLIP for colours")
+    clip_pretrained: str | None = Field("openai", description="open_clip tag or weights file of that CLIP")
 
 
 class GenEvalReward:
-    """Detected objects against GenEval's clauses; colours by the nearest of ten in CIELAB or by CLIP."""
+    """GenEval's rules on detected objects; colours by the nearest of ten in CIELAB or by CLIP."""
 
     name = "geneval"
-    summary = "objects, counts, colours and positions as asked (GenEval's rules on detections)"
+    summary = "objects, counts, colours and positions of the prompt (GenEval's rules on detections)"
     range = (0.0, 1.0)
     needs = frozenset({"image", "metadata:include"})
     batch_size = None
@@ -66,16 +66,16 @@ class GenEvalReward:
         self.keys: list[tuple] = []
 
     def setup(self, context: RewardContext) -> None:
-        """Open the detector and the judge of colours; with `auto`, the detector may wait for the prompts.
+        """Load the detector and the CLIP for colours; with `auto` the prompts may decide later.
 
         Raises:
-            RewardError: when weights or a package are missing, or options have no use.
+            RewardError: when weights or a package are missing, or an option has no effect.
         """
         self.context, o = context, self.options
         if o.detector in ("auto", "shapes") and (o.weights or o.size):
             raise RewardError(
-                f"reward 'geneval': @{'weights' if o.weights else 'size'} is of no use to detector {o.detector!r}; "
-                "name one that has weights, @detector=mask2former, rfdetr or boxes"
+                f"reward 'geneval': @{'weights' if o.weights else 'size'} has no effect with detector {o.detector!r}; "
+                "name one with weights: @detector=mask2former, rfdetr or boxes"
             )
         if o.detector != "auto":
             self._open(o.detector)
@@ -109,15 +109,14 @@ class GenEvalReward:
         self.counting_threshold = detector.counting_threshold if o.counting_threshold is None else o.counting_threshold
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse prompts about things the detector cannot see: it would find none and call that wrong."""
+        """Refuse prompts about classes that the detector does not know."""
         for m in metadata:
             for item in [*m["include"], *m.get("exclude", [])]:
                 if item.get("color", COLORS[0]) not in COLORS:
                     raise RewardError(
-                        f"reward 'geneval': no object is ever {item['color']!r} to it; its colours are "
-                        f"{', '.join(COLORS)}"
+                        f"reward 'geneval': unknown colour {item['color']!r}; its colours are {', '.join(COLORS)}"
                     )
-        self._see_to(metadata)
+        self._need_detector(metadata)
         unseen = _unseen(metadata, self.detector.labels)
         if unseen:
             raise RewardError(
@@ -125,8 +124,8 @@ class GenEvalReward:
                 f"{_some(sorted(self.detector.labels), 6)}. {_remedy()}"
             )
 
-    def _see_to(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Have a detector. A policy that is not the embedded one does not get `shapes` without being told."""
+    def _need_detector(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Open `shapes` if no detector is open and all prompts are about its shapes."""
         from unigrpo_cli.toy.world import SHAPES
 
         if self.detector is not None:
@@ -134,17 +133,17 @@ class GenEvalReward:
         unseen = _unseen(metadata, SHAPES)
         if unseen:
             raise RewardError(
-                f"reward 'geneval': no detector was named, and that of the shapes world cannot see "
+                f"reward 'geneval': no detector was named, and the detector 'shapes' cannot see "
                 f"{_some(unseen)}. {_remedy()}"
             )
         self._open("shapes")
 
     def score(self, batch: RewardBatch) -> RewardOutput:
-        self._see_to(batch.metadata)
+        self._need_detector(batch.metadata)
         mode = self.options.mode
         if mode == "auto":
             mode = "partial" if batch.split == "train" else "official"
-        pictures = self._see(batch)
+        pictures = self._detect(batch)
         verdicts = [judge(seen, m) for seen, m in zip(pictures, batch.metadata, strict=True)]
         components = {m: [_value(v, m) for v in verdicts] for m in MODES}
         for kind in KINDS:
@@ -162,16 +161,16 @@ class GenEvalReward:
 
     @property
     def title(self) -> str:
-        """What judged, for reports. The rules are GenEval's, the eyes are not: never the official score."""
-        eyes = "shapes" if self.detector_name == "shapes" else "hf"
-        return f"geneval ({eyes}): {self.detector_name}, {self.colors.name}"
+        """Detector and colour rule, for reports. The detector is not GenEval's, so this is never the official score."""
+        kind = "shapes" if self.detector_name == "shapes" else "hf"
+        return f"geneval ({kind}): {self.detector_name}, {self.colors.name}"
 
     def _cut(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Of a prompt whose objects have captions beyond the text encoder's context."""
         return next((row for label in _coloured(metadata) if (row := self.colors.cut.get(label))), {})
 
-    def _see(self, batch: RewardBatch) -> list[dict[str, list[Seen]]]:
-        """The confident objects of each picture by class, best first; with colours where one was asked for."""
+    def _detect(self, batch: RewardBatch) -> list[dict[str, list[DetectedObject]]]:
+        """The confident objects of each picture by class, best first; with colours where the prompt names one."""
         from unigrpo_plugins.colors import Coloured, named
 
         found = self.detector.detect(batch.pixels, min(self.threshold, self.counting_threshold))
@@ -184,9 +183,9 @@ class GenEvalReward:
         ]
         likeness = {id(a.detection): of for a, of in zip(asked, self.colors.likeness(asked), strict=True)}
 
-        def seen(d: Detection) -> Seen:
+        def seen(d: Detection) -> DetectedObject:
             of = likeness.get(id(d))
-            return Seen(d.score, d.box) if of is None else Seen(d.score, d.box, named(of), of)
+            return DetectedObject(d.score, d.box) if of is None else DetectedObject(d.score, d.box, named(of), of)
 
         return [{label: [seen(d) for d in own] for label, own in picture.items()} for picture in kept]
 
@@ -219,11 +218,11 @@ def _some(names: Sequence[str], count: int = 4) -> str:
 def _remedy() -> str:
     from unigrpo_plugins.detectors import coco_choices
 
-    return f"For COCO's 80 classes say geneval{coco_choices()}. Or --reward clip judges such prompts"
+    return f"For COCO's 80 classes write geneval{coco_choices()}. Or use --reward clip"
 
 
 def _coloured(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Of how many objects of each class the colour matters."""
+    """How many objects of each class need a colour."""
     wanted: dict[str, int] = {}
     for item in metadata["include"]:
         if "color" in item:
@@ -231,7 +230,7 @@ def _coloured(metadata: Mapping[str, Any]) -> dict[str, int]:
     return wanted
 
 
-def _counts(seen: Mapping[str, Sequence[Seen]], metadata: Mapping[str, Any]) -> dict[str, int]:
+def _counts(seen: Mapping[str, Sequence[DetectedObject]], metadata: Mapping[str, Any]) -> dict[str, int]:
     return {label: len(seen.get(label, ())) for label in dict.fromkeys(_classes(metadata))}
 
 

@@ -1,8 +1,8 @@
 """Aesthetic heads: from an image embedding of length 1 to one number.
 
-LAION's version 1 is one linear layer (`weight`, `bias`). Version 2 has five, and in its published files nothing
-between them but dropout, so that it is one affine map: it is folded into that. The `reluMSE` files have
-activations; which it is shows in the layers' numbers.
+LAION's version 1 is one linear layer (`weight`, `bias`). Version 2 has five. In its `linearMSE` files there is only
+dropout between them, so they are folded into one affine map. The `reluMSE` files have activations. The numbers of the
+layers tell which it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
-"""Numbers of the linear layers in nn.Sequential: after the first three a dropout, or activation and dropout."""
+"""Numbers of the linear layers in nn.Sequential: a dropout follows the first three, or an activation and a dropout."""
 FOLD_TOLERANCE = 1e-4
 _LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
 
@@ -33,7 +33,7 @@ class Head:
 
     @property
     def width(self) -> int:
-        """Length of the embeddings that it takes."""
+        """Width of its input."""
         return self.layers[0][0].shape[1]
 
     def __call__(self, x_BE: Tensor) -> Tensor:
@@ -53,16 +53,16 @@ def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") 
     """The head in a state dict.
 
     Args:
-        name: of the file, for errors and because it may say what the layout cannot.
-        activation: "none" or "relu" between layers; "auto" goes by the layers' numbers.
+        name: of the file, for errors and for a hint of its activation.
+        activation: "none" or "relu" between layers; "auto" decides by the numbers of the layers.
 
     Raises:
-        RewardError: when the layout is not LAION's.
+        RewardError: on another layout than LAION's.
     """
     if any(key.startswith("scoring_head") for key in state):
         raise RewardError(
             f"reward 'aesthetic': {name} is a head of aesthetic-predictor v2.5, which is not supported: it is "
-            "AGPL-3.0 and looks through SigLIP; take a LAION head (v1 or v2), or write a plugin of your own"
+            "AGPL-3.0 and needs SigLIP; use a LAION head (v1 or v2), or write a plugin"
         )
     if set(state) == {"weight", "bias"}:
         return _chained(((state["weight"], state["bias"]),), False, name)
@@ -70,7 +70,7 @@ def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") 
     expected = {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}
     if not numbers or set(state) != expected:
         raise RewardError(
-            f"reward 'aesthetic': {name} is no LAION head: it holds {', '.join(sorted(state)[:4])}; "
+            f"reward 'aesthetic': {name} is not a LAION head: it holds {', '.join(sorted(state)[:4])}; "
             "expected `weight` and `bias` (v1), or layers.0/2/4/6/7 (v2)"
         )
     relu = _activated(numbers, name) if activation == "auto" else activation == "relu"
@@ -84,12 +84,12 @@ def _activated(numbers: tuple[int, ...], name: str) -> bool:
         return numbers == RELU
     raise RewardError(
         f"reward 'aesthetic': {name} has layers {'/'.join(map(str, numbers))}, which does not tell whether there "
-        "are activations between them; say @activation=none or @activation=relu"
+        "are activations between them; set @activation=none or @activation=relu"
     )
 
 
 def _chained(layers: tuple[tuple[Tensor, Tensor], ...], relu: bool, name: str) -> Head:
-    """A head whose layers fit each other, in fp32."""
+    """A head in fp32, if its layers fit each other."""
     ends = [tuple(w.shape) for w, _ in layers]
     fits = all(w.ndim == 2 and tuple(b.shape) == (w.shape[0],) for w, b in layers)
     if not fits or ends[-1][0] != 1 or any(a[0] != b[1] for a, b in pairwise(ends)):
@@ -101,10 +101,10 @@ def _chained(layers: tuple[tuple[Tensor, Tensor], ...], relu: bool, name: str) -
 
 
 def folded(head: Head, name: str) -> Head:
-    """A head without activations as one affine map, compared with its layers before it is trusted.
+    """A head without activations as one affine map, checked against its layers.
 
     Raises:
-        RewardError: when the two differ by more than FOLD_TOLERANCE, or are no numbers.
+        RewardError: when the two differ by more than FOLD_TOLERANCE or are not finite.
     """
     import torch
 

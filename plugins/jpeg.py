@@ -1,4 +1,4 @@
-"""Size of the picture as a JPEG: a reward of Black et al. (2023) that needs no model."""
+"""Size of the picture as a JPEG (Black et al. 2023): a reward without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unigrpo_cli import Options, RewardBatch, RewardOutput
 
 
 class JpegOptions(Options):
-    quality: int = Field(95, ge=1, le=100, description="of the JPEG, as in Pillow")
+    quality: int = Field(95, ge=1, le=100, description="quality of the JPEG, as in Pillow")
     sign: Literal["compressibility", "incompressibility"] = Field(
         "compressibility", description="compressibility: minus the kilobytes; incompressibility: plus"
     )

@@ -18,7 +18,7 @@ from unigrpo_cli.toy.prompts import parse_prompt
 from unigrpo_plugins.colors import name_color
 from unigrpo_plugins.detector_shapes import ShapesDetector, background_deviation
 from unigrpo_plugins.detectors import Image
-from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident
+from unigrpo_plugins.geneval_rules import DetectedObject, judge, keep_confident
 from unigrpo_plugins.judge_client import Answer
 from unigrpo_plugins.judge_modes import (
     BEST,
@@ -62,9 +62,9 @@ def look(image: Image, request: str, detector: ShapesDetector) -> Sight:
     metadata = parse_prompt(asked[1] if asked else request.strip())
     if metadata is None:
         return Sight(None, clean, ("I cannot read that.",))
-    objects: dict[str, list[Seen]] = {}
+    objects: dict[str, list[DetectedObject]] = {}
     for d in detector.detect([image])[0]:
-        objects.setdefault(d.label, []).append(Seen(d.score, d.box, name_color(image, d.mask, d.box)))
+        objects.setdefault(d.label, []).append(DetectedObject(d.score, d.box, name_color(image, d.mask, d.box)))
     thresholds = {"threshold": detector.threshold, "counting_threshold": detector.counting_threshold}
     verdict = judge(keep_confident(objects, metadata, **thresholds), metadata)
     return Sight(verdict.partial, clean, verdict.reasons)

@@ -1,4 +1,4 @@
-"""Rewards on the reasoning alone: how long it is, and whether it has the form that was asked for."""
+"""Rewards on the reasoning: its length and its format."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ OPEN, CLOSE = "<think>", "</think>"
 class LengthOptions(Options):
     low: int = Field(1, ge=0, description="shortest length that scores 1")
     high: int = Field(128, ge=0, description="longest length that scores 1")
-    slack: int = Field(32, ge=0, description="how far outside the score has fallen to 0; it falls evenly")
-    unit: Literal["words", "tokens", "characters"] = Field("words", description="what is counted")
+    slack: int = Field(32, ge=0, description="distance outside of that range at which the score is 0; linear between")
+    unit: Literal["words", "tokens", "characters"] = Field("words", description="unit of the length")
     tokenizer: str | None = Field(
         None, description="for tokens: a tokenizer.json or a directory with it; default is the embedded model's"
     )
@@ -32,7 +32,7 @@ class LengthOptions(Options):
 
 
 class LengthReward:
-    """Length of the reasoning between its tags: 1 from `low` to `high`, falling to 0 over `slack` on both sides."""
+    """Length of the reasoning without its tags: 1 from `low` to `high`, falling to 0 over `slack` on both sides."""
 
     name = "length"
     summary = "length of the reasoning inside a range"
@@ -46,10 +46,10 @@ class LengthReward:
         self.options = options
 
     def setup(self, context: RewardContext) -> None:
-        """Read the tokenizer, when tokens are counted.
+        """Load the tokenizer, if tokens are counted.
 
         Raises:
-            RewardError: when there is none.
+            RewardError: when it cannot be loaded.
         """
         if self.options.unit == "tokens":
             self.tokenizer = self._read_tokenizer(context)
@@ -60,15 +60,15 @@ class LengthReward:
         given = self.options.tokenizer
         if given is None and not context.embedded:
             raise RewardError(
-                "reward 'length': to count tokens say whose with @tokenizer=DIR, the model's directory with its "
-                "tokenizer.json; or @unit=words"
+                "reward 'length': tokens need a tokenizer; set @tokenizer=DIR to the model's directory with its "
+                "tokenizer.json, or @unit=words"
             )
         path = Path(given or str(files("unigrpo_cli") / "toy" / "weights" / "model")).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             return Tokenizer.from_file(str(file))
-        except Exception as error:  # what `tokenizers` raises is a bare Exception
-            raise RewardError(f"reward 'length': no tokenizer can be read from {file}: {error}") from error
+        except Exception as error:  # `tokenizers` raises a bare Exception
+            raise RewardError(f"reward 'length': cannot read a tokenizer from {file}: {error}") from error
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         lengths = [None if text is None else self._count(inside(text)) for text in batch.reasoning]
@@ -92,17 +92,17 @@ class LengthReward:
 
 
 def inside(text: str) -> str:
-    """The reasoning without its tags: they are not the policy's to save on."""
+    """The reasoning without its tags."""
     return text.strip().removeprefix(OPEN).removesuffix(CLOSE).strip()
 
 
 class FormatOptions(Options):
     pattern: str | None = Field(
         None,
-        description="regular expression; default: one <think> at the start, one </think> at the end, and something "
-        "between. With a comma or an @ in it: --reward-opt format.pattern=...",
+        description="regular expression; default: one <think> at the start, one </think> at the end, and text between. "
+        "With a comma or an @ in it: --reward-opt format.pattern=...",
     )
-    match: Literal["full", "search"] = Field("full", description="the whole text, or somewhere in it")
+    match: Literal["full", "search"] = Field("full", description="full: the whole text; search: anywhere in it")
 
     @field_validator("pattern")
     @classmethod
@@ -110,15 +110,15 @@ class FormatOptions(Options):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from error
+            raise ValueError(f"not a regular expression: {error}") from error
         return pattern
 
 
 class FormatReward:
-    """1 when the reasoning has the form: think tags around something, or a regular expression of yours."""
+    """1 when the reasoning has the format: think tags around text, or a regular expression."""
 
     name = "format"
-    summary = "1 when the reasoning is well formed: think tags, or a regular expression"
+    summary = "1 when the reasoning has the format: think tags, or a regular expression"
     range = (0.0, 1.0)
     needs = frozenset({"reasoning"})
     batch_size = None

@@ -1,7 +1,6 @@
-"""Rewards that look inside the shapes world: is the plan right, is it painted, is the picture clean?
+"""Diagnostic rewards of the shapes world: is the plan right, is it painted, is the picture clean?
 
-Evaluation reports them beside the trained rewards, so that one sees *which* of the two experts learnt, and
-whether a policy pays for its score in texture.
+Evaluation reports them with the trained rewards: they show which of the two experts learnt, and whether texture grows.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from unigrpo_cli import RewardBatch, RewardContext
 
 
 class FidelityReward:
-    """Whether the picture shows exactly what the plan says: every thing in its colour, shape and cell."""
+    """1 when the picture shows exactly the plan: every object in its colour, shape and cell."""
 
     name = "fidelity"
-    summary = "1 when the picture shows exactly the plan that was written (shapes world)"
+    summary = "1 when the picture shows exactly the written plan (shapes world)"
     range = (0.0, 1.0)
     needs = frozenset({"image", "reasoning"})
     batch_size = None
@@ -51,7 +50,7 @@ class FidelityReward:
 
 
 class PlanReward:
-    """Whether the written plan, if painted faithfully, would answer the prompt."""
+    """1 when the written plan, painted faithfully, would answer the prompt."""
 
     name = "plan"
     summary = "1 when the written plan answers the prompt (shapes world)"
@@ -75,7 +74,7 @@ class PlanReward:
 
 
 class CleanReward:
-    """How even the background is: 1 minus ten times its deviation. Texture that no rule forbids shows here."""
+    """Evenness of the background: 1 minus ten times its deviation."""
 
     name = "clean"
     summary = "evenness of the background; falls when a policy drifts into texture (shapes world)"

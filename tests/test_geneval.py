@@ -22,11 +22,11 @@ from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name
 from unigrpo_plugins.detectors import Detection
 from unigrpo_plugins.encoders import shared_encoder
 from unigrpo_plugins.geneval import GenEvalOptions, GenEvalReward
-from unigrpo_plugins.geneval_rules import KINDS, Seen, judge, keep_confident, relations
+from unigrpo_plugins.geneval_rules import KINDS, DetectedObject, judge, keep_confident, relations
 
 
-def _at(x: float, y: float, size: float = 10.0, score: float = 0.95, color: str | None = None) -> Seen:
-    return Seen(score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), color)
+def _at(x: float, y: float, size: float = 10.0, score: float = 0.95, color: str | None = None) -> DetectedObject:
+    return DetectedObject(score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2), color)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_position_needs_its_target_matched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objects", "atoms", "partial"),
+    ("objects", "requirements", "partial"),
     [
         ({"dog": [_at(50, 0, color="red")], "cat": [_at(0, 0)]}, [1, 1, 1, 1], 1.0),
         ({"dog": [_at(-50, 0, color="red")], "cat": [_at(0, 0)]}, [1, 1, 1, 0], 0.75),
@@ -109,9 +109,9 @@ def test_position_needs_its_target_matched() -> None:
         ({}, [0, 0, 0, 0], 0.0),
     ],
 )
-def test_partial_credit(objects: dict, atoms: list[float], partial: float) -> None:
+def test_partial_credit(objects: dict, requirements: list[float], partial: float) -> None:
     verdict = judge(objects, POSITION)
-    assert [atom.value for atom in verdict.atoms] == atoms
+    assert [requirement.value for requirement in verdict.requirements] == requirements
     assert verdict.partial == partial
 
 
@@ -165,18 +165,18 @@ def test_every_colour_is_named_within_its_jitter(name: str) -> None:
 def test_soft_position(dx: float, dy: float, expected: float) -> None:
     """The shrunk component along the wanted direction, over the one at which the rule begins to hold."""
     verdict = judge({"dog": [_at(100, 100, color="red")], "cat": [_at(100 + dx, 100 + dy)]}, POSITION)
-    assert verdict.atoms[-1].soft == pytest.approx(expected, abs=1e-12)
+    assert verdict.requirements[-1].soft == pytest.approx(expected, abs=1e-12)
     assert verdict.soft == pytest.approx((3 + expected) / 4, abs=1e-12)
 
 
 def test_soft_position_rises_to_one_where_the_rule_holds() -> None:
-    def atom(degrees: float) -> tuple[float, float]:
+    def requirement(degrees: float) -> tuple[float, float]:
         turn = np.deg2rad(degrees)
         cat = _at(100 - 50 * np.cos(turn), 100 - 50 * np.sin(turn))
-        last = judge({"dog": [_at(100, 100, color="red")], "cat": [cat]}, POSITION).atoms[-1]
+        last = judge({"dog": [_at(100, 100, color="red")], "cat": [cat]}, POSITION).requirements[-1]
         return last.soft, last.value
 
-    values = [atom(degrees) for degrees in range(180, -1, -3)]
+    values = [requirement(degrees) for degrees in range(180, -1, -3)]
     soft = [s for s, _ in values]
     assert soft == sorted(soft) and soft[0] == 0.0 and soft[-1] == 1.0
     assert all((s == 1.0) == (v == 1.0) for s, v in values)
@@ -189,18 +189,18 @@ def test_soft_position_is_that_of_the_worst_pair() -> None:
         "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 2, "position": ["left of", 0]}],
     }
     verdict = judge({"dog": [_at(100, 0)], "cat": [_at(50, 0), _at(97, 0)]}, metadata)
-    assert verdict.atoms[-1].soft == pytest.approx(2 / 3)
-    assert verdict.atoms[-1].value == 0.0
+    assert verdict.requirements[-1].soft == pytest.approx(2 / 3)
+    assert verdict.requirements[-1].value == 0.0
 
 
 def test_soft_colour_is_the_mean_likeness_of_the_wanted() -> None:
     metadata = {"tag": "colors", "include": [{"class": "cat", "count": 2, "color": "red"}]}
     cats = [
-        Seen(0.9, (0, 0, 9, 9), "red", {"red": 0.7, "pink": 0.3}),
-        Seen(0.8, (20, 0, 29, 9), "pink", {"red": 0.2, "pink": 0.8}),
+        DetectedObject(0.9, (0, 0, 9, 9), "red", {"red": 0.7, "pink": 0.3}),
+        DetectedObject(0.8, (20, 0, 29, 9), "pink", {"red": 0.2, "pink": 0.8}),
     ]
     verdict = judge({"cat": cats}, metadata)
-    assert [atom.value for atom in verdict.atoms] == [1.0, 0.5]
+    assert [requirement.value for requirement in verdict.requirements] == [1.0, 0.5]
     assert verdict.soft == pytest.approx((1 + (0.7 + 0.2) / 2) / 2)
     assert judge({"cat": cats[:1]}, metadata).soft == pytest.approx(0.25)  # a wrong count: nothing for the colour
 
@@ -215,7 +215,7 @@ def test_parts_are_means_by_kind_and_none_where_nothing_was_asked() -> None:
     both = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "color": "red", "position": ["above", 0]}]
     surplus = judge({"dog": [_at(0, 50)], "cat": [_at(0, 0), _at(9, 0)]}, {"include": both})
     assert [surplus.part(kind) for kind in KINDS] == [0.5, 0.0, 0.0]
-    assert len(surplus.atoms) == 3  # one 0 for both, as the reference has it
+    assert len(surplus.requirements) == 3  # one 0 for both, as the reference has it
 
 
 def test_lab_closeness() -> None:
@@ -358,8 +358,8 @@ def test_another_policy_gets_shapes_only_for_prompts_about_shapes() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"weights": "x"}, "@weights is of no use to detector 'auto'"),
-        ({"detector": "shapes", "size": "own"}, "@size is of no use"),
+        ({"weights": "x"}, "@weights has no effect with detector 'auto'"),
+        ({"detector": "shapes", "size": "own"}, "@size has no effect"),
         ({"detector": "boxes"}, "needs weights"),
     ],
 )

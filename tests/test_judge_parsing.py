@@ -37,9 +37,9 @@ RUBRICS = {
 }
 RATINGS = {
     0.7: [
-        "7", " 7\n", "7.", "7.0", "**7**", "`7`", "# 7", "```\n7\n```", "7/10", "7 / 10", "7 out of 10", "(7/10)", "70%",
-        "Score: 7", "score=7", "**Score:** 7", "**Score: 7**", "Score: 7/10", "Rating: 7 out of 10", "Score: 70/100",
-        "Rating: 7 (out of 10)", "Final score: 7.", "The score is 7.", "Score 7", "Score (0-10): 7",
+        "7", " 7\n", "7.", "7.0", "**7**", "`7`", "# 7", "```\n7\n```", "7/10", "7 / 10", "7 out of 10", "(7/10)",
+        "70%", "Score: 7", "score=7", "**Score:** 7", "**Score: 7**", "Score: 7/10", "Rating: 7 out of 10",
+        "Score: 70/100", "Rating: 7 (out of 10)", "Final score: 7.", "The score is 7.", "Score 7", "Score (0-10): 7",
         "Score out of 10: 7", "Score\uff1a7", "I give it 7/10 because it is red.", "Score: 7\n\nTwo of 3 dogs are red.",
         "7/10\nScore: 7", '{"score": 7}', '{"rating": "7/10", "reason": "3 dogs"}', '```json\n{"Score": 7}\n```',
         "<think>3/10?</think>7",

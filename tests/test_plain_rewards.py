@@ -117,9 +117,9 @@ def test_tokens_are_those_of_the_tokenizer() -> None:
     ("text", "extra", "embedded", "says"),
     [
         ("length@low=5@high=4", None, True, r"low=5 is above high=4"),
-        ("length@unit=tokens", None, False, r"say whose with @tokenizer=DIR"),
-        ("length@unit=tokens", {"length.tokenizer": "nowhere"}, True, r"no tokenizer can be read from nowhere"),
-        ("format", {"format.pattern": "("}, True, r"no regular expression: missing \)"),
+        ("length@unit=tokens", None, False, r"set @tokenizer=DIR"),
+        ("length@unit=tokens", {"length.tokenizer": "nowhere"}, True, r"cannot read a tokenizer from nowhere"),
+        ("format", {"format.pattern": "("}, True, r"not a regular expression: missing \)"),
         ("jpeg@quality=0", None, True, r"option quality=0"),
         ("jpeg@sign=small", None, True, r"option sign='small'"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from unigrpo_cli.algo import flow
-from unigrpo_plugins.geneval_rules import Seen, judge, keep_confident
+from unigrpo_plugins.geneval_rules import DetectedObject, judge, keep_confident
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_geneval_verdicts_are_the_official_ones(golden: Path) -> None:
     for number, line in enumerate(lines, 1):
         row = json.loads(line)
         seen = {
-            label: [Seen(d["score"], tuple(d["box"]), d["color"]) for d in found]
+            label: [DetectedObject(d["score"], tuple(d["box"]), d["color"]) for d in found]
             for label, found in row["detections"].items()
         }
         kept = keep_confident(seen, row["metadata"], threshold=0.3, counting_threshold=0.9)
