@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from safetensors.torch import load_file
 
 from tests import two_ranks
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel import join
+from unigrpo_cli.parallel.join import gpu_index, gpu_of_rank
+from unigrpo_cli.parallel.launch import address, launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.replay import split_up
 
@@ -181,6 +184,50 @@ def test_what_a_launcher_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> Non
         launched()
 
 
+@pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1, 2 of 3"), (1, "rank 0 of 3")])
+def test_waiting_for_ranks_that_do_not_come_is_said_and_ends(rank: int, missing: str) -> None:
+    """Without a launcher that notices: a line within seconds, and an end by itself."""
+    port = str(free_port())
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "RANK": str(rank)}
+    code = "from unigrpo_cli.cli import main; main()"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--reward", "geneval"],
+        env=os.environ | address | {"UNIGRPO_JOIN_TIMEOUT": "3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert time.monotonic() - began < 100
+    lines = [line for line in done.stderr.splitlines() if "waiting" in line]
+    assert lines[0] == f"rank {rank} is waiting for {missing} at 127.0.0.1:{port}, for up to 3 s"
+    assert f"error: rank {rank} gave up after 3 s of waiting for {missing}" in lines[1]
+    assert (done.returncode, len(lines)) == (2, 2)
+
+
+def test_an_address_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "somewhere")
+    for port in ("", "http", "70000"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(UsageError, match="MASTER_PORT"):
+            address()
+
+
+def test_the_gpu_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number on the machine, or the only one that a scheduler shows each task."""
+    assert [gpu_index(local, 4) for local in range(4)] == [0, 1, 2, 3]
+    assert [gpu_index(local, 1) for local in range(4)] == [0, 0, 0, 0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert gpu_of_rank(1) == torch.device("cuda", 0)
+    monkeypatch.setattr(join, "_shared", ["ranks 0, 1 share one GPU of this machine"])
+    with pytest.raises(UsageError, match=r"ranks 0, 1 share one GPU .* give device=cpu"):
+        gpu_of_rank(1)
+    monkeypatch.setattr(join, "_shared", [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="rank 2 of this machine has no GPU: it shows 2 GPUs"):
+        gpu_of_rank(2)
+
+
 # ----- two are one
 
 
@@ -253,13 +300,13 @@ def test_abstentions_are_counted_over_all_ranks(played: Path) -> None:
 
 LEFT = """
 import os
-from unigrpo_cli.parallel.ranks import joined
+from unigrpo_cli.parallel.join import join_ranks
 
 def threads():
     tasks = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
     return sum("gloo" in name for name in tasks)
 
-with joined() as ranks:
+with join_ranks() as ranks:
     ranks.wait()
     import torch._dynamo  # with it comes torch.distributed.nn
     print("inside", threads() > 0)

@@ -30,7 +30,8 @@ from unigrpo_cli.models.lora import load_adapters
 from unigrpo_cli.models.mot.config import computes_wide
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.sharding import whole
-from unigrpo_cli.parallel.ranks import Ranks, joined
+from unigrpo_cli.parallel.join import join_ranks
+from unigrpo_cli.parallel.ranks import Ranks
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
@@ -308,7 +309,7 @@ SCENES |= {
 
 
 def main(out: Path, scenes: list[str]) -> None:
-    with joined() as ranks:
+    with join_ranks() as ranks:
         for name in scenes:
             began = time.perf_counter()
             tensors, found = SCENES[name](ranks, out)

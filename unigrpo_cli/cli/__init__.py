@@ -13,6 +13,8 @@ import typer
 from unigrpo_cli import __version__
 from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, rewards, rollout, train
 from unigrpo_cli.errors import UsageError, one_line
+from unigrpo_cli.io.stdout import keep_running_without_output
+from unigrpo_cli.run.signals import NUMBERS
 
 app = typer.Typer(
     name="unigrpo",
@@ -68,6 +70,7 @@ def main() -> None:
     from unigrpo_cli.cli.common import plugin_commands
 
     code = 1
+    keep_running_without_output()
 
     def end_at_once() -> None:
         sys.stdout.flush()
@@ -100,6 +103,6 @@ def main() -> None:
             print(f"error: {one_line(_usage_message(error.format_message()))} (see `{where} --help`)", file=sys.stderr)
         code = UsageError.exit_code
     if code == 130:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second signal changes nothing
+        for number in NUMBERS:  # a second signal changes nothing
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

@@ -11,7 +11,7 @@ import typer
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
 from unigrpo_cli.errors import GateError, UsageError, suggest
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.launch import launched
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -63,13 +63,13 @@ def evaluate(
     Without --reward it scores with reward.names (default geneval) and, on the shapes suite, eval.rewards. Writes to
     --out: eval.json, images/.
     """
-    from unigrpo_cli.parallel.ranks import joined
+    from unigrpo_cli.parallel.join import join_ranks
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.inputs import with_suite
 
     rank, _, _ = launched()
     display = Display(json=json, quiet=quiet, rank=rank)
-    with joined() as ranks:
+    with join_ranks() as ranks:
         with ranks.together():
             other = _one_model(compare)
             settings = common.resolve_config(

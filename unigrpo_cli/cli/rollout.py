@@ -11,7 +11,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.launch import launched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,12 +62,12 @@ def rollout(
     Writes to --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
     """
     from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.parallel.ranks import joined
+    from unigrpo_cli.parallel.join import join_ranks
     from unigrpo_cli.run.console import Display
 
     rank, _, _ = launched()
     display = Display(json=json, quiet=quiet, rank=rank)
-    with joined() as ranks:
+    with join_ranks() as ranks:
         with ranks.together():
             plugins = common.load_plugins(plugin, plugins_dir, display)
             settings = common.resolve_config(context, {"group_size": "train.group_size"})

@@ -9,7 +9,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.run.signals import interrupts
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def train(
         return common.resolve_config(context, settings), None, None
 
     with interrupts() as listener:
-        from unigrpo_cli.parallel.ranks import joined
+        from unigrpo_cli.parallel.join import join_ranks
         from unigrpo_cli.run import prepare, start
         from unigrpo_cli.run.inputs import read_inputs
         from unigrpo_cli.run.resume import checkpoint_to_plan, run_to_resume
@@ -82,7 +82,7 @@ def train(
                 configuration = read_inputs(configuration, plugins, display.say, dry_run=True).config
                 _dry_run(prepare.plan(configuration, run and checkpoint_to_plan(run, wanted)), display, json)
             return
-        with joined() as ranks:
+        with join_ranks() as ranks:
             with ranks.together():
                 configuration, run, wanted = chosen()
             if run is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from errno import EPIPE
 from typing import TextIO
 
 _kept: set[int] = set()
@@ -27,7 +29,7 @@ def stdout_to_stderr() -> Iterator[TextIO]:
     _kept.add(kept)
     try:
         if _descriptor(stream) == 1:
-            stream = os.fdopen(kept, "w", encoding=stream.encoding, errors=stream.errors, closefd=False)
+            stream = forgiving(os.fdopen(kept, "w", encoding=stream.encoding, errors=stream.errors, closefd=False))
         with redirect_stdout(sys.stderr):
             yield stream
     finally:
@@ -54,3 +56,37 @@ def _close_kept() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_kept)
+
+
+class _Forgiving(io.FileIO):
+    """A file descriptor that is replaced by the null device on its first write error."""
+
+    def write(self, data, /) -> int:  # type: ignore[no-untyped-def]
+        try:
+            return super().write(data)
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            if error.errno != EPIPE and self.fileno() == 1:  # a closed pipe is how `| head` ends
+                print(f"warning: standard output: {error.strerror}; the command continues without it", file=sys.stderr)
+            return len(data)
+
+
+def keep_running_without_output() -> None:
+    """A closed pipe (`| head`), a hung-up terminal or a full disk under a log no longer raises an error."""
+    sys.stdout, sys.stderr = forgiving(sys.stdout), forgiving(sys.stderr)
+
+
+def forgiving(stream: TextIO) -> TextIO:
+    """The same stream, without errors when nothing can be written to it any more."""
+    if not isinstance(stream, io.TextIOWrapper) or (os.name == "nt" and stream.isatty()):  # its console is no file
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Forgiving(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream.isatty(),
+        write_through=stream.write_through,
+    )

@@ -36,7 +36,8 @@ def add_adapters(network: nn.Module, targets: str, rank: int, alpha: float, seed
     """
     network.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none")
-    with torch.random.fork_rng():
+    device = next(network.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # by default all cards, with a warning
         torch.manual_seed(seed)
         _inject(network, config)
 

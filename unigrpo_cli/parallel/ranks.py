@@ -1,43 +1,31 @@
-"""Several processes that train one policy: who draws what, and what they tell each other.
+"""Several processes that train one policy: which prompts each draws, and what they exchange.
 
-A rank is one process with one device. Each draws, judges and replays whole groups of a step's prompts; what decides
-the step (gradients, advantages, refusals, when to stop) is the same on all. `ALONE` is a run of one process: every
-method gives back what it was given, and nothing is started.
-
-`joined` is the way in and out: it meets the other ranks, watches over them, and sees to it that all end when one
-does. Numbers travel as tensors and words as JSON: what arrives is data, never code.
+A rank is one process with one device. Each draws, scores and replays whole groups of a step's prompts; what decides the
+step (gradients, advantages, refusals, when to stop) is the same on all. `ALONE` is a run of one process: every method
+returns what it was given. Numbers travel as tensors and everything else as JSON, so what arrives is data, never code.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group is there: its functions keep, as defaults, the one they find
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from unigrpo_cli import errors
-from unigrpo_cli.errors import EndedElsewhereError, RankError, UnigrpoError, UsageError
-from unigrpo_cli.parallel.heartbeat import Heartbeat, launched
-from unigrpo_cli.parallel.workers import Worker
+from unigrpo_cli.errors import RankError, UnigrpoError, UsageError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits in a collective for one that is alive; a reward may take that long to set up."""
 BUCKET = 2**24
-"""Numbers that are sent at once when gradients are added, 64 MiB of them."""
+"""Numbers per message when gradients are summed: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +33,8 @@ class Ranks:
     """This process among those of a run.
 
     Args:
-        rank, world: which of how many.
-        local: which on this machine; it has the device of that number.
+        rank, world: the number of this process, and how many there are.
+        local: its number on this machine.
     """
 
     rank: int = 0
@@ -55,70 +43,70 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes files and speaks to people."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
         return self.world == 1
 
-    # ----- who draws what
+    # ----- shares
 
     def refuse_uneven(self, prompts: int, updates: int) -> None:
-        """Groups are never split, over ranks no more than over updates.
+        """Groups are never split, neither over ranks nor over updates.
 
         Raises:
-            UsageError: naming the counts that would do.
+            UsageError: with counts that work.
         """
         step = self.world * updates
         if prompts % step:
             near = [n for n in (prompts // step * step, -(-prompts // step) * step) if n]
             raise UsageError(
-                f"train.prompts_per_step={prompts} cannot be shared out: {self.world} ranks x "
-                f"train.minibatches={updates} must divide it, for groups are never split; give "
+                f"train.prompts_per_step={prompts} cannot be divided: {self.world} ranks x "
+                f"train.minibatches={updates} must divide it, because groups are never split; give "
                 f"{' or '.join(map(str, near))}, or start a number of ranks that divides {prompts // updates}"
             )
 
     def share(self, items: Sequence[T], parts: int = 1) -> list[T]:
-        """This rank's own of items: an even run of neighbours from each of `parts` even runs.
+        """This rank's share: from each of `parts` equal stretches of the items, an equal run of neighbours.
 
-        With `parts` the updates of a step, every update has the same groups whatever the number of ranks.
+        With the updates of a step as `parts`, every update has the same groups for any number of ranks.
         """
         each = len(items) // (parts * self.world)
         starts = [(part * self.world + self.rank) * each for part in range(parts)]
         return [item for at in starts for item in items[at : at + each]]
 
     def joined(self, shares: Sequence[Sequence[T]], parts: int = 1) -> list[T]:
-        """All ranks' shares in the order of the whole: the inverse of `share`, also of rows per item."""
+        """All ranks' shares in the original order: the inverse of `share`, also for several rows per item."""
         each = len(shares[0]) // parts
         return [row for part in range(parts) for own in shares for row in own[part * each : (part + 1) * each]]
 
     def stretch(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's own of items that need not be even: stretches one after the other, joined by adding up."""
+        """This rank's stretch of items whose number the ranks need not divide; stretches follow each other."""
         return items[len(items) * self.rank // self.world : len(items) * (self.rank + 1) // self.world]
 
-    # ----- what they tell each other
+    # ----- exchange
 
     def gather(self, content: Any) -> list[Any]:
-        """What each rank has to say, in their order; JSON values, NaN included. Every rank must call this."""
+        """The content of every rank, in their order: JSON values, NaN included. Every rank must call this."""
         if self.alone:
             return [content]
         return [json.loads(own.numpy().tobytes()) for own in self._bytes_of_all(_as_bytes(json.dumps(content)))]
 
     def from_first(self, content: Any) -> Any:
-        """What the first rank says; what others give is not looked at."""
+        """The first rank's content; that of the others is ignored."""
         return self.gather(content if self.first else None)[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on some rank."""
+        """Whether the flag is set on any rank."""
         return flag if self.alone else any(self.gather(flag))
 
     def most(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """The largest number of any rank."""
         return number if self.alone else max(self.gather(number))
 
     def to_first(self, data: Tensor) -> list[Tensor]:
-        """Bytes of all ranks, uint8 [n] each, on the first; nothing on the others."""
+        """On the first rank the bytes of all, uint8 [n] each; an empty list on the others."""
         if self.alone:
             return [data]
         sizes = self.gather(len(data))
@@ -129,7 +117,7 @@ class Ranks:
         return [own[:size] for own, size in zip(held or [], sizes, strict=False)]
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks call this."""
         self.gather(None)
 
     def _bytes_of_all(self, data: Tensor) -> list[Tensor]:
@@ -143,12 +131,12 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what each rank does by itself: when it fails on one it fails on all, as the same kind of error.
+        """Around work that each rank does by itself: an error on one is raised on all, as the same class.
 
-        What is in it must not wait for other ranks, or they would wait for each other.
+        The body must not call collectives: ranks would wait for each other.
 
         Raises:
-            UnigrpoError: what went wrong on the first rank that it went wrong on, with its number.
+            UnigrpoError: the error of the first rank that has one, with its number.
         """
         if self.alone:
             yield
@@ -158,8 +146,8 @@ class Ranks:
             yield
         except Exception as error:
             own = error
-        told = None if own is None else {"kind": _kind_of(own), "text": said(own)}
-        for rank, found in enumerate(self.gather(told)):
+        content = None if own is None else {"kind": _kind_of(own), "text": describe(own)}
+        for rank, found in enumerate(self.gather(content)):
             if found is not None:
                 kind = getattr(errors, found["kind"])
                 text = found["text"] if found["text"].startswith("rank ") else f"rank {rank}: {found['text']}"
@@ -170,9 +158,9 @@ class Ranks:
     # ----- numbers of a step
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up all ranks' gradients of replicated weights, in place; sharded ones are summed as they arise.
+        """Sum all ranks' gradients of replicated weights in place; FSDP sums sharded ones.
 
-        A weight without a gradient here that has one elsewhere counts as 0 here; without one anywhere it gets none.
+        A weight with a gradient only on other ranks counts as 0 here; a weight without any gets none.
         """
         if self.alone:
             return
@@ -193,7 +181,7 @@ class Ranks:
                 p.grad.copy_(summed.view_as(p))
 
     def gradient_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Norm of each gradient that there is, all ranks' parts of a sharded one together: [n], n may be 0."""
+        """The norm of each existing gradient, over all ranks' parts of a sharded one: [n], n may be 0."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not any(isinstance(g, DTensor) for g in gradients):
             return torch.stack([g.norm() for g in gradients]) if gradients else torch.zeros(0)
@@ -204,7 +192,7 @@ class Ranks:
         return torch.where(parts, squares.sqrt(), own).float()
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Scale gradients to a norm of at most `limit`, over all weights and ranks; gives the norm before."""
+        """Scale gradients to a total norm of at most `limit`, over all weights and ranks; returns the norm before."""
         norms = self.gradient_norms(parameters)
         if not len(norms):
             return 0.0
@@ -216,11 +204,11 @@ class Ranks:
         return total.item()
 
     def summed(self, terms: dict[str, float]) -> dict[str, float]:
-        """Statistics of an update, each rank's a share of a mean over all: sums, and maxima of maxima."""
+        """Statistics of an update, where each rank has its part of a mean: their sums; of maxima the largest."""
         return self._reduced(terms, sum)
 
     def averaged(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics of a step: means over ranks of equally many episodes; of maxima, seconds and GiB the most."""
+        """Metrics of a step: means over ranks; of maxima, seconds and GiB the largest."""
         return self._reduced(metrics, lambda values: sum(values) / len(values))
 
     def _reduced(self, metrics: dict[str, float], reduce: Callable[[Sequence[float]], float]) -> dict[str, float]:
@@ -235,7 +223,7 @@ ALONE = Ranks()
 
 
 def _largest_or(reduce: Callable[[Sequence[float]], float], name: str) -> Callable[[Sequence[float]], float]:
-    """How values of that name become one. The largest is NaN where there is one, which `max` may lose."""
+    """The reduction of a metric, by its name. `max` may lose a NaN, so it is looked for."""
     if not ("max" in name.rsplit("/", 1)[-1] or name.startswith(("seconds/", "memory/"))):
         return reduce
     return lambda values: math.nan if any(v != v for v in values) else max(values)
@@ -246,7 +234,7 @@ def _as_bytes(text: str) -> Tensor:
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one device and dtype, up to BUCKET numbers together."""
+    """Runs of neighbours of one device and dtype, up to BUCKET numbers each."""
     bucket: list[nn.Parameter] = []
     for p in parameters:
         unlike = bucket and (bucket[0].device, bucket[0].dtype) != (p.device, p.dtype)
@@ -259,109 +247,19 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def _kind_of(error: Exception) -> str:
-    """The nearest class of `errors` that an error is of."""
+    """The nearest class of `errors` in an error's ancestry."""
     known = (name for name in (c.__name__ for c in type(error).__mro__) if hasattr(errors, name))
     return next(known, RankError.__name__)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds: all of one that is not sharded."""
+    """This rank's part of a sharded tensor; all of another one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def said(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """An error as one line."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return text if isinstance(error, UnigrpoError) else f"{type(error).__name__}: {text}"
-
-
-# ----- the way in and out
-
-
-@contextmanager
-def joined() -> Iterator[Ranks]:
-    """Meet the other ranks and stay with them until left; `ALONE` when one process was launched.
-
-    However one rank ends, all do: one that fails says so and the others stop, one that is killed is missed. One
-    line says which rank and why, whoever is the first to say it.
-
-    Raises:
-        EndedElsewhereError: when another rank has said why this one ends, too.
-        RankError: in place of what went wrong on this rank alone, with its number.
-        UsageError: when the others cannot be met.
-    """
-    rank, world, here = launched()
-    if world == 1:
-        yield ALONE
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(here % torch.cuda.device_count())
-    try:
-        meeting = Worker("meeting")  # waits outside Python, where no signal would reach the main thread
-        peers: Heartbeat = meeting.submit(partial(_meet, rank, world)).result()
-        meeting.close()
-    except (ValueError, RuntimeError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UsageError(
-            f"rank {rank} cannot meet the other {world - 1} at {address} ({said(error)}); start all of them with "
-            "`accelerate launch` or torchrun, with the same address and a free port"
-        ) from error
-    ranks = Ranks(rank, world, here)
-    with peers.watched():
-        try:
-            yield ranks
-            ranks.wait()
-            peers.part()
-        except BaseException as error:
-            _leave(error, ranks, peers)
-            raise
-    dist.destroy_process_group()
-
-
-def _meet(rank: int, world: int) -> Heartbeat:
-    """Wait for all ranks at the place that the launcher names, and make their group."""
-    store = next(rendezvous("env://", timeout=PATIENCE))[0]
-    # The watch has a connection of its own: one that is used by two threads lets each wait for the other.
-    peers = Heartbeat(store.clone(), rank, world)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group = dist.PrefixStore("group", store)
-    dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=PATIENCE)
-    return peers
-
-
-def _leave(error: BaseException, ranks: Ranks, peers: Heartbeat) -> None:
-    """End with an error that all ranks know, or tell them, or find out whose end this one comes from.
-
-    Raises:
-        EndedElsewhereError: when another rank has told the user.
-        RankError: in place of an error of this rank alone, or the echo of another rank's end.
-    """
-    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-    text, gone, known = f"rank {ranks.rank}: {said(error)}", None, getattr(error, "everywhere", False)
-    if known:
-        ranks.wait()  # a launcher that sees one exit ends the others, which may still be saving
-        text = ""
-    elif _is_of_the_network(error) and (gone := peers.wait_for_an_end()) is not None:
-        text, code = gone.text, gone.code
-    tells = peers.may_tell()
-    if known:
-        peers.part()
-    elif gone is None:
-        peers.report(text, code, told=True)
-        peers.be_heard()
-    if not tells:
-        raise EndedElsewhereError(code) from error
-    if text and not isinstance(error, KeyboardInterrupt):
-        shown = RankError(text)
-        shown.exit_code = code
-        raise shown from error
-
-
-def _is_of_the_network(error: BaseException) -> bool:
-    """Whether a collective failed, most likely because somebody is not there any more."""
-    words = ("gloo", "NCCL", "Connection", "Broken pipe", "Timed out")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-    )

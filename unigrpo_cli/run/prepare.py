@@ -10,7 +10,7 @@ from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.models.policy import TrainablePolicy
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.run.checkpoint import StateFile, read_state, restore_checkpoint
 from unigrpo_cli.run.memory import left_open

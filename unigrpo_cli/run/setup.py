@@ -16,7 +16,8 @@ from unigrpo_cli.io.atomic import SUMS, verify_checksums
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.models.hub import EMBEDDED
 from unigrpo_cli.models.policy import Policy, TrainablePolicy
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.join import gpu_of_rank
+from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.loaded import RewardLimits
@@ -80,12 +81,7 @@ def _device_of_rank(config: Config, here: int) -> torch.device:
         raise UsageError(f"device={config.device} is one for all ranks; give device=cuda, and each takes its own")
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if here >= torch.cuda.device_count():
-        raise UsageError(
-            f"{here + 1} or more processes were launched on a machine with {torch.cuda.device_count()} GPUs; start "
-            "as many as it has, or give device=cpu"
-        )
-    return torch.device("cuda", here)
+    return gpu_of_rank(here)
 
 
 def model_of(config: Config, fetch: bool = True) -> str:

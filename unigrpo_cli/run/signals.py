@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a run, by what it is at."""
+"""What Ctrl-C, SIGTERM and SIGHUP do to a run, depending on what it is doing."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from unigrpo_cli.parallel.ranks import Ranks
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # Windows has no SIGHUP
 
 
 class DroppedError(KeyboardInterrupt):
-    """An evaluation or a sheet of samples that an interrupt has cut short: nothing is lost, it can be made again.
+    """An evaluation or a sheet of samples was cut short by an interrupt; it can be made again, so nothing is lost.
 
-    No `Exception`, so that nobody takes it for a reward's fault.
+    Not an `Exception`, so that it is not taken for an error of a reward.
     """
 
 
 class Interrupts:
     """Signals of one run.
 
-    While it loads, the first stops it. While it trains, the first asks to stop after the step at hand and drops an
-    evaluation or sampling at once; the next one drops the step, unless its weights are moving already or a file is
-    being written: then that is finished first.
+    While it loads, the first one stops it. While it trains, the first one asks to stop after the current step and drops
+    an evaluation or sampling at once; the second one drops the step, unless its weights are moving or a file is being
+    written: those are finished first.
 
-    With several ranks a signal may come to one of them, at any moment, and all have to stop at the same step. So it
-    counts from when they next `agree`, and drops nothing; the next one ends the run where it is.
+    With several ranks a signal may reach one of them at any moment, and all have to stop at the same step. So the first
+    one counts from the next `agree` and drops nothing; the second one ends the run where it is.
 
     Args:
         ranks: the processes that stop together; None for one alone.
-        tell: shows a line to the user; set when there is a screen.
-        moving: whether the step at hand can no longer be dropped; set when training begins.
+        tell: shows a line to the user.
+        moving: whether the current step can no longer be dropped.
     """
 
     def __init__(self) -> None:
@@ -48,11 +50,11 @@ class Interrupts:
         self._shields = 0
 
     def __bool__(self) -> bool:
-        """Whether one has come, and with several ranks all know."""
+        """Whether an interrupt came; with several ranks, whether all know."""
         return self.count > 0 if self.ranks is None else self.agreed
 
     def agree(self) -> None:
-        """Agree whether one has come to any rank; all of them call this at the same places."""
+        """Agree whether an interrupt came to any rank. All ranks call this at the same places."""
         self.agreed = self.count > 0 if self.ranks is None else self.ranks.any(self.count > 0)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
@@ -66,13 +68,13 @@ class Interrupts:
         if self.count == 1:
             self.tell("stopping after this step and saving a checkpoint; interrupt again to stop at once")
         elif self.moving():
-            self.tell("this step's weights are moving already: it is finished and saved")
+            self.tell("the weights of this step are moving already: it is finished and saved")
         else:
             raise KeyboardInterrupt
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Around what must not be cut short: the writing of files."""
+        """Around work that must not be cut short, such as writing files."""
         self._shields += 1
         try:
             yield
@@ -81,10 +83,10 @@ class Interrupts:
 
     @contextmanager
     def droppable(self) -> Iterator[None]:
-        """Around what can be done again at no loss.
+        """Around work that can be repeated without loss.
 
         Raises:
-            DroppedError: when an interrupt comes, or has come.
+            DroppedError: when an interrupt comes, or came before.
         """
         self._droppable = True
         try:
@@ -98,9 +100,13 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Listen to both signals until left."""
+    """Listen to the signals until left; SIGHUP stays ignored under nohup."""
     listener = Interrupts()
-    old = {number: signal.signal(number, listener) for number in NUMBERS}
+    old = {number: signal.getsignal(number) for number in NUMBERS}
+    hangup = getattr(signal, "SIGHUP", None)
+    for number, handler in old.items():
+        if not (number == hangup and handler is signal.SIG_IGN):
+            signal.signal(number, listener)
     try:
         yield listener
     finally:

@@ -13,7 +13,7 @@ from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import TooLargeError, UsageError
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.models.mot.config import AutoencoderConfig, MoTConfig
-from unigrpo_cli.parallel.heartbeat import launched
+from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.run.memory.formulas import GIB, Memory, training_memory
 from unigrpo_cli.run.memory.sizes import BATCH_SIZE, sampling_batch_size, training_sizes
 from unigrpo_cli.run.memory.workload import Workload, config_of_rank
