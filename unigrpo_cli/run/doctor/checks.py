@@ -63,12 +63,6 @@ CHECKS = (
         "raise sampling.max_new_tokens, or add the reward length",
     ),
     Check(
-        "duplicates",
-        text_checks.duplicates,
-        "equal members of a group teach nothing",
-        "raise sampling.temperature, or sampling.noise_level for pictures; look at episodes with `unigrpo rollout`",
-    ),
-    Check(
         "group-noise",
         image_checks.group_noise,
         "episodes share noise, or their noise has the wrong size, so a group explores less than its size suggests",
@@ -182,6 +176,6 @@ def examine(
 
 
 def _finding(check: Check, o: Outcome) -> Finding:
-    fine = o.verdict in (OK, SKIPPED)
-    means, remedy = ("", "") if fine else (check.means, o.remedy or check.remedy)
-    return Finding(check.name, o.verdict, o.value, o.limit, o.seen, means, remedy)
+    if o.verdict in (OK, SKIPPED):
+        return Finding(check.name, o.verdict, o.value, o.limit, o.seen, "", "")
+    return Finding(check.name, o.verdict, o.value, o.limit, o.seen, o.means or check.means, o.remedy or check.remedy)

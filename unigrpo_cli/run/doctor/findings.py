@@ -15,13 +15,14 @@ OK, WARN, FAULT, SKIPPED = "ok", "warn", "FAULT", "skipped"
 class Outcome:
     """A verdict, the measured value, its limit, and what was seen, in words.
 
-    `remedy` replaces the check's own where the outcome knows a better one.
+    `means` and `remedy` replace the check's own where the outcome knows better ones.
     """
 
     verdict: str
     value: float | None
     limit: float | None
     seen: str
+    means: str = ""
     remedy: str = ""
 
 

@@ -65,7 +65,8 @@ def window(r: Recording) -> Outcome:
     wanted = s.steps - 1 if s.window == "all" else s.window_size
     last = start + size - 1
     if not (low <= start and last < high and size == wanted):
-        return fault(f"noise at steps {start} to {last}, configured are {wanted} steps within [{low}, {high})", 1, 1)
+        seen = f"noise at steps {start} to {last}; the settings ask for {wanted} steps within [{low}, {high})"
+        return fault(seen, 1, 1)
     for episode in r.episodes:
         noisy = _noisy_steps(episode.images[-1], r.image_calls(episode))
         if noisy != set(range(start, last + 1)):

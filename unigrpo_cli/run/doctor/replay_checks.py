@@ -46,24 +46,25 @@ def _ratio(r: Recording, kind: str) -> Outcome:
     limit = ratio_limits(r.policy, r.config.objective)[kind]
     clip = r.config.objective.text_clip if kind == "text" else r.config.objective.image_clip
     first = later = max((t.get(f"{kind}/max_abs_log_ratio", 0.0) for t in r.replay.terms), default=math.nan)
-    seen = f"{first:.3g} before an update; {no_update(r)}"
+    seen = f"log-ratio {first:.3g} before an update; {no_update(r)}"
     if r.trial is not None:
         later = r.trial.step.metrics.get(f"{kind}/first_max_abs_log_ratio", math.nan)
-        seen = f"{first:.3g} before an update, {later:.3g} after one"
+        seen = f"log-ratio {first:.3g} before an update, {later:.3g} after one"
     value = math.nan if math.isnan(first) or math.isnan(later) else max(first, later)
     stale = later > STALE * first + limit / 100
     if not value <= limit or (value > 0 and stale):
         return fault(seen, value, limit)
     if value == 0:
         return Outcome(WARN if "update" in r.trouble else OK, value, limit, seen)
-    seen += f" (clip range {clip:g}); attention kernels: {_attention_kernels(r)}"
+    seen += f", clip range {clip:g}; attention kernels: {_attention_kernels(r)}"
+    means = "the passes with and without gradients round differently, which is no fault off the CPU"
     if value <= clip / 10:
-        return Outcome(WARN, value, limit, seen, "nothing: rounding is below a tenth of the clip range")
+        return Outcome(WARN, value, limit, seen, means, "none needed below a tenth of the clip range")
     remedy = (
         "set train.minibatches=1 and train.epochs=1, where no ratio needs a second pass, or dtype=float32; or let "
         "torch use one attention kernel for both passes"
     )
-    return Outcome(WARN, value, limit, seen, remedy)
+    return Outcome(WARN, value, limit, seen, means, remedy)
 
 
 def _attention_kernels(r: Recording) -> str:

@@ -32,7 +32,9 @@ def reward_spread(r: Recording) -> Outcome:
         if spread > 0:
             found.append(Outcome(OK, spread, 0.0, f"{name} differs by up to {spread:.3g} within a group"))
         elif name not in r.scores.contrasts or len({value, *contrasts}) > 1:
-            ties.append(Outcome(WARN, 0.0, 0.0, f"{name} is equal within every group here, but not for all samples"))
+            ties.append(
+                Outcome(WARN, 0.0, 0.0, f"{name} is equal within each sampled group, but differs on other samples")
+            )
         elif value == low and not r.thorough:  # its success may be rare: no reason to stop a run
             found.append(Outcome(WARN, 0.0, 0.0, f"{name} gave {value:g} to everything"))
         else:

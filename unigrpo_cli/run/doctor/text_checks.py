@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from unigrpo_cli.algo.rng import derive, uniform
 from unigrpo_cli.episode import Episode, TextActions
 from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
@@ -95,7 +93,7 @@ def temperature(r: Recording) -> Outcome:
         return skipped("greedy sampling has no temperature")
     other = sorted({m.batch.temperature for _, m, _, _ in r.replayed_rows()} - {wanted})
     if other:
-        return fault(f"configured is {wanted:g}, replayed is {other[0]:g}", other[0], wanted)
+        return fault(f"the configured temperature is {wanted:g}, replay uses {other[0]:g}", other[0], wanted)
     known = {prefix: logits for trace in r.rollout.traces for prefix, logits in trace.logits.items()}
     count, missed, gap = 0, 0, 0.0
     for episode in r.episodes:
@@ -120,8 +118,8 @@ def temperature(r: Recording) -> Outcome:
     if max(gap, share) <= EXACT:
         return Outcome(OK, gap, EXACT, f"{count} tokens sampled and recorded at {wanted:g}")
     problems = [f"recorded log-probabilities are off by up to {gap:.2g}"] if gap > EXACT else []
-    problems += [f"{share:.0%} of tokens are sampled otherwise"] if share else []
-    return fault(f"configured is {wanted:g}, but {' and '.join(problems)}", max(gap, share), EXACT)
+    problems += [f"{share:.0%} of tokens would be sampled differently"] if share else []
+    return fault(f"at the configured temperature {wanted:g}, {' and '.join(problems)}", max(gap, share), EXACT)
 
 
 def truncation(r: Recording) -> Outcome:
@@ -132,15 +130,3 @@ def truncation(r: Recording) -> Outcome:
     share = sum(not text.finished for _, text in texts) / len(texts)
     seen = f"{share:.0%} of texts are truncated at {r.config.sampling.max_new_tokens} tokens"
     return judged(share, 0.5, seen, WARN)
-
-
-def duplicates(r: Recording) -> Outcome:
-    """Members of a group differ in text and picture."""
-    groups, same_texts, pairs = r.rollout.groups, 0, 0
-    for group in groups:
-        same_texts += r.config.sampling.think and len({e.reasoning for e in group.episodes}) == 1
-        for k, a in enumerate(group.episodes):
-            pairs += sum(torch.equal(a.pixels, b.pixels) for b in group.episodes[k + 1 :])
-    bad = pairs + (same_texts if same_texts == len(groups) else 0)
-    seen = f"{same_texts} of {len(groups)} groups with a single text, {pairs} pairs of identical pictures"
-    return judged(bad, 0, seen, WARN)
