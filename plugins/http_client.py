@@ -35,6 +35,16 @@ class ClosedError(Exception):
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Seconds for the whole request, for connecting and between two reads; bytes of the answer's body."""
+
+    deadline_s: float
+    connect_s: float
+    read_s: float
+    max_bytes: int
+
+
+@dataclass(frozen=True)
 class HttpAnswer:
     """`headers` by lower-case name."""
 
@@ -100,23 +110,8 @@ class HttpClient:
         self._waiting: dict[Any, queue.SimpleQueue[HttpAnswer | BaseException]] = {}
         self._closed = False
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        content: bytes | None,
-        *,
-        deadline_s: float,
-        connect_s: float,
-        read_s: float,
-        max_bytes: int,
-    ) -> HttpAnswer:
+    def request(self, method: str, path: str, content: bytes | None, limits: Limits) -> HttpAnswer:
         """The answer to one request.
-
-        Args:
-            deadline_s: limit for the whole request.
-            connect_s, read_s: limits for connecting, and between two reads.
-            max_bytes: limit for the body.
 
         Raises:
             NoAnswerError: without a whole answer in time; TooLargeError beyond `max_bytes`.
@@ -124,20 +119,20 @@ class HttpClient:
             RewardError: when the address cannot be used.
         """
         connection, done = self._take()
-        until = self._clock() + deadline_s
+        until = self._clock() + limits.deadline_s
 
         def work() -> None:
             try:
-                done.put(self._send(connection, method, self.url + path, content, until, connect_s, read_s, max_bytes))
+                done.put(self._send(connection, method, self.url + path, content, limits, until))
             except BaseException as error:
                 done.put(error)
 
         threading.Thread(target=work, daemon=True, name="http request").start()
         try:
-            answer = done.get(timeout=deadline_s)
+            answer = done.get(timeout=limits.deadline_s)
         except queue.Empty:
             self._put_back(connection, usable=False)
-            raise NoAnswerError(f"no whole answer within {deadline_s:.3g} s") from None
+            raise NoAnswerError(f"no whole answer within {limits.deadline_s:.3g} s") from None
         self._put_back(connection, usable=not isinstance(answer, ClosedError))
         if isinstance(answer, BaseException):
             raise answer
@@ -155,28 +150,20 @@ class HttpClient:
             _close(connection)
 
     def _send(
-        self,
-        connection: Any,
-        method: str,
-        url: str,
-        content: bytes | None,
-        until: float,
-        connect_s: float,
-        read_s: float,
-        max_bytes: int,
+        self, connection: Any, method: str, url: str, content: bytes | None, limits: Limits, until: float
     ) -> HttpAnswer:
         import httpx2
 
         left = max(until - self._clock(), 0.01)
-        timeout = httpx2.Timeout(min(read_s, left), connect=min(connect_s, left))
+        timeout = httpx2.Timeout(min(limits.read_s, left), connect=min(limits.connect_s, left))
         headers = {} if content is None else {"Content-Type": "application/json"}
         try:
             with connection.stream(method, url, content=content, headers=headers, timeout=timeout) as response:
                 body = bytearray()
                 for chunk in response.iter_bytes():
                     body += chunk
-                    if len(body) > max_bytes:
-                        raise TooLargeError(f"an answer of more than {max_bytes:,} bytes")
+                    if len(body) > limits.max_bytes:
+                        raise TooLargeError(f"an answer of more than {limits.max_bytes:,} bytes")
                     if self._clock() > until:
                         raise NoAnswerError("an answer without end")
                 return HttpAnswer(

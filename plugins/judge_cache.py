@@ -56,20 +56,22 @@ class AnswerCache:
             self._shut()
 
     def _with(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Run `work` on the open file; once more on a new file when the old one was damaged."""
+        """Run `work` on the open file; None once the file is off."""
         with self._lock:
-            for _ in range(2):
-                if self._off:
-                    return None
-                try:
-                    if self._db is None:
-                        self._db = self._open()
-                    return work(self._db)
-                except (sqlite3.OperationalError, OSError) as error:  # full, locked, not writable
-                    self._give_up(error)
-                except sqlite3.DatabaseError as error:  # not a database, or a damaged one
-                    self._move_aside(error)
-            return None
+            if self._off:
+                return None
+            try:
+                if self._db is None:
+                    self._db = self._open()
+                return work(self._db)
+            except (sqlite3.Error, OSError) as error:  # damaged, full, locked, not writable
+                self._off = True
+                self._shut()
+                warnings.warn(
+                    f"the judge's cache {self.path} is off from here on: {error}; delete the file if it is damaged",
+                    stacklevel=4,
+                )
+                return None
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,25 +87,6 @@ class AnswerCache:
 
     def _shut(self) -> None:
         if self._db is not None:
-            with suppress(sqlite3.Error):
+            with suppress(sqlite3.Error):  # a damaged file may fail to close
                 self._db.close()
             self._db = None
-
-    def _give_up(self, error: Exception) -> None:
-        self._off = True
-        self._shut()
-        warnings.warn(f"the judge's cache {self.path} is off from here on: {error}", stacklevel=4)
-
-    def _move_aside(self, error: Exception) -> None:
-        self._shut()
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-        try:
-            self.path.rename(aside)
-            for tail in ("-wal", "-shm"):  # they belong to the old file and would corrupt the new one
-                self.path.with_name(self.path.name + tail).unlink(missing_ok=True)
-        except OSError as also:
-            self._give_up(also)
-            return
-        warnings.warn(
-            f"the judge's cache was damaged ({error}); it was moved to {aside} and a new one begins", stacklevel=4
-        )

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from pydantic import SecretStr
 
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.http_client import ClosedError, HttpClient, NoAnswerError, checked_url
+from unigrpo_plugins.http_client import ClosedError, HttpClient, Limits, NoAnswerError, checked_url
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -220,15 +220,8 @@ class Endpoint:
     def _try(self, method: str, path: str, content: bytes | None, deadline: float, read: Callable[[Any], T]) -> T:
         p, began = self.patience, self._clock()
         try:
-            answer = self._client.request(
-                method,
-                path,
-                content,
-                deadline_s=max(deadline - began, 0.01),
-                connect_s=p.connect_s,
-                read_s=p.read_s,
-                max_bytes=MAX_ANSWER_BYTES,
-            )
+            limits = Limits(max(deadline - began, 0.01), p.connect_s, p.read_s, MAX_ANSWER_BYTES)
+            answer = self._client.request(method, path, content, limits)
         except NoAnswerError as error:
             raise _PassingError(self._without_key(str(error))) from None
         except ClosedError:

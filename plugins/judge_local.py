@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
 from unigrpo_plugins.judge_modes import LEAST_MASS, Question, Reading, YesNoOdds, fenced, no_opinion, word_of
-from unigrpo_plugins.weights import load_processing, load_transformer
+from unigrpo_plugins.weights import dtype_of, load_processing, load_transformer
 
 if TYPE_CHECKING:
     import torch
@@ -117,15 +117,13 @@ def load(context: RewardContext, name: str, precision: str) -> VisionLanguageMod
     Raises:
         RewardError: when it cannot be loaded or has no chat template.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
 
     choice = precision if precision != "auto" else "fp32" if context.device == "cpu" else "bf16"
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
     processor = load_processing(context, "vlm", name)
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "tokenizer"):
         raise RewardError(f"reward 'vlm': {name!r} has no chat template; choose an instruction-tuned model")
-    model = load_transformer(context, "vlm", AutoModelForImageTextToText, name, dtype)
+    model = load_transformer(context, "vlm", AutoModelForImageTextToText, name, dtype_of(choice))
     return VisionLanguageModel(model, processor, context.device)
 
 

@@ -201,10 +201,9 @@ class Recogniser:
 
 def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser:
     """Load a recogniser of a supported kind."""
-    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from unigrpo_plugins.weights import cannot, load_processing, load_transformer
+    from unigrpo_plugins.weights import cannot, dtype_of, load_processing, load_transformer
 
     try:
         kind = AutoConfig.from_pretrained(name, local_files_only=context.offline).model_type
@@ -213,6 +212,5 @@ def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogn
     if kind not in KINDS:
         known = " or ".join(f"{what} ({k})" for k, what in KINDS.items())
         raise RewardError(f"reward 'ocr': {name} is a {kind}; a recogniser is {known}")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    model = load_transformer(context, "ocr", AutoModelForImageTextToText, name, dtype)
+    model = load_transformer(context, "ocr", AutoModelForImageTextToText, name, dtype_of(precision))
     return Recogniser(model, load_processing(context, "ocr", name))

@@ -101,16 +101,14 @@ class PickScoreReward:
         self.prompt_length.check(metadata)
 
     def _load(self, context: RewardContext) -> PickScoreModel:
-        import torch
         from transformers import CLIPModel
 
-        from unigrpo_plugins.weights import load_processing, load_transformer
+        from unigrpo_plugins.weights import dtype_of, load_processing, load_transformer
 
         o = self.options
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[o.precision]
         beside = (Path(o.model) / "preprocessor_config.json", Path(o.model) / "processor_config.json")
         own = o.model if any(path.is_file() for path in beside) else PICKSCORE_PROCESSOR
-        model = load_transformer(context, self.name, CLIPModel, o.model, dtype)
+        model = load_transformer(context, self.name, CLIPModel, o.model, dtype_of(o.precision))
         return PickScoreModel(model, load_processing(context, self.name, o.processor or own))
 
     def score(self, batch: RewardBatch) -> RewardOutput:

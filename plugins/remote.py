@@ -16,7 +16,7 @@ from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.http_client import HttpClient, NoAnswerError, TooLargeError, checked_url
+from unigrpo_plugins.http_client import HttpClient, Limits, NoAnswerError, TooLargeError, checked_url
 
 PROTOCOL = 1
 TOKEN_ENV = "UNIGRPO_REWARD_TOKEN"
@@ -174,15 +174,7 @@ class RemoteReward:
             tries += 1
             left = max(0.05, until - time.monotonic())
             try:
-                answer = self.client.request(
-                    method,
-                    path,
-                    content,
-                    deadline_s=left,
-                    connect_s=CONNECT_S,
-                    read_s=left,
-                    max_bytes=MAX_ANSWER_BYTES,
-                )
+                answer = self.client.request(method, path, content, Limits(left, CONNECT_S, left, MAX_ANSWER_BYTES))
                 if answer.status not in RETRIED:
                     return self._read(path, answer.status, answer.body)
                 failure = f"HTTP {answer.status}: {self._without_token(answer.body[:200].decode(errors='replace'))}"

@@ -156,6 +156,13 @@ def load_transformer(context: RewardContext, reward: str, factory: Any, name: st
     return model
 
 
+def dtype_of(precision: str) -> Any:
+    """The torch dtype of a precision option."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
 def load_processing(context: RewardContext, reward: str, name: str) -> Any:
     """The transformers processor of a model: preprocessing of pictures, and the tokenizer.
 

@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.http_client import ClosedError, HttpClient, NoAnswerError, TooLargeError, checked_url
+from unigrpo_plugins.http_client import ClosedError, HttpClient, Limits, NoAnswerError, TooLargeError, checked_url
 from unigrpo_plugins.remote import RemoteReward
 from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=False, offline=True)
 DEADLINE_S, LATEST_S = 0.4, 3.0  # the latest that a request may end on a busy machine
-LIMITS = {"deadline_s": 20, "connect_s": 20, "read_s": 20, "max_bytes": 100}
+LIMITS = Limits(deadline_s=20, connect_s=20, read_s=20, max_bytes=100)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -70,7 +71,7 @@ SLOW_SERVERS = {
 def _plain(url: str) -> None:
     client = HttpClient(url, local=True, headers={})
     try:
-        client.request("POST", "/", b"{}", **LIMITS | {"deadline_s": DEADLINE_S, "max_bytes": 10**6})
+        client.request("POST", "/", b"{}", replace(LIMITS, deadline_s=DEADLINE_S, max_bytes=10**6))
     finally:
         client.close()
 
@@ -115,7 +116,7 @@ def test_an_answer_beyond_the_limit_is_refused() -> None:
     with _sending(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789") as url:
         client = HttpClient(url, local=True, headers={})
         with pytest.raises(TooLargeError, match="more than 8 bytes"):
-            client.request("GET", "/", None, **LIMITS | {"max_bytes": 8})
+            client.request("GET", "/", None, replace(LIMITS, max_bytes=8))
         client.close()
 
 
@@ -124,7 +125,7 @@ def test_a_connection_is_used_again() -> None:
     with _sending(OK, forever=OK, every_s=0.1) as url:
         client = HttpClient(url, local=True, headers={})
         for _ in range(3):
-            assert client.request("GET", "/", None, **LIMITS).status == 200
+            assert client.request("GET", "/", None, LIMITS).status == 200
             connections.append(client._idle[:])
         assert connections[0] == connections[1] == connections[2] and len(connections[0]) == 1
         client.close()
@@ -137,7 +138,7 @@ def test_closing_wakes_threads_that_wait() -> None:
         began = time.monotonic()
         for _ in range(2):  # the one that waits, and one that comes later
             with pytest.raises(ClosedError):
-                client.request("GET", "/", None, **LIMITS)
+                client.request("GET", "/", None, LIMITS)
         assert time.monotonic() - began < LATEST_S
 
 

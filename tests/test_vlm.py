@@ -494,30 +494,6 @@ def test_one_picture_has_an_answer_for_each_prompt(judge: Callable[..., VlmRewar
     assert reward.figures()["cache_hits"] == 2
 
 
-def _garbage(path: Path) -> None:
-    path.write_bytes(b"no database at all " * 100)
-
-
-def _cut(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[:100] + bytes(len(data) - 100))
-
-
-@pytest.mark.parametrize("damage", [_garbage, _cut])
-def test_a_damaged_cache_is_moved_aside(judge: Callable[..., VlmReward], damage: Callable[[Path], None]) -> None:
-    first = judge(cache="on")
-    expected = _scores(first, _batch(4)).tolist()
-    first.teardown()
-    path = judge_cache.default_path()
-    damage(path)
-    reward = judge(cache="on")
-    with pytest.warns(UserWarning, match="cache was damaged"):
-        assert _scores(reward, _batch(4)).tolist() == expected
-    assert len(list(path.parent.glob("judge.sqlite.damaged-*"))) == 1
-    assert _scores(reward, _batch(4)).tolist() == expected
-    assert reward.figures()["cache_hits"] == 4, "the new file serves"
-
-
 def test_a_damaged_row_is_asked_for_again(judge: Callable[..., VlmReward]) -> None:
     reward = judge(cache="on")
     expected = _scores(reward, _batch(4)).tolist()
@@ -529,11 +505,22 @@ def test_a_damaged_row_is_asked_for_again(judge: Callable[..., VlmReward]) -> No
     assert reward.figures()["calls"] == before + 4
 
 
-def _file_as_folder(patch: pytest.MonkeyPatch) -> None:
-    judge_cache.default_path().parents[1].write_text("a file where the folder should be")
+def _garbage(path: Path, _: pytest.MonkeyPatch) -> None:
+    path.write_bytes(b"no database at all " * 100)
 
 
-def _full_disk(patch: pytest.MonkeyPatch) -> None:
+def _cut(path: Path, _: pytest.MonkeyPatch) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes(len(data) - 100))
+
+
+def _file_as_folder(path: Path, _: pytest.MonkeyPatch) -> None:
+    path.parent.rename(path.parent.with_name("before"))
+    path.parent.write_text("a file where the folder should be")
+
+
+def _full_disk(path: Path, patch: pytest.MonkeyPatch) -> None:
+    path.unlink()
     plain = judge_cache.AnswerCache._open
 
     def small(self: judge_cache.AnswerCache) -> sqlite3.Connection:
@@ -544,12 +531,14 @@ def _full_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(judge_cache.AnswerCache, "_open", small)
 
 
-@pytest.mark.parametrize("fault", [_full_disk, _file_as_folder])
-def test_a_cache_that_cannot_be_written_is_turned_off(
-    judge: Callable[..., VlmReward], monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+@pytest.mark.parametrize("fault", [_garbage, _cut, _file_as_folder, _full_disk])
+def test_a_broken_cache_is_turned_off_and_changes_no_score(
+    judge: Callable[..., VlmReward], monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None]
 ) -> None:
-    expected = _scores(judge(), _batch(24)).tolist()
-    fault(monkeypatch)
+    first = judge(cache="on")
+    expected = _scores(first, _batch(24)).tolist()
+    first.teardown()
+    fault(judge_cache.default_path(), monkeypatch)
     reward = judge(cache="on", concurrency=1)
     with pytest.warns(UserWarning, match=r"cache .* is off from here on") as caught:
         assert [_scores(reward, _batch(24)).tolist() for _ in range(2)] == [expected, expected]
