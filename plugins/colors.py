@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image as Picture
 
-    from unigrpo_plugins.encoders import Encoder
-    from unigrpo_plugins.prompt_length import PromptLength
+    from unigrpo_plugins.encoders import Encoder, PromptLength
 
 NAMES = tuple(COLORS)
 GREY = "#999"  # GenEval's colour around an object's mask

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
-from unigrpo_plugins.prompt_length import PromptLength
+from unigrpo_plugins.encoders import PromptLength
 
 if TYPE_CHECKING:
     import torch

@@ -165,8 +165,19 @@ def test_tensors_that_lie_over_each_other(tmp_path: Path, offsets: list[int]) ->
     header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
     header["b"] = {"dtype": "F32", "shape": [4], "data_offsets": offsets}
     text = json.dumps(header).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(32))
-    with pytest.raises(WeightsError, match="lies where another tensor or the header does"):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(WeightsError, match="does not follow the tensor before it"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("offsets", "size", "says"), [([24, 40], 40, "not follow"), ([16, 32], 33, "1 bytes follow")])
+def test_bytes_that_belong_to_no_tensor(tmp_path: Path, offsets: list[int], size: int, says: str) -> None:
+    """Between two tensors, or after the last: whatever they are, no audit of the tensors sees them."""
+    header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+    header["b"] = {"dtype": "F32", "shape": [4], "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(WeightsError, match=says):
         read_header(tmp_path / "x.safetensors")
 
 

@@ -26,11 +26,10 @@ from pydantic import BaseModel, ValidationError
 from unigrpo_cli.errors import RewardError, one_line, suggest
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
-from unigrpo_cli.io.working_directory import WorkingDirectory
 from unigrpo_cli.parallel.workers import Worker
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult
 from unigrpo_cli.rewards.function import Options
-from unigrpo_cli.rewards.registry import Plugins, RewardEntry
+from unigrpo_cli.rewards.registry import Plugins, RewardEntry, WorkingDirectory
 from unigrpo_cli.rewards.spec import RewardSpec
 
 LARGEST = 1e30

@@ -13,7 +13,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
@@ -25,7 +26,6 @@ import pluggy
 
 from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, suggest
 from unigrpo_cli.io.entry_points import NO_AUTOLOAD, OURS
-from unigrpo_cli.io.working_directory import WorkingDirectory
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.rewards.function import MARK
 from unigrpo_cli.rewards.hooks import PROJECT, Hooks
@@ -258,3 +258,37 @@ def _from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+class WorkingDirectory:
+    """The working directory of one plugin.
+
+    A process has one working directory, and the paths that a user typed are relative to the one at start. A plugin that
+    changes it keeps its own for its later calls; the rest of the process keeps the other.
+    """
+
+    def __init__(self) -> None:
+        self._own: str | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Run plugin code in its directory, and return to the directory of the process."""
+        before = _current_directory()
+        if self._own is not None:
+            with suppress(OSError):
+                os.chdir(self._own)
+        try:
+            yield
+        finally:
+            after = _current_directory()
+            if before is not None and after != before:
+                self._own = after
+                os.chdir(before)
+
+
+def _current_directory() -> str | None:
+    """None when the directory was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
