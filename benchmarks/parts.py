@@ -21,7 +21,7 @@ from benchmarks.shapes import Size, prompt_text
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions, flatten
 from unigrpo_cli.evaluate import train_sampling
-from unigrpo_cli.models.mot.context import Context
+from unigrpo_cli.models.mot.context import MoTContext
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.train import score_old_and_reference, update, with_advantages
@@ -172,7 +172,7 @@ def measure_ceilings(bench: Benchmark) -> None:
     bench.report.add(CEILINGS, "sum", clocks.stream_gbs(clock, int(size) // 2, bench.share_s), "read and written")
 
 
-def reading(bench: Benchmark, group: int, differing: bool) -> Context:
+def reading(bench: Benchmark, group: int, differing: bool) -> MoTContext:
     """Random words as long as what an image is painted in; with `differing`, their thinking half to full length."""
     policy, length = bench.policy, bench.size.reading()
     ids = torch.randint(bench.size.network.vocab_size // 2, (group, length), device=policy.device)
@@ -196,7 +196,7 @@ def measure_denoise(bench: Benchmark, group: int, part: str) -> None:
     bench.add_rate(part, "", forward_flops(bench.size.network, work), seconds)
 
 
-def denoise_call(bench: Benchmark, group: int, *, differing: bool) -> tuple[Callable[[], object], Context]:
+def denoise_call(bench: Benchmark, group: int, *, differing: bool) -> tuple[Callable[[], object], MoTContext]:
     """A call to be timed or profiled, and its context."""
     context = reading(bench, group, differing)
     x = torch.randn(group, bench.size.image_tokens, bench.policy.token_dim, device=bench.policy.device)

@@ -26,9 +26,10 @@ from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenText, ImageActions, Prompt, TextActions
 from unigrpo_cli.models.mot.config import MoTConfig
-from unigrpo_cli.models.mot.context import Context
-from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.context import MoTContext
+from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import Batch
 from unigrpo_cli.rollout import Sampling
 
@@ -213,7 +214,7 @@ def paint(policy: MoTPolicy, cache: Cache, sampling: Sampling, window: flow.Wind
 
 
 @torch.no_grad()
-def pipeline(policy: MoTPolicy, context: Context, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def pipeline(policy: MoTPolicy, context: MoTContext, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Final latents [B, N, D] and pixels by diffusers' scheduler around the package's network.
 
     The loop is that of diffusers' pipelines of flow models: evenly spaced sigmas, shifted by the scheduler, and for

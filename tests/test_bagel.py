@@ -33,8 +33,9 @@ from unigrpo_cli.models.mot.config import (
     network_shapes,
 )
 from unigrpo_cli.models.mot.layers import Linear
-from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import collate, micro_batches, replay
 from unigrpo_cli.rollout import Sampling, read_given, rollout
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
@@ -247,19 +248,20 @@ def test_a_picture_after_texts_of_unequal_length(picture: Path) -> None:
     """Rows padded to the longest text see their own picture, and no padding, as each does alone."""
     model = load_model(str(TINY))
     texts = [model.given("prompt", text).ids for text in ("a red cube", "two birds on a large blue sphere")]
-    seen = model.see(model.given_image("source", torch.full((64, 90, 3), 200, dtype=torch.uint8)).view[None])
+    view = model.given_image("source", torch.full((64, 90, 3), 200, dtype=torch.uint8)).view[None]
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     x = torch.randn(2, 1, 6, 64, generator=torch.Generator().manual_seed(0))
 
-    def velocity(ids: torch.Tensor, lengths: list[int], seen_BNC: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def velocity(ids: torch.Tensor, lengths: list[int], x: torch.Tensor) -> torch.Tensor:
         context = model.forward(model.empty_context(len(ids)), ids, lengths).context
-        context = model.forward(context, seen_BNC=seen_BNC).context
+        none = torch.zeros(len(ids), 0, model.token_dim)
+        context = model.encode_image(context, none, (0, 0), view.expand(len(ids), -1, -1, -1))
         image = NoisyImage(x, torch.full((len(x), 1), 0.7), (2, 3))
         return model.forward(context, image=image).velocity_BKND
 
-    both = velocity(padded, [len(t) for t in texts], seen.expand(2, -1, -1), x)
+    both = velocity(padded, [len(t) for t in texts], x)
     for k, ids in enumerate(texts):
-        assert torch.allclose(both[k : k + 1], velocity(ids[None], [len(ids)], seen, x[k : k + 1]), atol=1e-5)
+        assert torch.allclose(both[k : k + 1], velocity(ids[None], [len(ids)], x[k : k + 1]), atol=1e-5)
 
 
 # ----- guidance in a rollout

@@ -12,7 +12,7 @@ from unigrpo_cli.algo.objective import Objective, unigrpo_loss
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt, flatten
 from unigrpo_cli.models.mot.checkpoint import load_model
-from unigrpo_cli.models.mot.network import NoisyImage
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import replay
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.train import score_old_and_reference, with_advantages

@@ -41,7 +41,8 @@ from unigrpo_cli.models.mot.config import (
     computes_wide,
     expert_of,
 )
-from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.network import MoT
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import read_given, rollout, sample_text
 from unigrpo_cli.run.memory import (

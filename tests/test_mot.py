@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from unigrpo_cli.models.mot.config import expert_of
-from unigrpo_cli.models.mot.network import NoisyImage
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import NoisyImage
 
 GRID = (6, 6)
 
@@ -130,8 +130,7 @@ def test_an_image_sees_all_of_itself_and_all_text(tiny: MoTPolicy) -> None:
 def test_a_clean_image_joins_the_context_and_moves_it_by_one_position(tiny: MoTPolicy) -> None:
     ids, image = _ids(2, 6, tiny), _image(2, 1, tiny)
     before = tiny.forward(tiny.empty_context(2), ids).context
-    clean = NoisyImage(image.x_BKND, torch.zeros_like(image.t_BK), GRID)
-    after = tiny.forward(before, image=clean, keep_image=True).context
+    after = tiny.encode_image(before, image.x_BKND[:, 0], GRID)
     assert after.used == before.used + 36 + 2
     assert (after.position_B == before.position_B + 1).all()
     seen, unseen = (tiny.forward(c, ids[:, :3]).hidden_BLC for c in (after, before))

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from unigrpo_cli.models.mot.config import MoTConfig, expert_of
-from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import NoisyImage
 
 try:
     from diffusers import Cosmos3OmniTransformer

@@ -15,10 +15,11 @@ from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Episode, GivenImage, Group, Prompt, TextActions, flatten
 from unigrpo_cli.models.mot import policy as mot_policy
 from unigrpo_cli.models.mot.checkpoint import load_model
-from unigrpo_cli.models.mot.network import Attention, NoisyImage
+from unigrpo_cli.models.mot.network import Attention
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import _passes_of, collate, micro_batches, replay, replayed_tokens
-from unigrpo_cli.rollout import Sampling, read_given, read_image, rollout, sample_image, sample_text
+from unigrpo_cli.rollout import Sampling, read_given, rollout, sample_image, sample_text
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.training.metrics import drift
 
@@ -189,7 +190,7 @@ def _two_rounds(model: MoTPolicy) -> list[Episode]:
             context = read_given(model, [given])
             context, first = sample_text(model, context, SAMPLING, [seed])
             image = sample_image(model, context, SAMPLING, WINDOW, [seed])[0]
-            context = read_image(model, context, image.latent[None], image.grid)
+            context = model.encode_image(context, image.latent[None], image.grid)
             context, second = sample_text(model, context, SAMPLING, [derive(seed, "again")])
             repainted = sample_image(model, context, SAMPLING, WINDOW, [derive(seed, "again")])[0]
             episodes.append(Episode(prompt, member, seed, (*given, first[0], image, second[0], repainted)))
@@ -260,7 +261,7 @@ def test_copies_at_once_are_a_rule_of_shapes(
     noisy = batch.chunks[0].image
     elsewhere = replace(tiny, network=copy.deepcopy(tiny.network).to("meta"))
     assert elsewhere.copies_at_once(noisy) == 3
-    monkeypatch.setattr(mot_policy, "is_sharded", lambda network: True)
+    monkeypatch.setattr(MoTPolicy, "is_sharded", True)
     assert tiny.copies_at_once(noisy) == 3
 
 
@@ -298,7 +299,7 @@ def test_an_edit_replays_what_it_was_shown(tiny: MoTPolicy, tmp_path: Path) -> N
         for member, (prompt, source) in enumerate(zip(PROMPTS, _two_rounds(tiny), strict=True)):
             shown = source.images[0]
             given = GivenImage("source", shown.grid, shown.latent, shown.pixels)
-            context = read_image(tiny, tiny.empty_context(1), given.latent[None], given.grid)
+            context = tiny.encode_image(tiny.empty_context(1), given.latent[None], given.grid)
             asked = tiny.preamble(prompt, think=True)
             context = tiny.forward(context, asked[0].ids[None]).context
             context, texts = sample_text(tiny, context, SAMPLING, [member])

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.codec import PixelCodec
 from unigrpo_cli.models.mot.config import MoTConfig
-from unigrpo_cli.models.mot.network import MoT, NoisyImage
+from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.mot.tokenizer import BOUNDARY, CLOSE, OPEN, UNKNOWN, boundary_ids
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.toy.prompts import (
     OPENINGS,
     TAGS,

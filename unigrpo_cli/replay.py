@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, structure
-from unigrpo_cli.models.mot.network import MoTOutput, NoisyImage
-from unigrpo_cli.models.policy import Policy
-from unigrpo_cli.rollout import read_image, views_of
+from unigrpo_cli.models.policy import NoisyImage, Policy, PolicyOutput
+from unigrpo_cli.rollout import views_of
 
 BOUNDARY = 2  # boundary tokens of an image
 
@@ -37,7 +36,7 @@ class Chunk:
         row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 off-mask.
         action_BL, mask_BL: ids of the text actions; False where a row has none.
         image: the recorded noisy states of a sampled image, or None.
-        latent_BND, grid, view_BHWC: the finished or given image, read by later chunks; see `rollout.read_image`.
+        latent_BND, grid, view_BHWC: the finished or given image, read by later chunks; see `Policy.encode_image`.
     """
 
     ids_BS: Tensor
@@ -256,7 +255,7 @@ def replay(
         ValueError: on fewer than one copy.
     """
     if copies is not None and copies < 1:
-        raise ValueError(f"copies={copies}: a pass passes at one noisy state or more; None lets the policy choose")
+        raise ValueError(f"copies={copies}: a pass takes one noisy state or more; None lets the policy choose")
     detach = not grad_through_context
     context = policy.empty_context(len(batch.chunks[0].length_B))
     log_probs, entropies, velocities = [], [], []
@@ -285,7 +284,7 @@ def replay(
             velocities.append(_all_velocities([out, *others]))
         context = out.context
         if chunk.latent_BND is not None and k + 1 < len(batch.chunks):
-            context = read_image(policy, context, chunk.latent_BND, chunk.grid, chunk.view_BHWC)
+            context = policy.encode_image(context, chunk.latent_BND, chunk.grid, chunk.view_BHWC)
     rows = len(batch.chunks[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(
@@ -303,7 +302,7 @@ def _passes_of(image: NoisyImage, copies: int) -> list[NoisyImage]:
     return [NoisyImage(x_BKND, t_BK, image.grid) for x_BKND, t_BK in parts]
 
 
-def _all_velocities(passes: list[MoTOutput]) -> Tensor:
+def _all_velocities(passes: list[PolicyOutput]) -> Tensor:
     """Velocities [B, K, N, D] of all noisy states."""
     found = [out.velocity_BKND for out in passes if out.velocity_BKND is not None]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -1,7 +1,8 @@
 """Draw episodes under the behaviour policy: the program prompt -> reasoning -> image.
 
-`sample_text` and `sample_image` each draw one segment for all rows of a batch; `read_image` puts an image into the
-context. `replay.py` is the mirror image of this file: it scores the actions drawn here by the same functions of `algo`.
+`sample_text` and `sample_image` each draw one segment for all rows of a batch; `Policy.encode_image` puts an image into
+the context. `replay.py` is the mirror image of this file: it scores the actions drawn here by the same functions of
+`algo`.
 
 Shape letters: B rows (episodes), L text actions, K stochastic steps, N image tokens of D numbers.
 """
@@ -20,9 +21,7 @@ from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, Prompt, TextActions, structure
-from unigrpo_cli.models.mot.context import Context
-from unigrpo_cli.models.mot.network import NoisyImage
-from unigrpo_cli.models.policy import Policy
+from unigrpo_cli.models.policy import Context, NoisyImage, Policy
 from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
 from unigrpo_cli.parallel.workers import parallel_map, worker_count
 
@@ -183,24 +182,12 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
         if isinstance(column[0], GivenImage):
             images = [s for s in column if isinstance(s, GivenImage)]
             latent = torch.stack([image.latent for image in images]).to(policy.device)
-            context = read_image(policy, read_pending(context), latent, images[0].grid, views_of(images))
+            context = policy.encode_image(read_pending(context), latent, images[0].grid, views_of(images))
             continue
         for row, segment in zip(pending, column, strict=True):
             assert isinstance(segment, GivenText)
             row.append(segment.ids)
     return read_pending(context)
-
-
-def read_image(
-    policy: Policy, context: Context, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
-) -> Context:
-    """The context after one image per row: its clean latents unless N = 0, then the vision tower's view."""
-    if x_BND.shape[1]:
-        clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=policy.device), grid)
-        context = policy.forward(context, image=clean, keep_image=True).context
-    if view_BHWC is not None:
-        context = policy.forward(context, seen_BNC=policy.see(view_BHWC)).context
-    return context
 
 
 def views_of(images: Sequence[GivenImage | ImageActions]) -> Tensor | None:
@@ -227,26 +214,31 @@ def sample_text(
     length = torch.full((rows,), budget, device=policy.device)
     whole = context.reserve(budget + 2)
     at = torch.arange(rows, device=policy.device)  # rows in the batch
-    going = [1] * rows  # unfinished ones of those
+    unfinished = torch.ones(rows, dtype=torch.long, device=policy.device)  # of those, 1 or 0
+    count = rows
     out = policy.forward(whole, torch.full((rows, 1), open_id, device=policy.device))
     for k in range(budget):
         assert out.hidden_BLC is not None
         drawn = token(policy.logits(out.hidden_BLC[:, -1]), temperature=sampling.temperature, uniform=uniform_BL[at, k])
         ids_BL[at, k], log_prob_BL[at, k] = drawn.id, drawn.log_prob.float()
-        out = policy.forward(out.context, drawn.id[:, None], going)
+        out = policy.forward(out.context, drawn.id[:, None], None if count == len(at) else unfinished)
         stops = (drawn.id == stop_id) & ~finished[at]
-        length[at[stops]], finished[at[stops]] = k + 1, True
-        going = (~finished[at]).int().tolist()  # the only host wait per token
-        if not any(going):
+        length[at] = torch.where(stops, k + 1, length[at])
+        finished[at] = finished[at] | stops
+        unfinished = (~finished[at]).long()
+        count = int(unfinished.sum())  # the only host wait per token
+        if not count:
             break
-        if 2 * sum(going) <= len(going) and k + 1 < budget:
-            whole, writing = whole.put(at, out.context), torch.tensor(going, device=policy.device).nonzero()[:, 0]
-            at, going = at[writing], [1] * len(writing)
+        if 2 * count <= len(at) and k + 1 < budget:
+            whole = whole.put(at, out.context)
+            kept = unfinished.argsort(descending=True, stable=True)[:count]
             assert out.hidden_BLC is not None
-            out = replace(out, context=out.context.select(writing), hidden_BLC=out.hidden_BLC[writing])
+            out = replace(out, context=out.context.select(kept), hidden_BLC=out.hidden_BLC[kept])
+            at, unfinished = at[kept], unfinished[kept]
     context = out.context
-    if any(going):
-        context = policy.forward(context, torch.full((len(going), 1), stop_id, device=policy.device), going).context
+    if count:
+        closing = torch.full((len(at), 1), stop_id, device=policy.device)
+        context = policy.forward(context, closing, None if count == len(at) else unfinished).context
     if len(at) < rows:
         context = whole.put(at, context)
     ids_BL, log_prob_BL = ids_BL.cpu(), log_prob_BL.cpu()
@@ -295,14 +287,15 @@ def sample_image(
     grid = grid or policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
     times = flow.time_grid(sampling.steps, sampling.shift)
+    times_on_device = times.to(policy.device)
     noise_BKND = torch.stack([normal(derive(s, "steps"), window.size, *shape) for s in seeds])
     noise_BKND = noise_BKND.to(policy.device)
     x = torch.stack([normal(derive(s, "start"), *shape) for s in seeds]).to(policy.device)
     before, after, log_probs = [], [], []
     for k, (t, t_next) in enumerate(pairwise(times)):
-        v = velocity(policy, context, x, t, grid)
+        v = velocity(policy, context, x, times_on_device[k], grid)
         if unconditional is not None and sampling.guidance.acts(float(t)):
-            v = _guided(policy, unconditional, x, t, grid, v, sampling.guidance)
+            v = _guided(policy, unconditional, x, times_on_device[k], grid, v, sampling.guidance)
         if k not in window.steps:
             x = flow.euler(x, v, t, t_next)
             continue
@@ -346,8 +339,8 @@ def sample_image(
 
 
 def velocity(policy: Policy, context: Context, x_BND: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
-    """v_BND of one noisy image per row at a common time, fp32."""
-    t_B1 = t.to(policy.device).expand(len(x_BND), 1)
+    """v_BND of one noisy image per row at a common time on the policy's device, fp32."""
+    t_B1 = t.expand(len(x_BND), 1)
     out = policy.forward(context, image=NoisyImage(x_BND[:, None], t_B1, grid))
     assert out.velocity_BKND is not None
     return out.velocity_BKND[:, 0].float()

@@ -22,16 +22,15 @@ from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import GivenImage, GivenText
 from unigrpo_cli.models.mot.checkpoint import load_model
-from unigrpo_cli.models.mot.context import Context
-from unigrpo_cli.models.mot.network import NoisyImage
+from unigrpo_cli.models.mot.context import MoTContext
 from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
 from unigrpo_cli.models.mot.resize import Resize
 from unigrpo_cli.models.mot.vision import patchify
+from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.rollout import (
     Sampling,
     UnconditionalContexts,
     read_given,
-    read_image,
     sample_image,
     sample_text,
     velocity,
@@ -51,7 +50,7 @@ class Golden:
     def text(self, *names: str) -> tuple[GivenText, ...]:
         return tuple(GivenText("given", "", self.g[f"ids.{name}"]) for name in names)
 
-    def read(self, *given: GivenText | GivenImage) -> Context:
+    def read(self, *given: GivenText | GivenImage) -> MoTContext:
         return read_given(self.model, [given])
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -272,7 +271,7 @@ def test_the_tower_sees_what_the_official_one_does(bagel: Golden) -> None:
         if f"{name}.vit_patches" in bagel.g:
             assert off(patches[0], bagel.g[f"{name}.vit_patches"]) < 1e-6
         assert off(bagel.model.network.vit_model(patches, grid)[0], bagel.g[f"{name}.vit_features"]) < EDIT
-        assert off(bagel.model.see(view)[0], bagel.g[f"{name}.vit_embeddings"]) < EDIT
+        assert off(bagel.model.encode_view(view)[0], bagel.g[f"{name}.vit_embeddings"]) < EDIT
 
 
 @torch.no_grad()
@@ -325,7 +324,7 @@ def test_understanding(bagel: Golden) -> None:
     """A picture that is only looked at, a question, a greedy answer; logits at every position."""
     g, model = bagel.g, bagel.model
     picture = source(bagel, "und", latents=False)
-    context = read_image(model, model.empty_context(1), picture.latent[None], picture.grid, picture.view[None])
+    context = model.encode_image(model.empty_context(1), picture.latent[None], picture.grid, picture.view[None])
     out = model.forward(context, g["und.input_ids"][None])
     assert off(model.network.logits(out.hidden_BLC)[0], g["und.logits"]) < ANSWER
     wanted = g["und.greedy_ids"]

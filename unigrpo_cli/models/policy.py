@@ -1,25 +1,66 @@
-"""What rollout and replay need of a model, and nothing more.
+"""The border between the algorithm and a model: what rollout, replay and training ask of it.
 
-A policy reads text into a context, says what word comes next, and says which way a noisy image should go. How
-many networks it is made of is its own affair. Time and sign conventions are ours at this border: t = 1 is
-noise, v = noise - data.
+A policy reads text into a context, gives the logits of the next token, and gives velocities of noisy images. How
+many networks it is made of is its own affair. At this border t = 1 is noise, t = 0 is data, v = noise - data.
+
+Shape letters: B rows (episodes), L text tokens, K noisy copies of each row's image, N image tokens of D numbers,
+C width of hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
 
     from unigrpo_cli.episode import GivenImage, GivenText, Prompt
-    from unigrpo_cli.models.mot.context import Context
-    from unigrpo_cli.models.mot.network import MoTOutput, NoisyImage
+
+Lengths = Tensor | Sequence[int] | None
+"""Valid tokens of each row; None when all count. A tensor on the policy's device costs no wait."""
+
+
+@dataclass(frozen=True)
+class NoisyImage:
+    """K noisy copies of each row's image: latents x_BKND in fp32, times t_BK, token rows and columns."""
+
+    x_BKND: Tensor
+    t_BK: Tensor
+    grid: tuple[int, int]
+
+
+class Context(Protocol):
+    """What rows have read so far, e.g. keys and values. What is inside is the policy's own."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def reserve(self, slots: int) -> Self:
+        """Room for `slots` more tokens, so that decoding does not copy the context for each."""
+        ...
+
+    def select(self, index_B: Tensor) -> Self:
+        """Rows by index; repeat an index to share one prompt among the members of a group."""
+        ...
+
+    def put(self, index_B: Tensor, rows: Any) -> Self:
+        """This context with `rows`, which were selected from it and have read on, in their old places."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What one pass gives: the new context, states of the text that was read, fp32 velocities of the images."""
+
+    context: Any
+    hidden_BLC: Tensor | None = None
+    velocity_BKND: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -66,16 +107,25 @@ class Policy(Protocol):
 
     def forward(
         self,
-        context: Context,
+        context: Any,
         ids_BL: Tensor | None = None,
-        length_B: list[int] | None = None,
+        length_B: Lengths = None,
         image: NoisyImage | None = None,
         *,
-        seen_BNC: Tensor | None = None,
         detach_context: bool = False,
-        keep_image: bool = False,
-    ) -> MoTOutput:
-        """Read text or a given picture into the context, then give velocities of noisy images in it."""
+    ) -> PolicyOutput:
+        """Read text into the context, then give velocities of noisy images in it; either may be left out.
+
+        Args:
+            ids_BL: right-padded with any id.
+            detach_context: image losses give no gradient to what was read.
+        """
+        ...
+
+    def encode_image(
+        self, context: Any, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+    ) -> Context:
+        """The context after one image per row: its clean latents unless N = 0, then its view, uint8, if given."""
         ...
 
     def compiled(self) -> Policy:
@@ -84,10 +134,6 @@ class Policy(Protocol):
 
     def copies_at_once(self, image: NoisyImage) -> int:
         """How many noisy copies of each row's image one pass should take: by shapes and device alone."""
-        ...
-
-    def see(self, view_BHWC: Tensor) -> Tensor:
-        """Given pictures, uint8, as `forward` takes them."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Context:
+class MoTContext:
     """What has been said and shown so far: keys and values of every layer, for B rows.
 
     Slots are filled left to right for all rows at once; a row that had less to say has invalid slots,
@@ -37,7 +37,7 @@ class Context:
     def rows(self) -> int:
         return self.position_B.shape[0]
 
-    def reserve(self, slots: int) -> Context:
+    def reserve(self, slots: int) -> MoTContext:
         """Room for `slots` more, so that decoding one token does not copy the whole cache."""
 
         def grown(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Context:
 
         return replace(self, keys=tuple(map(grown, self.keys)), values=tuple(map(grown, self.values)))
 
-    def select(self, index_B: Tensor) -> Context:
+    def select(self, index_B: Tensor) -> MoTContext:
         """Rows by index; repeat an index to share one prompt among the members of a group."""
         valid = None if self.valid_BS is None else self.valid_BS[index_B]
         return replace(
@@ -56,7 +56,7 @@ class Context:
             position_B=self.position_B[index_B],
         )
 
-    def put(self, index_B: Tensor, rows: Context) -> Context:
+    def put(self, index_B: Tensor, rows: MoTContext) -> MoTContext:
         """Rows that were selected from here, as they have become since; the others have nothing in the new slots.
 
         Written in place: there must be room, see `reserve`.

@@ -21,9 +21,8 @@ N image tokens of D latent numbers each, C hidden width, H heads, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +31,13 @@ from torch.utils.checkpoint import checkpoint
 
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.mot.config import MoTConfig
-from unigrpo_cli.models.mot.context import Context, append
+from unigrpo_cli.models.mot.context import MoTContext, append
 from unigrpo_cli.models.mot.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotation, widen
 from unigrpo_cli.models.mot.vision import Connector, VisionTower
+from unigrpo_cli.models.policy import Lengths, NoisyImage, PolicyOutput
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, see `layers.rotation`."""
 
 
 class Attention(nn.Module):
@@ -53,15 +56,15 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{expert}", RMSNorm(head, config.rms_norm_eps))
             self.add_module(f"k_norm{expert}", RMSNorm(head, config.rms_norm_eps))
 
-    def project(self, x_BLC: Tensor, rotated: tuple[Tensor, Tensor], expert: str) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BLC: Tensor, rotation: Rotation, expert: str) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, L, E] of one expert, normalised and rotated."""
 
         def heads(name: str) -> Tensor:
             flat = getattr(self, f"{name}_proj{expert}")(x_BLC)
             return flat.unflatten(-1, (-1, self.config.head_dim))
 
-        q = getattr(self, f"q_norm{expert}")(heads("q"), rotated)
-        k = getattr(self, f"k_norm{expert}")(heads("k"), rotated)
+        q = getattr(self, f"q_norm{expert}")(heads("q"), rotation)
+        k = getattr(self, f"k_norm{expert}")(heads("k"), rotation)
         return q.transpose(1, 2), k.transpose(1, 2), heads("v").transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
@@ -94,17 +97,56 @@ class Attention(nn.Module):
         return getattr(self, f"o_proj{expert}")(x)
 
 
-@dataclass(frozen=True)
-class _Masks:
-    """Attention masks of one forward pass, shared by its layers; None means "attend to all"."""
+class Text(NamedTuple):
+    """The text stream of a pass: states, their rotation, and which keys they attend to (no mask: all)."""
 
-    text_causal: bool
-    text: Tensor | None
-    image: Tensor | None
+    states_BLC: Tensor
+    rotation: Rotation
+    causal: bool
+    mask: Tensor | None
+
+
+class Image(NamedTuple):
+    """The image stream of a pass: latents, their two boundary tokens, one rotation for all, and a mask over keys."""
+
+    latent_RNC: Tensor
+    boundary_REC: Tensor | None
+    rotation: Rotation
+    mask: Tensor | None
+
+
+class LayerCache(NamedTuple):
+    """Keys and values [B, H, capacity, E] of one layer; `used` slots are filled."""
+
+    keys: Tensor
+    values: Tensor
+    used: int
+
+
+class Options(NamedTuple):
+    """See `MoT.forward`. In the last layer boundary tokens only supply keys and values."""
+
+    detach_context: bool
+    keep_image: bool
+    last: bool
+
+
+class LayerOutput(NamedTuple):
+    """States after a layer, its cache with the text appended, and with `keep_image` the image's keys and values.
+
+    Tuples of tensors all through: compiled layers and FSDP's hooks find the tensors in them.
+    """
+
+    text_BLC: Tensor | None
+    latent_RNC: Tensor | None
+    boundary_REC: Tensor | None
+    keys: Tensor
+    values: Tensor
+    image_cache: tuple[Tensor, Tensor] | None
 
 
 class MoTLayer(nn.Module):
-    """One layer: a text stream that extends the context, then an image stream that looks at it."""
+    """One layer: a text stream that extends the context, then an image stream that attends to it."""
 
     def __init__(self, config: MoTConfig):
         super().__init__()
@@ -114,67 +156,48 @@ class MoTLayer(nn.Module):
                 self.add_module(f"{name}{expert}", RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"mlp{expert}", MLP(config.hidden_size, config.intermediate_size))
 
-    def _qkv(self, x: Tensor, rotated: tuple[Tensor, Tensor], expert: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.project(getattr(self, f"input_layernorm{expert}")(x), rotated, expert)
+    def _qkv(self, x: Tensor, rotation: Rotation, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(getattr(self, f"input_layernorm{expert}")(x), rotation, expert)
 
     def _residual(self, x: Tensor, attended: Tensor, expert: str) -> Tensor:
         x = x + self.self_attn.output(attended, expert)
         normed = getattr(self, f"post_attention_layernorm{expert}")(x)
         return x + getattr(self, f"mlp{expert}")(normed)
 
-    def forward(
-        self,
-        text_BLC: Tensor | None,
-        text_turned: tuple[Tensor, Tensor] | None,
-        latent_RNC: Tensor | None,
-        edge_REC: Tensor | None,
-        image_turned: tuple[Tensor, Tensor] | None,
-        keys: Tensor,
-        values: Tensor,
-        used: int,
-        masks: _Masks,
-        detach_context: bool,
-        keep_image: bool,
-        last: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Both streams through one layer.
-
-        Returns the new text, latent and edge states, the context keys and values with the text appended,
-        and with `keep_image` the image's own keys and values. After the last layer nobody reads the edges: there
-        they say what they have to say to the latents, and have no states.
-        """
-        if text_BLC is not None:
-            assert text_turned is not None
-            q, k, v = self._qkv(text_BLC, text_turned, "")
+    def forward(self, text: Text | None, image: Image | None, cache: LayerCache, options: Options) -> LayerOutput:
+        """Both streams through one layer."""
+        keys, values, used = cache
+        text_BLC = latent_RNC = boundary_REC = image_cache = None
+        if text is not None:
+            q, k, v = self._qkv(text.states_BLC, text.rotation, "")
             keys, values = append(keys, used, k), append(values, used, v)
             used += k.shape[2]
             attended = self.self_attn.attend_words(
-                q, keys[:, :, :used], values[:, :, :used], causal=masks.text_causal, mask=masks.text
+                q, keys[:, :, :used], values[:, :, :used], causal=text.causal, mask=text.mask
             )
-            text_BLC = self._residual(text_BLC, attended, "")
-        own_k = own_v = None
-        if latent_RNC is not None:
-            assert edge_REC is not None and image_turned is not None
-            latents = latent_RNC.shape[1]
-            q, k, v = self._qkv(latent_RNC, image_turned, "_moe_gen")
-            q_edge, k_edge, v_edge = self._qkv(edge_REC, image_turned, "")
+            text_BLC = self._residual(text.states_BLC, attended, "")
+        if image is not None:
+            assert image.boundary_REC is not None
+            latents = image.latent_RNC.shape[1]
+            q, k, v = self._qkv(image.latent_RNC, image.rotation, "_moe_gen")
+            q_edge, k_edge, v_edge = self._qkv(image.boundary_REC, image.rotation, "")
             past_k, past_v = keys[:, :, :used], values[:, :, :used]
-            if detach_context:
-                # The boundary tokens are the text expert's too, so all it says to the latents is cut here.
+            if options.detach_context:  # the boundary tokens are the text expert's too
                 past_k, past_v, k_edge, v_edge = (x.detach() for x in (past_k, past_v, k_edge, v_edge))
-            # One position for the whole image, so the order of its keys does not matter: latents, then edges.
-            if keep_image:
-                own_k, own_v = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
+            # One position for the whole image, so the order of its keys does not matter: latents, then boundaries.
+            if options.keep_image:
+                image_cache = torch.cat([k, k_edge], dim=2), torch.cat([v, v_edge], dim=2)
             attended = self.self_attn.attend(
-                q if last else torch.cat([q, q_edge], dim=2),
+                q if options.last else torch.cat([q, q_edge], dim=2),
                 _after(past_k, k, k_edge),
                 _after(past_v, v, v_edge),
                 causal=False,
-                mask=masks.image,
+                mask=image.mask,
             )
-            latent_RNC = self._residual(latent_RNC, attended[:, :latents], "_moe_gen")
-            edge_REC = None if last else self._residual(edge_REC, attended[:, latents:], "")
-        return text_BLC, latent_RNC, edge_REC, keys, values, own_k, own_v
+            latent_RNC = self._residual(image.latent_RNC, attended[:, :latents], "_moe_gen")
+            if not options.last:
+                boundary_REC = self._residual(image.boundary_REC, attended[:, latents:], "")
+        return LayerOutput(text_BLC, latent_RNC, boundary_REC, keys, values, image_cache)
 
 
 KINDS = 64
@@ -210,24 +233,6 @@ def _after(past: Tensor, *own: Tensor) -> Tensor:
     return torch.cat([shared, *(x.unflatten(0, (-1, copies)) for x in own)], dim=3).flatten(0, 1)
 
 
-@dataclass(frozen=True)
-class MoTOutput:
-    """What one pass gives. `hidden_BLC` is final-normed text states; `velocity_BKND` is fp32."""
-
-    context: Context
-    hidden_BLC: Tensor | None = None
-    velocity_BKND: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class NoisyImage:
-    """K noisy copies of each row's image: latents x_BKND in fp32, times t_BK, grid of tokens."""
-
-    x_BKND: Tensor
-    t_BK: Tensor
-    grid: tuple[int, int] = field(default=(0, 0))  # token rows and columns; rows * columns = N
-
-
 class Decoder(nn.Module):
     """Embeddings, layers and both final norms; a room of its own for the sake of the tensor names."""
 
@@ -248,17 +253,19 @@ class LanguageModel(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What the text expert reads in one pass: states, rotation, what each may see, and the counters afterwards."""
+class _Read(NamedTuple):
+    """What the text expert reads in one pass, and the context's counters afterwards."""
 
-    states_BLC: Tensor
-    rotated: tuple[Tensor, Tensor]
-    causal: bool
-    mask: Tensor | None
-    valid_BS: Tensor | None
+    text: Text
     used: int
+    valid_BS: Tensor | None
     position_B: Tensor
+
+
+@cache
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Token ids, copied to a device once."""
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 class MoT(nn.Module):
@@ -269,7 +276,7 @@ class MoT(nn.Module):
     """
 
     def __init__(self, config: MoTConfig, boundary_ids: tuple[int, ...]):
-        """`edge_ids`: token ids of the image boundaries, <|vision_start|> and <|vision_end|>; () for none."""
+        """`boundary_ids`: token ids of the image boundaries, <|vision_start|> and <|vision_end|>; () for none."""
         super().__init__()
         self.config = config
         self.boundary_ids = boundary_ids
@@ -294,7 +301,7 @@ class MoT(nn.Module):
         """What it computes in."""
         return self.latent_pos_embed.pos_embed.dtype
 
-    def empty_context(self, rows: int, capacity: int = 0) -> Context:
+    def empty_context(self, rows: int, capacity: int = 0) -> MoTContext:
         """The context before anything was said."""
         config = self.config
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
@@ -305,40 +312,40 @@ class MoT(nn.Module):
             )
 
         position = torch.zeros(rows, dtype=torch.long, device=self.device)
-        return Context(blank(), blank(), 0, None, position)
+        return MoTContext(blank(), blank(), 0, None, position)
 
-    def see(self, patches_BNP: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Given pictures as the text expert reads them: [B, N, C] from fp32 patches that share one grid."""
+    def encode_view(self, patches_BNP: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Given images as the text expert reads them: [B, N, C] from fp32 patches that share one grid."""
         features = self.vit_model(patches_BNP.to(self.dtype), grid)
         return self.connector(features) + self.vit_pos_embed(*grid)
 
     def forward(
         self,
-        context: Context,
+        context: MoTContext,
         ids_BL: Tensor | None = None,
-        length_B: list[int] | None = None,
+        length_B: Lengths = None,
         image: NoisyImage | None = None,
         *,
-        seen_BNC: Tensor | None = None,
+        view_BNC: Tensor | None = None,
         detach_context: bool = False,
         keep_image: bool = False,
         compiled: bool = False,
-    ) -> MoTOutput:
-        """Read text or a given picture into the context, then look at images in it.
+    ) -> PolicyOutput:
+        """Read text or a given image into the context, then attend to it from noisy images.
 
         Args:
             context: what came before; not changed (its spare capacity may be written).
             ids_BL: text tokens, right-padded with any id; None for no text.
             length_B: valid tokens per row; None when all L are.
             image: noisy images that see the context including the new text; None for none.
-            seen_BNC: instead of text, one given picture per row, from `see`.
+            view_BNC: instead of text, one given image per row, from `encode_view`.
             detach_context: no gradient from images into the text expert, neither through the context nor through
                 the boundary tokens.
             keep_image: append the image (K = 1, clean, t = 0) to the context and advance its position by one.
             compiled: take compiled layers, where no gradient is asked for.
 
         Returns:
-            Hidden states of the text, velocities v = noise - data of the images (fp32), the new context.
+            The new context, final-normed states of the text, velocities of the images.
 
         Raises:
             UsageError: when layers cannot be compiled here.
@@ -346,50 +353,46 @@ class MoT(nn.Module):
         model = self.language_model.model
         read = None
         if ids_BL is not None:
-            read = self._words(context, ids_BL, length_B)
-        elif seen_BNC is not None:
-            read = self._picture(context, seen_BNC)
-        text, text_turned = (None, None) if read is None else (read.states_BLC, read.rotated)
+            read = self._read_text(context, ids_BL, length_B)
+        elif view_BNC is not None:
+            read = self._read_view(context, view_BNC)
         after = context if read is None else read
-
-        latent = edge = image_turned = image_mask = None
-        if image is not None:
-            latent, edge, image_turned = self._image_stream(image, after.position_B)
-            if after.valid_BS is not None:
-                own = latent.shape[1] + edge.shape[1]
-                seen = after.valid_BS.repeat_interleave(image.x_BKND.shape[1], 0)
-                image_mask = torch.cat([seen, seen.new_ones(len(seen), own)], dim=1)[:, None, None, :]
-
-        masks = _Masks(read is not None and read.causal, None if read is None else read.mask, image_mask)
+        text = None if read is None else read.text
+        stream = None if image is None else self._image_stream(image, after.position_B, after.valid_BS)
         keys, values, kept = [], [], []
         for index, layer in enumerate(model.layers):
-            given = (text, text_turned, latent, edge, image_turned, *context.layer(index), context.used, masks)
-            how = (detach_context, keep_image, index + 1 == len(model.layers))
+            options = Options(detach_context, keep_image, last=index + 1 == len(model.layers))
+            given = (text, stream, LayerCache(*context.layer(index), context.used), options)
+            out: LayerOutput
             if self.activation_checkpointing and torch.is_grad_enabled():
-                out = checkpoint(layer, *given, *how, use_reentrant=False)
+                out = checkpoint(layer, *given, use_reentrant=False)
             elif compiled and not torch.is_grad_enabled():
-                out = _by_compiled(layer, *given, *how)
+                out = _by_compiled(layer, *given)
             else:
-                out = layer(*given, *how)
-            text, latent, edge, k, v, own_k, own_v = out
-            keys.append(k)
-            values.append(v)
-            kept.append((own_k, own_v))
-
-        grown = Context(tuple(keys), tuple(values), after.used, after.valid_BS, after.position_B)
+                out = layer(*given)
+            if text is not None and out.text_BLC is not None:
+                text = text._replace(states_BLC=out.text_BLC)
+            if stream is not None and out.latent_RNC is not None:
+                stream = stream._replace(latent_RNC=out.latent_RNC, boundary_REC=out.boundary_REC)
+            keys.append(out.keys)
+            values.append(out.values)
+            kept.append(out.image_cache)
+        grown = MoTContext(tuple(keys), tuple(values), after.used, after.valid_BS, after.position_B)
         if keep_image:
             grown = self._with_image(grown, kept)
-        hidden = None if text is None else model.norm(text)
-        velocity = None if image is None else self._velocity(image, model.norm_moe_gen(latent))
-        return MoTOutput(grown, hidden, velocity)
+        hidden = None if text is None else model.norm(text.states_BLC)
+        velocity = None
+        if image is not None and stream is not None:
+            velocity = self._velocity(image, model.norm_moe_gen(stream.latent_RNC))
+        return PolicyOutput(grown, hidden, velocity)
 
-    def _words(self, context: Context, ids_BL: Tensor, length_B: list[int] | None) -> _Read:
+    def _read_text(self, context: MoTContext, ids_BL: Tensor, length_B: Lengths) -> _Read:
         """Text after the context: every token sees all before it."""
         rows, new = ids_BL.shape
-        ragged = length_B is not None and any(n != new for n in length_B)
+        ragged = isinstance(length_B, Tensor) or (length_B is not None and any(n != new for n in length_B))
         step = torch.arange(new, device=self.device)
         if ragged:
-            length = torch.tensor(length_B, device=self.device)
+            length = torch.as_tensor(length_B, device=self.device)
         else:
             length = torch.full((rows,), new, device=self.device)
         valid_BS = None
@@ -401,47 +404,46 @@ class MoT(nn.Module):
             past = context.validity()[:, None, None, :].expand(-1, 1, new, -1)
             causal = (step[:, None] >= step)[None, None].expand(rows, 1, -1, -1)
             mask = torch.cat([past, causal], dim=-1)
-        return _Read(
-            self._embed(ids_BL),
-            self._rotation(context.position_B[:, None] + step),
-            context.used == 0,
-            mask,
-            valid_BS,
-            context.used + new,
-            context.position_B + length,
-        )
+        rotation = self._rotation(context.position_B[:, None] + step)
+        text = Text(self._embed(ids_BL), rotation, context.used == 0, mask)
+        return _Read(text, context.used + new, valid_BS, context.position_B + length)
 
-    def _picture(self, context: Context, seen_BNC: Tensor) -> _Read:
-        """A given picture between its boundary tokens: all see each other, at one position for all of them."""
-        rows = len(seen_BNC)
-        edges = self._edges(rows)
-        states = torch.cat([edges[:, :1], seen_BNC.to(self.dtype), edges[:, 1:]], dim=1)
+    def _read_view(self, context: MoTContext, view_BNC: Tensor) -> _Read:
+        """A given image between its boundary tokens: all see each other, at one position for all of them."""
+        rows = len(view_BNC)
+        boundary = self._boundary(rows)
+        states = torch.cat([boundary[:, :1], view_BNC.to(self.dtype), boundary[:, 1:]], dim=1)
         new, mask, valid_BS = states.shape[1], None, None
         if context.valid_BS is not None:
             valid_BS = torch.cat([context.valid_BS, context.valid_BS.new_ones(rows, new)], dim=1)
             mask = valid_BS[:, None, None, :]
-        rotated = self._rotation(context.position_B[:, None])
-        return _Read(states, rotated, False, mask, valid_BS, context.used + new, context.position_B + 1)
+        text = Text(states, self._rotation(context.position_B[:, None]), False, mask)
+        return _Read(text, context.used + new, valid_BS, context.position_B + 1)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.language_model.model.embed_tokens(ids).to(self.dtype)
 
-    def _edges(self, rows: int) -> Tensor:
+    def _boundary(self, rows: int) -> Tensor:
         """States of the boundary tokens, [rows, 2, C]."""
-        return self._embed(torch.tensor(self.boundary_ids, dtype=torch.long, device=self.device)).expand(rows, -1, -1)
+        return self._embed(_on_device(self.boundary_ids, self.device)).expand(rows, -1, -1)
 
-    def _rotation(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, position_BL: Tensor) -> Rotation:
         return rotation(position_BL, self.config.head_dim, self.config.rope_theta)
 
-    def _image_stream(self, image: NoisyImage, position_B: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Input states of latents [R, N, C] and edges [R, 2, C], and the rotation that all of an image shares."""
+    def _image_stream(self, image: NoisyImage, position_B: Tensor, valid_BS: Tensor | None) -> Image:
+        """The K noisy copies of each row's image as R rows. All tokens of an image share one rotation."""
         copies = image.x_BKND.shape[1]
         x_RND = image.x_BKND.flatten(0, 1)
         wide = torch.promote_types(self.dtype, torch.float32)
         latent = self.vae2llm(x_RND.to(wide)) + self.time_embedder(image.t_BK.flatten().to(wide))[:, None]
         latent = (latent + self.latent_pos_embed(*image.grid)).to(self.dtype)
-        rotated = self._rotation(position_B.repeat_interleave(copies, 0)[:, None])
-        return latent, self._edges(len(x_RND)), rotated
+        rotation = self._rotation(position_B.repeat_interleave(copies, 0)[:, None])
+        boundary, mask = self._boundary(len(x_RND)), None
+        if valid_BS is not None:
+            seen = valid_BS.repeat_interleave(copies, 0)
+            own = seen.new_ones(len(seen), latent.shape[1] + boundary.shape[1])
+            mask = torch.cat([seen, own], dim=1)[:, None, None, :]
+        return Image(latent, boundary, rotation, mask)
 
     def _velocity(self, image: NoisyImage, hidden_RNC: Tensor) -> Tensor:
         """fp32 velocities [B, K, N, D] from final image states."""
@@ -450,15 +452,16 @@ class MoT(nn.Module):
             return out
         return (image.x_BKND - out) / image.t_BK.clamp_min(1e-3)[..., None, None]
 
-    def _with_image(self, context: Context, kept: list[tuple[Tensor, Tensor]]) -> Context:
+    def _with_image(self, context: MoTContext, kept: list[tuple[Tensor, Tensor] | None]) -> MoTContext:
         """The context with a clean image appended."""
-        own = kept[0][0].shape[2]
+        caches = [cache for cache in kept if cache is not None]
+        own = caches[0][0].shape[2]
         valid = context.valid_BS
         if valid is not None:
             valid = torch.cat([valid, valid.new_ones(context.rows, own)], dim=1)
-        return Context(
-            tuple(append(k, context.used, new) for k, (new, _) in zip(context.keys, kept, strict=True)),
-            tuple(append(v, context.used, new) for v, (_, new) in zip(context.values, kept, strict=True)),
+        return MoTContext(
+            tuple(append(k, context.used, new) for k, (new, _) in zip(context.keys, caches, strict=True)),
+            tuple(append(v, context.used, new) for v, (_, new) in zip(context.values, caches, strict=True)),
             context.used + own,
             valid,
             context.position_B + 1,

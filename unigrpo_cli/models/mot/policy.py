@@ -20,14 +20,14 @@ from unigrpo_cli.models import lora
 from unigrpo_cli.models.mot.bagel import Release
 from unigrpo_cli.models.mot.codec import Codec
 from unigrpo_cli.models.mot.config import ALSO, LAYERS, LORA_TARGETS, VisionConfig, expert_of
-from unigrpo_cli.models.mot.context import Context
+from unigrpo_cli.models.mot.context import MoTContext
 from unigrpo_cli.models.mot.layers import is_on_host, stream_from_host
-from unigrpo_cli.models.mot.network import MoT, MoTOutput, NoisyImage
+from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.resize import Resize
 from unigrpo_cli.models.mot.tokenizer import CLOSE, OPEN, UNKNOWN, token_id
 from unigrpo_cli.models.mot.vision import patchify
 from unigrpo_cli.models.mot.weights import restore_weights, save_model
-from unigrpo_cli.models.policy import Adapter, Finetune
+from unigrpo_cli.models.policy import Adapter, Finetune, Lengths, NoisyImage, PolicyOutput
 from unigrpo_cli.models.sharding import fp32_masters, is_sharded, shard, whole
 
 LOOK_BYTES = 12 * 2**20
@@ -124,31 +124,32 @@ class MoTPolicy:
     def device(self) -> torch.device:
         return self.network.device
 
-    def empty_context(self, rows: int) -> Context:
+    def empty_context(self, rows: int) -> MoTContext:
         return self.network.empty_context(rows)
 
     def forward(
         self,
-        context: Context,
+        context: MoTContext,
         ids_BL: Tensor | None = None,
-        length_B: list[int] | None = None,
+        length_B: Lengths = None,
         image: NoisyImage | None = None,
         *,
-        seen_BNC: Tensor | None = None,
         detach_context: bool = False,
-        keep_image: bool = False,
-    ) -> MoTOutput:
-        """Read text or a picture into the context, then look at images in it; see `MoT.forward`."""
-        return self.network(
-            context,
-            ids_BL,
-            length_B,
-            image,
-            seen_BNC=seen_BNC,
-            detach_context=detach_context,
-            keep_image=keep_image,
-            compiled=self.compiles,
-        )
+    ) -> PolicyOutput:
+        """Read text into the context, then give velocities of noisy images in it; see `MoT.forward`."""
+        return self.network(context, ids_BL, length_B, image, detach_context=detach_context, compiled=self.compiles)
+
+    def encode_image(
+        self, context: MoTContext, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+    ) -> MoTContext:
+        """The context after one image per row: its clean latents unless N = 0, then the vision tower's view."""
+        if x_BND.shape[1]:
+            clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=self.device), grid)
+            context = self.network(context, image=clean, keep_image=True, compiled=self.compiles).context
+        if view_BHWC is not None:
+            view_BNC = self.encode_view(view_BHWC)
+            context = self.network(context, view_BNC=view_BNC, compiled=self.compiles).context
+        return context
 
     def compiled(self) -> MoTPolicy:
         return replace(self, compiles=True)
@@ -228,11 +229,11 @@ class MoTPolicy:
             latent = self.encode_pixels(pixels[None], noise)[0].float().cpu()
         return GivenImage(role, grid, latent, pixels, view)
 
-    def see(self, view_BHWC: Tensor) -> Tensor:
-        """Pictures of one size as the text expert reads them."""
+    def encode_view(self, view_BHWC: Tensor) -> Tensor:
+        """Images of one size as the text expert reads them."""
         patch = self.require_vision().patch_size
         grid = view_BHWC.shape[1] // patch, view_BHWC.shape[2] // patch
-        return self.network.see(patchify(view_BHWC.to(self.device), patch), grid)
+        return self.network.encode_view(patchify(view_BHWC.to(self.device), patch), grid)
 
     # ----- pixels
 

@@ -13,9 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from unigrpo_cli.models.mot.context import Context
-from unigrpo_cli.models.mot.network import MoTOutput, NoisyImage
-from unigrpo_cli.models.policy import TrainablePolicy
+from unigrpo_cli.models.policy import Context, Lengths, NoisyImage, PolicyOutput, TrainablePolicy
 
 Item = int | str
 Prefix = tuple[Item, ...]
@@ -58,21 +56,29 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class TracedContext(Context):
-    """A context that carries what its rows have received, and the index of its trace."""
+class TracedContext:
+    """A policy's context with what its rows have received, and the index of its trace."""
 
-    prefixes: tuple[Prefix, ...] = ()
-    trace: int = 0
+    own: Context
+    prefixes: tuple[Prefix, ...]
+    trace: int
+
+    @property
+    def rows(self) -> int:
+        return self.own.rows
+
+    def reserve(self, slots: int) -> TracedContext:
+        return replace(self, own=self.own.reserve(slots))
 
     def select(self, index_B: Tensor) -> TracedContext:
-        chosen = cast(TracedContext, super().select(index_B))
-        return replace(chosen, prefixes=tuple(self.prefixes[row] for row in index_B.tolist()))
+        prefixes = tuple(self.prefixes[row] for row in index_B.tolist())
+        return replace(self, own=self.own.select(index_B), prefixes=prefixes)
 
-    def put(self, index_B: Tensor, rows: Context) -> TracedContext:
-        merged, prefixes = cast(TracedContext, super().put(index_B, rows)), list(self.prefixes)
-        for row, own in zip(index_B.tolist(), cast(TracedContext, rows).prefixes, strict=True):
-            prefixes[row] = own
-        return replace(merged, prefixes=tuple(prefixes))
+    def put(self, index_B: Tensor, rows: TracedContext) -> TracedContext:
+        prefixes = list(self.prefixes)
+        for row, prefix in zip(index_B.tolist(), rows.prefixes, strict=True):
+            prefixes[row] = prefix
+        return replace(self, own=self.own.put(index_B, rows.own), prefixes=tuple(prefixes))
 
 
 @dataclass(frozen=True)
@@ -111,33 +117,28 @@ class Recorder:
 
     def empty_context(self, rows: int) -> TracedContext:
         self.traces.append(Trace())
-        context = vars(self.policy.empty_context(rows))
-        return TracedContext(**context, prefixes=((),) * rows, trace=len(self.traces) - 1)
+        return TracedContext(self.policy.empty_context(rows), ((),) * rows, len(self.traces) - 1)
 
     def forward(
         self,
         context: TracedContext,
         ids_BL: Tensor | None = None,
-        length_B: list[int] | None = None,
+        length_B: Lengths = None,
         image: NoisyImage | None = None,
         *,
-        seen_BNC: Tensor | None = None,
-        keep_image: bool = False,
-        **more: Any,
-    ) -> MoTOutput:
-        out = self.policy.forward(context, ids_BL, length_B, image, seen_BNC=seen_BNC, keep_image=keep_image, **more)
+        detach_context: bool = False,
+    ) -> PolicyOutput:
+        out = self.policy.forward(context.own, ids_BL, length_B, image, detach_context=detach_context)
         trace, prefixes = self.traces[context.trace], context.prefixes
         if ids_BL is not None:
             assert out.hidden_BLC is not None
-            lengths = [ids_BL.shape[1]] * len(prefixes) if length_B is None else list(length_B)
+            lengths = [ids_BL.shape[1]] * len(prefixes)
+            if length_B is not None:
+                lengths = length_B.tolist() if isinstance(length_B, Tensor) else list(length_B)
             self._text = _Text(trace, prefixes, ids_BL.tolist(), lengths, out.hidden_BLC.detach())
             prefixes = tuple(p + tuple(ids[:n]) for p, ids, n in zip(prefixes, self._text.ids, lengths, strict=True))
             trace.prefixes = prefixes
-        if seen_BNC is not None:
-            prefixes = tuple((*p, _digest(row)) for p, row in zip(prefixes, seen_BNC, strict=True))
-        if image is not None and keep_image:
-            prefixes = tuple((*p, _digest(row)) for p, row in zip(prefixes, image.x_BKND, strict=True))
-        elif image is not None:
+        if image is not None:
             assert out.velocity_BKND is not None
             x, t, v = (y.detach().cpu() for y in (image.x_BKND, image.t_BK, out.velocity_BKND))
             trace.calls += [
@@ -145,7 +146,16 @@ class Recorder:
                 for k in range(x.shape[1])
                 for row in range(len(x))
             ]
-        return replace(out, context=TracedContext(**vars(out.context), prefixes=prefixes, trace=context.trace))
+        return replace(out, context=replace(context, own=out.context, prefixes=prefixes))
+
+    def encode_image(
+        self, context: TracedContext, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+    ) -> TracedContext:
+        own, prefixes = self.policy.encode_image(context.own, x_BND, grid, view_BHWC), context.prefixes
+        for image in (x_BND if x_BND.shape[1] else None, view_BHWC):
+            if image is not None:
+                prefixes = tuple((*p, _digest(row)) for p, row in zip(prefixes, image, strict=True))
+        return replace(context, own=own, prefixes=prefixes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         out = self.policy.logits(hidden)
