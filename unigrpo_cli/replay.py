@@ -35,6 +35,7 @@ class Chunk:
         ids_BS, length_B: all tokens of the chunk, right-padded, and their number.
         row_BL: for each text action, the token of `ids_BS` whose state predicts it; 0 off-mask.
         action_BL, mask_BL: ids of the text actions; False where a row has none.
+        acted_N: flat positions of the mask in [B, L], known to the host so that no pass waits for the device.
         image: the recorded noisy states of a sampled image, or None.
         latent_BND, grid, view_BHWC: the finished or given image, read by later chunks; see `Policy.encode_image`.
     """
@@ -44,6 +45,7 @@ class Chunk:
     row_BL: Tensor
     action_BL: Tensor
     mask_BL: Tensor
+    acted_N: Tensor
     image: NoisyImage | None
     latent_BND: Tensor | None
     grid: tuple[int, int]
@@ -191,12 +193,14 @@ def _chunk(
     if len({s.grid for s in shown}) > 1:
         raise ValueError("images replayed together must share one size")
     grid = shown[0].grid if shown else (0, 0)
+    mask_BL = torch.arange(int(lengths.max())) < lengths[:, None]
     return Chunk(
         ids_BS=pad_sequence(ids, batch_first=True),
         length_B=[len(row) for row in ids],
         row_BL=pad_sequence(at, batch_first=True),
         action_BL=pad_sequence(actions, batch_first=True),
-        mask_BL=torch.arange(int(lengths.max())) < lengths[:, None],
+        mask_BL=mask_BL,
+        acted_N=mask_BL.flatten().nonzero()[:, 0],
         image=None if steps is None else NoisyImage(steps.x_BKND, steps.t_BK, grid),
         latent_BND=torch.stack([s.latent for s in shown]) if shown else None,
         grid=grid,
@@ -224,7 +228,8 @@ def _image_steps(painted: list[ImageActions]) -> ImageSteps:
 def _to(value, device):
     """A dataclass, tuple or tensor with every tensor inside it on `device`."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        pinned = torch.device(device).type == "cuda" and value.device.type == "cpu"
+        return (value.pin_memory() if pinned else value).to(device, non_blocking=pinned)
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
     if isinstance(value, Batch | Chunk | Actions | ImageSteps | NoisyImage):
@@ -275,10 +280,12 @@ def replay(
             entropies.append(log_probs[-1])
         elif chunk.mask_BL.shape[1]:
             assert out.hidden_BLC is not None
-            hidden = out.hidden_BLC[chunk.mask_BL.nonzero()[:, 0], chunk.row_BL[chunk.mask_BL]]
-            scored = token(policy.logits(hidden), temperature=batch.temperature, id=chunk.action_BL[chunk.mask_BL])
-            log_probs.append(_scatter(scored.log_prob, chunk.mask_BL))
-            entropies.append(_scatter(scored.entropy, chunk.mask_BL))
+            at_N = chunk.acted_N
+            hidden = out.hidden_BLC[at_N // chunk.mask_BL.shape[1], chunk.row_BL.flatten()[at_N]]
+            ids = chunk.action_BL.flatten()[at_N]
+            scored = token(policy.logits(hidden), temperature=batch.temperature, id=ids)
+            log_probs.append(_scatter(scored.log_prob, at_N, chunk.mask_BL.shape))
+            entropies.append(_scatter(scored.entropy, at_N, chunk.mask_BL.shape))
         if passes:
             others = [policy.forward(out.context, image=noisy, detach_context=detach) for noisy in passes[1:]]
             velocities.append(_all_velocities([out, *others]))
@@ -308,6 +315,6 @@ def _all_velocities(passes: list[PolicyOutput]) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-def _scatter(values: Tensor, mask_BL: Tensor) -> Tensor:
-    """Values of the masked positions in place; 0 elsewhere."""
-    return torch.zeros(mask_BL.shape, dtype=values.dtype, device=values.device).masked_scatter(mask_BL, values)
+def _scatter(values_N: Tensor, at_N: Tensor, shape: torch.Size) -> Tensor:
+    """Values at flat positions of that shape; 0 elsewhere."""
+    return values_N.new_zeros(shape.numel()).index_copy(0, at_N, values_N).view(shape)

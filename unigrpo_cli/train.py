@@ -149,7 +149,7 @@ def training_step(
             skipped = f"update {len(updates) + 1} of {t.epochs * t.minibatches}: {refused}"
     metrics |= step_metrics.drift([(m.batch, m.old) for share in minibatches for m in share if m.old is not None])
     metrics |= step_metrics.over_updates([u.terms for u in updates], ratio_checked=rescore)
-    metrics |= step_metrics.memory() | {f"seconds/{name}": value for name, value in seconds.items()}
+    metrics |= step_metrics.memory(policy.device) | {f"seconds/{name}": value for name, value in seconds.items()}
     scored = {name: result.select(own) for name, result in scored.items()}
     return StepResult(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
 
@@ -213,8 +213,8 @@ def score_old_and_reference(
 
 def with_advantages(minibatches: Sequence[Sequence[MicroBatch]], advantage_B: Tensor) -> list[list[MicroBatch]]:
     """Each micro-batch with the advantages of its episodes."""
-    advantage_B = advantage_B.to(minibatches[0][0].batch.actions.mask_BL.device)
-    return [[replace(m, advantage_B=advantage_B[m.rows]) for m in share] for share in minibatches]
+    device = minibatches[0][0].batch.actions.mask_BL.device
+    return [[replace(m, advantage_B=advantage_B[m.rows].to(device)) for m in share] for share in minibatches]
 
 
 def update(
@@ -243,14 +243,14 @@ def update(
                     )
                     for m, s in zip(part, new, strict=True)
                 ]
+            values = step_metrics.values_of(losses)
             with ranks.together():
-                update_guard.check_losses(losses)
+                update_guard.check_losses(values)
             backward([loss.total for loss in losses], parameters, workers)
-            for loss in losses:
+            for loss in values:
                 step_metrics.add_terms(terms, loss)
             done += part
-        taught = any(bool(m.advantage_B.any()) for m in done)
-        stepped = optimizer_step(state, config, taught)
+        stepped = optimizer_step(state, config, [m.advantage_B for m in done])
     finally:
         state.optimizer.zero_grad()
     return UpdateResult(ranks.summed(terms) | stepped, done)

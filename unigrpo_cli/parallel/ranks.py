@@ -184,24 +184,12 @@ class Ranks:
         """The norm of each existing gradient, over all ranks' parts of a sharded one: [n], n may be 0."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not any(isinstance(g, DTensor) for g in gradients):
-            return torch.stack([g.norm() for g in gradients]) if gradients else torch.zeros(0)
-        own = torch.stack([local(g).norm().double() for g in gradients])
+            return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0)
+        own = torch.stack(torch._foreach_norm([local(g) for g in gradients])).double()
         parts = torch.tensor([isinstance(g, DTensor) for g in gradients], device=own.device)
         squares = torch.where(parts, own.square(), 0.0)
         dist.all_reduce(squares)
         return torch.where(parts, squares.sqrt(), own).float()
-
-    def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Scale gradients to a total norm of at most `limit`, over all weights and ranks; returns the norm before."""
-        norms = self.gradient_norms(parameters)
-        if not len(norms):
-            return 0.0
-        total = norms.norm()
-        factor = torch.clamp(limit / (total + 1e-6), max=1.0)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                local(parameter.grad).mul_(factor.to(parameter.grad.device))
-        return total.item()
 
     def summed(self, terms: dict[str, float]) -> dict[str, float]:
         """Statistics of an update, where each rank has its part of a mean: their sums; of maxima the largest."""

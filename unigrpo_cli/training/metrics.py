@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from hashlib import blake2b
 
@@ -84,10 +85,11 @@ def _digest(tensors: Sequence[Tensor]) -> bytes:
 def drift(replayed: Sequence[tuple[Batch, Scores]]) -> dict[str, float]:
     """How far replay is from rollout, in log-probability: the same weights, another way to compute them."""
     text: list[Tensor] = []
+    masks: list[Tensor] = []
     image: list[Tensor] = []
     for batch, old in replayed:
-        mask = batch.actions.mask_BL
-        text.append((old.log_prob_BL - batch.behaviour_text_BL)[mask].abs())
+        text.append((old.log_prob_BL - batch.behaviour_text_BL).abs().flatten())
+        masks.append(batch.actions.mask_BL.flatten())
         if old.velocities:
             scores = [
                 flow.log_prob(steps.sde, steps.x_next_BKND, step_densities(steps, v))
@@ -95,22 +97,47 @@ def drift(replayed: Sequence[tuple[Batch, Scores]]) -> dict[str, float]:
             ]
             image.append((torch.cat(scores, dim=1) - batch.behaviour_image_BK).abs())
     found: dict[str, float] = {}
-    for name, parts in (("text", text), ("image", [i.flatten() for i in image])):
-        values = torch.cat(parts) if parts else torch.zeros(0)
+    steps = {i.shape[1] for i in image}
+    text_N, image_N = _on_host(text)[_on_host(masks).bool()], _on_host([i.flatten() for i in image])
+    for name, values in (("text", text_N), ("image", image_N)):
         if len(values):
             found |= {f"{name}/drift_max": values.max().item(), f"{name}/drift_mean": values.mean().item()}
-    if image and len({i.shape[1] for i in image}) == 1:  # else their steps are not comparable
-        means = torch.cat(image).mean(dim=0).tolist()
+    if len(steps) == 1 and len(image_N):  # else their steps are not comparable
+        means = image_N.view(-1, *steps).mean(dim=0).tolist()
         found |= {f"image/drift_mean/step_{k}": value for k, value in enumerate(means)}
     return found
 
 
-def add_terms(terms: dict[str, float], loss: Loss) -> None:
+def _on_host(parts: Sequence[Tensor]) -> Tensor:
+    """Vectors one after the other, in one transfer from their device."""
+    return torch.cat(list(parts)).cpu() if parts else torch.zeros(0)
+
+
+@dataclass(frozen=True)
+class LossValues:
+    """The numbers of a `Loss` on the host: its terms and the loss itself, which add up, and its maxima."""
+
+    means: dict[str, float]
+    maxima: dict[str, float]
+
+
+def values_of(losses: Sequence[Loss]) -> list[LossValues]:
+    """The numbers of some losses, in one transfer from their device."""
+    named = [(loss.means | {"loss": loss.total.detach()}, loss.maxima) for loss in losses]
+    tensors = [value.double() for means, maxima in named for value in (*means.values(), *maxima.values())]
+    values = iter(torch.stack(tensors).tolist())
+    return [
+        LossValues({name: next(values) for name in means}, {name: next(values) for name in maxima})
+        for means, maxima in named
+    ]
+
+
+def add_terms(terms: dict[str, float], loss: LossValues) -> None:
     """Add the terms and statistics of one micro-batch to those of its update."""
-    for name, value in (loss.means | {"loss": loss.total.detach()}).items():
-        terms[name] = terms.get(name, 0.0) + value.item()
+    for name, value in loss.means.items():
+        terms[name] = terms.get(name, 0.0) + value
     for name, value in loss.maxima.items():
-        terms[name] = _larger(terms.get(name, 0.0), value.item())
+        terms[name] = _larger(terms.get(name, 0.0), value)
 
 
 def over_updates(updates: Sequence[dict[str, float]], *, ratio_checked: bool = True) -> dict[str, float]:
@@ -145,12 +172,12 @@ def _larger(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
-def memory() -> dict[str, float]:
-    """GiB: what the process holds and has held at most; with a GPU, its most since the last call."""
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB: what the process holds and has held at most; with a GPU, most on `device` since the last call."""
     found = {"memory/process": _resident() / GIB, "memory/process_peak": _peak_resident() / GIB}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["memory/gpu_peak"] = torch.cuda.max_memory_allocated() / GIB
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        found["memory/gpu_peak"] = torch.cuda.max_memory_allocated(device) / GIB
+        torch.cuda.reset_peak_memory_stats(device)
     return found
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unigrpo_cli.algo.rng import derive
@@ -85,11 +88,11 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
 
 
-def optimizer_step(state: TrainState, config: Config, taught: bool) -> dict[str, float]:
+def optimizer_step(state: TrainState, config: Config, advantages: Sequence[Tensor]) -> dict[str, float]:
     """One AdamW step on the gradients of all ranks: refuse what is not sound, clip, step.
 
     Args:
-        taught: whether some advantage on this rank is not 0.
+        advantages: of the update's episodes on this rank.
 
     Returns the gradient norm of each expert before clipping, and `grad_clipped`.
 
@@ -100,10 +103,14 @@ def optimizer_step(state: TrainState, config: Config, taught: bool) -> dict[str,
     ranks, trained, known = state.ranks, state.policy.trainable(), state.record.gradient_norms
     parameters = [p for expert in trained.values() for p in expert]
     ranks.sum_gradients(parameters)
-    norms = {e: n.norm().item() for e, own in trained.items() if len(n := ranks.gradient_norms(own))}
+    each = {expert: n for expert, own in trained.items() if len(n := ranks.gradient_norms(own))}
+    total = torch.cat([*each.values(), *([] if each else [torch.zeros(1)])]).norm()
+    taught = torch.cat(list(advantages)).any().to(total)
+    *own_norms, norm, flag = torch.stack([*(n.norm() for n in each.values()), total, taught]).tolist()
+    norms = dict(zip(each, own_norms, strict=True))
     update_guard.check_gradient(norms, known, config.monitor.explosion)
-    update_guard.remember_norms(norms, known, taught=ranks.any(taught))
-    norm = ranks.clip_gradients(parameters, config.train.grad_clip)
+    update_guard.remember_norms(norms, known, taught=ranks.any(bool(flag)))
+    clip_gradients(parameters, total, config.train.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
     state.between = True
@@ -112,6 +119,14 @@ def optimizer_step(state: TrainState, config: Config, taught: bool) -> dict[str,
         update_guard.check_weights([local(p) for p in parameters], state.step)
     found = {f"{expert}/grad_norm": value for expert, value in norms.items()}
     return found | {"grad_clipped": float(norm > config.train.grad_clip)}
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale gradients whose norm over all weights and ranks is `norm` to one of at most `limit`."""
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
 
 def warmup(optimizer: torch.optim.Optimizer, config: Config) -> float:

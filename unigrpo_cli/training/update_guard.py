@@ -10,12 +10,14 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+import torch
 from torch import Tensor
 
-from unigrpo_cli.algo.objective import Loss, Scores
+from unigrpo_cli.algo.objective import Scores
 from unigrpo_cli.episode import Group, ImageActions, TextActions, flatten
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
 from unigrpo_cli.replay import Batch
+from unigrpo_cli.training.metrics import LossValues
 
 RECENT = 32  # accepted updates whose median a new norm is compared with
 ENOUGH = 8  # of them, before there is a rule: the first updates, warm-up say, are like no others
@@ -34,10 +36,15 @@ def check_batch(groups: Sequence[Group], fixed: Sequence[tuple[Batch, Scores | N
             f"latents or log-probabilities of the rollout are not finite (first for prompt "
             f"{bad[0].prompt.text!r}, member {bad[0].member}; {len(bad)} of {len(episodes)} episodes)"
         )
+    whose, flags = [], []
     for batch, old, reference in fixed:
-        for whose, scores in (("old policy's", old), ("reference's", reference)):
-            if scores is not None and not _finite(scores, batch.actions.mask_BL):
-                raise RefusedUpdateError(f"the {whose} scores of the recorded actions are not finite")
+        for name, scores in (("old policy's", old), ("reference's", reference)):
+            if scores is not None:
+                whose.append(name)
+                flags.append(_finite(scores, batch.actions.mask_BL))
+    for name, finite in zip(whose, torch.stack(flags).tolist() if flags else (), strict=True):
+        if not finite:
+            raise RefusedUpdateError(f"the {name} scores of the recorded actions are not finite")
 
 
 def _numbers(segment: object) -> tuple[Tensor, ...]:
@@ -46,20 +53,23 @@ def _numbers(segment: object) -> tuple[Tensor, ...]:
     return (segment.log_prob,) if isinstance(segment, TextActions) else ()
 
 
-def _finite(scores: Scores, mask_BL: Tensor) -> bool:
-    text = scores.log_prob_BL[mask_BL] if mask_BL.shape == scores.log_prob_BL.shape else scores.log_prob_BL
-    return bool(text.isfinite().all()) and all(bool(v.isfinite().all()) for v in scores.velocities)
+def _finite(scores: Scores, mask_BL: Tensor) -> Tensor:
+    """Whether all scores are finite, on their device."""
+    text = scores.log_prob_BL.isfinite()
+    if mask_BL.shape == text.shape:
+        text = text | ~mask_BL
+    return torch.stack([text.all(), *(v.isfinite().all() for v in scores.velocities)]).all()
 
 
-def check_losses(losses: Sequence[Loss]) -> None:
+def check_losses(losses: Sequence[LossValues]) -> None:
     """Before their backward pass.
 
     Raises:
         RefusedUpdateError: when a loss is not finite.
     """
     for loss in losses:
-        if not loss.total.isfinite():
-            raise RefusedUpdateError(f"the loss is {loss.total.item()}, not finite, so no update was made")
+        if not math.isfinite(loss.means["loss"]):
+            raise RefusedUpdateError(f"the loss is {loss.means['loss']}, not finite, so no update was made")
 
 
 def check_gradient(norms: dict[str, float], known: dict[str, list[float]], limit: float) -> None:
@@ -105,7 +115,8 @@ def check_weights(parameters: Sequence[Tensor], step: int) -> None:
     Raises:
         DivergedError: when a weight is not finite: no checkpoint may hold it.
     """
-    if not all(bool(p.isfinite().all()) for p in parameters):
+    largest = torch._foreach_norm(list(parameters), ord=math.inf)  # NaN where a weight is NaN
+    if not torch.stack([norm.float() for norm in largest]).isfinite().all():
         raise DivergedError(
             f"step {step + 1}: weights overflowed in an update whose gradient was finite; lower train.lr_text and "
             "train.lr_image, and resume from the last checkpoint"

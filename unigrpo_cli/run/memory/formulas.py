@@ -339,8 +339,8 @@ def _concurrent_gradients(work: Workload) -> Item | None:
     count = work.concurrent_micro_batches
     if count == 1:
         return None
-    sets = {"sets": count + 1, "trained_weights": work.trained_on_rank}
-    return item("each micro-batch's gradients", f"{count} at once, and their sum", **sets, bytes=FP32)
+    note = f"{count} at once, and their sum"
+    return item("each micro-batch's gradients", note, sets=count + 1, trained_weights=work.trained_on_rank, bytes=FP32)
 
 
 def saved_per_token(work: Workload, expert: str) -> int:
@@ -379,11 +379,11 @@ def _saved_casts(work: Workload) -> int:
 def _saved_for_backward(work: Workload) -> tuple[Item, ...]:
     """What a whole forward pass leaves for the backward pass."""
     layers, tokens = work.model.num_hidden_layers, work.replayed_text_tokens + work.replayed_image_tokens
-    states = {"tokens": tokens, "numbers": work.model.hidden_size, "bytes": work.dtype_bytes}
+    width, b = work.model.hidden_size, work.dtype_bytes
     if work.config.train.activation_checkpointing:
-        return (item("layers' inputs", layers=layers + 2, **states),)
+        return (item("layers' inputs", layers=layers + 2, tokens=tokens, numbers=width, bytes=b),)
     activations = item("activations", f"saved for {tokens:,} tokens", layers=layers, bytes=_saved_per_layer(work))
-    return (activations, item("first and last states", states=2, **states))
+    return (activations, item("first and last states", states=2, tokens=tokens, numbers=width, bytes=b))
 
 
 def _backward(work: Workload, tokens: int) -> tuple[Item, ...]:
