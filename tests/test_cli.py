@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -269,6 +270,17 @@ def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "a \\x1b[31mred" in result.stdout
     assert not set("\x1b\x07\x9b") & set(result.output)
+
+
+def test_commands_in_messages_quote_paths(tmp_path: Path) -> None:
+    out = tmp_path / "my run; $(x)"
+    plugin = _reward(tmp_path, "raise ValueError('no')")
+    more = ("--limit", 1, "--group-size", 2, "--out", out)
+    result = _run("rollout", "--reward", "mine", "--plugin", plugin, *more)
+    assert f"unigrpo rollout --from '{out}'" in result.stderr
+    for path in (Path(__file__).parents[1] / "unigrpo_cli").rglob("*.py"):
+        found = re.findall(r"unigrpo \w+ (?:--\w+ )\{(?!quoted\()[^}]*\}", path.read_text())
+        assert not found, f"{path}: {found}: put it in quoted()"
 
 
 def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path) -> None:

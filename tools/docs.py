@@ -155,8 +155,8 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def regenerated(text: str) -> str:
-    """A document with its generated parts made anew; the reward grammar in them must not look like a link."""
-    return _PART.sub(lambda m: m[1] + PARTS[m[2]]().replace("](", r"]\(") + m[4], text)
+    """A document with its generated parts written again."""
+    return _PART.sub(lambda m: m[1] + PARTS[m[2]]() + m[4], text)
 
 
 def documents() -> list[Path]:

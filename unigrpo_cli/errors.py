@@ -1,15 +1,16 @@
-"""Errors meant for people. Each says what was given, what is accepted, and what to type instead."""
+"""Errors for the user. Each says what was given, what is accepted, and what to type instead."""
 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
 class UnigrpoError(Exception):
-    """One clear line for the user; the command prints it and exits with `exit_code`, without a traceback.
+    """One line for the user; the command prints it and exits with `exit_code`, without a traceback.
 
-    `everywhere` is set where all ranks of a run have the same error (`ranks.together`).
+    `everywhere` is set when all ranks of a run have the same error (`ranks.together`).
     """
 
     exit_code = 1
@@ -29,23 +30,23 @@ class RewardError(UnigrpoError):
 
 
 class DivergedError(UnigrpoError):
-    """Training that left the numbers: several bad steps in a row, or weights that are not finite."""
+    """Training that diverged: several skipped updates in a row, or weights that are not finite."""
 
 
 class RefusedUpdateError(DivergedError):
-    """An update that is not made, for loss, gradient or batch have left the numbers. Nothing has moved."""
+    """Skipped update: non-finite loss, gradient or batch. No weight has changed."""
 
 
 class DiskError(UnigrpoError):
-    """A disk that is full, or that cannot be written for another reason."""
+    """A disk that is full or cannot be written."""
 
 
 class TooLargeError(UnigrpoError):
-    """A run that cannot fit the memory there is."""
+    """A run that does not fit in memory."""
 
 
 class GateError(UnigrpoError):
-    """A threshold that was asked for was not reached."""
+    """A score below the threshold of `--fail-under`."""
 
     exit_code = 4
 
@@ -63,15 +64,15 @@ class FaultError(UnigrpoError):
 
 
 class NotFetchedError(WeightsError):
-    """A model of the hub that is not on this machine, where nothing was to be fetched."""
+    """A model of the hub that is not in the cache, when fetching was not allowed."""
 
 
 class RankError(UnigrpoError):
-    """Another process of a run that failed or is gone."""
+    """Another process of the run failed or is gone."""
 
 
 class EndedElsewhereError(UnigrpoError):
-    """This process ends because another one did, which has told the user why: there is nothing to print."""
+    """This process ends because another one did, which printed the reason."""
 
     def __init__(self, exit_code: int):
         super().__init__("")
@@ -93,8 +94,13 @@ def one_line(text: str) -> str:
     return f"{plain[: LONGEST_LINE // 2]} ... {plain[-LONGEST_LINE // 2 :]}"
 
 
+def quoted(path: object) -> str:
+    """A path as it is typed in a shell, for commands in messages."""
+    return shlex.quote(str(path))
+
+
 def suggest(given: str, accepted: Iterable[str]) -> str:
-    """A tail for an error about a wrong name: the near misses, or else all that is accepted."""
+    """The end of an error about a wrong name: near misses, or all accepted names."""
     options = sorted(accepted)
     near = difflib.get_close_matches(given, options, n=3, cutoff=0.5)
     if near:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,7 +98,7 @@ def _sample_and_score(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Score whole groups, sampled or saved, split over the ranks; rank 0 writes them and returns the summary."""
-    from unigrpo_cli.errors import RewardError
+    from unigrpo_cli.errors import RewardError, quoted
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.directory import Run, new_directory
@@ -139,7 +138,7 @@ def _sample_and_score(
         except RewardError:
             if run is not None:
                 display.warn(
-                    f"the episodes are saved; score them with `unigrpo rollout --from {quote(str(run.directory))}`"
+                    f"the episodes are saved; score them with `unigrpo rollout --from {quoted(run.directory)}`"
                 )
             raise
         with ranks.together():

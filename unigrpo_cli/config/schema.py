@@ -193,7 +193,7 @@ class EvalConfig(Section):
 class RewardConfig(Section):
     """Which rewards are used and how they are run."""
 
-    names: tuple[str, ...] = Field((), description="rewards, as [alias=]name[:weight](@key=value)*")
+    names: tuple[str, ...] = Field((), description="rewards, as `[alias=]name[:weight](@key=value)*`")
     options: dict[str, Any] = Field({}, description="more options, as alias.key = value")
     timeout_s: AboveZero = Field(120.0, description="timeout of one reward call, seconds")
     setup_timeout_s: AboveZero = Field(1800.0, description="timeout of a reward's set-up, downloads included, seconds")

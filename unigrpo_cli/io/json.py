@@ -1,4 +1,4 @@
-"""JSON that any reader takes: numpy and torch scalars as numbers, and null for a number that is not finite."""
+"""Standard JSON: numpy and torch scalars as numbers, non-finite numbers as null."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def to_json(content: Any, indent: int | None = None) -> str:
     """JSON text of a report.
 
     Raises:
-        TypeError: on a value that is no data, e.g. an object.
+        TypeError: on a value that is not data, e.g. an object.
     """
     return json.dumps(_plain(content), indent=indent, allow_nan=False)
 

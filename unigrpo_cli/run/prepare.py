@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
+from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError, quoted
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.launch import launched
@@ -103,7 +103,7 @@ def prepare(
     if reference.digest != content.reference:
         raise WeightsError(
             f"{base} does not hold the weights that this run started from, which are its reference; restore those of "
-            f"{content.base} or start a new run from the checkpoint with --model {checkpoint}"
+            f"{content.base} or start a new run from the checkpoint with --model {quoted(checkpoint)}"
         )
     policy = prepare_policy(load_policy(base, adapter, config), config, ranks)
     if adapter is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.config import Config, with_values
-from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.errors import UsageError, WeightsError, quoted
 from unigrpo_cli.io.atomic import quarantine, verify_checksums
 from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.run.checkpoint import (
@@ -156,7 +156,7 @@ def refuse_changes(content: StateFile, checkpoint: Path, config: Config) -> list
             raise UsageError(f"--resume continues with the model the run started from, {change.old}; leave out --model")
         remedy = "leave it out" if change.old is None else f"leave it out, or give {change.key}={_typed(change.old)}"
         raise UsageError(
-            f"{change}: {remedy}; or start a new run from the weights, `unigrpo train --model {checkpoint}`"
+            f"{change}: {remedy}; or start a new run from the weights, `unigrpo train --model {quoted(checkpoint)}`"
         )
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import DiskError, UsageError
+from unigrpo_cli.errors import DiskError, UsageError, quoted
 from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.registry import Plugins
@@ -128,7 +128,7 @@ def _finished(directory: Path, checkpoint: Path, config: Config, display: Displa
         display.say(f"not used, because no step is left: {', '.join(unused)}")
     display.say(
         f"nothing to do: the run has finished its {content.step} steps and stays as it is; train further with --steps "
-        f"{content.step + 100}, or score it with unigrpo eval --model {directory}"
+        f"{content.step + 100}, or score it with unigrpo eval --model {quoted(directory)}"
     )
     return summary
 
@@ -186,7 +186,7 @@ def _run(
             _examine(state, prompts, rewards, config, files, display)
         return Trainer(config, display, interrupts, files, state, rewards, prompts, suite).run(began)
     except DiskError as error:
-        raise DiskError(f"{error}, then resume: unigrpo train --resume {files.directory}") from error
+        raise DiskError(f"{error}, then resume: unigrpo train --resume {quoted(files.directory)}") from error
     finally:
         if place.files is None:
             files.remove_if_only_described()

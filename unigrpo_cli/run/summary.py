@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from unigrpo_cli.config import Config
-from unigrpo_cli.errors import UnigrpoError
+from unigrpo_cli.errors import UnigrpoError, quoted
 from unigrpo_cli.evaluate import Evaluation, compare, load_report, paired
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run
@@ -96,7 +96,7 @@ def show(summary: dict[str, Any], config: Config, prompts: int, display: Display
     run = summary["run"]
     display.say(
         f"checkpoint {summary['checkpoint']}\npictures   {Path(run) / 'samples' / 'progress.png'}\n"
-        f'try        unigrpo generate --model {run} "a red circle above a blue square"'
+        f'try        unigrpo generate --model {quoted(run)} "a red circle above a blue square"'
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import DiskError
+from unigrpo_cli.errors import DiskError, quoted
 from unigrpo_cli.evaluate import NO_NOISE, Evaluation, eval_sampling, evaluate, samples_of
 from unigrpo_cli.io.atomic import update_symlink
 from unigrpo_cli.models.policy import Policy
@@ -87,7 +87,9 @@ class Trainer:
         content = summary.of_run(state, self.files, after, config.eval.seed, display.warn)
         content |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - began}
         if after is None:
-            display.say(f"interrupted after step {state.step}; resume: unigrpo train --resume {self.files.directory}")
+            display.say(
+                f"interrupted after step {state.step}; resume: unigrpo train --resume {quoted(self.files.directory)}"
+            )
         else:
             summary.show(content, config, len(self.suite), display)
         self.files.write_json("summary.json", content)
@@ -147,7 +149,8 @@ class Trainer:
             self.save_checkpoint()
         if checkpoints(directory):
             self.display.warn(
-                f"stopped after step {state.step}; fix the cause, then resume: unigrpo train --resume {directory}"
+                f"stopped after step {state.step}; fix the cause, then resume: "
+                f"unigrpo train --resume {quoted(directory)}"
             )
 
     def _keep_bad_step(self, step: StepResult) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unigrpo_cli.config import Config
-from unigrpo_cli.errors import DivergedError
+from unigrpo_cli.errors import DivergedError, quoted
 from unigrpo_cli.run.monitor.history import FIRST, LAST, History
 from unigrpo_cli.run.monitor.rules import RULES
 from unigrpo_cli.training.state import MonitorRecord
@@ -100,8 +100,8 @@ class Monitor:
         self.record.bad_steps = 0
         raise DivergedError(
             f"{count} steps in a row were skipped, the last because of {skipped}. Inspect its batch with "
-            f"`unigrpo rollout --from {where}`, then resume from a checkpoint before step {step - count + 1} with "
-            "lower train.lr_text and train.lr_image"
+            f"`unigrpo rollout --from {quoted(where)}`, then resume from a checkpoint before step "
+            f"{step - count + 1} with lower train.lr_text and train.lr_image"
         )
 
 
