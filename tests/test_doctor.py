@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -504,100 +504,82 @@ def token_left_out_of_the_loss(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "text_term", faulty)
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A fault: the checks that must find it (alone, with `only`), and words of the first one's `seen`."""
-
-    plant: Callable[[MonkeyPatch], None]
-    checks: set[str]
-    seen: str = ""
-    settings: tuple[str, ...] = ()
-    only: bool = True
-    thorough: bool = False
+LONG, SHORT = ["sampling.max_new_tokens=40"], ["sampling.max_new_tokens=2"]
+WARM, LORA = ["sampling.temperature=0.7"], ["train.finetune=lora"]
+NO_CONTEXT = ["objective.grad_through_context=false"]
+OTHERS = "by another advantage than their own"
+NO_TEXT = "the text term gives the text expert no gradient"
 
 
-LONG = ("sampling.max_new_tokens=40",)
-WARM = ("sampling.temperature=0.7",)
-LORA = ("train.finetune=lora",)
-WEIGHTED = "by another advantage than their own"
-PLANTED = {
-    "encoded again": Planted(encoded_again_in_rollout, {"tokens"}, "recorded is", only=False),
-    "encoded again in replay": Planted(encoded_again_in_replay, {"tokens"}, "replayed is", only=False),
-    "stop token dropped": Planted(dropped_stop_token, {"stop-token"}, settings=LONG, only=False),
-    "stop token forced": Planted(forced_stop_token_in_rollout, {"stop-token"}, "truncated after", LONG),
-    "stop token forced in replay": Planted(forced_stop_token_in_replay, {"stop-token"}, "not scored in replay", LONG),
-    "text left open": Planted(
-        truncated_text_left_open, {"stop-token"}, "not closed", ("sampling.max_new_tokens=2",), only=False
-    ),
-    "sampled at .5": Planted(sampled_at_another_temperature, {"temperature"}, "of tokens would be sampled differently"),
-    "recorded at 1.4": Planted(
-        recorded_at_another_temperature, {"temperature", "text-drift"}, "log-probabilities are off", WARM
-    ),
-    "replayed at 1": Planted(
-        replayed_at_another_temperature, {"temperature", "text-drift"}, "replay uses 1", WARM, only=False
-    ),
-    "temperature forgotten": Planted(forgotten_temperature, {"temperature"}, "are off", WARM),
-    "temperature forgotten in scores": Planted(forgotten_temperature_in_scores, {"temperature"}, "are off", WARM),
-    "window for each sample": Planted(window_for_each_sample, {"window", "replay"}, "2 windows", only=False),
-    "windows not recorded": Planted(windows_that_are_not_recorded, {"window"}, "has noise at steps", only=False),
-    "shared noise": Planted(noise_shared_by_a_group, {"group-noise"}, "(correlation 1.00)", only=False),
-    "seed without effect": Planted(seed_without_effect, {"repeats"}, only=False, thorough=True),
-    "schedule off by one": Planted(schedule_off_by_one_in_rollout, {"schedule"}, "the network received t", only=False),
-    "call missing": Planted(
-        schedule_with_a_call_missing, {"schedule"}, "3 network calls", ("sampling.window_range=[0, 2]",), only=False
-    ),
-    "schedule off by one in replay": Planted(
-        schedule_off_by_one_in_replay, {"schedule", "image-drift"}, "replayed at", only=False
-    ),
-    "latents in bf16": Planted(_rounded_in_rollout(torch.bfloat16), {"latents"}, "fit 16 bits", only=False),
-    "latents in fp16": Planted(_rounded_in_rollout(torch.float16), {"latents"}, "fit 16 bits", only=False),
-    "latents rounded before replay": Planted(_rounded_in_replay("x_BKND"), {"latents"}, "(before)", only=False),
-    "next latents rounded before replay": Planted(
-        _rounded_in_replay("x_next_BKND"), {"latents"}, "(after)", only=False
-    ),
-    "stale old policy": Planted(stale_old_policy, {"text-ratio", "image-ratio"}, "0 before an update", only=False),
-    "old scores from rollout": Planted(old_scores_from_rollout, {"text-ratio"}, only=False),
-    "adapters left on": Planted(adapters_left_on_in_the_reference, {"reference"}, "moved the reference", LORA),
-    "reference is the policy": Planted(reference_that_is_the_policy, {"reference"}),
-    "reference is the old policy": Planted(reference_that_is_the_old_policy, {"reference"}, "exactly 0"),
-    "penalty without gradient": Planted(penalty_without_gradient, {"reference"}, "no gradient"),
-    "penalty of the wrong sign": Planted(penalty_of_the_wrong_sign, {"reference"}, "drives"),
-    "velocities detached": Planted(detached_velocities, {"gradients"}, "image expert", only=False),
-    "text detached": Planted(detached_text, {"gradients"}, "the text term gives the text expert no gradient"),
-    "text detached, lora": Planted(
-        detached_text, {"gradients"}, "the text term gives the text expert no gradient", LORA
-    ),
-    "gradient stops at the context": Planted(
-        _context_gradient(False), {"gradients"}, "the image term gives the text expert no gradient"
-    ),
-    "gradient does not stop at the context": Planted(
-        _context_gradient(True),
-        {"gradients"},
-        "the image term trains the text expert",
-        ("objective.grad_through_context=false",),
-    ),
-    "advantages swapped": Planted(_advantages(lambda a: a.roll(1)), {"advantages"}),
-    "advantages of the wrong sign": Planted(_advantages(lambda a: -a), {"advantages"}, "has the smaller advantage"),
-    "advantages counted within micro-batches": Planted(
-        advantages_counted_within_micro_batches, {"advantages"}, "is replayed with advantage"
-    ),
-    "loss: advantages reversed": Planted(_advantages_in_the_loss(lambda a: a.flip(0)), {"advantages"}, WEIGHTED),
-    "loss: wrong sign": Planted(_advantages_in_the_loss(lambda a: -a), {"advantages"}, WEIGHTED),
-    "loss: two of one sign swapped": Planted(
-        _advantages_in_the_loss(lambda a: a[[2, 1, 0, 3]]), {"advantages"}, WEIGHTED
-    ),
-    "loss: one term": Planted(one_term_with_the_advantages_of_others, {"advantages"}, "the image actions of a/"),
-    "loss: token left out": Planted(token_left_out_of_the_loss, {"advantages"}, "the text actions of a/"),
-}
+@pytest.mark.parametrize(
+    ("plant", "check", "seen", "settings"),
+    [
+        (forced_stop_token_in_rollout, "stop-token", "truncated after", LONG),
+        (forced_stop_token_in_replay, "stop-token", "not scored in replay", LONG),
+        (sampled_at_another_temperature, "temperature", "of tokens would be sampled differently", []),
+        (forgotten_temperature, "temperature", "are off", WARM),
+        (forgotten_temperature_in_scores, "temperature", "are off", WARM),
+        (adapters_left_on_in_the_reference, "reference", "moved the reference", LORA),
+        (reference_that_is_the_policy, "reference", "", []),
+        (reference_that_is_the_old_policy, "reference", "exactly 0", []),
+        (penalty_without_gradient, "reference", "no gradient", []),
+        (penalty_of_the_wrong_sign, "reference", "drives", []),
+        (detached_text, "gradients", NO_TEXT, []),
+        (detached_text, "gradients", NO_TEXT, LORA),
+        (_context_gradient(False), "gradients", "the image term gives the text expert no gradient", []),
+        (_context_gradient(True), "gradients", "the image term trains the text expert", NO_CONTEXT),
+        (_advantages(lambda a: a.roll(1)), "advantages", "", []),
+        (_advantages(lambda a: -a), "advantages", "has the smaller advantage", []),
+        (advantages_counted_within_micro_batches, "advantages", "is replayed with advantage", []),
+        (_advantages_in_the_loss(lambda a: a.flip(0)), "advantages", OTHERS, []),
+        (_advantages_in_the_loss(lambda a: -a), "advantages", OTHERS, []),
+        (_advantages_in_the_loss(lambda a: a[[2, 1, 0, 3]]), "advantages", OTHERS, []),  # two of one sign
+        (one_term_with_the_advantages_of_others, "advantages", "the image actions of a/", []),
+        (token_left_out_of_the_loss, "advantages", "the text actions of a/", []),
+    ],
+)
+def test_a_planted_fault_is_found_by_one_check(
+    plant: Callable, check: str, seen: str, settings: list[str], monkeypatch: MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    found = _examine(*settings)
+    assert _faults(found) == {check}
+    assert seen in found[check].seen
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_fault_is_found(name: str, monkeypatch: MonkeyPatch) -> None:
-    p = PLANTED[name]
-    p.plant(monkeypatch)
-    found = _examine(*p.settings, thorough=p.thorough)
-    assert (_faults(found) == p.checks) if p.only else (p.checks <= _faults(found))
-    assert p.seen in " ".join(found[check].seen for check in p.checks)
+@pytest.mark.parametrize(
+    ("plant", "checks", "seen", "settings"),
+    [
+        (encoded_again_in_rollout, "tokens", "recorded is", []),
+        (encoded_again_in_replay, "tokens", "replayed is", []),
+        (dropped_stop_token, "stop-token", "", LONG),
+        (truncated_text_left_open, "stop-token", "not closed", SHORT),
+        (recorded_at_another_temperature, "temperature text-drift", "log-probabilities are off", WARM),
+        (replayed_at_another_temperature, "temperature text-drift", "replay uses 1", WARM),
+        (window_for_each_sample, "window replay", "2 windows", []),  # nor can they be stacked
+        (windows_that_are_not_recorded, "window", "has noise at steps", []),
+        (noise_shared_by_a_group, "group-noise", "(correlation 1.00)", []),
+        (seed_without_effect, "repeats", "the same seed gives other episodes", []),
+        (schedule_off_by_one_in_rollout, "schedule", "the network received t", []),
+        (schedule_with_a_call_missing, "schedule", "3 network calls", ["sampling.window_range=[0, 2]"]),
+        (schedule_off_by_one_in_replay, "schedule image-drift", "replayed at", []),
+        (_rounded_in_rollout(torch.bfloat16), "latents", "fit 16 bits", []),
+        (_rounded_in_rollout(torch.float16), "latents", "fit 16 bits", []),
+        (_rounded_in_replay("x_BKND"), "latents", "(before)", []),
+        (_rounded_in_replay("x_next_BKND"), "latents", "(after)", []),
+        (stale_old_policy, "text-ratio image-ratio", "log-ratio 0 before an update", []),
+        (old_scores_from_rollout, "text-ratio", "", []),
+        (detached_velocities, "gradients", "image expert", []),
+    ],
+)
+def test_a_planted_fault_is_found(
+    plant: Callable, checks: str, seen: str, settings: list[str], monkeypatch: MonkeyPatch
+) -> None:
+    """Other checks may find it too."""
+    plant(monkeypatch)
+    found = _examine(*settings, thorough=plant is seed_without_effect)
+    assert set(checks.split()) <= _faults(found)
+    assert seen in found[checks.split()[0]].seen
 
 
 def test_an_optimizer_that_does_not_fit_the_settings_is_found() -> None:

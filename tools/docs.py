@@ -21,7 +21,7 @@ from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.errors import TooLargeError
 from unigrpo_cli.rewards.hooks import Hooks
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.run.doctor import CHECKS
+from unigrpo_cli.run.doctor.checks import CHECKS, REPORT
 from unigrpo_cli.run.monitor.rules import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,9 @@ def doctor() -> str:
     lines = ["| check | what must hold | a fault means | remedy |", "|---|---|---|---|"]
     for check in CHECKS:
         holds = " ".join((inspect.getdoc(check.run) or "").split())
-        lines.append(f"| `{check.name}` | {holds} | {check.means} | {check.remedy} |")
+        lines.append(
+            f"| `{check.name}` | {holds} | {check.means} | {'report' if check.remedy == REPORT else check.remedy} |"
+        )
     return "\n".join(lines) + "\n"
 
 
