@@ -150,8 +150,8 @@ def shared_encoder(
             f"reward {reward!r}: say which model, e.g. {reward}@{option}=ViT-B-32@pretrained=laion2b_s34b_b79k "
             f"or {reward}@{option}=local-dir:/path"
         )
-    for given in (name, pretrained or ""):
-        if name != EMBEDDED and ":" not in given and Path(given).expanduser().is_dir():
+    for given in (name, pretrained) if name != EMBEDDED else ():
+        if given and ":" not in given and _is_directory(given, name):
             raise RewardError(f"reward {reward!r}: {given} is a directory; write @{option}=local-dir:{given}")
     if pretrained and Path(pretrained).is_file() and is_lfs_pointer(Path(pretrained)):
         raise RewardError(f"reward {reward!r}: {LFS.format(pretrained)}")
@@ -162,6 +162,15 @@ def shared_encoder(
         )
     key = key_of(name, pretrained, precision, resize)
     return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision, resize)), key
+
+
+def _is_directory(given: str, model: str) -> bool:
+    """Whether a model or tag is the path of a directory, and not a name that open_clip knows."""
+    if not Path(given).expanduser().is_dir():
+        return False
+    import open_clip
+
+    return given not in (*open_clip.list_models(), *open_clip.list_pretrained_tags_by_model(model))
 
 
 def load_encoder(

@@ -150,6 +150,20 @@ def test_a_git_lfs_pointer_is_no_weights_file(tmp_path: Path) -> None:
         ClipReward(ClipReward.Options(model="ViT-B-32", pretrained=str(tmp_path / "w.safetensors"))).setup(CONTEXT)
 
 
+def test_a_name_that_open_clip_knows_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of such names may lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ViT-B-32", "openai"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(
+        open_clip, "create_model_from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("far"))
+    )
+    with pytest.raises(RewardError, match="cannot be loaded.*far"):
+        shared_encoder(CONTEXT, "clip", "ViT-B-32", "openai")
+    with pytest.raises(RewardError, match="needs @pretrained="):
+        shared_encoder(CONTEXT, "clip", "ViT-B-32", None)
+
+
 # ----- prompts beyond the context
 
 
