@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
+from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.family import MODELS, ModelRegistry
@@ -70,3 +74,27 @@ def test_the_attention_kernel_is_a_setting(name: str, allowed: str) -> None:
         choose_attention("auto")
     assert " ".join(kernel for kernel, on in found.items() if on) == allowed
     assert cuda.math_sdp_enabled()
+
+
+def test_a_plugins_family_is_sampled_and_audited_by_the_commands(tmp_path: Path) -> None:
+    """`unigrpo_register_models` is all that a model needs: nothing here is known of its network."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "bigram.txt").write_text("3")
+    plugin = ["--plugin", str(Path(__file__).parent / "stranger_model.py"), "--json"]
+
+    def do(*arguments: str) -> dict:
+        done = CliRunner().invoke(app, [*arguments, *plugin])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return json.loads(done.stdout)
+
+    model = str(tmp_path / "model")
+    try:
+        painted = do("generate", "red square", "--model", model, "-n", "2", "--out", str(tmp_path / "out"))
+        assert len(painted["images"]) == 2
+        assert Image.open(painted["images"][0]["path"]).size == (32, 32)
+        assert do("inspect", model) == {"words": 5, "family": "bigram", "memory_gib": {}}
+        out = str(tmp_path / "rollout")
+        rows = ["--set=sampling.batch_size=3", "--group-size=2", "--limit=2", "--reward=length"]
+        assert do("rollout", "--model", model, *rows, "--out", out)["episodes"] == 4
+    finally:
+        MODELS._families.pop("bigram", None)

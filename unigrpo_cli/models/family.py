@@ -82,7 +82,7 @@ class ModelFamily(Protocol):
     def published(self, model: str) -> Any: ...
 
     def defaults(self, sizes: Any) -> dict[str, Any]:
-        """Settings that the model brings: `preset`, `dtype`, `sampling`; with None the usual ones."""
+        """`preset`, and settings on top of it (`dtype`, `sampling`); with None those of the usual model."""
         ...
 
 
@@ -108,9 +108,10 @@ class ModelRegistry:
         Raises:
             UsageError: when another family has its name.
         """
-        own = self._families.setdefault(family.name, family)
-        if type(own) is not type(family):
+        other = self._families.get(family.name)
+        if other is not None and _origin(other) != _origin(family):
             raise UsageError(f"two model families are named {family.name!r}; rename or uninstall one")
+        self._families[family.name] = family
 
     def families(self) -> list[ModelFamily]:
         if not self._loaded:
@@ -162,6 +163,11 @@ class ModelRegistry:
                     return family, sizes, True
             raise
         return found.family, found.family.sizes(found.directory, weights_file or found.weights_file), False
+
+
+def _origin(family: ModelFamily) -> str:
+    """Where a family is defined: a plugin file that is loaded twice is one family."""
+    return f"{type(family).__module__}.{type(family).__qualname__}"
 
 
 MODELS = ModelRegistry()
