@@ -838,17 +838,17 @@ def rewards(name: str, given: str, code: int, *says: str) -> Bad:
 
 
 PLUGINS = [
-    plugin("plugin-syntax", "def x(:\n", "--plugin mine.py", "line 1", "mend it"),
-    plugin("plugin-nul", b"x = 1\x00\n", "--plugin mine.py", "mend it"),
-    plugin("plugin-not-utf8", b"x = '\xff'\n", "--plugin mine.py", "mend it"),
-    plugin("plugin-imports-nothing", "import no_such_module\n", "--plugin mine.py", "no_such_module", "mend it"),
-    plugin("plugin-raises", "raise RuntimeError('no licence')\n", "--plugin mine.py", "no licence", "mend it"),
+    plugin("plugin-syntax", "def x(:\n", "--plugin mine.py", "line 1", "fix it"),
+    plugin("plugin-nul", b"x = 1\x00\n", "--plugin mine.py", "fix it"),
+    plugin("plugin-not-utf8", b"x = '\xff'\n", "--plugin mine.py", "fix it"),
+    plugin("plugin-imports-nothing", "import no_such_module\n", "--plugin mine.py", "no_such_module", "fix it"),
+    plugin("plugin-raises", "raise RuntimeError('no licence')\n", "--plugin mine.py", "no licence", "fix it"),
     plugin(
-        "plugin-raises-lines", "raise RuntimeError('one\\ntwo\\x1b[31m')\n", "--plugin mine.py", "one two", "mend it"
+        "plugin-raises-lines", "raise RuntimeError('one\\ntwo\\x1b[31m')\n", "--plugin mine.py", "one two", "fix it"
     ),
-    plugin("plugin-exits", "import sys\nsys.exit(0)\n", "--plugin mine.py", "SystemExit", "mend it"),
-    plugin("plugin-recurses", "def f(): return f()\nf()\n", "--plugin mine.py", "RecursionError", "mend it"),
-    plugin("plugin-base-exception", "raise BaseException('odd')\n", "--plugin mine.py", "odd", "mend it"),
+    plugin("plugin-exits", "import sys\nsys.exit(0)\n", "--plugin mine.py", "SystemExit", "fix it"),
+    plugin("plugin-recurses", "def f(): return f()\nf()\n", "--plugin mine.py", "RecursionError", "fix it"),
+    plugin("plugin-base-exception", "raise BaseException('odd')\n", "--plugin mine.py", "odd", "fix it"),
     plugin("plugin-empty", "", "--plugin mine.py", "@reward"),
     plugin(
         "plugin-two-of-one-name",
@@ -883,9 +883,9 @@ PLUGINS = [
     Bad("plugin-missing", ["rewards", "list", "--plugin", "none.py"], 3, ("--plugin none.py", "no file")),
     Bad("plugin-a-directory", ["rewards", "list", "--plugin", "d.py"], 3, ("--plugin d.py", "no file"), folder("d.py")),
     Bad(
-        "plugin-no-module", ["rewards", "list", "--plugin", "no.such.module"], 3, ("--plugin no.such.module", "mend it")
+        "plugin-no-module", ["rewards", "list", "--plugin", "no.such.module"], 3, ("--plugin no.such.module", "fix it")
     ),
-    Bad("plugin-relative-module", ["rewards", "list", "--plugin", "..x"], 3, ("--plugin ..x", "mend it")),
+    Bad("plugin-relative-module", ["rewards", "list", "--plugin", "..x"], 3, ("--plugin ..x", "fix it")),
     Bad("plugins-no-folder", ["rewards", "list", "--plugins-dir", "d"], 2, ("no plugins directory d", "--plugins-dir")),
     rewards("reward-unknown", "klip", 3, "'klip'", "did you mean clip"),
     rewards("reward-empty", "", 2, "''", "[alias=]name"),
@@ -903,7 +903,7 @@ PLUGINS = [
     Bad("suite-beyond-a-reward", ["eval", "--suite", "geneval", "--out", "out"], 3, ("cannot see", "airplane")),
     rewards("reward-twice", "clip,clip", 2, "'clip' is given twice", "clip2="),
     rewards("reward-weight-nan", "clip:nan", 2, "'clip:nan'", "[alias=]name"),
-    rewards("reward-weight-inf", "clip:1e999", 2, "'1e999'", "finite number, e.g. clip:0.5"),
+    rewards("reward-weight-inf", "clip:1e999", 2, "'1e999'", "not a number up to 1e+30", "clip:0.5"),
     rewards("reward-weights-zero", "clip:0,geneval:0.0", 2, "weight 0", "name:1"),
     rewards("reward-unknown-option", "clip@modle=x", 3, "'modle'", "did you mean model"),
     rewards("reward-option-of-another-kind", "vlm@concurrency=many", 3, "concurrency='many'", "integer"),
@@ -934,7 +934,7 @@ PLUGINS = [
     failing("score-too-few", "return [1.0]", "1 scores for", "one number per sample"),
     failing("score-text", "return 'good'", "one str", "a list of"),
     failing("score-texts", "return ['good'] * len(images)", "'good'", "a list of"),
-    failing("score-complex", "return [1j] * len(images)", "no number", "a list of"),
+    failing("score-complex", "return [1j] * len(images)", "not a number", "a list of"),
     failing("score-nothing-back", "return None", "NoneType", "a list of"),
     failing("score-ragged", "return [[1.0], [1.0, 2.0]] * (len(images) // 2) or [[1.0]]", "a list of"),
     failing("score-digits", "return [10 ** 400] * len(images)", "a list of"),
@@ -947,7 +947,7 @@ PLUGINS = [
     Bad("list-of-a-broken-environment", ["rewards", "list", "--plugin", "\udcff.py"], 3, ("--plugin", "no file")),
     Bad("new-bad-name", ["rewards", "new", "Not-A-Name"], 2, ("'Not-A-Name'", "lower-case letters"), json=False),
     Bad("new-path-name", ["rewards", "new", "../x"], 2, ("'../x'", "lower-case letters"), json=False),
-    Bad("new-long-name", ["rewards", "new", "x" * 300], 2, ("xxx", "shorter"), json=False),
+    Bad("new-long-name", ["rewards", "new", "x" * 300], 2, ("xxx", "64 letters"), json=False),
     Bad("new-keyword", ["rewards", "new", "class"], 2, ("'class'", "lower-case letters"), json=False),
     Bad("new-taken", ["rewards", "new", "clip"], 2, ("'clip'", "choose another name"), json=False),
     Bad("new-kind", ["rewards", "new", "x", "--kind", "poem"], 2, ("--kind poem", "accepted: class"), json=False),

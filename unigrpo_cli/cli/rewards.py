@@ -1,4 +1,4 @@
-"""`unigrpo rewards`: list, info, test; score, calibrate, serve and new have files of their own."""
+"""`unigrpo rewards`: list, info, test. score, calibrate, serve and new have their own files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unigrpo_cli.errors import RewardError
 if TYPE_CHECKING:
     from unigrpo_cli.rewards.registry import RewardEntry
 
-app = typer.Typer(help="See, try and start rewards.", no_args_is_help=True)
+app = typer.Typer(help="List, test, serve and write rewards.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -21,7 +21,7 @@ app = typer.Typer(help="See, try and start rewards.", no_args_is_help=True)
 def list_rewards(
     plugin: common.PluginOption = None, plugins_dir: common.PluginsDir = None, json: common.Json = False
 ) -> None:
-    """All rewards that can be asked for, and where they come from."""
+    """List all known rewards and where they come from."""
     from rich.table import Table
     from rich.text import Text
 
@@ -46,7 +46,7 @@ def list_rewards(
 
 
 def _facts(entry: RewardEntry) -> dict[str, Any]:
-    """What a reward says of itself; a broken one says why."""
+    """What a reward declares; for a broken one, the error."""
     row: dict[str, Any] = {
         "name": entry.name,
         "origin": entry.origin,
@@ -77,7 +77,7 @@ def info(
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """A reward's options, needs and licence."""
+    """Show a reward's options, needs and licence."""
     from unigrpo_cli.rewards.function import Options
     from unigrpo_cli.run.console import Display
 
@@ -110,13 +110,13 @@ def info(
 def test(
     name: Annotated[str, typer.Argument(help="Rewards as in --reward, options included.")],
     max_ms: Annotated[
-        float | None, typer.Option("--max-ms", min=0, help="Longest time per sample that is accepted.")
+        float | None, typer.Option("--max-ms", min=0, help="Limit of the time per sample, in milliseconds.")
     ] = None,
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """Check that rewards keep their promises, on eight pictures of the shapes world. Exit 3 when one does not."""
+    """Check the contract of rewards, on eight samples of the shapes world. Exit code 3 when a check fails."""
     from unigrpo_cli.rewards.conformance import check_reward
     from unigrpo_cli.run.console import Display
 

@@ -36,12 +36,12 @@ def new(
         str,
         typer.Option(
             "--kind",
-            help="function, class, vlm (a judge with a question of your own), or package (to install and publish).",
+            help="function, class, vlm (a judge with your own question), or package (to install and publish).",
         ),
     ] = "function",
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("."),
 ) -> None:
-    """Start a reward: a working example and its test, in a file or as an installable package."""
+    """Write a new reward and its test: a working example, in a file or as an installable package."""
     if kind not in FILES:
         raise UsageError(f"--kind {kind}: {suggest(kind, FILES)}")
     _check_name(name)
@@ -76,13 +76,13 @@ def new(
 
 
 def _check_name(name: str) -> None:
-    """Refuse what is no identifier, and what is taken."""
+    """Refuse names that are not identifiers, or taken."""
     from unigrpo_cli.rewards.registry import Plugins
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UsageError(f"{name!r} cannot name a reward: use lower-case letters, digits and _")
+        raise UsageError(f"{name!r} cannot be the name of a reward: use lower-case letters, digits and _")
     if len(name) > 64:
-        raise UsageError(f"{name!r} cannot name a reward: choose a shorter name, up to 64 letters")
+        raise UsageError(f"{name!r} cannot be the name of a reward: use at most 64 letters")
     plugins = Plugins()
     plugins.load_installed()
     if any(entry.name == name for entry in plugins.rewards.entries):

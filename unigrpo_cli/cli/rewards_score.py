@@ -32,7 +32,7 @@ def score(
     image: Annotated[list[Path] | None, typer.Option("--image", help="A picture; repeatable.")] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="What was asked for: one for all pictures, or one for each."),
+        typer.Option("--prompt", help="The prompt: one for all pictures, or one for each."),
     ] = None,
     prompts: PromptsFile = None,
     reasoning: Annotated[
@@ -45,7 +45,7 @@ def score(
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """Score pictures that are files. Those that unigrpo painted bring their prompt and their reasoning along."""
+    """Score image files. Images from unigrpo carry their prompt and reasoning."""
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.console import Display
 
@@ -68,16 +68,16 @@ def calibrate(
     second: Annotated[str, typer.Argument(help="The reward to compare it with.")],
     images: Annotated[Path | None, typer.Option("--images", help="Folder of pictures, subfolders included.")] = None,
     prompts: PromptsFile = None,
-    threshold: Annotated[float, typer.Option("--threshold", help="A score that reaches it is a yes.")] = 0.5,
+    threshold: Annotated[float, typer.Option("--threshold", help="Scores from this value on count as yes.")] = 0.5,
     split: Split = "eval",
     device: common.Device = "auto",
     plugin: common.PluginOption = None,
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """How far two rewards agree on the same pictures, over all and per task.
+    """Compare two rewards on the same pictures, over all and per task.
 
-    Reports Spearman's correlation, the share of equal verdicts, Cohen's kappa of them, and the mean of A - B.
+    Reports Spearman's correlation, the share of equal verdicts, Cohen's kappa of the verdicts, and the mean of A - B.
     """
     from dataclasses import replace
 
@@ -147,7 +147,7 @@ def _scored(
     device: str,
     json: bool,
 ) -> dict[str, RewardResult]:
-    """What the rewards say of the samples; abstaining is an answer here."""
+    """Scores of the samples; a reward may abstain on all of them."""
     from unigrpo_cli.run.console import Display
 
     if split not in ("train", "eval"):

@@ -26,11 +26,14 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
     token_file: Annotated[
         Path | None,
-        typer.Option("--token-file", help=f"File with the token that clients must know; default ${TOKEN_ENV}."),
+        typer.Option("--token-file", help=f"File with the token that clients send; default ${TOKEN_ENV}."),
     ] = None,
-    max_mb: Annotated[int, typer.Option("--max-mb", min=1, help="Largest request, in MiB.")] = 256,
+    max_mb: Annotated[
+        int, typer.Option("--max-mb", min=1, help="Largest request, in MiB; it may have half as many pixels as bytes.")
+    ] = 256,
     timeout_s: Annotated[
-        float, typer.Option("--timeout-s", min=0, help="Seconds that one scoring may take; then the server ends.")
+        float,
+        typer.Option("--timeout-s", min=0, help="Seconds for one scoring; the server ends when one takes longer."),
     ] = 600.0,
     device: common.Device = "auto",
     reward_opt: common.RewardOpt = None,
@@ -38,10 +41,10 @@ def serve(
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """Serve a reward to runs elsewhere, which ask it with `--reward remote@url=...`.
+    """Serve a reward over HTTP; runs use it with `--reward remote@url=...`.
 
-    Prints one line with the address and goes on until Ctrl-C or SIGTERM (then 0). Every address but this machine's
-    own needs a token; traffic is not encrypted, so put a TLS proxy or a tunnel in between.
+    Prints its address and runs until Ctrl-C or SIGTERM (exit code 0). Addresses that other machines can reach need a
+    token. Traffic is not encrypted: put a TLS proxy or a tunnel in between.
     """
     from unigrpo_cli.rewards.http import RewardServer
     from unigrpo_cli.rewards.spec import parse_rewards
@@ -51,7 +54,7 @@ def serve(
     plugins = common.load_plugins(plugin, plugins_dir, display)
     choices = parse_rewards([name], common.reward_options(reward_opt))
     if len(choices) != 1:
-        raise UsageError(f"a server serves one reward, not {len(choices)}: start one for each")
+        raise UsageError(f"a server serves one reward, not {len(choices)}: start one server for each")
     entry = plugins.rewards.find(choices[0].name)
     server = RewardServer(host, port, read_token(token_file), max_mb * 2**20)
     try:
@@ -68,11 +71,11 @@ def serve(
     finally:
         server.server_close()
     if server.lost:
-        raise RewardError(f"{server.lost}; the server ends, for that call may hold the reward for ever")
+        raise RewardError(f"{server.lost}; the server ends, because that call may never return")
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token of a file, or of the environment.
+    """The token from a file, or from the environment.
 
     Raises:
         UsageError: when the file cannot be read or is empty.
@@ -84,18 +87,18 @@ def read_token(path: Path | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UsageError(
-            f"--token-file {path}: {reason}; it must hold one word of ASCII, e.g. of `openssl rand -hex 32`"
+            f"--token-file {path}: {reason}; it must hold one word of ASCII, e.g. from `openssl rand -hex 32`"
         ) from error
     if not token or not token.isascii() or len(token.split()) != 1:
-        raise UsageError(f"--token-file {path} must hold one word of ASCII, e.g. of `openssl rand -hex 32`")
+        raise UsageError(f"--token-file {path} must hold one word of ASCII, e.g. from `openssl rand -hex 32`")
     return token
 
 
 @contextmanager
 def _until_stopped(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop` meanwhile. Not while a model loads: that may be interrupted anywhere."""
+    """SIGINT and SIGTERM call `stop` inside. While a model loads they interrupt it."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # signals can be set there alone
+    if threading.current_thread() is threading.main_thread():  # signals can only be set there
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda *_: stop())
     try:

@@ -1,4 +1,4 @@
-"""How far two scores of the same things agree: rank correlation, verdicts, differences. Pure numpy."""
+"""Agreement of two scores of the same samples: rank correlation, verdicts, differences. Pure numpy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Numbers = NDArray[np.float64]
 
 
 def ranks(values: Numbers) -> Numbers:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """Ranks from 0; ties share their mean rank."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts + 1) / 2)[place]
 
 
 def spearman(a: Numbers, b: Numbers) -> float | None:
-    """Spearman's correlation, ties included: Pearson's of the ranks. None where either is constant."""
+    """Spearman's correlation: Pearson's correlation of the ranks. None when either is constant."""
     x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     length = float(np.sqrt((x @ x) * (y @ y)))
@@ -27,16 +27,16 @@ def spearman(a: Numbers, b: Numbers) -> float | None:
 
 
 def kappa(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:
-    """Cohen's kappa of two verdicts: agreement beyond what their shares of yes give by chance.
+    """Cohen's kappa of two verdicts: agreement beyond chance, given each one's share of yes.
 
-    None where both always say the same one thing, which chance explains wholly.
+    None when both always give the same verdict, which chance explains.
     """
     chance = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
     return (float((a == b).mean()) - chance) / (1 - chance) if chance < 1 else None
 
 
 def agreement(a: Numbers, b: Numbers, tags: Sequence[str], threshold: float) -> dict[str, Any]:
-    """A report on two scores of N things; what either has no opinion on (NaN) is left out and counted.
+    """A report on two scores of N samples. Samples on which either abstains (NaN) are counted and left out.
 
     A verdict is whether a score reaches `threshold`.
     """

@@ -1,4 +1,4 @@
-"""What a reward is given and what it gives back. No torch is imported until a reward asks for tensors."""
+"""What a reward gets and returns. Torch is imported only when a reward uses tensors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Sample:
     """One episode as a reward sees it.
 
     Args:
-        prompt: the original request, never the reasoning.
-        pixels: the painted image, [height, width, 3] uint8.
+        prompt: the prompt, never the reasoning.
+        pixels: the image, [height, width, 3] uint8.
         reasoning: the text the policy wrote, or None when it wrote none.
         metadata: of the prompt, e.g. GenEval's `include`.
         id, group_id: equal group ids mark samples of one prompt in one rollout.
@@ -110,7 +110,7 @@ COLUMNS = (
     "split",
     "batch",
 )
-"""Parameter names that a reward function may have; each gets that view of the batch."""
+"""Parameter names of a reward function; each gets that column of the batch."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class RewardOutput:
     """Scores of a batch of B samples.
 
     Args:
-        scores: B numbers. NaN or None means "no opinion": the sample is left out of the group's statistics.
+        scores: B numbers. NaN or None abstains: the sample is left out of its group's statistics.
         components: parts of the score by name, B numbers each; logged, not trained on.
         info: one JSON-able dict per sample (reasons, boxes); saved beside the sample.
     """
@@ -197,8 +197,8 @@ class RewardContext:
     """What a reward may use in `setup`.
 
     Args:
-        embedded: True when the policy is the embedded model: rewards that ship small weights use them then.
-        shared: models that several rewards use; ask it before loading an encoder.
+        embedded: True when the policy is the embedded model: rewards with small weights of their own use them.
+        shared: models that several rewards use, each loaded once.
     """
 
     device: str

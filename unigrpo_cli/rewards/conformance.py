@@ -17,8 +17,8 @@ from PIL import Image
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult, Sample
 from unigrpo_cli.rewards.function import MARK
-from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits, message_of
-from unigrpo_cli.rewards.registry import Plugins, RewardEntry
+from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits
+from unigrpo_cli.rewards.registry import Plugins, RewardEntry, message_of
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 from unigrpo_cli.toy.prompts import corrupt_plan, draw_scene, held_out_prompts

@@ -1,4 +1,4 @@
-"""A reward from a plain function: its parameter names choose the columns it gets."""
+"""A reward from a plain function: its parameter names select the columns it gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.rewards.batch import COLUMNS, RewardBatch
 
 NAME = r"[A-Za-z_][\w.-]*"
-"""How rewards may be named, for `--reward` must tell a name from the rest."""
+"""Names of rewards: `--reward` must tell a name from weight and options."""
 MARK = "__unigrpo_reward__"
 
 
@@ -38,17 +38,17 @@ def reward(
             return [sum(image.convert("L").getdata()) / 255 / image.width / image.height for image in images]
 
     Parameters named like a column (images, pixels, tensors, prompts, reasoning, metadata, ids, group_ids, step,
-    split, batch) get it; parameters with a default are options (`brightness@gamma=2`). It may be async. It gives
-    back one number per sample; None or NaN means "no opinion".
+    split, batch) get it; parameters with a default are options (`brightness@gamma=2`). It may be async. It returns
+    one number per sample; None or NaN abstains.
 
     Args:
-        range: what scores lie in, for checks and for choosing how rewards are combined.
-        summary: one line for listings; default the docstring's first line.
+        range: limits of the scores, for checks and for `advantage.combine=auto`.
+        summary: one line for listings; by default the docstring's first line.
         batch_size: largest batch per call; None for the whole rollout.
     """
 
     if not re.fullmatch(NAME, name):
-        raise RewardError(f"reward {name!r} cannot be asked for by that name: use letters, digits and _ . -")
+        raise RewardError(f"reward {name!r} has a name that --reward cannot read: use letters, digits and _ . -")
 
     def decorate(function: Callable) -> Callable:
         setattr(function, MARK, _as_class(function, name, range, summary, batch_size))
@@ -58,14 +58,14 @@ def reward(
 
 
 class FunctionReward:
-    """A reward around a function; `reward` makes a subclass of it for each."""
+    """A reward around a function; `reward` makes a subclass for each function."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     range: ClassVar[tuple[float, float]]
     needs: ClassVar[frozenset[str]]
     batch_size: ClassVar[int | None]
-    licence = "that of the file it is in"
+    licence = "that of its file"
     Options: ClassVar[type[BaseModel]]
     columns: ClassVar[tuple[str, ...]]
     function: ClassVar[Callable]
@@ -91,7 +91,8 @@ def _as_class(
         if p.default is inspect.Parameter.empty:
             from unigrpo_cli.config.elsewhere import PARAMETERS
 
-            shown = {p.VAR_KEYWORD: "**", p.VAR_POSITIONAL: "*"}.get(p.kind, "") + p.name
+            stars = "**" if p.kind is p.VAR_KEYWORD else "*" if p.kind is p.VAR_POSITIONAL else ""
+            shown = stars + p.name
             hint = f"use {PARAMETERS[p.name]}" if p.name in PARAMETERS else suggest(p.name, COLUMNS)
             raise RewardError(
                 f"reward {name!r}: parameter {shown!r} is neither a column nor an option with a default; {hint} "
@@ -100,17 +101,17 @@ def _as_class(
         annotated = p.annotation is not inspect.Parameter.empty and not isinstance(p.annotation, str)
         kind = p.annotation if annotated else type(p.default) if p.default is not None else Any
         options[p.name] = (kind, p.default)
-    looks = {"images", "pixels", "tensors"} & set(columns)
-    facts = {
+    pictures = {"images", "pixels", "tensors"} & set(columns)
+    attributes = {
         "__doc__": function.__doc__,
         "__module__": function.__module__,
         "name": name,
         "summary": summary or (inspect.getdoc(function) or "").split("\n")[0],
         "range": range_,
-        "needs": frozenset({"reasoning"} & set(columns) | ({"image"} if looks else set())),
+        "needs": frozenset({"reasoning"} & set(columns) | ({"image"} if pictures else set())),
         "batch_size": batch_size,
         "Options": create_model(f"{function.__name__}_options", __base__=Options, **options),
         "columns": columns,
         "function": staticmethod(function),
     }
-    return type(function.__name__, (FunctionReward,), facts)
+    return type(function.__name__, (FunctionReward,), attributes)

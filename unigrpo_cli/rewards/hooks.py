@@ -1,8 +1,7 @@
 """The hooks of unigrpo (pluggy). A plugin implements any of them with `unigrpo_cli.hookimpl`.
 
-Rewards are *registered* through a hook and *called* as objects: a hook call fans out to every plugin, which
-suits announcements and observers, but would give one reward's configuration and device no home.
-An implementation may take fewer arguments than the hook offers.
+Rewards are *registered* through a hook and *called* as objects: a hook call reaches every plugin, while a reward has
+its own options and device. An implementation may take fewer arguments than the hook offers.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Hooks:
 
     @hookspec(historic=True)
     def unigrpo_register_rewards(self, registry: Any) -> None:
-        """Add rewards: `registry.add(name, factory)`. For plugins with several; one needs only an entry point."""
+        """Add rewards: `registry.add(name, factory)`. A single reward needs only an entry point."""
 
     @hookspec(historic=True)
     def unigrpo_register_suites(self, registry: SuiteRegistry) -> None:
@@ -44,7 +43,7 @@ class Hooks:
 
     @hookspec
     def unigrpo_configure(self, config: Any) -> None:
-        """See the resolved, frozen configuration before anything is loaded; raise UsageError to refuse it."""
+        """Called with the resolved, frozen configuration before anything is loaded; raise UsageError to refuse it."""
 
     @hookspec
     def unigrpo_reward_setup(self, name: str, reward: Any, context: RewardContext) -> None:
@@ -52,11 +51,11 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def unigrpo_before_score(self, batch: RewardBatch) -> RewardBatch | None:
-        """Give back a changed batch (resized, cropped) of the same samples, or None to leave it."""
+        """Return a changed batch (resized, cropped) of the same samples, or None to keep it."""
 
     @hookspec
     def unigrpo_after_score(self, name: str, batch: RewardBatch, scored: RewardResult) -> None:
-        """See a reward's scores of a batch. Only looks: an exception here is a warning and does not stop a run."""
+        """Called with a copy of a reward's result. An exception here is a warning and does not stop a run."""
 
     @hookspec(firstresult=True)
     def unigrpo_combine_rewards(

@@ -34,7 +34,8 @@ from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.io.limits import parse_json
 from unigrpo_cli.rewards.batch import Sample
-from unigrpo_cli.rewards.loaded import FailedCallError, LoadedReward, message_of
+from unigrpo_cli.rewards.loaded import FailedCallError, LoadedReward
+from unigrpo_cli.rewards.registry import message_of
 from unigrpo_cli.rewards.scorer import Scorer
 
 PROTOCOL = 1

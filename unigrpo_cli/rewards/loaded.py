@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from unigrpo_cli.errors import RewardError, one_line, suggest
+from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.io.json import to_json
-from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
+from unigrpo_cli.io.secrets import from_environment, names_secret
 from unigrpo_cli.parallel.workers import Worker
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult
 from unigrpo_cli.rewards.function import Options
-from unigrpo_cli.rewards.registry import Plugins, RewardEntry, WorkingDirectory
+from unigrpo_cli.rewards.registry import Plugins, RewardEntry, WorkingDirectory, message_of
 from unigrpo_cli.rewards.spec import RewardSpec
 
 LARGEST = 1e30
@@ -386,11 +386,6 @@ def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> Loa
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {spec.alias!r} ({entry.address}) cannot be made: {message_of(error)}") from error
-
-
-def message_of(error: BaseException) -> str:
-    """An exception of a reward in one line: no control characters, no secrets of the environment."""
-    return one_line(redacted(f"{type(error).__name__}: {error}"))
 
 
 def _with_secrets(spec: RewardSpec, accepted: type[BaseModel]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models that several rewards use: loaded once, counted, and moved off the device together."""
+"""Models that several rewards use: loaded once, and moved off the device together."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ T = TypeVar("T")
 
 
 class Shared:
-    """What the rewards of one run have in common, by key.
+    """Models by key. A key names everything that decides what is loaded: ("open_clip", model, pretrained, precision).
 
-    A key names all that decides what is loaded, e.g. ("open_clip", model, pretrained, precision). `loads` counts
-    how often each key was loaded: once, however many rewards ask.
+    `loads` counts how often each key was loaded: once, however many rewards use it.
     """
 
     def __init__(self) -> None:
@@ -24,7 +23,7 @@ class Shared:
         self.loads: Counter[Hashable] = Counter()
 
     def get(self, key: Hashable, load: Callable[[], T]) -> T:
-        """The model of that key, loaded by the first that asks; each `get` is to be followed by a `release`."""
+        """The model of a key, loaded at the first call. Each `get` needs a `release`."""
         with self._lock:
             if key not in self._held:
                 self._held[key] = load()
@@ -33,7 +32,7 @@ class Shared:
             return self._held[key]
 
     def release(self, key: Hashable) -> None:
-        """One user less; without users the model is dropped. Unknown keys are left alone."""
+        """Drop the model when its last user releases it. Unknown keys are ignored."""
         with self._lock:
             if self._users[key] > 0:
                 self._users[key] -= 1
@@ -41,7 +40,7 @@ class Shared:
                 self._held.pop(key, None)
 
     def move(self, device: str) -> None:
-        """Everything held that has a `to` goes to `device`, e.g. "cpu" while a rollout needs the room."""
+        """Move every model that has a `to`, e.g. to "cpu" while a rollout needs the memory."""
         with self._lock:
             for model in self._held.values():
                 if hasattr(model, "to"):

@@ -1,9 +1,9 @@
-"""Which rewards there are and where they come from.
+"""The known rewards and where they come from.
 
-A reward enters by an entry point of group `unigrpo.rewards` (name = reward, value = `module:object`), by the
-hook `unigrpo_register_rewards`, or from a file or module named with `--plugin`. Ours use entry points like
-anyone's. Entry points are listed without being imported and imported only when looked at, each inside its own
-guard: a broken plugin cannot break `--help`, and is fatal only to the run that asks for it.
+A reward comes from an entry point of group `unigrpo.rewards` (name = reward, value = `module:object`), from the hook
+`unigrpo_register_rewards`, or from a file or module given with `--plugin`. Built-in rewards use entry points too. An
+entry point is listed without being imported. A broken plugin cannot break `--help`, and is fatal only to a run that
+uses it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any
 
 import pluggy
 
-from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, suggest
+from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, one_line, suggest
 from unigrpo_cli.io.entry_points import NO_AUTOLOAD, OURS
+from unigrpo_cli.io.secrets import redacted
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.rewards.function import MARK
 from unigrpo_cli.rewards.hooks import PROJECT, Hooks
@@ -36,7 +37,7 @@ PLUGINS_ENV, PLUGINS_DIR_ENV = "UNIGRPO_PLUGINS", "UNIGRPO_PLUGINS_DIR"
 
 @dataclass
 class RewardEntry:
-    """A reward that can be asked for. `load` imports it and may raise anything."""
+    """A known reward. `load` imports it and may raise anything."""
 
     name: str
     origin: str
@@ -48,21 +49,21 @@ class RewardEntry:
 
     @property
     def address(self) -> str:
-        """The name that is unique: `origin/name`."""
+        """The unique name: `origin/name`."""
         return f"{self.origin}/{self.name}"
 
     def factory(self) -> Any:
         """The reward's class.
 
         Raises:
-            RewardError: when its plugin cannot be imported, or is no reward.
+            RewardError: when its plugin cannot be imported, or is not a reward.
         """
         if self._factory is None and not self._error:
             try:
                 with WorkingDirectory().entered():
                     found = self.load()
-            except (Exception, SystemExit) as error:  # whatever a stranger's module raises at import
-                self._error = f"{type(error).__name__}: {error}"
+            except (Exception, SystemExit) as error:  # a plugin may raise anything at import
+                self._error = message_of(error)
             else:
                 self._factory = getattr(found, MARK, found)
                 if not callable(getattr(self._factory, "score", None)):
@@ -70,14 +71,14 @@ class RewardEntry:
                     self._factory = None
         if self._error:
             raise RewardError(
-                f"reward {self.name!r} from {self.origin} cannot be loaded: {self._error}; mend that plugin or do "
-                "without its reward"
+                f"reward {self.name!r} from {self.origin} cannot be loaded: {self._error}; fix the plugin or remove "
+                "the reward"
             )
         return self._factory
 
 
 class RewardRegistry:
-    """All known rewards; several may share a name as long as nobody asks for it by that name alone."""
+    """All known rewards. Several may share a name; then each is selected as `origin/name`."""
 
     def __init__(self) -> None:
         self.entries: list[RewardEntry] = []
@@ -87,7 +88,7 @@ class RewardRegistry:
     def add(self, name: str, factory: Any, *, override: bool = False) -> None:
         """Add a reward class or decorated function; for `unigrpo_register_rewards`.
 
-        `override=True` makes it answer to `name` although another plugin has that name too.
+        `override=True` gives it `name` although another plugin has that name too.
         """
         self.add_entry(RewardEntry(name, *self._origin, load=lambda: factory, override=override))
 
@@ -111,11 +112,11 @@ class RewardRegistry:
             raise RewardError(f"several plugins offer a reward {name!r}: say which, {addresses}")
         hint = suggest(name, {e.name for e in self.entries})
         broken = f" ({'; '.join(self.problems)})" if self.problems else ""
-        raise RewardError(f"unknown reward {name!r}: {hint}; one of a file needs --plugin FILE{broken}")
+        raise RewardError(f"unknown reward {name!r}: {hint}; a reward in a file needs --plugin FILE{broken}")
 
 
 class Plugins:
-    """The plugins of one process: pluggy's manager, the reward registry, and how both are filled."""
+    """The plugins of one process: pluggy's manager and the reward registry."""
 
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager(PROJECT)
@@ -125,11 +126,11 @@ class Plugins:
         self.manager.hook.unigrpo_register_models.call_historic(kwargs={"registry": MODELS})
 
     def load(self, wanted: list[str] | None = None, directory: Path | None = None) -> None:
-        """Fill both: installed plugins, then a directory if one is named, then `wanted` in order.
+        """Load installed plugins, then those of a directory, then `wanted` in order.
 
         Args:
-            wanted: files, modules, or `no:name` to leave out an installed plugin or distribution.
-            directory: a folder whose .py files are plugins; never guessed, for loading runs them.
+            wanted: files, modules, or `no:name` to disable an installed plugin or distribution.
+            directory: a folder whose .py files are plugins; never guessed, because loading runs them.
 
         Raises:
             RewardError: when a plugin asked for by name cannot be loaded.
@@ -162,10 +163,10 @@ class Plugins:
             raise
         except (Exception, SystemExit) as error:
             who = " or ".join(impl.plugin_name for impl in caller.get_hookimpls())
-            raise RewardError(f"plugin {who} failed in {hook}: {type(error).__name__}: {error}") from error
+            raise RewardError(f"plugin {who} failed in {hook}: {message_of(error)}") from error
 
     def load_installed(self, blocked: Set[str] = frozenset()) -> None:
-        """Installed plugins but those blocked by name; what goes wrong is kept in `rewards.problems`."""
+        """Load installed plugins except those blocked by name; errors are kept in `rewards.problems`."""
         only = None if os.environ.get(NO_AUTOLOAD, "") in ("", "0") else OURS
         known = {OURS}
         for point in entry_points(group=REWARD_GROUP):
@@ -182,12 +183,10 @@ class Plugins:
                 with WorkingDirectory().entered():
                     self._register(point.load(), point.name, origin, number)
             except (Exception, SystemExit) as error:  # an installed plugin must not break the command line
-                self.rewards.problems.append(
-                    f"plugin {point.name!r} of {origin} failed: {type(error).__name__}: {error}"
-                )
+                self.rewards.problems.append(f"plugin {point.name!r} of {origin} failed: {message_of(error)}")
 
         for name in sorted(blocked - known):
-            self.rewards.problems.append(f"--plugin no:{name} leaves nothing out: {suggest(name, known)}")
+            self.rewards.problems.append(f"--plugin no:{name} disables nothing: {suggest(name, known)}")
 
     def _load_named(self, text: str, may_be_empty: bool = False) -> None:
         try:
@@ -197,8 +196,8 @@ class Plugins:
             raise RewardError(f"--plugin {text}: {error}") from error
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever a stranger's module raises at import
-            raise RewardError(f"--plugin {text}: {type(error).__name__}: {error}; mend it, or leave it out") from error
+        except BaseException as error:  # a plugin may raise anything at import
+            raise RewardError(f"--plugin {text}: {message_of(error)}; fix it, or remove it") from error
         origin = Path(text).stem if text.endswith(".py") else text
         try:
             number = version(text.split(".")[0])
@@ -215,13 +214,15 @@ class Plugins:
         except UnigrpoError:
             raise
         except (Exception, SystemExit) as error:
-            raise RewardError(f"--plugin {text}: {type(error).__name__}: {error}") from error
+            raise RewardError(f"--plugin {text}: {message_of(error)}") from error
         hooks = self.manager.get_hookcallers(module)
         if len(self.rewards.entries) == before and not hooks and not may_be_empty:
-            raise RewardError(f'--plugin {text}: nothing in it; decorate a function with @reward("name")')
+            raise RewardError(
+                f'--plugin {text}: it has no reward and no hook; decorate a function with @reward("name")'
+            )
 
     def _register(self, module: Any, name: str, origin: str, number: str) -> None:
-        """Register hooks; rewards that the module adds are its own."""
+        """Register a module's hooks; rewards that it adds get its origin."""
         if self.manager.is_registered(module):
             return
         self.rewards._origin = (origin, number)
@@ -231,6 +232,11 @@ class Plugins:
                 self.manager.unregister(module)
                 known = [n for n in dir(Hooks) if n.startswith("unigrpo_")]
                 raise RewardError(f"{name} implements no such hook {impl.name!r}: {suggest(impl.name, known)}")
+
+
+def message_of(error: BaseException) -> str:
+    """An exception of a plugin in one line: no control characters, no secrets of the environment."""
+    return one_line(redacted(f"{type(error).__name__}: {error}"))
 
 
 def _itself(value: Any) -> Any:
@@ -243,7 +249,7 @@ def _distribution(point: EntryPoint) -> tuple[str, str]:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, so that it shadows no real module and `sys.path` stays as it is."""
+    """Import a file under its own name, so that it shadows no module and `sys.path` is unchanged."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
@@ -263,8 +269,8 @@ def _from_file(path: Path) -> ModuleType:
 class WorkingDirectory:
     """The working directory of one plugin.
 
-    A process has one working directory, and the paths that a user typed are relative to the one at start. A plugin that
-    changes it keeps its own for its later calls; the rest of the process keeps the other.
+    A process has one working directory, and the paths that a user typed are relative to the one at start. A plugin
+    that changes it keeps its own for its later calls; the rest of the process keeps the other.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
     clip:0.5,geneval          two rewards, the first with half the weight
     big=clip@model=ViT-H-14   an alias, and an option
-    mine:0                    weight 0: watched, not trained on
+    mine:0                    weight 0: logged, not trained on
 
 The weight follows the name, so that values such as URLs keep their colons. A value with a comma or an @ goes to
 `--reward-opt alias.key=value`.
@@ -22,6 +22,8 @@ from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.secrets import MARK, holds_credentials, names_secret
 
 LONGEST_SCALAR = 400
+LARGEST_WEIGHT = 1e30
+"""Like the largest score: products and their squares stay inside fp64."""
 _ONE = re.compile(
     r"^(?:(?P<alias>[A-Za-z_][\w.-]*)=)?"
     r"(?P<name>[A-Za-z_][\w.-]*(?:/[A-Za-z_][\w.-]*)?)"
@@ -31,9 +33,9 @@ _ONE = re.compile(
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One reward of a run: what to call it, which plugin, how much it counts, its options as given.
+    """One reward of a run: alias, name, weight, and its options as given.
 
-    `eval_only` rewards are asked in evaluation and never in training.
+    An `eval_only` reward scores evaluations and never training samples.
     """
 
     alias: str
@@ -44,25 +46,25 @@ class RewardSpec:
 
 
 def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | None = None) -> list[RewardSpec]:
-    """Choices from `--reward` texts and `alias.key` options.
+    """Rewards from `--reward` texts and `alias.key` options.
 
     Raises:
         UsageError: on text outside the grammar, two rewards of one alias, or options for no reward.
     """
     parts = [part.strip() for text in texts for part in text.split(",")]
-    choices: dict[str, RewardSpec] = {}
+    specs: dict[str, RewardSpec] = {}
     for part in parts:
-        choice = _parse_one(part)
-        if choice.alias in choices:
-            raise UsageError(f"reward {choice.alias!r} is given twice; name them apart, e.g. {choice.alias}2={part}")
-        choices[choice.alias] = choice
+        spec = _parse_one(part)
+        if spec.alias in specs:
+            raise UsageError(f"reward {spec.alias!r} is given twice; name them apart, e.g. {spec.alias}2={part}")
+        specs[spec.alias] = spec
     for dotted, value in _flat(extra or {}):
         alias, found, key = dotted.partition(".")
-        if not found or alias not in choices:
-            raise UsageError(f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(choices)}")
-        choices[alias].options[key] = value
+        if not found or alias not in specs:
+            raise UsageError(f"--reward-opt {dotted}: write it as ALIAS.KEY=VALUE with one of {', '.join(specs)}")
+        specs[alias].options[key] = value
         refuse_secret(dotted, value)
-    return list(choices.values())
+    return list(specs.values())
 
 
 def _flat(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -93,13 +95,16 @@ def _parse_one(text: str) -> RewardSpec:
         number = 1.0 if weight is None else float(weight)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"weight {weight!r} of reward {match['name']!r} is no finite number, e.g. {match['name']}:0.5")
+    if not abs(number) <= LARGEST_WEIGHT:
+        raise UsageError(
+            f"weight {weight!r} of reward {match['name']!r} is not a number up to {LARGEST_WEIGHT:g}; write e.g. "
+            f"{match['name']}:0.5"
+        )
     return RewardSpec(match["alias"] or match["name"].rsplit("/")[-1], match["name"], number, options)
 
 
 def refuse_secret(option: str, value: Any) -> None:
-    """Refuse an option that holds a secret itself: it would be written to config.toml. The error does not show it.
+    """Refuse a secret as an option: it would be written to config.toml. The error does not show it.
 
     Raises:
         UsageError: saying how to give it instead.
@@ -118,7 +123,7 @@ def refuse_secret(option: str, value: Any) -> None:
 
 def scalar(text: str) -> Any:
     """A YAML scalar: numbers, booleans, null, else the text itself."""
-    if len(text) > LONGEST_SCALAR:  # no number; and nested brackets take YAML ever longer
+    if len(text) > LONGEST_SCALAR:  # not a number; and nested brackets take YAML ever longer
         return text
     try:
         value = yaml.safe_load(text)
