@@ -113,8 +113,9 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
         config = LoraConfig.from_pretrained(str(directory))
         config.init_lora_weights = True  # other ways change the base's weights, or read more files
         _inject(network, config)
-        outcome = set_peft_model_state_dict(network, state)
-        missing = _own_state(network).keys() - {name.removeprefix(PREFIX) for name in state}
+        own_names = {name.removeprefix(PREFIX): value for name, value in state.items()}  # peft 0.18 does not do it
+        outcome = set_peft_model_state_dict(network, own_names)
+        missing = _own_state(network).keys() - own_names.keys()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, re.error) as error:
         raise WeightsError(f"{directory}: the adapter cannot be used here: {_first_line(error)}") from error
     if outcome.unexpected_keys:
