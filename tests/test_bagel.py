@@ -434,10 +434,13 @@ def test_a_streamed_layer_has_its_weights_only_while_it_works(monkeypatch: pytes
     from unigrpo_cli.models.mot.layers import stream_from_host
 
     layer, seen = torch.nn.Linear(3, 3), []
-    home = layer.weight.data.data_ptr()
-    real = torch.Tensor.to
+    real, before = torch.Tensor.to, layer.weight.detach().clone()
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: real(x, *a).clone())
     stream_from_host(layer, torch.device("cpu"))
+    home = layer.weight.data.data_ptr()
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.untyped_storage().data_ptr() == layer.bias.untyped_storage().data_ptr(), "one flat buffer"
+    assert layer.weight.untyped_storage().nbytes() == 2 * 256, "no larger than its tensors, each aligned"
     layer.register_forward_hook(lambda *_: None)
     inner = layer.forward
     layer.forward = lambda x: (seen.append(layer.weight.data.data_ptr()), inner(x))[1]

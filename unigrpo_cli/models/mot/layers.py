@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,25 +248,58 @@ class PositionTable(nn.Module):
 
 
 def is_on_host(parameter: nn.Parameter) -> nn.Parameter:
-    """A frozen copy in host memory, pinned where there is a device to send it to."""
-    copied = parameter.detach().to("cpu", copy=True)
-    return nn.Parameter(copied.pin_memory() if torch.cuda.is_available() else copied, requires_grad=False)
+    """A frozen copy in host memory."""
+    return nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=False)
+
+
+ALIGNMENT = 256
+"""Bytes at which a tensor in a buffer begins, as a device's allocator has it."""
+
+
+def packed(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """One flat buffer of bytes that holds all tensors, and where each begins."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    buffer = torch.empty(end, dtype=torch.uint8)
+    for view, tensor in zip(unpacked(buffer, offsets, tensors), tensors, strict=True):
+        view.copy_(tensor)
+    return buffer, offsets
+
+
+def unpacked(buffer: Tensor, offsets: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+    """Views into a buffer, of the dtypes and shapes of `like`."""
+    return [buffer[at : at + x.nbytes].view(x.dtype).view(x.shape) for at, x in zip(offsets, like, strict=True)]
 
 
 def stream_from_host(layer: nn.Module, device: torch.device) -> None:
     """From now on the layer's host weights come to `device` for its forward pass, and leave it afterwards.
 
-    The host keeps its copy, so nothing is ever sent back. For weights that are not trained.
+    They lie in one flat buffer and come in one transfer. The buffer is pinned in place: torch's allocator of pinned
+    memory would round it up to a power of two. The host keeps its copy, so nothing is ever sent back. For weights
+    that are not trained.
     """
-    home = [(p, p.data) for p in layer.parameters() if p.device.type == "cpu"]
+    parameters = [p for p in layer.parameters() if p.device.type == "cpu"]
+    if not parameters:
+        return
+    buffer, offsets = packed([p.data for p in parameters])
+    home = unpacked(buffer, offsets, [p.data for p in parameters])
+    if device.type == "cuda":
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+        weakref.finalize(layer, lambda: runtime.cudaHostUnregister(buffer.data_ptr()))
 
-    def come(_layer: nn.Module, _arguments: tuple) -> None:
-        for parameter, data in home:
-            parameter.data = data.to(device, non_blocking=True)
-
-    def go(_layer: nn.Module, _arguments: tuple, _result: object) -> None:
-        for parameter, data in home:
+    def use(tensors: Sequence[Tensor]) -> None:
+        for parameter, data in zip(parameters, tensors, strict=True):
             parameter.data = data
 
+    def come(_layer: nn.Module, _arguments: tuple) -> None:
+        use(unpacked(buffer.to(device, non_blocking=True), offsets, home))
+
+    def go(_layer: nn.Module, _arguments: tuple, _result: object) -> None:
+        use(home)
+
+    use(home)
     layer.register_forward_pre_hook(come)
     layer.register_forward_hook(go)
