@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from unigrpo_cli.algo import objective
+from unigrpo_cli.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,3 +152,31 @@ def test_names_are_nouns_of_the_field() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 assert not node.name.endswith(("Manager", "Processor", "Handler", "Helper", "Base")), node.name
+
+
+def test_the_calls_to_the_clipped_ratio_are_those_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command to `clipped_surrogate`, on the stack of a real run: at most eight calls, no closure."""
+    page = (ROOT / "docs" / "algorithm.md").read_text().split("<!-- calls -->")[1].split("\n\n")[0]
+    listed = [re.findall(r"`(?:\w+\.)?(\w+)`", line)[:2] for line in page.strip().splitlines()]
+    stacks: list[list[tuple[str, str]]] = []
+    own = objective.clipped_surrogate
+
+    def traced(*given: object) -> object:
+        frames = [f for f in traceback.extract_stack()[:-1] if "/unigrpo_cli/" in f.filename]
+        stacks.append([(Path(f.filename).stem, f.name) for f in frames if f.name != "<listcomp>"])
+        return own(*given)
+
+    monkeypatch.setattr(objective, "clipped_surrogate", traced)
+    small = ["train.prompts_per_step=2", "train.group_size=2", "eval.limit=1", "doctor.at_start=off"]
+    settings = [part for setting in small for part in ("--set", setting)]
+    done = CliRunner().invoke(
+        app, ["train", "--reward", "clean", "--steps", "1", *settings, "--out", str(tmp_path / "run")]
+    )
+    assert done.exit_code == 0, done.output
+    kinds = set()
+    for stack in stacks:
+        calls = [name for _, name in stack[stack.index(("train", "train")) + 1 :]] + ["clipped_surrogate"]
+        assert len(calls) == len(listed) <= 8
+        assert all(call in names for call, names in zip(calls, listed, strict=True)), calls
+        kinds.add(calls[-2])
+    assert kinds == {"text_term", "image_term"}

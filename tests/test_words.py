@@ -14,14 +14,15 @@ from unigrpo_cli.cli import app
 
 ROOT = Path(__file__).parents[1]
 HISTORY = ("docs/log.md", "docs/decisions", "CHANGELOG.md", "unigrpo_cli/config/loading.py", "tests/test_words.py")
-IDENTIFIERS = set(
-    """
-    Chapters Fixed Lane OpenReward Pending Poorer RewardChoice Scored Scoring Turn UnifiedModel Witness
-    _owe _pay _settle at_once come_and_go chapters coupling decode_in_strips decode_strip edge_ids go_on intake jsontext
-    keep_every lanes micro_tokens old_apart old_scores_apart outgrown replay_fixed reference_on set_aside side_by_side
-    surroundings training_run weighed window_every window_within witness write_text_segment
-    """.split()
-)
+# fmt: off
+IDENTIFIERS = {
+    "Chapters", "Fixed", "Lane", "OpenReward", "Pending", "Poorer", "RewardChoice", "Scored", "Scoring",
+    "Turn", "UnifiedModel", "Witness", "_owe", "_pay", "_settle", "at_once", "come_and_go", "chapters",
+    "coupling", "decode_in_strips", "decode_strip", "edge_ids", "go_on", "intake", "jsontext", "keep_every",
+    "lanes", "micro_tokens", "old_apart", "outgrown", "replay_fixed", "reference_on", "set_aside",
+    "side_by_side", "surroundings", "training_run", "weighed", "window_every", "window_within", "witness",
+}
+# fmt: on
 KEYS = [
     *("sampling.rows", "sampling.decode_strip", "sampling.window_within", "sampling.window_every", "sampling.kernel"),
     *("objective.coupling", "advantage.std", "train.updates", "train.tune", "train.also", "train.reference_on"),

@@ -72,9 +72,10 @@ def train(
 
     with interrupts() as listener:
         from unigrpo_cli.parallel.join import join_ranks
-        from unigrpo_cli.run import prepare, start
+        from unigrpo_cli.run import prepare
         from unigrpo_cli.run.inputs import read_inputs
         from unigrpo_cli.run.resume import checkpoint_to_plan, run_to_resume
+        from unigrpo_cli.run.start import new_run, resumed_run
 
         if dry_run:
             configuration, run, wanted = chosen()
@@ -86,9 +87,11 @@ def train(
             with ranks.together():
                 configuration, run, wanted = chosen()
             if run is None:
-                summary = start.start(configuration, plugins, display, out, listener, ranks)
+                with new_run(configuration, plugins, display, out, listener, ranks) as trainer:
+                    summary = trainer.run()
             else:
-                summary = start.resume(configuration, plugins, display, run, wanted, listener, ranks)
+                with resumed_run(configuration, plugins, display, run, wanted, listener, ranks) as resumed:
+                    summary = resumed.run()
     if json and rank == 0:
         common.print_json(summary)
     if summary["interrupted"]:

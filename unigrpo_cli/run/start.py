@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,20 +58,32 @@ class Place:
     wanted: bool = False
 
 
-def start(
+@dataclass(frozen=True)
+class FinishedRun:
+    """A resumed run without steps left: `run` returns the summary it has."""
+
+    summary: dict[str, Any]
+
+    def run(self) -> dict[str, Any]:
+        return self.summary
+
+
+@contextmanager
+def new_run(
     config: Config,
     plugins: Plugins,
     display: Display,
     out: Path | None,
     interrupts: Interrupts,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """A new run; returns its summary. What can be refused is refused before its directory is made."""
-    with ExitStack() as held:
-        return _run(config, plugins, display, interrupts, ranks, held, Place(out))
+) -> Iterator[Trainer]:
+    """The trainer of a new run. Everything that can be refused is refused before its directory is made."""
+    with ExitStack() as held, _prepared(config, plugins, display, interrupts, ranks, held, Place(out)) as trainer:
+        yield trainer
 
 
-def resume(
+@contextmanager
+def resumed_run(
     config: Config,
     plugins: Plugins,
     display: Display,
@@ -79,8 +91,8 @@ def resume(
     wanted: Path | None,
     interrupts: Interrupts,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Continue a run in its directory: from `wanted`, or its newest intact checkpoint, or else from the start.
+) -> Iterator[Trainer | FinishedRun]:
+    """The trainer of a run in its directory: from `wanted`, or its newest intact checkpoint, or else from the start.
 
     A run that is finished stays as it is.
 
@@ -101,12 +113,14 @@ def resume(
                 found = {"checkpoint": chosen and str(chosen), "names": names, "finished": finished}
         found = ranks.from_first(found)
         if found["finished"] is not None:
-            return found["finished"]
+            yield FinishedRun(found["finished"])
+            return
         checkpoint = None if found["checkpoint"] is None else Path(found["checkpoint"])
         content = None if checkpoint is None else read_state(checkpoint)
         directory = directory if ranks.first else held.enter_context(scratch_directory(found["names"]))
         place = Place(None, Run(directory), checkpoint, content, wanted is not None)
-        return _run(config, plugins, display, interrupts, ranks, held, place)
+        with _prepared(config, plugins, display, interrupts, ranks, held, place) as trainer:
+            yield trainer
 
 
 def _finished(directory: Path, checkpoint: Path, config: Config, display: Display) -> dict[str, Any] | None:
@@ -133,7 +147,8 @@ def _finished(directory: Path, checkpoint: Path, config: Config, display: Displa
     return summary
 
 
-def _run(
+@contextmanager
+def _prepared(
     config: Config,
     plugins: Plugins,
     display: Display,
@@ -141,7 +156,8 @@ def _run(
     ranks: Ranks,
     held: ExitStack,
     place: Place,
-) -> dict[str, Any]:
+) -> Iterator[Trainer]:
+    """Load, check and describe a run. `held` keeps rewards and locks until it ends."""
     began = time.perf_counter()
     content, files = place.content, place.files
     inputs = read_inputs(config, plugins, display.say)
@@ -184,7 +200,7 @@ def _run(
                 if ranks.first:
                     display.warn(line)
             _examine(state, prompts, rewards, config, files, display)
-        return Trainer(config, display, interrupts, files, state, rewards, prompts, suite).run(began)
+        yield Trainer(config, display, interrupts, files, state, rewards, prompts, suite, began)
     except DiskError as error:
         raise DiskError(f"{error}, then resume: unigrpo train --resume {quoted(files.directory)}") from error
     finally:

@@ -48,7 +48,9 @@ class Trainer:
         rewards: Scorer,
         prompts: Sequence[Prompt],
         suite: Sequence[Prompt],
+        began: float,
     ):
+        """`began`: `time.perf_counter()` when loading began."""
         self.config, self.display, self.interrupts, self.files, self.state = config, display, interrupts, files, state
         self.rewards, self.prompts, self.suite, self.ranks = rewards, prompts, suite, state.ranks
         self.shown = _some_of_each_task(suite, SHOWN)
@@ -61,13 +63,10 @@ class Trainer:
         self.monitor = Monitor(state.record.monitor, config, rewards.weights, trained, limits)
         self.logged = state.step  # the last step whose metrics are on disk
         self.saved_record = state.record
+        self.began = began
 
-    def run(self, began: float) -> dict[str, Any]:
-        """Evaluate, train, evaluate again; returns the summary. A first interrupt stops it after the current step.
-
-        Args:
-            began: `time.perf_counter()` when loading began.
-        """
+    def run(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate again; returns the summary. A first interrupt stops it after the current step."""
         config, state, display = self.config, self.state, self.display
         display.say(summary.headline(config, self.files.directory, state))
         if state.step > config.train.steps:
@@ -85,7 +84,7 @@ class Trainer:
                 self.save_checkpoint()
             after = self._evaluate_after()
         content = summary.of_run(state, self.files, after, config.eval.seed, display.warn)
-        content |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - began}
+        content |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - self.began}
         if after is None:
             display.say(
                 f"interrupted after step {state.step}; resume: unigrpo train --resume {quoted(self.files.directory)}"
