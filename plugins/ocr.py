@@ -121,13 +121,20 @@ def quoted(prompt: str) -> list[str]:
     """
     texts, at = [], 0
     while at < len(prompt):
-        inches = prompt[at] in INCHES and at > 0 and unicodedata.category(prompt[at - 1]) in ("Nd", "No")
-        ends = [] if inches else [prompt.find(c, at + 1) for c in QUOTES.get(prompt[at], "")]
+        ends = [] if _is_inch_mark(prompt, at) else [prompt.find(c, at + 1) for c in QUOTES.get(prompt[at], "")]
         end = min((e for e in ends if e > at), default=at)
         if end > at:
             texts.append(prompt[at + 1 : end])
         at = end + 1
     return texts or [m[1] for m in _SINGLE.finditer(prompt) if m[1] != "n"]  # rock 'n' roll
+
+
+def _is_inch_mark(prompt: str, at: int) -> bool:
+    """Whether a quote is directly behind a digit, or free between spaces behind one."""
+    before, after = prompt[:at], prompt[at + 1 :]
+    if before != before.rstrip() and after == after.lstrip():
+        return False
+    return prompt[at] in INCHES and unicodedata.category((before.rstrip() or " ")[-1]) in ("Nd", "No")
 
 
 def normal(text: str) -> str:

@@ -106,8 +106,8 @@ class PickScoreReward:
         from unigrpo_plugins.weights import dtype_of, load_processing, load_transformer
 
         o = self.options
-        beside = (Path(o.model) / "preprocessor_config.json", Path(o.model) / "processor_config.json")
-        own = o.model if any(path.is_file() for path in beside) else PICKSCORE_PROCESSOR
+        files = (Path(o.model) / "preprocessor_config.json", Path(o.model) / "processor_config.json")
+        own = o.model if any(path.is_file() for path in files) else PICKSCORE_PROCESSOR
         model = load_transformer(context, self.name, CLIPModel, o.model, dtype_of(o.precision))
         return PickScoreModel(model, load_processing(context, self.name, o.processor or own))
 

@@ -158,7 +158,7 @@ def test_a_name_that_open_clip_knows_is_no_directory(tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         open_clip, "create_model_from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("far"))
     )
-    with pytest.raises(RewardError, match="cannot be loaded.*far"):
+    with pytest.raises(RewardError, match=r"cannot be loaded.*far"):
         shared_encoder(CONTEXT, "clip", "ViT-B-32", "openai")
     with pytest.raises(RewardError, match="needs @pretrained="):
         shared_encoder(CONTEXT, "clip", "ViT-B-32", None)

@@ -606,9 +606,11 @@ def test_malformed_scores_stop_whatever_the_policy(answer: dict, says: str) -> N
             _ask(rewards, example_samples(2))
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:80", "ftp://x"])
-def test_addresses_that_are_none(url: str) -> None:
-    with pytest.raises(RewardError, match=r"give the address that `unigrpo rewards serve` prints"), _remote(url):
+def test_an_address_that_cannot_be_used_says_where_to_find_it() -> None:
+    with (
+        pytest.raises(RewardError, match=r"give the address that `unigrpo rewards serve` prints"),
+        _remote("127.0.0.1:80"),
+    ):
         pass
 
 
@@ -664,12 +666,3 @@ def test_a_token_that_cannot_be_sent_is_not_repeated(token: str, monkeypatch: py
     with pytest.raises(RewardError, match="UNIGRPO_REWARD_TOKEN is not one word") as caught:
         reward.setup(RewardContext("cpu", 0, False, True))
     assert token not in str(caught.value)
-
-
-@pytest.mark.parametrize("url", ["http://user:secret@host:1", "http://host:1/?key=secret", "http://host:1/#secret"])
-def test_an_address_with_a_secret_in_it_is_refused(url: str) -> None:
-    from unigrpo_plugins.remote import RemoteReward
-
-    with pytest.raises(RewardError, match="no user, password, query or fragment") as caught:
-        RemoteReward(RemoteReward.Options(url=url))
-    assert "secret" not in str(caught.value)
