@@ -1,12 +1,12 @@
-"""Kills a training run at random moments, goes on with it, and compares what comes out with a run left alone.
+"""Kill a training run at random moments, resume it, and compare the result with an undisturbed run, byte for byte.
 
     python tests/chaos.py --kills 20 --seed 0
     python tests/chaos.py --kills 5 --set train.finetune=lora --set dtype=bfloat16 --fresh
 
-Each kill is a SIGKILL. Every other one is aimed: it waits until a checkpoint is being written and hits a moment
-after. A run that ends before the kills do is compared, and another one is begun. Its reward draws from Python's,
-numpy's and torch's global generators, so a state that is not restored shows. Lives are forked from one process that
-has imported everything; `--fresh` starts a new interpreter for each.
+Each kill is a SIGKILL. Every other one waits until a checkpoint is being written and hits a moment after. A run that
+ends before all kills are done is compared, and another one is started. Its reward draws from Python's, numpy's and
+torch's global generators, so a state that is not restored shows. Processes are forked from one that has imported
+everything; with `--fresh`, and on a machine with a GPU, each is a new interpreter.
 """
 
 from __future__ import annotations
@@ -113,6 +113,12 @@ def _train_and_exit() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def has_gpu() -> bool:
+    """Asked in another process: CUDA cannot be used after a fork in a process that has initialised it."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def import_everything() -> None:
@@ -231,6 +237,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for every life")
     parser.add_argument("--keep", type=Path, help="a directory for the runs, kept; default a temporary one")
     given = parser.parse_args()
+    given.fresh = given.fresh or has_gpu()
     if not given.fresh:
         import_everything()
     with tempfile.TemporaryDirectory() as temporary:

@@ -38,7 +38,13 @@ from unigrpo_cli.io.atomic import (
 )
 from unigrpo_cli.models.hub import embedded_directory
 from unigrpo_cli.models.mot.bagel import read_release, weights_digest
-from unigrpo_cli.run.checkpoint import checkpoints, newest_checkpoint, prune_checkpoints
+from unigrpo_cli.run.checkpoint import (
+    checkpoints,
+    missing_part,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_state,
+)
 from unigrpo_cli.run.config_diff import Effect, changes, effect_of
 from unigrpo_cli.run.directory import Run
 from unigrpo_cli.run.resume import run_to_resume
@@ -345,6 +351,122 @@ def test_what_killed_writes_left_is_cleaned(copy: Path, plugin: Path, alone: Pat
     resumed = _done(_run(*command(copy, plugin, FOUR)))
     assert len(_lines(resumed, "half written")) == 4
     assert not differences(alone, copy)
+
+
+# ----- a state.json that was changed
+
+
+def _changed(content: dict, path: tuple, value: object) -> dict:
+    """A copy of a JSON object with another value at a path; ... removes it."""
+    copied = json.loads(json.dumps(content))
+    inner = copied
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return copied
+
+
+def _leaves(content: object, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of all values of a JSON object; of each list the first."""
+    yield path
+    inner = (
+        content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    )
+    for key, value in inner:
+        yield from _leaves(value, (*path, key))
+
+
+def test_a_changed_state_file_is_refused_in_one_line(copy: Path) -> None:
+    """A wrong type, a missing or an unknown field anywhere: a WeightsError, and never another exception."""
+    checkpoint = copy / "checkpoints" / "step_000004"
+    content = json.loads((checkpoint / "state.json").read_text())
+    free = ("config",)  # compared with the present configuration key by key
+    paths = [path for path in _leaves(content) if path and path[0] not in free and "options" not in path]
+    assert len(paths) > 40
+    accepted, said = [], []
+    for path in paths:
+        for value in (..., None, "x\0", -1, 10**30, 1e308, [], {}, [[1]], {"a": {}}, True):
+            (checkpoint / "state.json").write_text(json.dumps(_changed(content, path, value)))
+            try:
+                read_state(checkpoint)
+                accepted.append((path, value))
+            except WeightsError as error:
+                said.append(str(error))
+            missing_part(checkpoint)
+    assert not [line for line in said if "\n" in line]
+    wrong = [(path, value) for path, value in accepted if value is ... and len(path) == 1]
+    assert not wrong, "a field of the file is needed"
+    typed = {("step",), ("base",), ("files",), ("trained",), ("record",), ("rewards",), ("record", "monitor", "first")}
+    assert not [path for path, value in accepted if path in typed and value in (None, [[1]], {"a": {}}, True)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"format": 3}', '{"format": "3"}', "[" * 100_000, '{"format": NaN}', "\xff\xfe"]
+)
+def test_a_state_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightsError, match=r"is damaged|checkpoint format"):
+        read_state(tmp_path)
+
+
+def test_a_sealed_but_wrong_state_ends_a_resume_with_one_line(copy: Path, plugin: Path) -> None:
+    for path in checkpoints(copy):
+        content = json.loads((path / "state.json").read_text())
+        content["record"]["best"] = {"reward": 3, "value": "high", "step": []}
+        (path / "state.json").write_text(json.dumps(content))
+        _seal(path)
+    (line,) = _lines(_done(_run(*command(copy, plugin, FOUR)), 5), "error:")
+    assert "no intact checkpoint" in line
+    last = copy / "checkpoints" / "step_000004"
+    (line,) = _lines(_done(_run("train", "--resume", last, "--plugin", plugin), 5), "error:")
+    assert "record.best.reward" in line
+
+
+# ----- a metrics.jsonl that was changed
+
+METRICS = [{"step": 1, "loss": 0.5}, {"step": 1, "eval/a": 1.0}, {"step": 2, "loss": 0.1}, {"step": 3, "loss": 0.2}]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda lines: lines, []),
+        (lambda lines: [*lines, '{"step": 4, "lo'], []),  # cut by a kill
+        (lambda lines: [], ["lacks 3 of the 3 steps"]),
+        (lambda lines: lines[:1], ["lacks 2 of the 3 steps"]),
+        (lambda lines: lines[2:], ["lacks 1 of the 3 steps"]),
+        (lambda lines: lines * 2, ["had 4 lines twice"]),
+        (lambda lines: [*lines[:2], "garbage", '{"step": "2"}', *lines[2:]], ["has 2 unreadable lines"]),
+        (lambda lines: ["[]", *lines[:2], lines[3], lines[3]], ["1 unreadable", "had 1 lines twice", "lacks 1"]),
+    ],
+    ids=["whole", "killed", "emptied", "cut", "head cut", "doubled", "garbage", "all"],
+)
+def test_a_changed_metrics_file_is_reported(tmp_path: Path, change: Callable, says: list[str]) -> None:
+    run, lines = Run(tmp_path), [json.dumps(row) for row in METRICS]
+    killed = len(change(lines)) == 5 and not says
+    run.metrics.write_text("".join(line + "\n" for line in change(lines))[: -1 if killed else None])
+    found = run.forget_after(3)
+    assert len(found) == len(says) and all(part in line for part, line in zip(says, found, strict=True)), found
+    kept = run.metrics.read_text().splitlines()
+    assert kept == [line for line in lines if line in change(lines)]
+    assert not [line for line in run.forget_after(3) if "lacks" not in line], "said once"
+
+
+def test_a_finished_run_is_left_as_it_is(copy: Path, plugin: Path, tmp_path: Path) -> None:
+    """Another reward and no steps left: nothing is evaluated, and no file changes."""
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and not path.is_symlink()}
+    more = ["--reward", "moody,geneval", "--set", "eval.seed=9", "--json"]
+    again = _done(_run("train", "--resume", copy, "--plugin", plugin, *more))
+    assert "not used, because no step is left: eval.seed, reward.names" in " ".join(again.stderr.split())
+    assert "--steps 104" in again.stderr
+    assert json.loads(again.stdout) == json.loads((copy / "summary.json").read_text())
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and not path.is_symlink()} == before
+    (copy / "metrics.jsonl").write_text("")
+    told = _done(_run("train", "--resume", copy, "--plugin", plugin))
+    assert len(_lines(told, "lacks 4 of the 4 steps")) == 1
 
 
 # ----- where to go on

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from errno import EPIPE
-from typing import TextIO
+from typing import Any, TextIO
 
 _kept: set[int] = set()
 """Copies of the real stdout that no child process may hold: its reader waits until the last copy is closed."""
@@ -61,7 +61,7 @@ if hasattr(os, "register_at_fork"):
 class _Forgiving(io.FileIO):
     """A file descriptor that is replaced by the null device on its first write error."""
 
-    def write(self, data, /) -> int:  # type: ignore[no-untyped-def]
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

@@ -182,8 +182,11 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def _peak_resident() -> int:
-    """Bytes; the system counts kibibytes, macOS bytes."""
-    import resource
+    """Bytes, 0 on Windows. The system counts kibibytes, macOS bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
