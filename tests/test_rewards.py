@@ -295,6 +295,22 @@ def test_the_message_of_a_failure_is_one_plain_line_without_secrets(monkeypatch:
     assert "me:pass" not in text
 
 
+def test_a_variable_given_as_a_secret_is_one_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keyed(Gained):
+        name = "keyed"
+        needs = frozenset()
+
+        class Options(Options):
+            api_key: str
+
+        def score(self, batch: RewardBatch) -> list[float]:
+            raise ValueError(f"refused: {self.options.api_key}")
+
+    monkeypatch.setenv("MY_JUDGE", "hunter2-hunter2")
+    with pytest.raises(RewardError, match=r"refused: \[MY_JUDGE\]"):
+        _score(Keyed, "keyed@api_key=env:MY_JUDGE")
+
+
 def _grouped(scores: list[float], text: str = "faulty") -> list[str]:
     """Warnings about a step of two groups of two."""
     samples = [replace(s, group_id=str(k // 2)) for k, s in enumerate(example_samples(4))]

@@ -19,6 +19,9 @@ MARK = "env:"
 SHORTEST = 6
 """Shorter values of variables are not treated as secrets: removing them would damage ordinary words."""
 
+_given: set[str] = set()
+"""Variables given as `env:NAME`: secrets whatever they are called."""
+
 
 def names_secret(name: str) -> bool:
     """Whether an option or variable of this name holds a secret: `api_key`, `HF_TOKEN`, not `max_tokens`."""
@@ -41,12 +44,13 @@ def from_environment(value: str) -> str:
         raise ValueError(f"secrets are not written to files: export it in a variable and give {MARK}VARIABLE")
     if not os.environ.get(name):
         raise ValueError(f"the environment variable {name} is not set; export it, here and where the run is resumed")
+    _given.add(name)
     return os.environ[name]
 
 
 def redacted(text: str) -> str:
     """A text without secrets of the environment and without credentials in addresses."""
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and names_secret(name):
+        if len(value) >= SHORTEST and (name in _given or names_secret(name)):
             text = text.replace(value, f"[{name}]")
     return _IN_URL.sub(r"\1[credentials]@", text)
