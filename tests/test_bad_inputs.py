@@ -206,7 +206,7 @@ CONFIGURATION = [
     setting("image-of-zero", "sampling.height=0", "sampling.height = 0", "greater than or equal to 1"),
     setting("image-too-large", "sampling.height=1000000000", "sampling.height", "multiples of 8, at most"),
     setting("image-odd", "sampling.width=50", "sampling.width", "multiples of 8"),
-    setting("device", "device=quantum", "device 'quantum'", "try device=cpu"),
+    setting("device", "device=quantum", "device=quantum", "give device=cpu"),
     setting(
         "rank-beyond-memory",
         "train.lora_rank=1000000000",
@@ -410,7 +410,7 @@ MODELS = [
     ),
     weights("dtype-unknown", _entry(dtype="F3"), EMA, "not of floating-point"),
     weights("dtype-integers", _entry(dtype="I32"), EMA, "not of floating-point", command=EVAL),
-    weights("tensor-missing", lambda h: h.pop(HEAD) and None, EMA, "1 tensor missing"),
+    model("tensor-missing", lambda m: retensor(m / EMA, lambda s: s.pop(HEAD)), EMA, "1 tensor missing"),
     weights(
         "tensor-too-many",
         lambda h: {**h, "x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
@@ -444,7 +444,13 @@ MODELS = [
     model("index-nul", lambda m: _index(m, {HEAD: "a\x00b"}), "index.json", "outside its directory"),
     Bad("model-missing", ["generate", "a", "--model", "none"], 5, ("none", "give `embedded`")),
     Bad("model-a-file", ["generate", "a", "--model", "x.bin"], 5, ("x.bin", "give `embedded`"), text("x.bin", "x")),
-    Bad("model-empty-directory", [*EVAL, "--model", "m"], 5, ("m is not a complete model", "missing"), folder("m")),
+    Bad(
+        "model-empty-directory",
+        [*EVAL, "--model", "m"],
+        5,
+        ("m is a model of no known family", "ema.safetensors"),
+        folder("m"),
+    ),
     Bad(
         "weights-file-escapes",
         [*GENERATE, "--model", "m", "--weights-file", "../../x"],
@@ -491,7 +497,7 @@ CHECKPOINTS = [
     checkpoint("state-deep", put(STATE, DEEP), STATE, OTHER, command=FROM),
     checkpoint("state-digits", put(STATE, f'{{"step": {LONG}}}'), STATE, OTHER, command=FROM),
     checkpoint("state-not-utf8", put(STATE, b"\xff"), STATE, OTHER, command=FROM),
-    checkpoint("state-a-list", put(STATE, "[]"), "step_000000", "format", command=FROM),
+    checkpoint("state-a-list", put(STATE, "[]"), STATE, OTHER, command=FROM),
     checkpoint("state-of-the-future", changed(STATE, format=99), "step_000000", "format", command=FROM),
     checkpoint("state-of-the-future-resumed", changed(STATE, format=99), "step_000000", "format", command=ON),
     checkpoint("state-step-text", changed(STATE, step="3"), STATE, OTHER, command=FROM),
@@ -503,7 +509,7 @@ CHECKPOINTS = [
         "weights-cut-resumed",
         cut(EMA, 50_000),
         "ema.safetensors has 50,000 bytes",
-        "no earlier one is whole",
+        "no earlier one is intact",
         command=ON,
     ),
     checkpoint("moments-cut", cut("optimizer.safetensors", 5), "optimizer.safetensors", "damaged", command=ON),
@@ -528,7 +534,9 @@ def adapter(name: str, damage: Callable[[Path], Any], *says: str) -> Bad:
 
     def make(here: Path, made: Made) -> None:
         shutil.copytree(made.small, here / "base")
-        shutil.copytree(made.lora / "checkpoints" / "step_000000", here / "a")
+        (here / "a").mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(made.lora / "checkpoints" / "step_000000" / file, here / "a")
         damage(here / "a")
 
     return Bad(name, [*GENERATE, "--model", "base", "--adapter", "a"], 5, says, make)
@@ -545,7 +553,12 @@ def _drop(state: dict[str, torch.Tensor]) -> None:
 
 
 ADAPTERS = [
-    Bad("adapter-missing", [*GENERATE, "--adapter", "none"], 5, ("no adapter directory none", "adapter_config.json")),
+    Bad(
+        "adapter-missing",
+        [*GENERATE, "--adapter", "none"],
+        5,
+        ("no adapter directory none", "give a run, a checkpoint or a PEFT adapter"),
+    ),
     adapter("adapter-no-config", gone("adapter_config.json"), "a is no adapter", "adapter_config.json is missing"),
     adapter("adapter-config-no-json", put("adapter_config.json", "{"), "adapter_config.json", AGAIN),
     adapter("adapter-config-deep", put("adapter_config.json", DEEP), "adapter_config.json", AGAIN),
@@ -597,7 +610,7 @@ ADAPTERS = [
         "adapter-a-file",
         [*GENERATE, "--adapter", "a"],
         5,
-        ("no adapter directory a", "adapter_config.json"),
+        ("no adapter directory a", "give a run, a checkpoint or a PEFT adapter"),
         text("a", "x"),
     ),
 ]
@@ -1051,7 +1064,7 @@ PLACES = [
         "resume-with-another-model",
         ["train", "--resume", "run", "--model", "x"],
         2,
-        ("--resume", "leave out the other"),
+        ("--resume", "leave out --model"),
         lambda h, m: shutil.copytree(m.full, h / "run"),
     ),
     Bad(
@@ -1065,7 +1078,7 @@ PLACES = [
         "resume-without-a-config",
         ["train", "--resume", "run"],
         2,
-        ("config.toml", "no configuration file"),
+        ("config.toml", "is missing; restore it"),
         lambda h, m: (shutil.copytree(m.full, h / "run"), (h / "run" / "config.toml").unlink()),
     ),
     Bad("compare-two", [*EVAL, "--compare", "embedded", "--compare", "x"], 2, ("2 times", "run `unigrpo eval`")),
@@ -1088,7 +1101,7 @@ EXAMINED = [
         "sampling.think=false",
         "nothing is trained",
         "train.experts",
-        command=[*DOCTOR, "--set", "train.experts=text"],
+        command=[*DOCTOR, "--set", "train.experts=text", "--set", "eval.rewards=[]"],
     ),
     Bad(
         "doctor-no-reward",
