@@ -15,6 +15,7 @@ from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import replay
 from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.run.first_ratio import ratio_limits
 from unigrpo_cli.train import score_old_and_reference, with_advantages
 from unigrpo_cli.training.metrics import drift
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
@@ -50,8 +51,8 @@ def test_the_device_agrees_with_the_host_in_fp32() -> None:
 @pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_the_first_ratio_is_exactly_one(finetune: str, dtype: str, checkpointing: str) -> None:
-    """With and without gradients the same kernels must run; both experts get finite gradients."""
+def test_the_first_ratio_is_one_within_rounding(finetune: str, dtype: str, checkpointing: str) -> None:
+    """Attention may run another kernel with gradients than without; both experts get finite gradients."""
     config = load_config(
         overrides=[
             f"train.finetune={finetune}",
@@ -67,13 +68,14 @@ def test_the_first_ratio_is_exactly_one(finetune: str, dtype: str, checkpointing
     optimizer = make_optimizer(policy, config)
     episodes = flatten(rollout(policy, PROMPTS, 3, SAMPLING, flow.Window(1, 3), seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
+    limits = ratio_limits(policy, config.objective)
     (share,) = with_advantages(score_old_and_reference(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
     for m in share:
         new = replay(policy, m.batch)
         loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=6)
         loss.total.backward()
-        assert loss.maxima["text/max_abs_log_ratio"].item() == 0.0
-        assert loss.maxima["image/max_abs_log_ratio"].item() == 0.0
+        for kind, limit in limits.items():
+            assert loss.maxima[f"{kind}/max_abs_log_ratio"].item() <= limit
     for parameters in policy.trainable().values():
         norms = torch.stack([p.grad.norm() for p in parameters if p.grad is not None])
         assert norms.isfinite().all()
