@@ -617,10 +617,10 @@ def test_changes_are_told_by_class() -> None:
     assert {k: c.effect for k, c in found.items()} == {
         "train.steps": Effect.NONE,
         "eval.steps": Effect.MEASURED,
-        "train.lr_text": Effect.LEARNT,
+        "train.lr_text": Effect.LEARNED,
         "train.finetune": Effect.REFUSED,
     }
-    assert str(found["train.lr_text"]) == "train.lr_text: 0.1 -> 0.2 (changes what is learnt from here on)"
+    assert str(found["train.lr_text"]) == "train.lr_text: 0.1 -> 0.2 (changes what is learned from here on)"
     assert not changes(kept, old)
 
 
@@ -655,7 +655,7 @@ def test_what_is_learnt_from_here_on_is_warned_of(copy: Path, plugin: Path, tmp_
     sets = ["--set", "train.lr_text=1e-5", "--set", "eval.seed=7", "--prompts", prompts, "--steps", "5"]
     resumed = _done(_run("train", "--resume", copy, "--plugin", edited, *sets))
     for text in (
-        "train.lr_text: 0.0003 -> 1e-05 (changes what is learnt",
+        "train.lr_text: 0.0003 -> 1e-05 (changes what is learned",
         "eval.seed: 42 -> 7 (evaluations before and after are not comparable)",
         "training prompts have changed",
         "reward 'moody' has changed",

@@ -1,4 +1,4 @@
-"""What another configuration means for a run that goes on: every key has a class."""
+"""What a changed setting means for a resumed run: every key has a class."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from unigrpo_cli.config import Config
 
 
 class Effect(Enum):
-    """What a change of a key does to a run that goes on; the value is how it is said."""
+    """What a change of a key does to a resumed run; the value is how it is printed."""
 
     NONE = "changes no result"
     ROUNDING = "changes results by rounding alone"
     MEASURED = "evaluations before and after are not comparable"
-    LEARNT = "changes what is learnt from here on"
+    LEARNED = "changes what is learned from here on"
     REFUSED = "cannot change in a run"
 
 
@@ -33,7 +33,7 @@ _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
     "eval.guidance_image eval.guidance_interval eval.guidance_renorm eval.guidance_renorm_min eval.seed"
 )
-_LEARNT = (
+_LEARNED = (
     "prompts seed dtype sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
     "sampling.steps sampling.shift sampling.sde sampling.noise_level sampling.window sampling.window_size "
     "sampling.window_range sampling.window_period objective.text_weight objective.image_weight objective.text_clip "
@@ -52,18 +52,18 @@ EFFECTS = {
         (Effect.NONE, _NONE),
         (Effect.ROUNDING, _ROUNDING),
         (Effect.MEASURED, _MEASURED),
-        (Effect.LEARNT, _LEARNT),
+        (Effect.LEARNED, _LEARNED),
         (Effect.REFUSED, _REFUSED),
     )
     for key in keys.split()
 }
 SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
-"""Sections that only look at a run, but for keys that are classed by themselves."""
+"""Classes of whole sections; a key's own class comes first."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value is another than when the checkpoint was written."""
+    """A key whose value differs from the checkpoint's."""
 
     key: str
     old: Any
@@ -81,22 +81,22 @@ def effect_of(key: str) -> Effect:
     """The class of a dotted key.
 
     Raises:
-        KeyError: for a key that nobody has classed.
+        KeyError: for a key without a class.
     """
     return EFFECTS.get(key) or SECTIONS[key.partition(".")[0]]
 
 
 def changes(old: dict[str, Any], new: Config) -> list[Change]:
-    """Differences between a kept configuration and the one to go on with, in the latter's order.
+    """Differences between a checkpoint's configuration and the present one, in the order of the latter.
 
-    Keys that only one of them knows are of another version, and pass.
+    Keys that only one of them has belong to another version and are ignored.
     """
     before, after = flat(old), flat(new.model_dump(mode="json"))
     return [Change(key, before[key], value) for key, value in after.items() if before.get(key, value) != value]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A kept configuration by dotted keys."""
+    """A checkpoint's configuration by dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "options":

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: live on a terminal, one line now and then elsewhere."""
+"""What commands print while they run: a live view on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -57,10 +57,9 @@ def _printable(character: str) -> str:
 
 
 class Display:
-    """Messages and progress. With `json`, stdout is left alone for the one object that goes there.
+    """Messages and progress; with `json` on stderr, because stdout is for the one object.
 
-    Live where the console is a terminal; plain lines, at most one every few seconds, where it is not. Of several
-    ranks the first speaks; another is heard only where a library or a reward warns on it.
+    Of several ranks the first prints; others print only warnings of libraries and rewards.
     """
 
     def __init__(self, json: bool = False, quiet: bool = False, rank: int = 0):
@@ -70,7 +69,7 @@ class Display:
         warnings.showwarning = self._warning
 
     def say(self, text: Any, style: str | None = None) -> None:
-        """Print a line, or anything rich can show. Text is shown as it is: it may be a prompt or a path."""
+        """Print a line, or anything rich can show. Text is printed as it is: it may be a prompt or a path."""
         if not self.quiet:
             self.console.print(text, markup=False, style=style, soft_wrap=isinstance(text, str))
 
@@ -97,19 +96,19 @@ class Display:
             self.say(("  " + "  ".join(cells)).rstrip())
 
     def warn(self, text: str) -> None:
-        if not self.rank:  # the others would say the same
+        if not self.rank:  # the others have the same
             self._print_warning(text)
 
     def _print_warning(self, text: str) -> None:
         self.errors.print("[yellow]warning:[/] ", Text(one_line(redacted(text))), sep="", soft_wrap=True)
 
     def _warning(self, message: Any, category: type, *_: Any, **__: Any) -> None:
-        if category is UserWarning:  # libraries' deprecations are not the user's business
+        if category is UserWarning:  # not the deprecations of libraries
             self._print_warning(f"rank {self.rank}: {message}" if self.rank else str(message))
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Any]:
-        """A bar; gives a function to be called with the number of things done since."""
+        """A progress bar; yields a function to call with the number of items done since."""
         if self.quiet:
             yield lambda done: None
         elif self.console.is_terminal:
@@ -133,7 +132,7 @@ class Display:
 
 
 class TrainingView:
-    """Progress, a row per reward: now, at first, best, and its course; and a line per warning while it lasts."""
+    """Progress, a row per reward with its first and last values and a curve, and a line per current warning."""
 
     def __init__(self, display: Display, total: int, done: int, names: Sequence[str]):
         self.display, self.total, self.names = display, total, list(names)
@@ -146,7 +145,7 @@ class TrainingView:
         self.printed = 0.0
 
     def update(self, step: int, metrics: dict[str, float], lasting: Mapping[str, str]) -> None:
-        """Show a finished step, and what is wrong with the run: by rule, what is seen."""
+        """Show a finished step and the current warnings, by rule."""
         self.last = metrics
         self.warnings = [f"{name}: {seen}" for name, seen in lasting.items()]
         self.bar.update(self.task, completed=step)

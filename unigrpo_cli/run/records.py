@@ -1,4 +1,4 @@
-"""Batches of episodes on disk with what was said of them: `unigrpo rollout` writes them, bad steps leave them."""
+"""Batches of episodes with their scores on disk: those of `unigrpo rollout`, and of skipped steps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.run.episode_files import BAD_STEP, packed, save_episodes, unpacked
 
 WORDS = "json"
-"""The name, among tensors that are sent, of what is none."""
+"""The name, among the tensors that are sent, of the JSON text."""
 KEPT = 3  # bad steps on disk: those of one stop
 
 
 def reward_rows(groups: Sequence[Group], scored: dict[str, RewardResult]) -> list[dict[str, Any]]:
-    """One JSON row per episode: what was asked, written and scored."""
+    """One JSON row per episode: prompt, reasoning and scores."""
     rows: list[dict[str, Any]] = []
     for g, group in enumerate(groups):
         for episode in group.episodes:
@@ -49,7 +49,7 @@ def reward_rows(groups: Sequence[Group], scored: dict[str, RewardResult]) -> lis
 
 
 def groups_of_all(own: Sequence[Group], ranks: Ranks) -> list[Group]:
-    """All ranks' groups, one rank's after the other's, on the first rank; on the others nothing. All must ask."""
+    """On the first rank the groups of all, in the order of ranks; an empty list on the others. All must call this."""
     if ranks.alone:
         return list(own)
     found: list[list[Group]] = [[] for _ in range(ranks.world)]

@@ -1,4 +1,4 @@
-"""Sample sheets: the same held-out prompts on the same noise, again and again while a run goes on."""
+"""Sample sheets: the same held-out prompts with the same noise, during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_COLUMNS = 8
 
 
 def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int) -> None:
-    """One PNG with its story per prompt in `step_NNNNNN/`, and a sheet of them beside it."""
+    """A PNG with its metadata per prompt in `step_NNNNNN/`, and a sheet of them, `step_NNNNNN.png`."""
     tiles = []
     name = f"step_{step:06d}"
     with new_directory(folder / name, sums=False) as pictures:

@@ -137,7 +137,7 @@ def _finished(directory: Path, checkpoint: Path, config: Config, display: Displa
         return None
     for line in Run(directory).forget_after(content.step):
         display.warn(line)
-    unused = [key for key in changed if effect_of(key) in (Effect.LEARNT, Effect.MEASURED)]
+    unused = [key for key in changed if effect_of(key) in (Effect.LEARNED, Effect.MEASURED)]
     if unused:
         display.say(f"not used, because no step is left: {', '.join(unused)}")
     display.say(
