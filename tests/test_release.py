@@ -210,7 +210,7 @@ def test_the_comma_of_early_snapshots_is_forgiven(copy: Path, text: str) -> None
     (copy / "config.json").write_text(text)
     odd = read_release(copy)
     assert odd.problems == ()
-    assert "comma too many" in odd.notes[0]
+    assert "superfluous comma" in odd.notes[0]
     assert odd.config == whole.config
     (copy / "config.json").unlink()
     assert read_release(copy).config == whole.config

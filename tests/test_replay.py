@@ -245,7 +245,7 @@ def test_copies_at_once_are_a_rule_of_shapes(
     batch = collate(_episodes(tiny, members=1))
     config = tiny.network.config
     one_copy = len(PROMPTS) * (batch.actions.images[0].x_BKND.shape[2] + 2) * config.intermediate_size * 8
-    monkeypatch.setattr(mot_policy, "LOOK_BYTES", int(room * one_copy))
+    monkeypatch.setattr(mot_policy, "PASS_BYTES", int(room * one_copy))
     looks = []
     forward = MoTPolicy.forward
 
@@ -288,7 +288,7 @@ def test_attention_over_words_in_fp64_is_what_keeps_drift_small(monkeypatch: pyt
             return drift([(batch, replay(model, batch, image=False))])["text/drift_mean"]
 
     wide = mean_drift()
-    monkeypatch.setattr(Attention, "attend_words", Attention.attend)
+    monkeypatch.setattr(Attention, "attend_text", Attention.attend)
     assert wide < mean_drift()
 
 

@@ -1,6 +1,6 @@
 """Train the embedded aesthetic head: `python -m tools.toy_aesthetic --out DIR`.
 
-Nobody has rated pictures of the shapes world, so a rule does: sharp is better than soft, clean than noisy, the
+The shapes world has no human ratings; a rule takes their place: sharp is better than soft, clean than noisy, the
 middle than the edge. A head in the layout of LAION's version 2 (five linear layers, nothing between them) learns it
 from the embeddings of the embedded CLIP, in seconds.
 """

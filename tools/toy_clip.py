@@ -3,7 +3,7 @@
 A real open_clip model (a small CNN and a small text transformer) in open_clip's own `local-dir` layout, so that
 the `clip` reward loads it by the same call as any other. Contrastive loss over captions, plus pairs that differ
 in one thing (a near-miss caption of the picture, a near-miss picture of the caption): without these it is a bag
-of words. A part of the pictures is blurred or noisy, for a policy's pictures are not clean renders.
+of words. Some pictures are blurred or noisy: a policy's pictures are not clean renders.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """Pre-train the embedded model: `python -m tools.toy_model --out DIR`, an hour on one core.
 
-A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network. Three
-chapters. It learns to plan and paint well. While the learning rate falls it is shown some mistakes of both kinds:
-plans that do not answer the prompt, and pictures that leave out things of the plan. In the end it is shown many,
-for it is to be imperfect on purpose, in modes that it can sample around, which is what GRPO sharpens. Leaving out
-is one habit with one cure, whatever the plan, and the gradient of a hundred episodes can see it; recoloured or
-misplaced things are many habits (docs/log.md).
+A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network, in three
+phases. First it learns to plan and paint well. While the learning rate falls it sees some mistakes: plans that do not
+answer the prompt, and pictures that leave out things of the plan. Last it sees many, so that it is imperfect in modes
+that it can sample around, which GRPO then sharpens. Leaving things out is one habit, whatever the plan, and the
+gradient of a hundred episodes shows it; recoloured or misplaced things are many habits (docs/log.md).
 
-`curve.jsonl` beside the weights is the training curve. `--start DIR` begins with the last chapter.
+`curve.jsonl` beside the weights is the training curve. `--start DIR` begins with the last phase.
 """
 
 from __future__ import annotations

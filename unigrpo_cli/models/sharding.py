@@ -26,7 +26,7 @@ def shard(network: nn.Module, layers: Sequence[nn.Module], world: int) -> None:
     Gradients of several ranks are added, not averaged: the objective divides by the episodes of all ranks.
     """
     # Keys and values of a text that nothing came before are views. The cache is written in place without gradients
-    # only, so what this warning is about cannot happen.
+    # only, so the case of this warning cannot happen.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     inside = {p for layer in layers for p in layer.parameters()}
     outside = {p for p in network.parameters() if p not in inside}
@@ -62,4 +62,4 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
     moved = full.to(like.device)
     if not isinstance(like, DTensor) or full.shape != like.shape:
         return moved
-    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)  # asks nobody
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)  # no communication

@@ -152,7 +152,7 @@ def held_out_prompts(per_tag: int = 40, seed: int = 0) -> list[dict]:
 
 @cache
 def _distinct(split: str, count: int, seed: int, per_tag: int) -> tuple[dict, ...]:
-    """Drawn once a process, for several commands in one ask again; whoever hands rows out hands out copies."""
+    """Drawn once per process. Callers copy the rows before they return them."""
     rows: dict[str, dict] = {}
     of_tag = dict.fromkeys(TAGS, 0)
     misses = dict.fromkeys(TAGS, 0)

@@ -90,7 +90,7 @@ def stands(a: Thing, relation: str, b: Thing) -> bool:
 
 
 def satisfies(scene: Scene, metadata: Mapping[str, Any]) -> bool:
-    """Whether a plan answers the prompt: GenEval's clauses, with exact counts and no strangers.
+    """Whether a plan answers the prompt: GenEval's clauses, with exact counts and nothing else in the scene.
 
     Exact counts are stricter than GenEval, which forgives surplus objects except in `counting`.
     """

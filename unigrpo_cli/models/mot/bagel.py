@@ -1,11 +1,11 @@
-"""A model directory as its configurations and headers describe it. Reads no weight, imports no torch.
+"""A model directory as its configurations and headers describe it. Reads no weights, imports no torch.
 
 BAGEL's release holds `ema.safetensors` (the network), `ae.safetensors` (the autoencoder), `llm_config.json`,
-`vit_config.json`, an optional `config.json`, and a tokenizer. The embedded model and our own checkpoints are such
-directories too, without an autoencoder where the model paints pixels.
+`vit_config.json`, an optional `config.json`, and a tokenizer. The embedded model and our own checkpoints have the same
+layout; a model that paints pixels has no autoencoder.
 
-What the files say of each other is checked here, name by name and shape by shape, before anything is loaded. Sides
-of tables and widths are read from the tensors: the official code has them as constants.
+Names and shapes of all tensors are compared with the configurations before anything is loaded. Sides of tables and
+widths are read from the tensors; the official code has them as constants.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _names_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the header. A name that comes twice would show this audit one tensor and others another."""
+    """An object of the header. Of a name that occurs twice, two readers might take different tensors."""
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -183,7 +183,7 @@ def read_ends(path: Path, begin: int, end: int, count: int) -> bytes:
 
 
 def weights_digest(release: Release) -> str:
-    """sha256 over name, dtype, shape and both ends of every tensor: which weights these are, at little cost."""
+    """sha256 over name, dtype, shape and both ends of every tensor: identifies weights without reading them whole."""
     digest = hashlib.sha256()
     for kind, tensors in (("network", release.tensors), ("autoencoder", release.autoencoder_tensors)):
         for name, t in sorted(tensors.items()):
@@ -193,14 +193,14 @@ def weights_digest(release: Release) -> str:
 
 
 def read_release(directory: Path, weights_file: str | None = None) -> Release:
-    """What a directory holds. Whatever can be said without its configuration is said in `problems`.
+    """What a directory holds. Differences between its files are `problems`, not errors.
 
     Args:
         weights_file: name of the network's file; None follows the directory's index, or else takes
             `ema.safetensors`.
 
     Raises:
-        WeightsError: when the directory is none, or a file that everything depends on is missing or damaged.
+        WeightsError: when there is no such directory, or a file that all others depend on is missing or damaged.
     """
     if not directory.is_dir():
         raise WeightsError(f"no model directory {directory}")
@@ -330,10 +330,10 @@ def _as_object(path: Path, text: str) -> dict[str, Any]:
 
 
 def _optional_config(path: Path, notes: list[str]) -> dict[str, Any]:
-    """`config.json`, or nothing where there is none: all it says of a BAGEL can be read elsewhere.
+    """`config.json`, or nothing: for BAGEL all of it can be read from other files.
 
-    Early snapshots of the release have an object with a comma too many. That one slip is forgiven; a file that is
-    damaged in any other way is refused, because then others may be too.
+    Early snapshots of the release have a superfluous comma, which is accepted. A file damaged in any other way is
+    refused, as other files may be damaged too.
     """
     if not path.is_file():
         return {}
@@ -343,16 +343,16 @@ def _optional_config(path: Path, notes: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read ({error}); fetch it again") from error
     except WeightsError:
-        mended = re.sub(r",(\s*\})\s*\Z", r"\1", text)
-        if mended == text.rstrip() or mended == text:
+        repaired = re.sub(r",(\s*\})\s*\Z", r"\1", text)
+        if repaired == text.rstrip() or repaired == text:
             raise
-        found = _as_object(path, mended)
-        notes.append("config.json has a comma too many, as in early snapshots of the release; read without it")
+        found = _as_object(path, repaired)
+        notes.append("config.json has a superfluous comma, as in early snapshots of the release; read without it")
         return found
 
 
 def _weight_files(directory: Path, weights_file: str | None) -> list[Path]:
-    """The files that hold the network: as told, as the index says, or `ema.safetensors`."""
+    """The files that hold the network: the one given, those of the index, or `ema.safetensors`."""
     if weights_file is not None:
         if (directory / weights_file).is_file():
             return [directory / weights_file]

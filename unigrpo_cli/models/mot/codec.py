@@ -1,4 +1,4 @@
-"""Between pictures and latents: FLUX's autoencoder, or nothing at all for a model that paints pixels.
+"""Images to latents and back: FLUX's autoencoder, or none for a model that paints pixels.
 
 Shape letters: B images, H and W pixels, C latent channels on a grid of h by w.
 """
@@ -19,7 +19,7 @@ from unigrpo_cli.models.mot.tiled_decode import decode_tiled
 
 
 class Codec(Protocol):
-    """What turns uint8 images [B, H, W, 3] into latents [B, C, h, w], fp32, and back."""
+    """Turns uint8 images [B, H, W, 3] into latents [B, C, h, w], fp32, and back."""
 
     def encode(self, pixels_BHWC: Tensor, noise_BChw: Tensor | None = None) -> Tensor: ...
 
@@ -39,7 +39,7 @@ class PixelCodec:
 class Autoencoder:
     """diffusers' `AutoencoderKL` with the weights and the standardisation of a release. Always fp32.
 
-    Images go through it one at a time: at 1024 px one alone fills gigabytes, and so a batch changes no picture.
+    Images pass one at a time: one of 1024 px takes gigabytes, and an image does not depend on its batch.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Autoencoder:
         """Weights by FLUX's names, which diffusers converts.
 
         Args:
-            decode_strip: rows of pixels that are decoded at a time; 0 for all.
+            vae_tile_rows: rows of pixels that are decoded at a time; 0 for all.
         """
         from diffusers import AutoencoderKL
 

@@ -1,6 +1,6 @@
-"""What a row has said and been shown so far, as keys and values: the one cache of sampling, replay and evaluation.
+"""The key-value cache, the same for sampling, replay and evaluation.
 
-Shape letters as in mot.py: B rows, L new tokens, S context slots, H heads of E numbers.
+Shape letters as in network.py: B rows, L new tokens, S context slots, H heads of E numbers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MoTContext:
-    """What has been said and shown so far: keys and values of every layer, for B rows.
+    """Keys and values of every layer for what B rows have read.
 
-    Slots are filled left to right for all rows at once; a row that had less to say has invalid slots,
-    which nobody attends to. `position_B` is the RoPE counter of each row, i.e. the position that its next
-    token will have: it counts text tokens, and one for each clean image.
+    Slots are filled left to right for all rows at once; a row with fewer tokens has invalid slots, which are masked.
+    `position_B` is each row's RoPE position of its next token: it counts text tokens, and one for each clean image.
 
     Args:
         keys, values: per layer, [B, Hkv, capacity, E]. With spare capacity (see `reserve`) new slots are
-            written in place, which only sampling without gradients does; else a new tensor is made.
+            written in place without gradients; else a new tensor is made.
         used: slots filled so far.
         valid_BS: which of the used slots count, or None when all do (then attention needs no mask).
     """
@@ -57,9 +56,9 @@ class MoTContext:
         )
 
     def put(self, index_B: Tensor, rows: MoTContext) -> MoTContext:
-        """Rows that were selected from here, as they have become since; the others have nothing in the new slots.
+        """This context with `rows`, selected from it and extended since; other rows have no valid new slots.
 
-        Written in place: there must be room, see `reserve`.
+        Written in place: needs spare capacity, see `reserve`.
         """
         new = slice(self.used, rows.used)
         for mine, theirs in zip(self.keys + self.values, rows.keys + rows.values, strict=True):
@@ -73,7 +72,7 @@ class MoTContext:
         return self.keys[index], self.values[index]
 
     def validity(self) -> Tensor:
-        """`valid_BS` spelled out: [B, used] bool."""
+        """`valid_BS` as a tensor: [B, used] bool."""
         if self.valid_BS is not None:
             return self.valid_BS
         return torch.ones(self.rows, self.used, dtype=torch.bool, device=self.position_B.device)

@@ -23,7 +23,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in that dtype. To ask first is ten times faster than `Tensor.to` where there is nothing to do."""
+    """x in that dtype. Checking first is ten times faster than `Tensor.to` when nothing changes."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -42,8 +42,8 @@ class Linear(nn.Linear):
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies fp32 matrices faster than MKL, which torch takes: on AMD's processors with AVX-512.
 
-    There MKL keeps to AVX2, at less than half the speed (docs/performance.md). A rule, not a timing, so that a run
-    is repeated by the same arithmetic.
+    There MKL uses AVX2 only, at less than half the speed (docs/performance.md). A rule, not a timing, so that a run
+    repeats with the same arithmetic.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
@@ -110,10 +110,10 @@ def _rotated(normed: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | N
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Norm over the last axis, then perhaps a rotation, in few passes over memory: what a CPU's time goes into.
+    """Norm over the last axis, then optionally a rotation, in few passes over memory, which limits a CPU.
 
-    Torch has no kernel for either there. All gradients can be had from the normed numbers, so nothing else of that
-    size is kept.
+    Torch has no CPU kernel for either. All gradients follow from the normed numbers, so nothing else of that size is
+    kept.
     """
 
     @staticmethod
@@ -146,7 +146,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, rotated: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The norm of x [..., size]; with `turned` (see `rotation`) of heads [B, L, H, size], then rotated."""
+        """The norm of x [..., size]; with `rotated` (see `rotation`) of heads [B, L, H, size], then rotated."""
         wide, weight = widen(x), widen(self.weight)
         if x.device.type == "cpu":
             angles = rotated or (None, None)
@@ -180,7 +180,7 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. Without gradients it is written into `gate`, which nobody else has."""
+    """silu(gate) * up. Without gradients it is written into `gate`, which has no other user."""
     if not torch.is_grad_enabled():
         return F.silu(gate, inplace=True).mul_(up)
     return _Gated.apply(gate, up) if gate.device.type == "cpu" else F.silu(gate) * up
@@ -202,8 +202,7 @@ class MLP(nn.Module):
 def rotation(position_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, L, 1, head_dim] of the rotary embedding, in fp32, for every layer of a pass.
 
-    The two halves of a head turn together, by the same angles, so each number is there twice: the sines once with
-    either sign, as `rotate` takes them.
+    Both halves of a head rotate by the same angles, so each number occurs twice, the sines with either sign.
     """
     half = head_dim // 2
     frequency = theta ** -(torch.arange(half, device=position_BL.device, dtype=torch.float32) / half)
@@ -233,7 +232,8 @@ class TimeEmbedder(nn.Module):
 class PositionTable(nn.Module):
     """A fixed 2-D sine-cosine table, one row per token of the largest image, kept in the network's dtype.
 
-    A formula, but one that a checkpoint brings rounded: its weights were trained with that. Never trained.
+    Given by a formula, but a checkpoint's rounded table takes precedence: its weights were trained with it. Never
+    trained.
     """
 
     def __init__(self, side: int, width: int):
@@ -274,17 +274,16 @@ def unpacked(buffer: Tensor, offsets: Sequence[int], like: Sequence[Tensor]) -> 
 
 
 def stream_from_host(layer: nn.Module, device: torch.device) -> None:
-    """From now on the layer's host weights come to `device` for its forward pass, and leave it afterwards.
+    """Copy the layer's host weights to `device` for each forward pass, and drop the copies after it.
 
-    They lie in one flat buffer and come in one transfer. The buffer is pinned in place: torch's allocator of pinned
-    memory would round it up to a power of two. The host keeps its copy, so nothing is ever sent back. For weights
-    that are not trained.
+    They are one flat buffer, copied in one transfer. It is pinned in place: torch's allocator of pinned memory would
+    round its size up to a power of two. For weights that are not trained: nothing is copied back.
     """
     parameters = [p for p in layer.parameters() if p.device.type == "cpu"]
     if not parameters:
         return
     buffer, offsets = packed([p.data for p in parameters])
-    home = unpacked(buffer, offsets, [p.data for p in parameters])
+    on_host = unpacked(buffer, offsets, [p.data for p in parameters])
     if device.type == "cuda":
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
@@ -294,12 +293,12 @@ def stream_from_host(layer: nn.Module, device: torch.device) -> None:
         for parameter, data in zip(parameters, tensors, strict=True):
             parameter.data = data
 
-    def come(_layer: nn.Module, _arguments: tuple) -> None:
-        use(unpacked(buffer.to(device, non_blocking=True), offsets, home))
+    def load(_layer: nn.Module, _arguments: tuple) -> None:
+        use(unpacked(buffer.to(device, non_blocking=True), offsets, on_host))
 
-    def go(_layer: nn.Module, _arguments: tuple, _result: object) -> None:
-        use(home)
+    def unload(_layer: nn.Module, _arguments: tuple, _result: object) -> None:
+        use(on_host)
 
-    use(home)
-    layer.register_forward_pre_hook(come)
-    layer.register_forward_hook(go)
+    use(on_host)
+    layer.register_forward_pre_hook(load)
+    layer.register_forward_hook(unload)

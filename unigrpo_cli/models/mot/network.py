@@ -7,7 +7,7 @@ A position sees
     text token        all earlier text and clean images, itself        (causal)
     image token       the whole context before it, its own image       (full)
 
-and nobody outside a noisy image ever sees it. So K noisy copies of an image after one context are K
+and nothing outside a noisy image attends to it. So K noisy copies of an image after one context are K
 ordinary *unmasked* attentions over `cat(context, own)`: each layer runs a text stream and an image stream,
 and sampling with a cache and training replay are the same operations on the same tensors.
 
@@ -83,8 +83,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).flatten(2)
 
-    def attend_words(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
-        """`attend` for the text stream; on a CPU in fp64.
+    def attend_text(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+        """`attend` for the text stream; in fp64 on a CPU.
 
         It is the one operation of that stream whose fp32 rounding depends on how many queries come together, and
         decoding brings one where replay brings all: nearly all drift between the two arose here (docs/log.md).
@@ -172,7 +172,7 @@ class MoTLayer(nn.Module):
             q, k, v = self._qkv(text.states_BLC, text.rotation, "")
             keys, values = append(keys, used, k), append(values, used, v)
             used += k.shape[2]
-            attended = self.self_attn.attend_words(
+            attended = self.self_attn.attend_text(
                 q, keys[:, :, :used], values[:, :, :used], causal=text.causal, mask=text.mask
             )
             text_BLC = self._residual(text.states_BLC, attended, "")
@@ -201,8 +201,8 @@ class MoTLayer(nn.Module):
 
 
 KINDS = 64
-"""Kinds of passes for which layers are compiled, more than torch's own limit: words or images, with a mask or
-without, one row or several, the last layer. Lengths and numbers of rows are inputs, and so are weights.
+"""Kinds of passes for which layers are compiled, above torch's own limit: text or images, with or without a mask, one
+row or several, the last layer. Lengths, numbers of rows and weights are inputs.
 """
 
 
@@ -234,7 +234,7 @@ def _after(past: Tensor, *own: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers and both final norms; a room of its own for the sake of the tensor names."""
+    """Embeddings, layers and both final norms; a module of its own because of the tensor names."""
 
     def __init__(self, config: MoTConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A policy of text and image actions: a network with its words and its pixels."""
+"""The policy of a mixture of transformers: network, tokenizer and codec."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ from unigrpo_cli.models.mot.weights import restore_weights, save_model
 from unigrpo_cli.models.policy import Adapter, Finetune, Lengths, NoisyImage, PolicyOutput
 from unigrpo_cli.models.sharding import fp32_masters, is_sharded, shard, whole
 
-LOOK_BYTES = 12 * 2**20
-"""Bytes of the widest activation of a look at noisy images on a CPU.
+PASS_BYTES = 12 * 2**20
+"""Bytes of the widest activation of a pass over noisy images on a CPU.
 
-glibc asks the kernel anew for everything of 32 MiB and more and gives it back at once, and what is smaller where
-much of it comes free together. Every page of such tensors is made and cleared again, which took up to a tenth of a
-replay (docs/log.md); below this few are.
+glibc maps blocks of 32 MiB and more anew each time, and the kernel clears every page, which took up to a tenth of a
+replay (docs/log.md). Below this size few blocks are affected.
 """
 
 PLAN_FIRST = (
@@ -47,7 +46,7 @@ REASON_FIRST = (
     "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
     "answer here"
 )
-"""What BAGEL was taught to expect before it paints, and before it answers; the spaces before the newlines too."""
+"""BAGEL's own system prompts for painting and for answering, with the spaces before the newlines."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ class MoTPolicy:
 
     Args:
         network: the current weights.
-        system_prompt: given before the prompt when the model is to think; "" for none, None for its family's own.
-        frozen: a copy of the starting weights when all weights are trained; None when adapters are, for
-            then the reference is the same network with its adapters off.
-        release: the directory it came from; None for one made here.
+        system_prompt: precedes the prompt when the model thinks; "" for none, None for BAGEL's own.
+        frozen: a copy of the starting weights when all weights are trained. With adapters it is None: the reference is
+            the same network with its adapters off.
+        release: the directory the model was loaded from; None for a new one.
         compiles: passes without gradients take compiled layers.
     """
 
@@ -157,16 +156,16 @@ class MoTPolicy:
     def copies_at_once(self, image: NoisyImage) -> int:
         """How many noisy copies of each row's image one pass should take.
 
-        On a CPU as many as keep the widest activation, the MLP's, within `LOOK_BYTES`, at least one. On a GPU all,
-        for there torch keeps freed memory; all too where layers are sharded, for every rank must then make equally
-        many passes, and their rows may differ. Nothing is timed and no text counts, so runs repeat to the bit.
+        On a CPU as many as keep the widest activation, the MLP's, within `PASS_BYTES`, at least one. On a GPU all:
+        there torch keeps freed memory. All too where layers are sharded: every rank must make equally many passes,
+        and their rows may differ. Only shapes decide, so runs repeat to the bit.
         """
         rows, copies, latents, _ = image.x_BKND.shape
         if self.device.type != "cpu" or self.is_sharded:
             return max(1, copies)
         tokens = rows * (latents + len(self.network.boundary_ids))
         each = tokens * self.network.config.intermediate_size * self.network.dtype.itemsize
-        return max(1, LOOK_BYTES // each)
+        return max(1, PASS_BYTES // each)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits; ids that the tokenizer does not have (a padded head has some) are impossible."""
