@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.flops import products
 from unigrpo_cli.models.mot.config import MoTConfig
+from unigrpo_cli.run.memory.flops import matrices
 
 GIB = 2**30
 CARDS = (("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0))
@@ -76,7 +76,7 @@ class Clock:
             times.append(self.once(run))
         return times
 
-    def parallel_map(
+    def in_turn(
         self, runs: dict[str, Callable[[], object]], share_s: float, most: int = 5, *, warm: bool = False
     ) -> dict[str, list[float]]:
         """Seconds of every call, the variants in turn: what disturbs the machine then disturbs all alike.
@@ -183,7 +183,7 @@ def matmul_tflops(clock: Clock, shapes: list[tuple[int, int, int]], dtype: torch
 
 def layer_shapes(config: MoTConfig, tokens: int) -> list[tuple[int, int, int]]:
     """The products of one layer over that many tokens."""
-    return [(tokens, into, out) for into, out in products(config).values()]
+    return [(tokens, into, out) for into, out in matrices(config).values()]
 
 
 def copy_gbs(clock: Clock, size: int, share_s: float) -> float:

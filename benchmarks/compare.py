@@ -17,34 +17,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this file, whatever is installed
 
-from benchmarks import growth, passes, sampling, step, words
+from benchmarks import sampling, words
 from benchmarks.cases import CASES, Cases, Comparison
 from benchmarks.clock import Clock
 from benchmarks.report import Report, Row, put_into, surroundings
 
 
 def rows_of(cases: Cases) -> list[Row]:
-    """Every row of the report, in order. Curves and operators are tables of their own."""
-    return [row for part in (step, sampling, passes, words) for row in part.rows(cases)]
+    """Every row of the report, in order."""
+    return [row for part in (sampling, words) for row in part.rows(cases)]
 
 
 def measurements(bench: Comparison) -> Iterator[tuple[list[str], Callable[[], None]]]:
     """Parts of the report and how they are filled, in order."""
-    cases = bench.cases
-    yield [step.STEP, step.OPERATORS], partial(step.measure_step, bench)
-    for own in cases.waiting_rows:
-        yield [step.waiting_part(own)], partial(step.measure_waiting, bench, own)
     yield [words.WORDS, words.AGAINST], partial(words.measure_words, bench)
     for model in sampling.MODELS:
-        yield [sampling.sampling_part(model, cases)], partial(sampling.measure_sampling, bench, model)
-    for model in sampling.GROUPED:
-        yield [sampling.growth_part(model)], partial(sampling.measure_groups, bench, model)
-    yield [sampling.DENOISING], partial(sampling.measure_denoising, bench)
-    sampling.large_policy.cache_clear()
-    for part in passes.parts(cases):
-        yield [passes.part_of(*part)], partial(passes.measure_replay, bench, *part)
-    for curve in cases.curves:
-        yield [growth.title(curve)], partial(growth.measure_growth, bench, curve)
+        yield [sampling.sampling_part(model, bench.cases)], partial(sampling.measure_sampling, bench, model)
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -54,14 +42,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the report there, after every row")
     parser.add_argument("--markdown", type=Path, help="put the tables into that document, e.g. docs/performance.md")
     parser.add_argument("--only", default="", help="only parts whose name has this in it")
-    parser.add_argument(
-        "--go-on-from",
-        type=Path,
-        action="append",
-        default=[],
-        help="an earlier --json, whose parts are kept as they are",
-    )
-    parser.add_argument("--budget-s", type=float, help="seconds for everything; default: 25 minutes")
+    parser.add_argument("--budget-s", type=float, help="seconds for everything; default: 10 minutes")
     return parser.parse_args(given)
 
 
@@ -76,10 +57,8 @@ def main(given: Sequence[str] | None = None) -> Report:
     report = Report(setting, rows_of(cases), arguments.json)
     clock = Clock(torch.device("cpu"), budget_s, processor=alone)
     bench = Comparison(cases, clock, report)
-    for path in arguments.go_on_from:
-        report.go_on_from(path)
     for parts, measure in measurements(bench):
-        if any(arguments.only in part for part in parts) and not all(map(report.holds, parts)):
+        if any(arguments.only in part for part in parts):
             with report.attempt(parts):
                 measure()
             gc.collect()

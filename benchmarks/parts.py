@@ -15,7 +15,6 @@ import torch
 import unigrpo_cli.rollout as stages
 from benchmarks import clock as clocks
 from benchmarks.clock import Clock, NotMeasuredError
-from benchmarks.flops import Pass, decode_bytes, forward_flops, update_flops
 from benchmarks.report import Goal, Report, Row
 from benchmarks.shapes import Size, prompt_text
 from unigrpo_cli.config import Config, load_config
@@ -24,6 +23,7 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.mot.context import MoTContext
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.replay import collate, replay
+from unigrpo_cli.run.memory.flops import Pass, backward_flops, decode_bytes, forward_flops, layers_flops
 from unigrpo_cli.train import score_old_and_reference, update, with_advantages
 from unigrpo_cli.training.optimizer import make_optimizer
 from unigrpo_cli.training.schedule import objective_of, window_of
@@ -183,7 +183,7 @@ def reading(bench: Benchmark, group: int, differing: bool) -> MoTContext:
 
 @torch.no_grad()
 def measure_denoise(bench: Benchmark, group: int, part: str) -> None:
-    """One call of the network for noisy images in a cached context, as `paint` makes them."""
+    """One call of the network for noisy images in a cached context, as `sample_image` makes them."""
     run, context = denoise_call(bench, group, differing=part.endswith(DIFFERING))
     with ExitStack() as stack:
         rank = bench.size.rank
@@ -221,7 +221,7 @@ def watched_rollout(bench: Benchmark, group: int, config: Config) -> Rolled:
     peaks: dict[str, float] = {}
     prompt = Prompt("benchmark", prompt_text(bench.size))
     with ExitStack() as stack:
-        for name in ("read_given", "write_text", "paint"):
+        for name in ("read_given", "sample_text", "sample_image"):
             stack.enter_context(clock.watching(stages, name, seconds, peaks))
         stack.enter_context(clock.watching(MoTPolicy, "decode_pixels", seconds))
         began = clock.now()
@@ -246,8 +246,8 @@ def measure_rollout(bench: Benchmark, group: int) -> None:
     seconds = run.seconds
     for name, value in (
         ("prefill", seconds["read_given"]),
-        ("thinking", seconds["write_text"]),
-        ("denoising", seconds["paint"] - seconds["decode_pixels"]),
+        ("thinking", seconds["sample_text"]),
+        ("denoising", seconds["sample_image"] - seconds["decode_pixels"]),
         ("decode", seconds["decode_pixels"]),
         ("rollout", run.total_s),
     ):
@@ -256,15 +256,15 @@ def measure_rollout(bench: Benchmark, group: int) -> None:
     # Random weights say the stop word once in a vocabulary; where they say it often, nothing here means anything.
     assert sum(lengths) > 0.9 * group * size.thinking, f"texts ended early: {lengths}"
     report.add(part, "thinking length", sum(lengths) / group, f"{min(lengths)} to {max(lengths)}")
-    report.add(part, "tokens in all", sum(lengths) / seconds["write_text"])
-    report.add(part, "tokens per row", sum(lengths) / group / seconds["write_text"])
+    report.add(part, "tokens in all", sum(lengths) / seconds["sample_text"])
+    report.add(part, "tokens per row", sum(lengths) / group / seconds["sample_text"])
     each = bench.policy.network.dtype.itemsize
     middle = size.reading() - size.thinking // 2
     moved = max(lengths) * decode_bytes(size.network, group, middle, each, size.rank)
-    rate = moved / seconds["write_text"] / 1e9
+    rate = moved / seconds["sample_text"] / 1e9
     report.add(part, "share of bandwidth", 100 * rate / bench.ceiling("GB/s"), f"{rate:.0f} GB/s of weights and cache")
-    report.add(part, "peak memory thinking", run.peaks["write_text"])
-    report.add(part, "peak memory painting", run.peaks["paint"])
+    report.add(part, "peak memory thinking", run.peaks["sample_text"])
+    report.add(part, "peak memory painting", run.peaks["sample_image"])
 
 
 def shortened(episodes: Sequence[Episode]) -> list[Episode]:
@@ -321,11 +321,17 @@ def measure_update(bench: Benchmark, micro_batch_size: int, part: str) -> None:
     note = "" if len(steps) > 1 else "the first, not warmed up"
     report.add(part, "old and reference", fixed_s / len(episodes))
     report.add(part, "forward and backward", learning_s, note)
-    flops = update_flops(size.network, work) / micro_batch_size
+    flops = update_flops(size, work) / micro_batch_size
     bench.add_rate(part, "forward and backward: ", flops, learning_s)
     report.add(part, "optimizer step", optimizer_s, note)
     report.add(part, "update", (fixed_s + total_s) / len(episodes), f"{len(episodes)} episodes")
     report.add(part, "peak memory update", clock.peak_gib())
+
+
+def update_flops(size: Size, work: Pass) -> int:
+    """Operations of an update of adapters: forward, the layers once more, backward."""
+    config = size.network
+    return forward_flops(config, work) + layers_flops(config, work) + backward_flops(config, work)
 
 
 def updates(

@@ -13,12 +13,10 @@ A leading 1 is the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from unigrpo_cli.algo import flow
@@ -26,11 +24,8 @@ from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenText, ImageActions, Prompt, TextActions
 from unigrpo_cli.models.mot.config import MoTConfig
-from unigrpo_cli.models.mot.context import MoTContext
 from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import MoTPolicy
-from unigrpo_cli.models.policy import NoisyImage
-from unigrpo_cli.replay import Batch
 from unigrpo_cli.rollout import Sampling
 
 # ----- the network, one episode at a time
@@ -203,7 +198,7 @@ def paint(policy: MoTPolicy, cache: Cache, sampling: Sampling, window: flow.Wind
         grid=grid,
         times=times,
         window=window,
-        kernel=sampling.sde,
+        sde=sampling.sde,
         noise_level=sampling.noise_level,
         before=torch.stack(before),
         after=torch.stack(after),
@@ -211,34 +206,3 @@ def paint(policy: MoTPolicy, cache: Cache, sampling: Sampling, window: flow.Wind
         latent=x,
         pixels=policy.decode_pixels(x[None], grid)[0],
     )
-
-
-@torch.no_grad()
-def pipeline(policy: MoTPolicy, context: MoTContext, sampling: Sampling, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Final latents [B, N, D] and pixels by diffusers' scheduler around the package's network.
-
-    The loop is that of diffusers' pipelines of flow models: evenly spaced sigmas, shifted by the scheduler, and for
-    each a call of the network and of `scheduler.step`.
-    """
-    grid = policy.grid(sampling.height, sampling.width)
-    shape = (grid[0] * grid[1], policy.token_dim)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=sampling.shift)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / sampling.steps, sampling.steps).tolist())
-    x_BND = torch.stack([normal(derive(seed, "start"), *shape) for seed in seeds])
-    for timestep in scheduler.timesteps:
-        t_B1 = (timestep / scheduler.config.num_train_timesteps).expand(len(x_BND), 1)
-        image = NoisyImage(x_BND[:, None], t_B1, grid)
-        v_BND = policy.forward(context, image=image).velocity_BKND[:, 0]
-        x_BND = scheduler.step(v_BND, timestep, x_BND, return_dict=False)[0]
-    return x_BND, policy.decode_pixels(x_BND, grid)
-
-
-# ----- replay
-
-
-def one_step(batch: Batch, k: int) -> Batch:
-    """The batch with only its k-th noisy image: replayed so, K passes read the text K times."""
-    (turn,) = batch.chunks
-    assert turn.image is not None
-    own = replace(turn.image, x_BKND=turn.image.x_BKND[:, k : k + 1], t_BK=turn.image.t_BK[:, k : k + 1])
-    return replace(batch, chunks=(replace(turn, image=own),))

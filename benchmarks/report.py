@@ -108,7 +108,6 @@ class Report:
         self.setting, self.path = setting, path
         self.rows = {(row.part, row.name): row for row in rows}
         self.profiles: dict[str, list[dict[str, Any]]] = {}
-        self.tables: dict[str, list[dict[str, Any]]] = {}
         self.left_out: dict[str, str] = {}
         print("\n".join([self.line_of_settings(), "", *self.head]), flush=True)
 
@@ -127,20 +126,6 @@ class Report:
     def value(self, part: str, name: str) -> float | None:
         """A number measured earlier, or None."""
         return self.rows[part, name].value
-
-    def go_on_from(self, path: Path) -> None:
-        """Take over what an earlier report holds."""
-        earlier = json.loads(path.read_text())
-        for row in earlier["rows"]:
-            key = row["part"], row["name"]
-            if key in self.rows:
-                self._put(replace(self.rows[key], value=row["value"], note=row["note"]))
-        self.tables |= earlier["tables"]
-
-    def holds(self, part: str) -> bool:
-        """Whether a part is there, all its rows or its table."""
-        own = [row.value for row in self.rows.values() if row.part == part]
-        return part in self.tables or (bool(own) and None not in own)
 
     def _put(self, row: Row) -> None:
         self.rows[row.part, row.name] = row
@@ -172,12 +157,6 @@ class Report:
             print(f"{title}: {s['share']:6.1%} {s['calls']:6d} x {s['name']}", flush=True)
         self.write()
 
-    def add_line(self, title: str, line: dict[str, Any]) -> None:
-        """One more line of a table; all lines of a table have the same columns."""
-        self.tables.setdefault(title, []).append(line)
-        print(f"{title}: " + ", ".join(f"{name} {cell(value)}" for name, value in line.items()), flush=True)
-        self.write()
-
     def json(self) -> dict[str, Any]:
         rows = self.rows.values()
         missing = [{"part": r.part, "name": r.name, "reason": r.note} for r in rows if r.value is None]
@@ -187,7 +166,6 @@ class Report:
             "rows": [row.json() for row in rows if row.value is not None],
             "not_run": missing,
             "profiles": self.profiles,
-            "tables": self.tables,
         }
 
     def write(self) -> None:
@@ -203,16 +181,7 @@ class Report:
         for title, spent in self.profiles.items():
             lines += ["", f"Time of {title}:", "", "| | share | calls |", "|---|---|---|"]
             lines += [f"| `{s['name']}` | {s['share']:.1%} | {s['calls']} |" for s in spent]
-        for title, table in self.tables.items():
-            columns = list(table[0])
-            lines += ["", f"{title}:", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-            lines += [f"| {' | '.join(cell(line[name]) for name in columns)} |" for line in table]
         return "\n".join(lines)
-
-
-def cell(value: object) -> str:
-    """A table's entry: true numbers of measurement shortened, all else as it is."""
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def needed_gib(message: str) -> float:

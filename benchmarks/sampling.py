@@ -1,4 +1,4 @@
-"""Sampling in one batch against one episode at a time; group sizes; our denoising against diffusers' loop."""
+"""Sampling a group in one batch against one episode at a time."""
 
 from __future__ import annotations
 
@@ -17,31 +17,24 @@ from benchmarks.cases import Cases, Comparison
 from benchmarks.clock import ratio
 from benchmarks.report import RELATIVE, Goal, Row
 from benchmarks.shapes import Size, prompt_text, random_policy
-from benchmarks.step import settings
 from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions
-from unigrpo_cli.evaluate import NO_NOISE, train_sampling
+from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rollout import Sampling
 from unigrpo_cli.run.setup import load_policy
 from unigrpo_cli.suites import training_prompts
 
-EMBEDDED, LARGE, WORDY = "embedded", "100M", "100M, long texts and small images"
+EMBEDDED, LARGE = "embedded", "100M"
 MODELS = (EMBEDDED, LARGE)
-GROUPED = (*MODELS, WORDY)
-DENOISING = "denoising against diffusers' loop, 100M"
 SEED, WINDOW = 0, Window(1, 3)
-STAGES = {"thinking": "write_text", "painting": "paint"}
 LATENTS = {EMBEDDED: 1e-4, LARGE: 1e-5}
 """The embedded model predicts data, and v = (x - data) / t divides its rounding by small t."""
 
 
 def sampling_part(model: str, cases: Cases) -> str:
     return f"{model}: a group of {cases.compared}"
-
-
-def growth_part(model: str) -> str:
-    return f"{model}: group size"
 
 
 def rows(cases: Cases) -> list[Row]:
@@ -56,12 +49,7 @@ def rows(cases: Cases) -> list[Row]:
             Row(part, "painting, times faster", "x"),
             Row(part, "latents differ", RELATIVE),
         ]
-    for model in GROUPED:
-        found += [Row(growth_part(model), f"group of {group}", "s/sample") for group in cases.groups]
-        found.append(Row(growth_part(model), "largest to smallest", "x", Goal(0.5)))
-        found += [Row(growth_part(model), f"{stage}, largest to smallest", "x") for stage in STAGES]
-    found += [Row(DENOISING, name, "s") for name in ("diffusers' loop", "ours")]
-    return [*found, Row(DENOISING, "times faster", "x"), Row(DENOISING, "latents differ", RELATIVE)]
+    return found
 
 
 # ----- what is drawn
@@ -75,10 +63,10 @@ def large_policy(size: Size) -> MoTPolicy:
 def asked(bench: Comparison, model: str) -> tuple[MoTPolicy, Prompt, Sampling]:
     """A model, its prompt, and how it is sampled: in batches of the whole group."""
     if model == EMBEDDED:
-        config = settings(bench)
+        config = load_config(named=bench.cases.embedded)
         policy = load_policy(config.model, None, config)
         return policy, training_prompts(config.prompts)[0], replace(train_sampling(config), batch_size=2**10)
-    size = bench.cases.large if model == LARGE else bench.cases.wordy
+    size = bench.cases.large
     return large_policy(size), Prompt("benchmark", prompt_text(size)), sampling_of(size)
 
 
@@ -91,7 +79,7 @@ def sampling_of(size: Size) -> Sampling:
         width=size.pixels,
         steps=size.calls,
         shift=3.0,
-        kernel="flow",
+        sde="flow",
         noise_level=0.8,
         batch_size=2**10,
     )
@@ -124,12 +112,12 @@ def measure_sampling(bench: Comparison, model: str) -> None:
     plain_s: dict[str, float] = {}
     with ExitStack() as stack:
         for owner, names, seconds in (
-            (stages, ("write_text", "paint"), own_s),
+            (stages, ("sample_text", "sample_image"), own_s),
             (plain, ("write", "paint"), plain_s),
         ):
             for name in names:
                 stack.enter_context(clock.watching(owner, name, seconds))
-        times = clock.parallel_map({"ours": ours, "plain": one_by_one}, bench.cases.share_s, warm=True)
+        times = clock.in_turn({"ours": ours, "plain": one_by_one}, bench.cases.share_s, warm=True)
 
     texts = [s for e in drawn["plain"] for s in e.segments if isinstance(s, TextActions)]
     length = statistics.mean(len(text.ids) for text in texts)
@@ -137,8 +125,8 @@ def measure_sampling(bench: Comparison, model: str) -> None:
     bench.report.add(part, "one at a time", statistics.median(times["plain"]) / members, note)
     bench.report.add(part, "in one batch", statistics.median(times["ours"]) / members)
     bench.report.add(part, "times faster", ratio(times, "plain", "ours"))
-    bench.report.add(part, "thinking, times faster", plain_s["write"] / own_s["write_text"])
-    bench.report.add(part, "painting, times faster", plain_s["paint"] / own_s["paint"])
+    bench.report.add(part, "thinking, times faster", plain_s["write"] / own_s["sample_text"])
+    bench.report.add(part, "painting, times faster", plain_s["paint"] / own_s["sample_image"])
     bench.agree(part, "latents differ", difference_of(drawn["ours"], drawn["plain"]), LATENTS[model])
 
 
@@ -160,59 +148,3 @@ def difference_of(ours: Sequence[Episode], plainly: Sequence[Episode]) -> float:
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest number there."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-# ----- group sizes
-
-
-def measure_groups(bench: Comparison, model: str) -> None:
-    """What a sample costs in groups of several sizes, the sizes in turn."""
-    policy, prompt, sampling = asked(bench, model)
-    part, groups = growth_part(model), bench.cases.groups
-    spent: dict[int, dict[str, float]] = {group: {} for group in groups}
-
-    def run(group: int) -> None:
-        with ExitStack() as stack:
-            for name in STAGES.values():
-                stack.enter_context(bench.clock.watching(stages, name, spent[group]))
-            stages.rollout(policy, [prompt], group, sampling, WINDOW, SEED)
-
-    stages.rollout(policy, [prompt], groups[0], brief(sampling), WINDOW, SEED)
-    runs = {str(group): (lambda group=group: run(group)) for group in groups}
-    times = bench.clock.parallel_map(runs, bench.cases.share_s, warm=True)
-    for group in groups:
-        bench.report.add(part, f"group of {group}", statistics.median(times[str(group)]) / group)
-    small, large = groups[0], groups[-1]
-    shrinks = ratio(times, str(large), str(small)) * small / large
-    bench.report.add(part, "largest to smallest", shrinks, f"cost per sample, {len(times[str(small)])} rounds")
-    for stage, name in STAGES.items():
-        own = spent[large][name] / spent[small][name] * small / large
-        share = spent[small][name] / sum(times[str(small)])
-        bench.report.add(part, f"{stage}, largest to smallest", own, f"{share:.0%} of the smallest's seconds")
-
-
-# ----- denoising
-
-
-@torch.no_grad()
-def measure_denoising(bench: Comparison) -> None:
-    """Euler steps from the same noise in the same context, with the pixels at the end, as pipelines give them."""
-    policy, prompt, sampling = asked(bench, LARGE)
-    members = bench.cases.compared
-    seeds = list(range(members))
-    context = stages.read_given(policy, [policy.preamble(prompt, think=True)] * members)
-    latents: dict[str, Tensor] = {}
-
-    def ours() -> None:
-        images = stages.paint(policy, context, sampling, NO_NOISE, seeds)
-        latents["ours"] = torch.stack([image.latent for image in images])
-
-    def theirs() -> None:
-        latents["theirs"], _ = plain.pipeline(policy, context, sampling, seeds)
-
-    times = bench.clock.parallel_map({"ours": ours, "theirs": theirs}, bench.cases.share_s, warm=True)
-    note = f"{members} images, {sampling.steps} calls, {len(times['ours'])} rounds"
-    bench.report.add(DENOISING, "diffusers' loop", statistics.median(times["theirs"]), note)
-    bench.report.add(DENOISING, "ours", statistics.median(times["ours"]))
-    bench.report.add(DENOISING, "times faster", ratio(times, "theirs", "ours"))
-    bench.agree(DENOISING, "latents differ", relative(latents["ours"], latents["theirs"]), 1e-5)

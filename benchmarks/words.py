@@ -26,7 +26,7 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.mot.tokenizer import OPEN
 from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.rollout import read_given, write_text
+from unigrpo_cli.rollout import read_given, sample_text
 from unigrpo_cli.train import score_old_and_reference, update, with_advantages
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.schedule import objective_of
@@ -94,7 +94,7 @@ class OwnSteps:
     def write(self) -> list[Episode]:
         seeds = [derive(self.steps, "text-only", k) for k in range(len(self.at))]
         context = read_given(self.policy, self.given).select(self.at)
-        _, texts = write_text(self.policy, context, self.sampling, seeds)
+        _, texts = sample_text(self.policy, context, self.sampling, seeds)
         prompts = [Prompt(str(k), "") for k in self.at.tolist()]
         return [
             Episode(prompt, row % self.members, seeds[row], (*self.given[self.at[row]], text))
@@ -109,7 +109,7 @@ class OwnSteps:
         reward_PG = torch.tensor([reward_of(text.ids) for text in texts]).view(self.prompts, -1)
         spread = reward_PG.std(dim=1, keepdim=True) + 1e-4
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / spread).flatten()
-        fixed = score_old_and_reference(self.policy, episodes, self.config, self.objective, apart=False)
+        fixed = score_old_and_reference(self.policy, episodes, self.config, self.objective, rescore=False)
         shares = with_advantages(fixed, advantage_B)
         replayed = self.clock.now()
         update(self.state, shares[0], self.objective, self.config)

@@ -6,24 +6,14 @@ import json
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import bagel, parts, report
-from benchmarks.clock import Clock
-from benchmarks.flops import Pass, decode_bytes, forward_flops, update_flops
-from benchmarks.shapes import SIZES, random_policy
-from tests.torch_flops import count_flops
+from benchmarks.shapes import SIZES
 from unigrpo_cli.models.mot.config import network_shapes
-from unigrpo_cli.replay import collate, replay
-from unigrpo_cli.train import score_old_and_reference, update, with_advantages
-from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
-from unigrpo_cli.training.schedule import objective_of
-from unigrpo_cli.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,71 +97,6 @@ def test_it_runs_on_a_card() -> None:
     found = bagel.main(["--size", "tiny", "--device", "cuda", "--budget-s", "120", "--profile"]).json()
     assert found["not_run"] == []
     assert any("kernels" in title for title in found["profiles"])
-
-
-# ----- operations
-
-
-@pytest.fixture(scope="module")
-def bench() -> parts.Benchmark:
-    """As the command makes it, with a larger image: the formulas let the last layer learn from boundary tokens."""
-    size = replace(SIZES["tiny"], pixels=128)
-    rows = parts.rows_of(size, goals=False, nominal=False)
-    policy = random_policy(size, torch.device("cpu"), torch.float32)
-    policy = prepare_policy(policy, parts.configuration(size, "float32", 1))
-    clock = Clock(torch.device("cpu"), 60)
-    return parts.Benchmark(size, policy, "float32", clock, report.Report({"nominal_tflops": None}, rows, None), 1)
-
-
-@pytest.mark.parametrize("adapters", [False, True])
-def test_operations_of_a_denoise_call(bench: parts.Benchmark, adapters: bool) -> None:
-    with torch.no_grad(), nullcontext() if adapters else bench.policy.reference():
-        run, context = parts.denoise_call(bench, 3, differing=True)
-        counted = count_flops(run)
-    rank = bench.size.rank if adapters else 0
-    work = Pass(3, past=context.used, copies=1, image=bench.size.image_tokens, rank=rank)
-    assert forward_flops(bench.size.network, work) == pytest.approx(counted, rel=0.01)
-
-
-def test_operations_of_a_written_token(bench: parts.Benchmark) -> None:
-    policy = bench.policy
-    with torch.no_grad():
-        context = parts.reading(bench, 3, differing=False)
-        counted = count_flops(
-            lambda: policy.logits(policy.forward(context, torch.zeros(3, 1).long()).hidden_BLC[:, -1])
-        )
-    work = Pass(3, text=1, past=context.used, scored=3, rank=bench.size.rank)
-    assert forward_flops(bench.size.network, work) == pytest.approx(counted, rel=0.01)
-
-
-def test_operations_of_a_replay_and_of_an_update(bench: parts.Benchmark) -> None:
-    size, config = bench.size, bench.config(micro_batch_size=2)
-    bench.episodes = parts.watched_rollout(bench, 2, config).episodes
-    episodes = parts.episodes_of(bench, 2, parts.DIFFERING)
-    assert [len(e.segments[-2].ids) for e in episodes] == [12, 6]
-    batch = collate(episodes)
-    scored, length = int(batch.actions.mask_BL.sum()), max(batch.chunks[0].length_B)
-    assert length == size.reading()
-    work = Pass(2, text=length, copies=3, image=size.image_tokens, scored=scored, rank=size.rank)
-    with torch.no_grad():
-        counted = count_flops(lambda: replay(bench.policy, batch))
-    assert forward_flops(size.network, work) == pytest.approx(counted, rel=0.01)
-    state, objective = TrainState(bench.policy, make_optimizer(bench.policy, config)), objective_of(config)
-    fixed = score_old_and_reference(bench.policy, episodes, config, objective)
-    shares = with_advantages(fixed, torch.tensor([1.0, -1.0]))
-    counted = count_flops(lambda: update(state, shares[0], objective, config))
-    assert update_flops(size.network, work) == pytest.approx(counted, rel=0.01)
-
-
-def test_bytes_of_a_written_token(bench: parts.Benchmark) -> None:
-    """The text expert's matrices, its adapters and the head, as the network holds them; then the cache."""
-    read = 0
-    for name, parameter in bench.policy.network.named_parameters():
-        if parameter.ndim == 2 and "_moe_gen" not in name and (".layers." in name or "lm_head" in name):
-            read += parameter.numel() * parameter.element_size()
-    context = parts.reading(bench, 3, differing=False)
-    read += sum(x.numel() * x.element_size() for x in (*context.keys, *context.values))
-    assert decode_bytes(bench.size.network, 3, context.used, 4, bench.size.rank) == read
 
 
 def test_sizes_are_what_they_are_called() -> None:
