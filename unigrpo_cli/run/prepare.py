@@ -1,4 +1,7 @@
-"""What a run needs before its first step: sizes of its batches, the policy, the optimizer, and the reference."""
+"""Before the first step: batch sizes, policy, optimizer and reference.
+
+`run/memory` needs `run/setup`, and this file needs both, so it is one of its own.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ from unigrpo_cli.training.state import Reference, TrainState
 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
-    """What a run would take, by the model's headers: reads no weight, opens no reward, writes nothing.
+    """The memory and time of a run, from the model's headers: reads no weights, sets up no reward, writes nothing.
 
     Raises:
-        UsageError: when groups cannot be shared out among the ranks.
+        UsageError: when the ranks cannot divide the groups.
     """
     rank, world, here = launched()
     Ranks(rank, world, here).refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
@@ -45,7 +48,7 @@ def with_sizes(
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
 ) -> Config:
-    """The configuration with numbers for the sizes of batches that it leaves open: those that fit every rank."""
+    """The configuration with numbers for the batch sizes that it leaves open: the largest that fit every rank."""
     if not left_open(config):
         return config
     with ranks.together():
@@ -58,7 +61,7 @@ def with_sizes(
 
 
 def _origin(config: Config, checkpoint: Path | None, fetch: bool = True) -> tuple[str, str | None]:
-    """The base, and the adapter that it begins with: of a fresh run, or as a checkpoint has them."""
+    """The base model and its adapter: of a new run, or of a checkpoint."""
     if checkpoint is None:
         try:
             name = model_of(config, fetch)
@@ -83,10 +86,10 @@ def prepare(
     warn: Callable[[str], None],
     ranks: Ranks = ALONE,
 ) -> tuple[TrainState, Reference, Plan]:
-    """Policy, optimizer, what the base is and what it will take, fresh or as a checkpoint left them.
+    """State, reference and plan of memory, new or from a checkpoint.
 
-    The reference is always the base: never the weights that a run is resumed from, and with adapters the network
-    without them, also when training starts from an adapter.
+    The reference is always the base model, never the weights that a run is resumed from. With adapters it is the
+    network without them, also when training starts from an adapter.
     """
     base, adapter = _origin(config, checkpoint)
     planned = plan_of(config, base, adapter)
@@ -114,7 +117,7 @@ def prepare(
 
 
 def _warn_of_rank(policy: TrainablePolicy, config: Config, warn: Callable[[str], None]) -> None:
-    """An adapter that training starts from has a rank of its own."""
+    """An adapter that training starts from keeps its own rank."""
     own = policy.adapter
     if own is not None and (own.rank, own.alpha) != (config.train.lora_rank, config.train.lora_alpha):
         warn(

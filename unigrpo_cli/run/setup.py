@@ -36,7 +36,7 @@ def device_of(config: Config, *, planned: bool = False) -> torch.device:
     """The device of a configuration.
 
     Args:
-        planned: only to be asked what it has; then it need not be clear which one a process would take.
+        planned: only its memory is asked for, so several processes need not be told apart.
 
     Raises:
         UsageError: when it is not there, or several processes were launched for a command of one.
@@ -74,7 +74,7 @@ def choose_attention(name: str) -> None:
 
 
 def _device_of_rank(config: Config, here: int) -> torch.device:
-    """Of several processes each takes the accelerator of its number on its machine."""
+    """The device of this rank."""
     if not torch.distributed.is_initialized():
         raise UsageError("only train, eval and rollout run in several processes; start this without a launcher")
     if ":" in config.device:
@@ -85,7 +85,7 @@ def _device_of_rank(config: Config, here: int) -> torch.device:
 
 
 def model_of(config: Config, fetch: bool = True) -> str:
-    """The configured model, as one name: with `weights_file` the path of that file.
+    """The name of the configured model; with `weights_file` the path of that file.
 
     Raises:
         WeightsError: when there is no such file; NotFetchedError without `fetch`, for a model of the hub.
@@ -229,7 +229,7 @@ def warn_of_unknown_words(policy: Policy, prompts: Sequence[Prompt], warn: Calla
 
 
 def reward_choices(config: Config) -> list[RewardSpec]:
-    """The trained rewards and, marked so, those that evaluation alone looks at.
+    """The trained rewards, and those of evaluation alone, marked so.
 
     Raises:
         UsageError: when none is chosen.
