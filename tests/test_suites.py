@@ -175,9 +175,9 @@ def test_parquet_and_a_data_set_of_the_hub_are_read_alike(tmp_path: Path, monkey
         "image": [{"bytes": b"no picture", "path": None}] * 2,
     }
     table = pyarrow.table(columns)
-    features = datasets.Features.from_arrow_schema(table.schema) | {"image": datasets.Image()}
-    about = json.dumps({"info": {"features": datasets.Features(features).to_dict()}})
-    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": about}), tmp_path / "p.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["image"] = datasets.Image()
     first, second = read_prompts(tmp_path / "p.parquet")
     assert first.metadata == {"prompt": "two cats", "include": [{"class": "cat", "count": 2}], "score": 0.5}
     assert (second.text, second.image) == ("a dog", None)
@@ -186,7 +186,7 @@ def test_parquet_and_a_data_set_of_the_hub_are_read_alike(tmp_path: Path, monkey
 
     def load(name: str, **how: object) -> object:
         asked.append((name, how))
-        return local("parquet", data_files=str(tmp_path / "p.parquet"), split="train")
+        return local("parquet", data_files=str(tmp_path / "p.parquet"), split="train", features=features)
 
     monkeypatch.setattr("datasets.load_dataset", load)
     assert read_prompts("hf:org/name")[0] == first
