@@ -197,7 +197,7 @@ def test_rewards_rest_between_scorings_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "early"), [({}, True), ({"url": "http://127.0.0.1:1/v1"}, True), ({"model": "org/model"}, False)]
+    ("options", "early"), [({}, False), ({"url": "http://127.0.0.1:1/v1"}, True), ({"model": "org/model"}, False)]
 )
 def test_a_judge_behind_an_endpoint_is_asked_early_and_one_that_computes_here_is_not(
     options: dict, early: bool

@@ -93,7 +93,7 @@ def test_no_opinion_is_null_and_a_missing_prompt_is_said(tmp_path: Path) -> None
     )
     result = _run("rewards", "score", "shy", "-p", plugin, "--image", tmp_path / "x.png", "--json")
     assert json.loads(result.stdout)["images"][0]["scores"] == {"shy": None}
-    assert "does not say what was asked for" in result.stderr
+    assert "has no prompt inside" in result.stderr
 
 
 @pytest.mark.parametrize(

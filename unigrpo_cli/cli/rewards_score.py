@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PromptsFile = Annotated[
     Path | None,
-    typer.Option("--prompts", help="A .jsonl file of rows with `prompt` and `image`, a file beside it."),
+    typer.Option("--prompts", help="A .jsonl file of rows with `prompt` and `image`, relative to this file."),
 ]
 Split = Annotated[
     str, typer.Option("--split", help="Score as in `eval` or as in `train`, for rewards that differ there.")
@@ -183,7 +183,7 @@ def _of_file(path: Path) -> list[Sample]:
     samples = []
     for prompt in read_prompts(path):
         if prompt.image is None:
-            raise UsageError(f"{path}: the row of prompt {prompt.text!r} has no `image`, a file beside {path.name}")
+            raise UsageError(f"{path}: the row of prompt {prompt.text!r} has no `image`, relative to {path.name}")
         reasoning = prompt.metadata.get("reasoning")
         samples.append(_sample(Path(prompt.image), prompt.text, reasoning, prompt.metadata))
     return samples
@@ -218,7 +218,7 @@ def _sample(path: Path, prompt: str | None, reasoning: str | None, metadata: dic
     text = prompt if prompt is not None else record.get("prompt")
     if not isinstance(text, str):  # rewards of the picture alone do not mind
         text = ""
-        warnings.warn(f"{path} does not say what was asked for; give --prompt, or its row in --prompts", stacklevel=2)
+        warnings.warn(f"{path} has no prompt inside; give --prompt, or its row in --prompts", stacklevel=2)
     own = record.get("reasoning") if prompt is None or prompt == record.get("prompt") else None
     thought = reasoning if reasoning is not None else own
     return Sample(text, pixels, thought, typed_prompt(text) if metadata is None else metadata, str(path), str(path))

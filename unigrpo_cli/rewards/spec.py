@@ -56,7 +56,7 @@ def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | No
     for part in parts:
         spec = _parse_one(part)
         if spec.alias in specs:
-            raise UsageError(f"reward {spec.alias!r} is given twice; name them apart, e.g. {spec.alias}2={part}")
+            raise UsageError(f"reward {spec.alias!r} is given twice; use an alias, e.g. {spec.alias}2={part}")
         specs[spec.alias] = spec
     for dotted, value in _flat(extra or {}):
         alias, found, key = dotted.partition(".")
