@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this fi
 from benchmarks import clock as clocks
 from benchmarks import parts
 from benchmarks.clock import Clock
-from benchmarks.report import Report, put_into, surroundings
+from benchmarks.report import Report, put_into, environment
 from benchmarks.shapes import SIZES, Size, random_policy
 from unigrpo_cli.models.mot.config import network_shapes
 from unigrpo_cli.replay import collate, replay
@@ -114,7 +114,7 @@ def settings(arguments: argparse.Namespace, size: Size, device: torch.device) ->
         "cudnn_attention": not arguments.no_cudnn_attention,
         "image": f"{size.pixels} px of {size.image_tokens} tokens in {size.calls} calls",
         "thinking": f"{size.thinking} tokens after {size.given + 4} given ones",
-        **surroundings(),
+        **environment(),
     }
 
 

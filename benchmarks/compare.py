@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this fi
 from benchmarks import sampling, words
 from benchmarks.cases import CASES, Cases, Comparison
 from benchmarks.clock import Clock
-from benchmarks.report import Report, Row, put_into, surroundings
+from benchmarks.report import Report, Row, put_into, environment
 
 
 def rows_of(cases: Cases) -> list[Row]:
@@ -53,7 +53,7 @@ def main(given: Sequence[str] | None = None) -> Report:
     alone = arguments.threads == 1
     budget_s = arguments.budget_s if arguments.budget_s is not None else cases.budget_s
     seconds = "of the processor" if alone else "of the wall"
-    setting = {"size": arguments.size, "seconds": seconds, **surroundings()}
+    setting = {"size": arguments.size, "seconds": seconds, **environment()}
     report = Report(setting, rows_of(cases), arguments.json)
     clock = Clock(torch.device("cpu"), budget_s, processor=alone)
     bench = Comparison(cases, clock, report)

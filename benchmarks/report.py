@@ -27,7 +27,7 @@ RELATIVE = "relative"
 LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "accelerate", "trl")
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What any number depends on: machine, threads, libraries, commit, date. No name of a machine."""
     installed = {d.metadata["name"]: d.version for d in importlib.metadata.distributions()}
     return {

@@ -23,7 +23,7 @@ class HasScore(Protocol):
     def score(self) -> float: ...
 
 
-Scored = TypeVar("Scored", bound=HasScore)
+Detection = TypeVar("Detection", bound=HasScore)
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Verdict:
 
 
 def keep_confident(
-    objects: Mapping[str, Sequence[Scored]], metadata: Mapping, *, threshold: float, counting_threshold: float
-) -> dict[str, list[Scored]]:
+    objects: Mapping[str, Sequence[Detection]], metadata: Mapping, *, threshold: float, counting_threshold: float
+) -> dict[str, list[Detection]]:
     """Per class the objects strictly above the threshold (counting has its own), best first, at most 16."""
     limit = counting_threshold if metadata.get("tag") == "counting" else threshold
     kept = {}
