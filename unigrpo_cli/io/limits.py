@@ -18,6 +18,8 @@ LARGEST_LINE = 2**20
 LONGEST_PROMPT = 20_000
 DEEPEST = 100
 """Levels of nested lists and objects: far beyond any use, far below Python's recursion limit."""
+ENDS = 4096
+"""Bytes at each end of a file or tensor that a quick digest covers."""
 BLANK_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Characters that Unicode counts as letters or symbols and that show nothing."""
 
@@ -88,6 +90,21 @@ def refuse_special(path: str | Path) -> None:
         raise OSError(None, str(error), str(path)) from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(None, "it is not a regular file but a pipe or device; save the content to a file", str(path))
+
+
+def read_ends(path: Path, begin: int, end: int, count: int) -> bytes:
+    """The first and the last `count` bytes of a stretch of a file; all of one shorter than both.
+
+    Raises:
+        OSError: when the file cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(begin)
+        if end - begin <= 2 * count:
+            return file.read(end - begin)
+        first = file.read(count)
+        file.seek(end - count)
+        return first + file.read(count)
 
 
 def decoded(content: bytes) -> str:

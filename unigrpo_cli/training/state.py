@@ -17,7 +17,7 @@ import torch
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.models.mot.bagel import ENDS, read_ends
+from unigrpo_cli.io.limits import ENDS, read_ends
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.loaded import RewardIdentity

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.io.limits import read_text, refuse_odd_text
+from unigrpo_cli.io.limits import ENDS, read_ends, read_text, refuse_odd_text
 from unigrpo_cli.models.mot.config import (
     LATENT_POSITIONS,
     TABLES,
@@ -55,8 +55,6 @@ HUB_FILES = (*COMPANIONS, INDEX, "*.safetensors")
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 100 * 2**20
-ENDS = 4096
-"""Bytes at each end of a tensor that its digest is taken over."""
 
 
 @dataclass(frozen=True)
@@ -164,22 +162,11 @@ def _names_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_ends(path: Path, begin: int, end: int, count: int) -> bytes:
-    """The first and the last `count` bytes of a stretch of a file; all of a stretch that is shorter than both.
-
-    Raises:
-        WeightsError: when the file cannot be read.
-    """
+def _ends(tensor: Stored) -> bytes:
     try:
-        with path.open("rb") as file:
-            file.seek(begin)
-            if end - begin <= 2 * count:
-                return file.read(end - begin)
-            first = file.read(count)
-            file.seek(end - count)
-            return first + file.read(count)
+        return read_ends(tensor.path, tensor.begin, tensor.end, ENDS)
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise WeightsError(f"{tensor.path} cannot be read ({error.strerror or error})") from error
 
 
 def weights_digest(release: Release) -> str:
@@ -188,7 +175,7 @@ def weights_digest(release: Release) -> str:
     for kind, tensors in (("network", release.tensors), ("autoencoder", release.autoencoder_tensors)):
         for name, t in sorted(tensors.items()):
             digest.update(f"{kind} {name} {t.dtype} {list(t.shape)}\n".encode())
-            digest.update(read_ends(t.path, t.begin, t.end, ENDS))
+            digest.update(_ends(t))
     return digest.hexdigest()
 
 
