@@ -89,7 +89,7 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(tmp_path: Path, ju
         second.communicate()
     assert code == 1
     (line,) = error_lines(errors)
-    assert line.startswith("error: rank 1 is gone: not heard of for 5 s"), errors
+    assert line.startswith("error: rank 1 is gone: no sign of it for 5 s"), errors
     done = max(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit())
     more = [*judge, "--resume", "auto", "--out", str(run), "--steps", str(done + 1), "--json"]
     resumed = CliRunner().invoke(app, ["train", *more])
@@ -239,7 +239,7 @@ def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str],
     own = ["-m", "unigrpo_cli", *SMALL, *judge, "--out", str(run), "--steps", "1"]
     done = subprocess.run([*lines[launcher], *own], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "2 ranks, the layers sharded over them: each draws 2 prompts x 2 = 4 episodes" in done.stdout
+    assert "2 ranks, sharded layers: each draws 2 prompts x 2 = 4 episodes" in done.stdout
     assert "warning:" not in done.stderr
     assert steps_in(run) == [1]
 
