@@ -100,8 +100,8 @@ def test_no_opinion_is_null_and_a_missing_prompt_is_said(tmp_path: Path) -> None
     ("arguments", "code", "says"),
     [
         (["score", "geneval"], 2, "say what to score"),
-        (["score", "geneval", "--image", "none.png"], 2, "none.png is no picture"),
-        (["score", "geneval", "--image", "text.png"], 2, "text.png is no picture"),
+        (["score", "geneval", "--image", "none.png"], 2, "no picture none.png"),
+        (["score", "geneval", "--image", "text.png"], 2, "text.png"),
         (
             ["score", "geneval", "--image", "x.png", "--prompt", "words of no grammar"],
             3,
