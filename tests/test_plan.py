@@ -114,13 +114,14 @@ LORA = (
 
 def test_it_accepts_and_refuses_at_the_boundary_and_reads_nothing(bagel: Path, unread: Path) -> None:
     code, plan, said = _dry(bagel, *LORA, "memory_gb=80")
-    assert (code, plan["fits"], said) == (0, True, "")
+    assert (code, plan["fits"]) == (0, True)
+    assert "error" not in said
     need = plan["need_gib"]
     assert 30 < need < 80
     assert _dry(bagel, *LORA, f"memory_gb={need + 0.01}")[0] == 0
     code, plan, said = _dry(bagel, *LORA, f"memory_gb={need - 0.01}")
     assert (code, plan["fits"]) == (1, False)
-    (line,) = said.splitlines()
+    line = said.splitlines()[-1]
     assert line.startswith("error: BAGEL-7B-MoT does not fit") and repr(plan["peak"]) in line
     assert not list(unread.iterdir())
 
@@ -269,8 +270,6 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     adapters = {i["item"]: i["formula"] for i in json.loads(result.stdout)["memory"]["always"]}["adapters"]
     assert "rank 3 " in adapters
     assert sorted(run.rglob("*")) == before
-    again = _run("train", "--resume", run, "--steps", "0", *left_open)
-    assert "sampling.batch_size=4, train.micro_batch_size=2: found when this run began; type a number" in again.stdout
 
 
 def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: Path, unread: Path) -> None:
