@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this fi
 from benchmarks import clock as clocks
 from benchmarks import parts
 from benchmarks.clock import Clock
-from benchmarks.report import Report, put_into, environment
+from benchmarks.report import Report, environment, put_into
 from benchmarks.shapes import SIZES, Size, random_policy
 from unigrpo_cli.models.mot.config import network_shapes
 from unigrpo_cli.replay import collate, replay

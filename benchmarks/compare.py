@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this fi
 from benchmarks import sampling, words
 from benchmarks.cases import CASES, Cases, Comparison
 from benchmarks.clock import Clock
-from benchmarks.report import Report, Row, put_into, environment
+from benchmarks.report import Report, Row, environment, put_into
 
 
 def rows_of(cases: Cases) -> list[Row]:
