@@ -212,14 +212,10 @@ def test_misspelt_options_and_commands_are_one_line(arguments: list[str]) -> Non
         (["completions"], "no command completions: use `unigrpo --install-completion`"),
     ],
 )
-def test_words_of_other_tools_are_known(
-    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["unigrpo", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {says}")
+def test_words_of_other_tools_are_known(arguments: list[str], says: str) -> None:
+    done = _command(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {says}")
 
 
 def test_help_and_listing_import_no_torch_and_help_shows_the_reward_grammar() -> None:
