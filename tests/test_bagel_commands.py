@@ -133,7 +133,7 @@ def test_an_adapter_brings_its_runs_sampling_and_a_moved_base_is_found_again(tmp
     assert Image.open(image["path"]).size == (48, 32)
     go_on = ["train", "--resume", str(run), "--plugin", str(brightness), "--steps=2"]
     for other, why in (
-        (["--model", str(TINY)], "goes on with the model it began with"),
+        (["--model", str(TINY)], "continues with the model the run started from"),
         (["--weights-file", "nonsense.safetensors"], "cannot change in a run"),
     ):
         refused = CliRunner().invoke(app, [*go_on, *other])
