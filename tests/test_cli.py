@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from unigrpo_cli.cli import app, common, completion, main
+from unigrpo_cli.cli import app, common, completion
 
 FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,10 @@ def inspect(
     from unigrpo_cli.models.family import MODELS
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.memory import needs
-    from unigrpo_cli.run.setup import find_checkpoint, refuse_changed
 
     display = Display(json=json)
     common.load_plugins(plugin, plugins_dir, display)
-    base, adapter = find_checkpoint(model)
-    for place in filter(None, (base, adapter)):
-        refuse_changed(Path(place))
+    base, adapter = _base_and_adapter(model)
     if adapter is not None:
         display.say(f"{adapter} is an adapter of {base}, which is audited here")
     found = MODELS.find(base)
@@ -51,3 +49,16 @@ def inspect(
             display.say("memory in GiB, about: " + ", ".join(f"{name} {size:.1f}" for name, size in memory.items()))
     if audit.problems:
         raise WeightsError(f"{found.directory} cannot be loaded: {'; '.join(audit.problems)}")
+
+
+def _base_and_adapter(model: str) -> tuple[str, str | None]:
+    """A run's or a checkpoint's model and adapter, verified. A model directory needs no torch, which loads slowly."""
+    directory = Path(model)
+    if not (os.path.isdir(directory / "checkpoints") or os.path.isfile(directory / "state.json")):
+        return model, None
+    from unigrpo_cli.run.setup import find_checkpoint, refuse_changed
+
+    base, adapter = find_checkpoint(model)
+    for place in filter(None, (base, adapter)):
+        refuse_changed(Path(place))
+    return base, adapter
