@@ -67,7 +67,7 @@ def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Find
     inputs = read_inputs(settings, plugins, display.say)
     prompts = inputs.prompts
     settings = with_sizes(inputs.config, None, prompts, display.say)
-    state, _, _ = prepare(settings, None, None, display.warn)
+    state, _ = prepare(settings, None, None, display.warn)
     with open_rewards(inputs.rewards, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
         rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="train")
         return examine(state, prompts, rewards, settings, thorough=True)

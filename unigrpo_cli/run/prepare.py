@@ -85,24 +85,25 @@ def prepare(
     content: StateFile | None,
     warn: Callable[[str], None],
     ranks: Ranks = ALONE,
-) -> tuple[TrainState, Reference, Plan]:
-    """State, reference and plan of memory, new or from a checkpoint.
+) -> tuple[TrainState, Reference]:
+    """State and reference, new or from a checkpoint. Refused when the plan of memory does not fit.
 
     The reference is always the base model, never the weights that a run is resumed from. With adapters it is the
     network without them, also when training starts from an adapter.
     """
     base, adapter = _origin(config, checkpoint)
-    planned = plan_of(config, base, adapter)
-    refuse_too_large(planned)
-    if planned.free is not None and planned.available > planned.free:
-        warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.free:.1f} GiB")
+    if MODELS.sizes(base)[1] is not None:  # a family need not state its sizes
+        planned = plan_of(config, base, adapter)
+        refuse_too_large(planned)
+        if planned.free is not None and planned.available > planned.free:
+            warn(f"memory_gb={config.memory_gb:g}, but there are only {planned.free:.1f} GiB")
     family, directory, weights_file = MODELS.find(base)
     reference = Reference(base, family.digest(directory, weights_file))
     if content is None or checkpoint is None:
         policy = load_policy(model_of(config), config.adapter, config, warn)
         _warn_of_rank(policy, config, warn)
         policy = prepare_policy(policy, config, ranks)
-        return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference, planned
+        return TrainState(policy, make_optimizer(policy, config), ranks=ranks), reference
     if reference.digest != content.reference:
         raise WeightsError(
             f"{base} does not hold the weights that this run started from, which are its reference; restore those of "
@@ -113,7 +114,7 @@ def prepare(
         policy.restore(checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_checkpoint(state, checkpoint, content)
-    return state, reference, planned
+    return state, reference
 
 
 def _warn_of_rank(policy: TrainablePolicy, config: Config, warn: Callable[[str], None]) -> None:

@@ -171,7 +171,7 @@ def _prepared(
             display.say(f"{kept}: chosen when this run started; give a number to change it")
         _say_changes(refuse_changes(content, place.checkpoint, config), display)
     config = with_sizes(config, place.checkpoint, [*prompts, *suite], display.say, ranks)
-    state, reference, _ = prepare(config, place.checkpoint, content, display.warn, ranks)
+    state, reference = prepare(config, place.checkpoint, content, display.warn, ranks)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
     embedded, thinks = is_embedded(state.policy), config.sampling.think

@@ -187,8 +187,8 @@ def _model_sizes(base: str, fetch: bool) -> tuple[MoTConfig, AutoencoderConfig |
     family, sizes, published = MODELS.sizes(base, fetch=fetch)
     if sizes is None:
         raise UsageError(
-            f"the memory of models of family {family.name} is not estimated; give sampling.batch_size and leave out "
-            "--dry-run"
+            f"the memory of models of family {family.name} is not estimated; give sampling.batch_size and "
+            "train.micro_batch_size, and leave out --dry-run"
         )
     return sizes.network, sizes.autoencoder, published
 
