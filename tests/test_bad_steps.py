@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from tools.toy_model import build_model
-from unigrpo_cli import RewardContext, reward
+from tests import small
+from unigrpo_cli import RewardContext
 from unigrpo_cli import train as train_module
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.episode import Group, Prompt, flatten
+from unigrpo_cli.episode import Group, flatten
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -26,41 +26,27 @@ from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.run.episode_files import load_episodes
 from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.train import StepResult, training_step
-from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 from unigrpo_cli.training.update_guard import ENOUGH, check_gradient, check_weights, remember_norms
 
 SETTINGS = [
-    "sampling.max_new_tokens=6",
-    "sampling.height=16",
-    "sampling.width=16",
-    "sampling.steps=4",
-    "sampling.window_range=[0, 3]",
-    "sampling.window_size=2",
-    "train.prompts_per_step=2",
+    *small.SETTINGS,
     "train.group_size=4",
     "train.minibatches=2",
     "train.lora_rank=2",
 ]
-PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars")]
+PROMPTS = small.PROMPTS
 Weights = list[torch.Tensor]
-
-
-@reward("bright", range=(0, 255))
-def bright(pixels):
-    """Mean brightness, which differs from picture to picture."""
-    return [float(p.mean()) for p in pixels]
 
 
 def _state(*settings: str) -> tuple[TrainState, Config]:
     config = load_config(overrides=[*SETTINGS, *settings])
-    policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
-    return TrainState(policy, make_optimizer(policy, config)), config
+    return small.state_of(config), config
 
 
 def _step(state: TrainState, config: Config) -> StepResult:
     plugins = Plugins()
-    plugins.rewards.add("bright", bright)
+    plugins.rewards.add("bright", small.bright)
     with Scorer(parse_rewards(["bright"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
         done = training_step(state, PROMPTS, rewards, config, rescore=True)
     state.step += 1

@@ -72,8 +72,9 @@ def test_generate_is_repeatable_and_seeds_differ(tmp_path: Path) -> None:
     assert pixels("d", "--seed", "5") != pixels("a2")
 
 
-def test_generate_without_thinking(tmp_path: Path) -> None:
-    result = _run("generate", "a red heart", "--no-think", "--out", tmp_path / "o", "--json")
+@pytest.mark.parametrize("option", ["--no-think", "--set=sampling.think=false"])
+def test_generate_without_thinking(tmp_path: Path, option: str) -> None:
+    result = _run("generate", "a red heart", option, "--out", tmp_path / "o", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["images"][0]["reasoning"] is None
 
@@ -102,7 +103,7 @@ def test_rollout_writes_episodes_that_can_be_scored_again(tmp_path: Path) -> Non
 
 
 def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
-    result = _run("eval", "--limit", 2, "--out", tmp_path / "e", "--json")
+    result = _run("eval", "--limit", 2, "--compare", "embedded", "--out", tmp_path / "e", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["n"] == 12
@@ -110,13 +111,8 @@ def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
     for score in report["scores"].values():
         assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
     assert len(report["per_task"]) == 6
+    assert report["difference"]["geneval"] == {"mean": 0.0, "ci95": [0.0, 0.0]}, "compared with itself"
     assert len(list((tmp_path / "e" / "images").glob("*.png"))) == 12
-
-
-def test_eval_compares_a_model_with_itself_as_equal(tmp_path: Path) -> None:
-    result = _run("eval", "--limit", 2, "--compare", "embedded", "--out", tmp_path / "e", "--json")
-    difference = json.loads(result.stdout)["difference"]["geneval"]
-    assert difference == {"mean": 0.0, "ci95": [0.0, 0.0]}
 
 
 def test_eval_gate(tmp_path: Path) -> None:
@@ -156,31 +152,6 @@ def test_a_broken_plugin_is_listed_with_its_reason(tmp_path: Path, monkeypatch: 
 # ----- what is refused
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ("raise ValueError('no judge')", ["failed in score", "ValueError: no judge", "rewards test mine"]),
-        ("raise SystemExit(0)", ["failed in score", "SystemExit"]),
-        ("return [float('nan')] * len(images)", ["abstained (NaN) on 100%", "max_abstain"]),
-        ("return [1.0]", ["1 scores for"]),
-        ("return 'good'", ["must give a list"]),
-        ("time.sleep(600)", ["no answer in score within 1 s", "reward.timeout_s"]),
-    ],
-)
-def test_rewards_that_fail_stop_the_run_with_their_name(tmp_path: Path, body: str, says: list[str]) -> None:
-    plugin = _reward(tmp_path, body)
-    more = ["--out", tmp_path / "run", "--set", "reward.timeout_s=1", *FAST]
-    _refused(_run("train", "--reward", "mine", "--plugin", plugin, *more), 3, "'mine'", *says)
-    assert not (tmp_path / "run").exists(), "nothing happened yet, so nothing is left"
-
-
-def test_an_output_directory_in_use(tmp_path: Path) -> None:
-    (tmp_path / "precious.txt").write_text("mine")
-    for command in (["train", "--reward", "geneval", *FAST], ["eval", "--limit", "1"], ["generate", "a heart"]):
-        _refused(_run(*command, "--out", tmp_path), 2, "not empty")
-    assert (tmp_path / "precious.txt").read_text() == "mine"
-
-
 def _command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The real entry point in a process of its own."""
     code = "from unigrpo_cli.cli import main; main()"
@@ -193,36 +164,47 @@ def _command(*arguments: object, **environment: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("arguments", [["train", "--rewrad", "clip"], ["train", "--steps", "many"], ["trian"]])
-def test_misspelt_options_and_commands_are_one_line(arguments: list[str]) -> None:
-    done = _command(*arguments)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error:")
-    assert "--help" in line
+EACH = """
+import sys
+from unigrpo_cli.cli import main
+
+for arguments in {commands!r}:
+    sys.argv = ["unigrpo", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, flush=True)
+"""
+UNKNOWN = [
+    (["train", "--lr", "1e-5"], "no option --lr: use --set train.lr_text and train.lr_image"),
+    (["train", "--output-dir", "x"], "no option --output-dir: use --out"),
+    (["generate", "x", "--guidance-scale=4"], "no option --guidance-scale: use --set eval.guidance_text"),
+    (["train", "--wandb"], "no option --wandb: use metrics.jsonl"),
+    (["completions"], "no command completions: use `unigrpo --install-completion`"),
+    (["train", "--rewrad", "clip"], "--help"),
+    (["train", "--steps", "many"], "--help"),
+    (["trian"], "--help"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["train", "--lr", "1e-5"], "no option --lr: use --set train.lr_text and train.lr_image"),
-        (["train", "--output-dir", "x"], "no option --output-dir: use --out"),
-        (["generate", "x", "--guidance-scale=4"], "no option --guidance-scale: use --set eval.guidance_text"),
-        (["train", "--wandb"], "no option --wandb: use metrics.jsonl"),
-        (["completions"], "no command completions: use `unigrpo --install-completion`"),
-    ],
-)
-def test_words_of_other_tools_are_known(arguments: list[str], says: str) -> None:
-    done = _command(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {says}")
+def test_unknown_options_and_commands_are_one_line_each() -> None:
+    """Words of other tools and misspelt ones, one after the other in a process of their own."""
+    code = EACH.format(commands=[arguments for arguments, _ in UNKNOWN])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["2"] * len(UNKNOWN), done.stderr
+    for line, (_, says) in zip(done.stderr.strip().splitlines(), UNKNOWN, strict=True):
+        assert line.startswith("error: ") and says in line
 
 
 def test_help_and_listing_import_no_torch_and_help_shows_the_reward_grammar() -> None:
     """The slow part of a start is torch; importing it says so."""
     code = "import sys; from unigrpo_cli.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     for arguments in (["--help"], ["train", "--help"], ["rewards", "list"], ["--version"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        broken = (
+            {"UNIGRPO_PLUGINS": "/nowhere.py", "UNIGRPO_PLUGINS_DIR": "/nowhere"} if arguments[0] == "--help" else {}
+        )
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | broken)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("False\n")
         assert done.stderr == ""
@@ -363,11 +345,6 @@ def test_only_a_success_that_is_none_is_changed(
     assert ended == [ends]
 
 
-def test_help_survives_a_broken_environment() -> None:
-    done = _command("--help", UNIGRPO_PLUGINS="/nowhere.py", UNIGRPO_PLUGINS_DIR="/nowhere")
-    assert done.returncode == 0, done.stderr
-
-
 def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     """Brackets are markup to the console library, not to us."""
     result = _run("generate", "a [/x] [red] heart", "--out", tmp_path / "g[b]")
@@ -394,11 +371,6 @@ def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_thinking_may_be_configured_off(tmp_path: Path) -> None:
-    result = _run("generate", "a heart", "--set", "sampling.think=false", "--out", tmp_path / "o", "--json")
-    assert json.loads(result.stdout)["images"][0]["reasoning"] is None
-
-
 def test_a_reward_that_fails_leaves_the_sampled_episodes(tmp_path: Path) -> None:
     plugin = _reward(tmp_path, "raise ValueError('x')")
     out = tmp_path / "o"
@@ -410,21 +382,9 @@ def test_a_reward_that_fails_leaves_the_sampled_episodes(tmp_path: Path) -> None
     _refused(_run("rollout", "--from", out, "--reward", "geneval", "--limit", 2), 2, "leave out --limit")
 
 
-def test_eval_takes_configured_rewards_and_refuses_gates_first(tmp_path: Path) -> None:
+def test_eval_takes_configured_rewards(tmp_path: Path) -> None:
     result = _run("eval", "--limit", 1, "--set", 'reward.names=["clip"]', "--out", tmp_path / "e", "--json")
     assert "clip" in json.loads(result.stdout)["scores"]
-    for gate in ("genval=0.5", "geneval=nan"):
-        _refused(_run("eval", "--limit", 1, "--fail-under", gate, "--out", tmp_path / "f"), 2, "--fail-under")
-    _refused(_run("eval", "--limit", 1, "--compare", "nowhere", "--out", tmp_path / "f"), 5, "nowhere")
-    _refused(_run("eval", "--limit", 1, "-R", "geneval.mode=bogus", "--out", tmp_path / "f"), 3, "mode")
-    assert not (tmp_path / "f").exists()
-
-
-def test_new_rewards_do_not_take_known_names(tmp_path: Path) -> None:
-    _refused(_run("rewards", "new", "clip", "--out", tmp_path / "n"), 2, "already")
-    (tmp_path / "file").write_text("")
-    _refused(_run("rewards", "new", "mine", "--out", tmp_path / "file"), 2, "is a file")
-    assert not (tmp_path / "n").exists()
 
 
 def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import small
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, replay, reward, rollout, train
 from unigrpo_cli.algo import flow, objective
@@ -35,14 +36,8 @@ from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 
 SETTINGS = [
-    "sampling.max_new_tokens=6",
-    "sampling.height=16",
-    "sampling.width=16",
-    "sampling.steps=4",
-    "sampling.window_range=[0, 3]",
-    "sampling.window_size=2",
+    *small.SETTINGS,
     "objective.penalty_weight=0.1",
-    "train.prompts_per_step=2",
     "train.group_size=4",
     "train.minibatches=1",
     "train.lora_rank=4",

@@ -105,7 +105,7 @@ def test_one_advantage_teaches_words_and_pixels() -> None:
 
 
 def test_the_text_expert_alone_learns_words_only() -> None:
-    steps, policy = _train("train.experts=text")
+    steps, policy = _train("train.experts=text", f"train.steps={HALF}")
     words, brightness = _course(steps)
     assert _gain(words) > WORDS, words
     assert abs(_gain(brightness)) < STILL_LIGHT, brightness
@@ -113,7 +113,7 @@ def test_the_text_expert_alone_learns_words_only() -> None:
 
 
 def test_the_image_expert_alone_learns_pixels_only() -> None:
-    steps, policy = _train("train.experts=image")
+    steps, policy = _train("train.experts=image", f"train.steps={HALF}")
     words, brightness = _course(steps)
     assert abs(_gain(words)) < STILL_WORDS, words
     assert _gain(brightness) > LIGHT, brightness

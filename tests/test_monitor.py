@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.toy_model import build_model
+from tests import small
 from unigrpo_cli import RewardContext, reward
 from unigrpo_cli import rollout as rollout_module
 from unigrpo_cli import train as train_module
@@ -33,7 +33,6 @@ from unigrpo_cli.run.monitor import RULES, Monitor, reward_hacking, trend
 from unigrpo_cli.train import training_step
 from unigrpo_cli.training import metrics
 from unigrpo_cli.training.metrics import memory, over_updates, rollout_metrics
-from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import MonitorRecord, TrainState
 
 Row = dict[str, float]
@@ -343,26 +342,14 @@ def test_current_warnings_are_shown_live() -> None:
 # ----- rules on real steps of a tiny model
 
 SETTINGS = [
-    "sampling.max_new_tokens=6",
-    "sampling.height=16",
-    "sampling.width=16",
-    "sampling.steps=4",
-    "sampling.window_range=[0, 3]",
-    "sampling.window_size=2",
-    "train.prompts_per_step=2",
+    *small.SETTINGS,
     "train.group_size=4",
     "train.minibatches=2",
     "train.micro_batch_size=3",  # of 4 episodes: statistics have to add up
     "train.lora_rank=2",
     "monitor.truncated=1",  # an untrained model seldom stops
 ]
-PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars")]
-
-
-@reward("bright", range=(0, 255))
-def bright(pixels):
-    """Mean brightness, which differs from picture to picture."""
-    return [float(p.mean()) for p in pixels]
+PROMPTS = small.PROMPTS
 
 
 @reward("same", range=(0, 1))
@@ -376,14 +363,13 @@ def _warned(
 ) -> tuple[set[str], list[Row]]:
     """The warnings of a few real steps, and their metrics."""
     config = load_config(overrides=[*SETTINGS, *settings])
-    policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
-    state = TrainState(policy, make_optimizer(policy, config))
+    state = small.state_of(config)
     spoil(state)
     plugins, seen, rows = Plugins(), set(), []
-    plugins.rewards.add("bright", bright)
+    plugins.rewards.add("bright", small.bright)
     plugins.rewards.add("same", same)
     with Scorer(parse_rewards([of]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
-        limits = ratio_limits(policy, config.objective)
+        limits = ratio_limits(state.policy, config.objective)
         monitor = Monitor(state.record.monitor, config, rewards.weights, {of: 1}, limits)
         for state.step in range(steps):
             done = training_step(state, PROMPTS, rewards, config, rescore=True)

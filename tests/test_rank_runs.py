@@ -300,8 +300,9 @@ def test_one_of_several_ends_before_python_takes_itself_apart(asked: str, code: 
         assert (found, output.splitlines()[-1]) == (code, last)
 
 
-def test_a_command_of_one_process_says_so(tmp_path: Path) -> None:
-    command = ["generate", "a red circle", "--out", str(tmp_path / "pictures")]
-    ((code, _, errors),) = finished(launch(1, *PROGRAM, *command, WORLD_SIZE="2"), 60)
-    assert code == 2
-    assert "run in several processes; start this without a launcher" in errors
+def test_a_command_of_one_process_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    refused = CliRunner().invoke(app, ["generate", "a red circle", "--out", str(tmp_path / "pictures")])
+    assert refused.exit_code == 2
+    assert "run in several processes; start this without a launcher" in refused.stderr

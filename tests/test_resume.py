@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from tests.chaos import REWARD, command, differences, write_inputs
+from tools.toy_model import build_model
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.episode import Prompt
@@ -69,10 +70,18 @@ def _run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+def _command(run: Path, plugin: Path, settings: Sequence[str]) -> list[str]:
+    """A training run of the small model beside the reward's file."""
+    return command(run, plugin, (f"model={plugin.with_name('model')}", *settings))
+
+
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward's file, with prompts and a small untrained model beside it."""
     head, body = REWARD.split("def moody(pixels):\n")
-    return write_inputs(tmp_path_factory.mktemp("plugin"), f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}")
+    place = tmp_path_factory.mktemp("plugin")
+    build_model(seed=0, width=32, layers=2).save(place / "model", "")
+    return write_inputs(place, f"{head}def moody(pixels, split, step):\n{SIGNALS}{body}")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +89,7 @@ def alone(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps that nobody disturbs."""
     run = tmp_path_factory.mktemp("alone") / "run"
     os.environ["UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # as the tests' own fixture has it, which is younger
-    _done(_run(*command(run, plugin, FOUR)))
+    _done(_run(*_command(run, plugin, FOUR)))
     return run
 
 
@@ -109,9 +118,9 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
     """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
     whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
     if settings:
-        _done(_run(*command(whole, plugin, (*settings.split(), *FOUR))))
-    _done(_run(*command(parts, plugin, (*settings.split(), "train.steps=2", "eval.every=2"))))
-    again = _done(_run(*command(parts, plugin, (*settings.split(), *FOUR))))
+        _done(_run(*_command(whole, plugin, (*settings.split(), *FOUR))))
+    _done(_run(*_command(parts, plugin, (*settings.split(), "train.steps=2", "eval.every=2"))))
+    again = _done(_run(*_command(parts, plugin, (*settings.split(), *FOUR))))
     assert "changed: train.steps: 2 -> 4 (changes no result)" in again.output
     assert differences(whole, parts) == ["checkpoints/step_000002/state.json"], "train.steps was 2 then"
     files = {p.name for p in (whole / "checkpoints" / "last").iterdir()}
@@ -163,7 +172,7 @@ def test_another_environment_and_another_number_of_threads_are_told_of(copy: Pat
     environment = copy / "environment.json"
     versions = json.loads(environment.read_text())
     environment.write_text(json.dumps(versions | {"torch": "1.0", "gone": "2"}))
-    again = _done(_run(*command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
+    again = _done(_run(*_command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
     (line,) = _lines(again, "bitwise reproducible")
     assert f"package versions changed (torch 1.0 -> {versions['torch']})" in line
     assert "train.micro_batch_size: 24 -> 1 (changes results by rounding alone)" in again.output
@@ -180,7 +189,7 @@ def test_abstentions_are_remembered(copy: Path, plugin: Path) -> None:
     content["record"]["abstained"]["moody"] = [True] * 400
     state.write_text(json.dumps(content))
     _seal(state.parent)
-    stopped = _done(_run(*command(copy, plugin, ("train.steps=5",))), 3)
+    stopped = _done(_run(*_command(copy, plugin, ("train.steps=5",))), 3)
     assert "reward.max_abstain=0.25" in " ".join(stopped.stderr.split())
 
 
@@ -209,7 +218,7 @@ def test_interrupted_is_uninterrupted(
     run = tmp_path / "run"
     before = set(threading.enumerate())  # other tests leave threads behind that wait for a call for ever
     monkeypatch.setenv("TEST_SIGNALS", signals)
-    stopped = _done(_run(*command(run, plugin, FOUR)), 130)
+    stopped = _done(_run(*_command(run, plugin, FOUR)), 130)
     assert {int(p.name[5:]) for p in checkpoints(run)} == left
     sheets = {int(p.stem[5:]) for p in (run / "samples").glob("step_*.png")}
     assert sheets == ({0, 2} if signals == "train:2:2" or 4 in left else {0}), "none that is not due, none halfway"
@@ -219,7 +228,7 @@ def test_interrupted_is_uninterrupted(
             thread.join(60)
             assert not thread.is_alive(), f"the run has ended and {thread.name!r} has not"
     monkeypatch.delenv("TEST_SIGNALS")
-    _done(_run(*command(run, plugin, FOUR)))
+    _done(_run(*_command(run, plugin, FOUR)))
     assert not differences(alone, run)
 
 
@@ -227,7 +236,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(
     tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_SIGNALS", "eval:0:1")
-    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
+    stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
     assert "interrupted" in stopped.stderr
     assert not (tmp_path / "run").exists()
 
@@ -237,7 +246,7 @@ def test_an_interrupt_while_loading(
     tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setattr("unigrpo_cli.run.prepare.load_policy", lambda *_: signal.raise_signal(number))
-    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
+    stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
     assert stopped.stderr.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run").exists()
 
@@ -260,12 +269,12 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", moving)
     monkeypatch.setattr("unigrpo_cli.run.checkpoint.save_file", saving)
-    stopped = _done(_run(*command(tmp_path / "run", plugin, FOUR)), 130)
+    stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
     assert "weights are moving" in stopped.stderr
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
     monkeypatch.undo()
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
-    _done(_run(*command(tmp_path / "run", plugin, FOUR)))
+    _done(_run(*_command(tmp_path / "run", plugin, FOUR)))
     assert not differences(alone, tmp_path / "run")
 
 
@@ -304,7 +313,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     refused = _done(_run("train", "--resume", last, "--plugin", plugin), 5)
     (line,) = _lines(refused, "error:")
     assert name in line and what in line and "step_000002" in line
-    resumed = _done(_run(*command(copy, plugin, FOUR)))
+    resumed = _done(_run(*_command(copy, plugin, FOUR)))
     (line,) = _lines(resumed, "is damaged")
     assert name in line and what in line
     aside = copy / "checkpoints" / "damaged_step_000004"
@@ -316,7 +325,7 @@ def test_the_newest_whole_checkpoint_is_taken(
 def test_no_whole_checkpoint_is_an_error(copy: Path, plugin: Path) -> None:
     for path in checkpoints(copy):
         _flip(path / "ema.safetensors")
-    refused = _done(_run(*command(copy, plugin, FOUR)), 5)
+    refused = _done(_run(*_command(copy, plugin, FOUR)), 5)
     assert "no intact checkpoint (2 damaged)" in _lines(refused, "error:")[0]
 
 
@@ -348,7 +357,7 @@ def test_what_killed_writes_left_is_cleaned(copy: Path, plugin: Path, alone: Pat
         (copy / name).write_text("half")
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
-    resumed = _done(_run(*command(copy, plugin, FOUR)))
+    resumed = _done(_run(*_command(copy, plugin, FOUR)))
     assert len(_lines(resumed, "half written")) == 4
     assert not differences(alone, copy)
 
@@ -418,7 +427,7 @@ def test_a_sealed_but_wrong_state_ends_a_resume_with_one_line(copy: Path, plugin
         content["record"]["best"] = {"reward": 3, "value": "high", "step": []}
         (path / "state.json").write_text(json.dumps(content))
         _seal(path)
-    (line,) = _lines(_done(_run(*command(copy, plugin, FOUR)), 5), "error:")
+    (line,) = _lines(_done(_run(*_command(copy, plugin, FOUR)), 5), "error:")
     assert "no intact checkpoint" in line
     last = copy / "checkpoints" / "step_000004"
     (line,) = _lines(_done(_run("train", "--resume", last, "--plugin", plugin), 5), "error:")
@@ -478,14 +487,14 @@ def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone
     run.mkdir()
     (run / ".lock").touch()
     (run / "config.toml.partial").write_text("half")
-    _done(_run(*command(run, plugin, FOUR)))
+    _done(_run(*_command(run, plugin, FOUR)))
     for path in (run / "checkpoints", run / "summary.json", run / "eval_after.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     _done(_run("train", "--resume", run, "--plugin", plugin))
     assert not differences(alone, run)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    refused = _done(_run(*command(tmp_path / "other", plugin, FOUR)), 2)
+    refused = _done(_run(*_command(tmp_path / "other", plugin, FOUR)), 2)
     assert "files that are not a run's" in refused.stderr
     refused = _done(_run("train", "--resume", tmp_path / "other"), 2)
     assert "holds no checkpoint and no config.toml" in refused.stderr
@@ -503,7 +512,7 @@ def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) 
 def test_two_processes_do_not_write_one_run(copy: Path, plugin: Path) -> None:
     before = sorted(copy.rglob("*"))
     with locked(copy):
-        refused = _done(_run(*command(copy, plugin, FOUR)), 2)
+        refused = _done(_run(*_command(copy, plugin, FOUR)), 2)
     assert "being written by another process" in _lines(refused, "error:")[0]
     assert sorted(copy.rglob("*")) == before
 
@@ -591,9 +600,9 @@ def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_best_that_is_not_evaluated_is_refused_early(tmp_path: Path, plugin: Path) -> None:
-    refused = _done(_run(*command(tmp_path / "run", plugin, ("eval.best=modesty",))), 2)
+    refused = _done(_run(*_command(tmp_path / "run", plugin, ("eval.best=modesty",))), 2)
     assert "did you mean moody" in refused.stderr
-    refused = _done(_run(*command(tmp_path / "run", plugin, ("eval.every=0",))), 2)
+    refused = _done(_run(*_command(tmp_path / "run", plugin, ("eval.every=0",))), 2)
     assert "set eval.every" in refused.stderr
     assert not (tmp_path / "run").exists()
 
@@ -712,13 +721,13 @@ def test_no_room_for_a_checkpoint(
     copy: Path, plugin: Path, alone: Path, tmp_path: Path, small_files: Callable[[int], None]
 ) -> None:
     shutil.rmtree(copy / "checkpoints" / "step_000004")
-    small_files(10_000_000)  # the weights have room, the moments have not
-    stopped = _done(_run(*command(copy, plugin, FOUR)), 1)
+    small_files(350_000)  # the weights have room, the moments have not
+    stopped = _done(_run(*_command(copy, plugin, FOUR)), 1)
     small_files(resource.RLIM_INFINITY)
     (line,) = _lines(stopped, "error:")
     assert "checkpoints/step_000004 cannot be written" in line and f"--resume {copy}" in line
     assert not list(copy.rglob("*.partial"))
-    _done(_run(*command(copy, plugin, FOUR)))
+    _done(_run(*_command(copy, plugin, FOUR)))
     assert not differences(alone, copy)
 
 
@@ -732,11 +741,11 @@ def test_no_room_for_metrics_or_samples(
         raise DiskError(f"{path} cannot be written (No space left on device); free disk space or fix permissions")
 
     monkeypatch.setattr(f"unigrpo_cli.run.{where}", full)
-    (line,) = _lines(_done(_run(*command(copy, plugin, FOUR)), 1), "error:")
+    (line,) = _lines(_done(_run(*_command(copy, plugin, FOUR)), 1), "error:")
     assert "No space left" in line and f"--resume {copy}" in line
     monkeypatch.undo()
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
-    _done(_run(*command(copy, plugin, FOUR)))
+    _done(_run(*_command(copy, plugin, FOUR)))
     assert not differences(alone, copy)
 
 

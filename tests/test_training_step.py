@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests import small
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.algo import flow
 from unigrpo_cli.config import Config, load_config
-from unigrpo_cli.episode import Group, Prompt, flatten
+from unigrpo_cli.episode import Group, flatten
 from unigrpo_cli.errors import DivergedError, RewardError, UsageError
 from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.models.mot.policy import MoTPolicy
@@ -29,21 +30,15 @@ from unigrpo_cli.training.schedule import objective_of
 from unigrpo_cli.training.state import TrainState
 
 SETTINGS = [
-    "sampling.max_new_tokens=6",
-    "sampling.height=16",
-    "sampling.width=16",
-    "sampling.steps=4",
-    "sampling.window_range=[0, 3]",
-    "sampling.window_size=2",
+    *small.SETTINGS,
     "objective.image_clip=1e-3",
     "objective.penalty_weight=0.1",
-    "train.prompts_per_step=2",
     "train.group_size=6",
     "train.minibatches=1",
     "train.lr_text=1e-3",
     "train.lr_image=1e-3",
 ]
-PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars")]
+PROMPTS = small.PROMPTS
 
 
 def _config(*settings: str) -> Config:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests import small
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
@@ -46,12 +47,7 @@ from unigrpo_cli.training.state import (
 )
 
 SETTINGS = [
-    "sampling.max_new_tokens=6",
-    "sampling.height=16",
-    "sampling.width=16",
-    "sampling.steps=4",
-    "sampling.window_range=[0, 3]",
-    "sampling.window_size=2",
+    *small.SETTINGS,
     "objective.image_clip=1e-3",
     "objective.penalty_weight=0.1",
     "objective.text_kl=0.01",
