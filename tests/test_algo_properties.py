@@ -23,7 +23,7 @@ from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, s
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 from unigrpo_cli.algo.text import token
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31)
 SDES = st.sampled_from(flow.SDES)
 TIMES = st.tuples(st.floats(0.01, 0.999), st.floats(0.05, 0.95)).map(lambda p: (p[0], p[0] * p[1]))

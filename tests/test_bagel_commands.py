@@ -52,8 +52,7 @@ def brightness(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("finetune", ["lora", "full"])
+@pytest.mark.parametrize(("finetune", "dtype"), [("lora", "bfloat16"), ("full", "float32")])
 def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path, finetune: str, dtype: str) -> None:
     """Ratio exactly 1 at step 0; every other command takes what training left; a resumed run goes on."""
     reward = ["--reward", "brightness", "--plugin", brightness]

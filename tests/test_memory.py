@@ -398,7 +398,7 @@ def test_sizes_left_open_are_the_largest_that_fit() -> None:
 
 
 @given(count=st.integers(1, 2000), concurrent=st.integers(1, 8))
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=50, deadline=None)
 def test_batches_are_of_one_size_and_no_larger_than_their_turns_need(count: int, concurrent: int) -> None:
     wished = even_sizes(count, concurrent)
     sizes, fewer = wished[: wished.index(1) + 1], wished[wished.index(1) + 1 :]

@@ -29,7 +29,7 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
 
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 # ----- the configuration

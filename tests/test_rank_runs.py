@@ -245,14 +245,17 @@ def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str],
 
 
 def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
-    """A prompt of each task, two pictures each, on two ranks: the same report and pictures, told once."""
+    """Two pictures for a prompt of each task: the same report and pictures, told once; and a gate that fails."""
     command = ["eval", "--limit", "1", "--samples", "2", "--reward", "jpeg,geneval", "--json"]
     command += ["--set", "eval.steps=2"]
-    pair = launch(2, *PROGRAM, *command, "--out", str(tmp_path / "two"))
+    gate = ["--fail-under", "jpeg=1.1"]
+    pair = launch(2, *PROGRAM, *command, *gate, "--out", str(tmp_path / "two"))
     alone = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "one"), "--set", "threads=1"])
     assert alone.exit_code == 0, alone.output
     (code, output, errors), (other, silent, _) = finished(pair, 120)
-    assert code == other == 0, errors
+    assert (code, other) == (4, 0), errors
+    (line,) = error_lines(errors)
+    assert "under --fail-under jpeg=1.1" in line
     assert silent == "", "one rank speaks"
     one, two = json.loads(alone.stdout), json.loads(output)
     assert json.loads((tmp_path / "two" / "eval.json").read_text()) == two
@@ -267,11 +270,6 @@ def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
         assert all(stories[0][key] == stories[1][key] for key in ("prompt", "reasoning"))
         grey = [np.asarray(x[name], dtype=int) for x in pictures]
         assert abs(grey[0] - grey[1]).max() <= 1
-    more = ["--fail-under", "jpeg=1.1", "--out", str(tmp_path / "gate")]
-    ended = finished(launch(2, *PROGRAM, *command, *more), 120)
-    assert sorted(code for code, _, _ in ended) == [0, 4], ended
-    (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
-    assert "under --fail-under jpeg=1.1" in line
 
 
 DISMANTLED = """
@@ -292,12 +290,18 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("asked", "code"), [("--version", 0), ("--verzion", 2)])
-def test_one_of_several_ends_before_python_takes_itself_apart(asked: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "code", "world", "last"),
+    [
+        ("--version", 0, 2, "said at the end"),
+        ("--verzion", 2, 2, "said at the end"),
+        ("--version", 0, 1, "taken apart"),
+    ],
+)
+def test_one_of_several_ends_before_python_takes_itself_apart(asked: str, code: int, world: int, last: str) -> None:
     """Its threads may still want Python, which aborts; one process alone ends as any program."""
-    for world, last in ((2, "said at the end"), (1, "taken apart")):
-        ((found, output, _),) = finished(launch(1, "-c", DISMANTLED, asked, WORLD_SIZE=str(world)), 60)
-        assert (found, output.splitlines()[-1]) == (code, last)
+    ((found, output, _),) = finished(launch(1, "-c", DISMANTLED, asked, WORLD_SIZE=str(world)), 60)
+    assert (found, output.splitlines()[-1]) == (code, last)
 
 
 def test_a_command_of_one_process_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,7 @@ def _lines(result: Result, word: str) -> list[str]:
 # ----- resumed is uninterrupted
 
 
-@pytest.mark.parametrize(
-    "settings", ["", "train.finetune=lora", "dtype=bfloat16", "dtype=bfloat16 train.finetune=lora"]
-)
+@pytest.mark.parametrize("settings", ["", "dtype=bfloat16", "dtype=bfloat16 train.finetune=lora"])
 def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Path, settings: str) -> None:
     """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
     whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
@@ -270,7 +268,7 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
     monkeypatch.setattr(torch.optim.AdamW, "step", moving)
     monkeypatch.setattr("unigrpo_cli.run.checkpoint.save_file", saving)
     stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
-    assert "weights are moving" in stopped.stderr
+    assert "weights of this step are moving" in stopped.stderr
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
     monkeypatch.undo()
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -397,7 +395,7 @@ def test_a_changed_state_file_is_refused_in_one_line(copy: Path) -> None:
     assert len(paths) > 40
     accepted, said = [], []
     for path in paths:
-        for value in (..., None, "x\0", -1, 10**30, 1e308, [], {}, [[1]], {"a": {}}, True):
+        for value in (..., None, "x\0", -1, 10**30, [[1]], {"a": {}}, True):
             (checkpoint / "state.json").write_text(json.dumps(_changed(content, path, value)))
             try:
                 read_state(checkpoint)
