@@ -29,9 +29,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
 
-from unigrpo_cli.cli import app
+from tests.commands import unigrpo
 from unigrpo_cli.models.hub import embedded_directory
 
 QUICK = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
@@ -45,10 +44,6 @@ DOCTOR = ["doctor", "--reward", "geneval", *QUICK]
 SCORE = ["rewards", "score", "jpeg"]
 DEEP = "[" * 100_000
 LONG = "9" * 5_000
-
-
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def _tree(folder: Path) -> dict[str, str]:
@@ -97,9 +92,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
         for name, more in (("full", []), ("lora", ["--set", "train.finetune=lora", "--set", "train.lora_rank=4"])):
-            assert _run(*common, "--out", home / name, *more).exit_code == 0
+            assert unigrpo(*common, "--out", home / name, *more).exit_code == 0
         episodes = [*ROLLOUT[:-1], home / "episodes", "--quiet", "--model", small_model]
-        assert _run(*episodes).exit_code == 0
+        assert unigrpo(*episodes).exit_code == 0
     return Made(small_model, home / "full", home / "lora", home / "episodes")
 
 
@@ -110,7 +105,7 @@ def check(bad: Bad, here: Path, made: Made, patch: pytest.MonkeyPatch) -> None:
     bad.make(here, made)
     before = _tree(here)
     arguments = [*bad.arguments, *(["--json"] if bad.json else [])]
-    result = _run(*arguments)
+    result = unigrpo(*arguments)
     assert result.exit_code == bad.code, (result.exit_code, result.output[-2000:], result.exception)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, result.stderr[-2000:]
@@ -1235,7 +1230,7 @@ def mangled(draw: st.DrawFn, content: bytes, head: int = 2_000) -> bytes:
 
 
 def _works_or_one_line(*arguments: object) -> None:
-    result = _run(*arguments)
+    result = unigrpo(*arguments)
     assert "Traceback" not in result.output
     assert result.exit_code in (0, 1, 2, 3, 5), result.output
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -1344,7 +1339,7 @@ def test_small_long_and_grey_pictures_are_taken(tmp_path: Path) -> None:
     }
     for name, (mode, size) in kinds.items():
         _painted_png(tmp_path / name, mode, size, "JPEG" if name.endswith("jpg") else "PNG")
-        result = _run(*SCORE, "--image", tmp_path / name, "--prompt", "a", "--json")
+        result = unigrpo(*SCORE, "--image", tmp_path / name, "--prompt", "a", "--json")
         assert result.exit_code == 0, result.output
 
 

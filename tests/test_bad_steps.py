@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from tests import small
+from tests.commands import unigrpo
 from unigrpo_cli import RewardContext
 from unigrpo_cli import train as train_module
-from unigrpo_cli.cli import app
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Group, flatten
 from unigrpo_cli.errors import DivergedError, RefusedUpdateError
@@ -244,17 +243,13 @@ SMALL = [
 ]
 
 
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in the loss of step 2, NaN in latents of steps 4, 5 and 6: the run ends with the weights of step 3."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         _spoil_loss(patch, lambda n: n == 2)
         _spoil_latents(patch, lambda n: n in (4, 5, 6))
-        result = _run(*SMALL, "--out", run, "--steps", "9")
+        result = unigrpo(*SMALL, "--out", run, "--steps", "9")
     assert result.exit_code == 1, result.output
     said = " ".join(result.stderr.split())
     assert "warning: step 2: this step was skipped: update 1 of 1: the loss is nan" in said
@@ -275,7 +270,7 @@ def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatc
     assert sorted(p.name for p in (run / "bad_steps").iterdir()) == [f"step_00000{k}" for k in (4, 5, 6)]
 
     bad = run / "bad_steps" / "step_000005"
-    opened = _run("rollout", "--from", bad, "--reward", "clean", "--out", tmp_path / "study", "--json")
+    opened = unigrpo("rollout", "--from", bad, "--reward", "clean", "--out", tmp_path / "study", "--json")
     assert opened.exit_code == 0, opened.output
     assert json.loads(opened.stdout)["episodes"] == 3
     assert flatten(load_episodes(bad))[2].images[0].after[0, 1, 0].isnan(), "kept as it was"
@@ -288,7 +283,7 @@ def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatc
 
     record = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())["record"]
     assert record["monitor"]["bad_steps"] == 0, "who goes on all the same has three steps again"
-    resumed = _run("train", "--resume", run / "checkpoints" / "step_000003", "--steps", "5", "--json")
+    resumed = unigrpo("train", "--resume", run / "checkpoints" / "step_000003", "--steps", "5", "--json")
     assert resumed.exit_code == 0, resumed.output
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert again[:3] == rows[:3]

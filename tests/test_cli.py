@@ -12,15 +12,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from unigrpo_cli.cli import app, common, completion
+from tests.commands import unigrpo
+from unigrpo_cli.cli import common, completion
 
 FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
-
-
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def _refused(result: Result, code: int, *says: str) -> None:
@@ -47,7 +44,7 @@ def _reward(folder: Path, body: str, name: str = "mine") -> Path:
 def test_generate_writes_the_picture_with_its_story(tmp_path: Path) -> None:
     prompt = "three red circles above a blue square"
     out = tmp_path / "out"
-    result = _run("generate", prompt, "--out", out, "--json", "-n", 2)
+    result = unigrpo("generate", prompt, "--out", out, "--json", "-n", 2)
     assert result.exit_code == 0, result.output
     images = json.loads(result.stdout)["images"]
     assert len(images) == 2
@@ -65,7 +62,7 @@ def test_generate_writes_the_picture_with_its_story(tmp_path: Path) -> None:
 
 def test_generate_is_repeatable_and_seeds_differ(tmp_path: Path) -> None:
     def pixels(name: str, *more: str) -> bytes:
-        result = _run("generate", "a red heart", "--out", tmp_path / name, "--json", *more)
+        result = unigrpo("generate", "a red heart", "--out", tmp_path / name, "--json", *more)
         return Image.open(json.loads(result.stdout)["images"][0]["path"]).tobytes()
 
     assert pixels("a") == pixels("b") == pixels("c", "--set", "sampling.batch_size=1")
@@ -74,14 +71,14 @@ def test_generate_is_repeatable_and_seeds_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--no-think", "--set=sampling.think=false"])
 def test_generate_without_thinking(tmp_path: Path, option: str) -> None:
-    result = _run("generate", "a red heart", option, "--out", tmp_path / "o", "--json")
+    result = unigrpo("generate", "a red heart", option, "--out", tmp_path / "o", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["images"][0]["reasoning"] is None
 
 
 def test_generate_from_a_file_and_unknown_words(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red heart\na purple elephant\n")
-    result = _run("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", "--json")
+    result = unigrpo("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o", "--json")
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["images"]) == 2
     assert "no word for elephant" in result.stderr
@@ -89,21 +86,21 @@ def test_generate_from_a_file_and_unknown_words(tmp_path: Path) -> None:
 
 def test_rollout_writes_episodes_that_can_be_scored_again(tmp_path: Path) -> None:
     out = tmp_path / "a"
-    result = _run("rollout", "--reward", "geneval,clip", "--limit", 2, "--group-size", 3, "--out", out, "--json")
+    result = unigrpo("rollout", "--reward", "geneval,clip", "--limit", 2, "--group-size", 3, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     assert summary["episodes"] == 6
     assert set(summary["rewards"]) == {"geneval", "clip"}
     rows = json.loads((out / "rewards.json").read_text())
     assert len(list((out / "images").glob("*.png"))) == len(rows) == 6
-    again = _run("rollout", "--from", out, "--reward", "geneval", "--out", tmp_path / "b", "--json")
+    again = unigrpo("rollout", "--from", out, "--reward", "geneval", "--out", tmp_path / "b", "--json")
     assert json.loads(again.stdout)["rewards"]["geneval"] == pytest.approx(summary["rewards"]["geneval"])
-    other = _run("rollout", "--from", out, "--reward", "plan", "--out", tmp_path / "c", "--json")
+    other = unigrpo("rollout", "--from", out, "--reward", "plan", "--out", tmp_path / "c", "--json")
     assert other.exit_code == 0, other.output
 
 
 def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
-    result = _run("eval", "--limit", 2, "--compare", "embedded", "--out", tmp_path / "e", "--json")
+    result = unigrpo("eval", "--limit", 2, "--compare", "embedded", "--out", tmp_path / "e", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["n"] == 12
@@ -116,35 +113,37 @@ def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
 
 
 def test_eval_gate(tmp_path: Path) -> None:
-    assert _run("eval", "--limit", 1, "--fail-under", "geneval=0", "--out", tmp_path / "a").exit_code == 0
-    failed = _run("eval", "--limit", 1, "--fail-under", "geneval=1.01", "--out", tmp_path / "b")
+    assert unigrpo("eval", "--limit", 1, "--fail-under", "geneval=0", "--out", tmp_path / "a").exit_code == 0
+    failed = unigrpo("eval", "--limit", 1, "--fail-under", "geneval=1.01", "--out", tmp_path / "b")
     _refused(failed, 4, "under --fail-under geneval=1.01")
 
 
 def test_eval_of_geneval_prompts_by_clip(tmp_path: Path) -> None:
     """The 553 prompts run through; what the embedded model cannot read, it says."""
-    result = _run("eval", "--suite", "geneval", "--limit", 1, "--reward", "clip", "--out", tmp_path / "e", "--json")
+    result = unigrpo("eval", "--suite", "geneval", "--limit", 1, "--reward", "clip", "--out", tmp_path / "e", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["n"] == 6
     assert "has no word for" in result.stderr
 
 
 def test_rewards_list_info_new_and_test(tmp_path: Path) -> None:
-    listed = json.loads(_run("rewards", "list", "--json").stdout)["rewards"]
+    listed = json.loads(unigrpo("rewards", "list", "--json").stdout)["rewards"]
     assert {"clip", "geneval"} <= {row["name"] for row in listed}
     assert all(row["state"] == "ok" for row in listed)
-    assert "mode" in {o["option"] for o in json.loads(_run("rewards", "info", "geneval", "--json").stdout)["options"]}
+    assert "mode" in {
+        o["option"] for o in json.loads(unigrpo("rewards", "info", "geneval", "--json").stdout)["options"]
+    }
     for kind in ("function", "class"):
-        made = _run("rewards", "new", f"my_{kind}", "--kind", kind, "--out", tmp_path)
+        made = unigrpo("rewards", "new", f"my_{kind}", "--kind", kind, "--out", tmp_path)
         assert made.exit_code == 0, made.output
-        tested = _run("rewards", "test", f"my_{kind}", "--plugin", tmp_path / f"my_{kind}.py", "--json")
+        tested = unigrpo("rewards", "test", f"my_{kind}", "--plugin", tmp_path / f"my_{kind}.py", "--json")
         assert tested.exit_code == 0, tested.output
         assert all(c["ok"] for c in json.loads(tested.stdout)["checks"])
 
 
 def test_a_broken_plugin_is_listed_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _run("--help").exit_code == 0
-    result = _run("rewards", "test", "mine", "--plugin", _reward(tmp_path, "return [1.0]"))
+    assert unigrpo("--help").exit_code == 0
+    result = unigrpo("rewards", "test", "mine", "--plugin", _reward(tmp_path, "return [1.0]"))
     assert result.exit_code == 3
     assert "1 scores for 8 samples" in result.output
 
@@ -235,7 +234,7 @@ def test_generate_passes_through_at_most_six_files(tmp_path: Path, monkeypatch: 
         return sampler(*arguments)
 
     monkeypatch.setattr(unigrpo_cli.rollout, "sample_image", noted)
-    result = _run("generate", "a red heart", "--out", tmp_path / "o", "--set", "sampling.batch_size=0")
+    result = unigrpo("generate", "a red heart", "--out", tmp_path / "o", "--set", "sampling.batch_size=0")
     assert result.exit_code == 0, result.output
     ours = {name for name in passed if "unigrpo_cli" in name}
     assert 1 < len(ours) <= 6, ours
@@ -244,7 +243,7 @@ def test_generate_passes_through_at_most_six_files(tmp_path: Path, monkeypatch: 
 
 def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a \x1b[31mred\x1b]0;title\x07 heart\x9b2J\n")
-    result = _run("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "g")
+    result = unigrpo("generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "g")
     assert result.exit_code == 0, result.output
     assert "a \\x1b[31mred" in result.stdout
     assert not set("\x1b\x07\x9b") & set(result.output)
@@ -254,7 +253,7 @@ def test_commands_in_messages_quote_paths(tmp_path: Path) -> None:
     out = tmp_path / "my run; $(x)"
     plugin = _reward(tmp_path, "raise ValueError('no')")
     more = ("--limit", 1, "--group-size", 2, "--out", out)
-    result = _run("rollout", "--reward", "mine", "--plugin", plugin, *more)
+    result = unigrpo("rollout", "--reward", "mine", "--plugin", plugin, *more)
     assert f"unigrpo rollout --from '{out}'" in result.stderr
     for path in (Path(__file__).parents[1] / "unigrpo_cli").rglob("*.py"):
         found = re.findall(r"unigrpo \w+ (?:--\w+ )\{(?!quoted\()[^}]*\}", path.read_text())
@@ -347,13 +346,13 @@ def test_only_a_success_that_is_none_is_changed(
 
 def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
     """Brackets are markup to the console library, not to us."""
-    result = _run("generate", "a [/x] [red] heart", "--out", tmp_path / "g[b]")
+    result = unigrpo("generate", "a [/x] [red] heart", "--out", tmp_path / "g[b]")
     assert result.exit_code == 0, result.output
     assert "a [/x] [red] heart" in result.stdout
     assert "g[b]" in result.stdout
     plugin = _reward(tmp_path, "raise ValueError('no [/judge]\\nat all')")
     _refused(
-        _run(
+        unigrpo(
             "rollout",
             "--reward",
             "mine",
@@ -374,19 +373,19 @@ def test_text_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_a_reward_that_fails_leaves_the_sampled_episodes(tmp_path: Path) -> None:
     plugin = _reward(tmp_path, "raise ValueError('x')")
     out = tmp_path / "o"
-    result = _run("rollout", "--reward", "mine", "--plugin", plugin, "--limit", 1, "--group-size", 2, "--out", out)
+    result = unigrpo("rollout", "--reward", "mine", "--plugin", plugin, "--limit", 1, "--group-size", 2, "--out", out)
     _refused(result, 3, "'mine'")
     assert "--from" in result.stderr
-    again = _run("rollout", "--from", out, "--reward", "geneval", "--out", tmp_path / "b", "--json")
+    again = unigrpo("rollout", "--from", out, "--reward", "geneval", "--out", tmp_path / "b", "--json")
     assert json.loads(again.stdout)["episodes"] == 2
-    _refused(_run("rollout", "--from", out, "--reward", "geneval", "--limit", 2), 2, "leave out --limit")
+    _refused(unigrpo("rollout", "--from", out, "--reward", "geneval", "--limit", 2), 2, "leave out --limit")
 
 
 def test_eval_takes_configured_rewards(tmp_path: Path) -> None:
-    result = _run("eval", "--limit", 1, "--set", 'reward.names=["clip"]', "--out", tmp_path / "e", "--json")
+    result = unigrpo("eval", "--limit", 1, "--set", 'reward.names=["clip"]', "--out", tmp_path / "e", "--json")
     assert "clip" in json.loads(result.stdout)["scores"]
 
 
 def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIGRPO_DEBUG", "1")
-    assert _run("generate").exception is not None
+    assert unigrpo("generate").exception is not None

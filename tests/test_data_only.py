@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
+from tests.commands import unigrpo
 from tests.judge_server import JudgeServer
-from unigrpo_cli.cli import app
 from unigrpo_cli.io.atomic import SUMS, digest_of
 from unigrpo_cli.io.secrets import from_environment, names_secret, redacted
 from unigrpo_cli.models.hub import embedded_directory
@@ -26,10 +25,6 @@ ROOT = Path(__file__).parents[1]
 QUICK = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
 QUICK += ["--set", "eval.steps=2", "--set", "sampling.max_new_tokens=8"]
 QUICK += ["--set", "train.samples_every=0", "--set", "threads=1", "--set", "doctor.at_start=warn"]
-
-
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 # ----- what the source may call
@@ -196,7 +191,7 @@ def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
 ) -> None:
     run = tmp_path / "run"
     more = ["--steps", 0, "--set", "train.finetune=lora", "--model", small_model, *QUICK]
-    assert _run("train", "--reward", "geneval", *more, "--out", run).exit_code == 0
+    assert unigrpo("train", "--reward", "geneval", *more, "--out", run).exit_code == 0
     checkpoint = run / "checkpoints" / "step_000000"
     model = Path(shutil.copytree(small_model, tmp_path / "m"))
     for folder in (model, run, checkpoint):
@@ -204,7 +199,7 @@ def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
     _seal(checkpoint)
     episodes = tmp_path / "e"
     sampled = ["rollout", "--reward", "jpeg", "--limit", 1, "--group-size", 2, *QUICK, "--out", episodes]
-    assert _run(*sampled, "--model", model).exit_code == 0
+    assert unigrpo(*sampled, "--model", model).exit_code == 0
     _plant(episodes, marker)
     for command in (
         ["inspect", model],
@@ -213,7 +208,7 @@ def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
         ["rollout", "--from", episodes, "--reward", "jpeg", "--out", tmp_path / "c"],
         ["train", "--resume", run, "--steps", 0],
     ):
-        result = _run(*command)
+        result = unigrpo(*command)
         assert result.exit_code == 0, result.output
         assert not marker.exists(), command
 
@@ -223,7 +218,7 @@ def test_a_pickle_under_a_good_name_is_refused(name: str, tmp_path: Path, marker
     model = Path(shutil.copytree(embedded_directory(), tmp_path / "m"))
     for content in (pickle.dumps(_Bomb(marker)), _archive(pickle.dumps(_Bomb(marker)))):
         (model / name).write_bytes(content)
-        result = _run("generate", "a", "--model", model, "--out", tmp_path / "o")
+        result = unigrpo("generate", "a", "--model", model, "--out", tmp_path / "o")
         assert result.exit_code == 5, result.output
         assert name in result.stderr
     assert not marker.exists()
@@ -252,7 +247,7 @@ def test_judges_of_planted_directories(
     _plant(folder, marker)
     Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
     given = f"{reward}@{option}={folder}"
-    result = _run("rewards", "score", given, "--image", tmp_path / "i.png", "--prompt", "a")
+    result = unigrpo("rewards", "score", given, "--image", tmp_path / "i.png", "--prompt", "a")
     assert result.exit_code == 3, result.output
     assert not marker.exists()
 
@@ -291,7 +286,7 @@ def test_names_inside_files_do_not_become_paths(
         ["rollout", "--from", "out/r", "--reward", "jpeg", "--out", "out/s"],
         ["eval", "--suite", "p.jsonl", "--reward", "jpeg", *QUICK, "--model", small_model, "--out", "out/e"],
     ):
-        result = _run(*command)
+        result = unigrpo(*command)
         assert result.exit_code == 0, result.output
     written = {p for p in tmp_path.rglob("*") if p.is_file()} - before
     assert written
@@ -305,10 +300,10 @@ def test_links_out_of_a_model_are_followed_and_names_out_of_it_are_not(tmp_path:
     model.mkdir()
     for path in blobs.iterdir():
         (model / path.name).symlink_to(path)
-    assert _run("inspect", model).exit_code == 0
+    assert unigrpo("inspect", model).exit_code == 0
     for name in ("../blobs/ema.safetensors", str(blobs / "ema.safetensors"), "..", "a/../ema.safetensors"):
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-        result = _run("inspect", model)
+        result = unigrpo("inspect", model)
         assert result.exit_code == 5
         assert "outside its directory" in result.stderr
 
@@ -319,7 +314,7 @@ def test_pictures_of_a_prompts_file_are_relative_to_it_and_may_be_anywhere(tmp_p
     Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
     rows = [{"prompt": "a", "image": "../i.png"}, {"prompt": "b", "image": str(tmp_path / "i.png")}]
     (tmp_path / "rows" / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = _run("rewards", "score", "jpeg", "--prompts", tmp_path / "rows" / "p.jsonl", "--json")
+    result = unigrpo("rewards", "score", "jpeg", "--prompts", tmp_path / "rows" / "p.jsonl", "--json")
     assert result.exit_code == 0, result.output
     assert {row["image"] for row in json.loads(result.stdout)["images"]} == {str(tmp_path / "i.png")}
 
@@ -388,11 +383,11 @@ def test_a_run_writes_no_secret(tmp_path: Path, keyed: Path, small_model: Path) 
     try:
         rewards = f"keyed@api_key=env:MY_API_KEY,vlm:0@url={server.url}@cache=on"
         more = ["--plugin", keyed, "--set", "train.checkpoint_every=1", *QUICK, "--model", small_model, "--json"]
-        done = _run("train", "--reward", rewards, "--steps", 1, *more, "--out", out)
+        done = unigrpo("train", "--reward", rewards, "--steps", 1, *more, "--out", out)
         assert done.exit_code == 0, done.output
-        again = _run("train", "--resume", out, "--steps", 2, "--plugin", keyed, "--json")
+        again = unigrpo("train", "--resume", out, "--steps", 2, "--plugin", keyed, "--json")
         assert again.exit_code == 0, again.output
-        looked = _run("doctor", "--reward", rewards, "--plugin", keyed, *QUICK, "--model", small_model, "--json")
+        looked = unigrpo("doctor", "--reward", rewards, "--plugin", keyed, *QUICK, "--model", small_model, "--json")
         assert looked.exit_code == 6, "the reward is a constant"
     finally:
         server.stop()
@@ -431,7 +426,7 @@ def test_a_secret_is_refused_or_cut_out_of_what_is_said(
 ) -> None:
     monkeypatch.setenv("UNIGRPO_DEBUG", debug)
     more = ["--plugin", keyed, *QUICK, "--out", tmp_path / "work" / "run", "--json"]
-    result = _run("train", *arguments, *more)
+    result = unigrpo("train", *arguments, *more)
     assert result.exit_code == code, result.output
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error:")

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
+from tests.commands import unigrpo
 from unigrpo_cli import train
-from unigrpo_cli.cli import app
 from unigrpo_cli.run.doctor import CHECKS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -33,10 +32,6 @@ TINY_RUN = [
 ]
 
 
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -46,7 +41,7 @@ def _run(*arguments: str | Path) -> Result:
     ],
 )
 def test_the_embedded_model_and_our_rewards_are_sound(arguments: list) -> None:
-    done = _run("doctor", *FEW, *arguments, "--json")
+    done = unigrpo("doctor", *FEW, *arguments, "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert [f["name"] for f in found] == [check.name for check in CHECKS]
@@ -61,7 +56,7 @@ def _flip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_fault_is_explained_and_exits_with_six(monkeypatch: pytest.MonkeyPatch) -> None:
     _flip(monkeypatch)
-    done = _run("doctor", "--reward", "clean", *FEW)
+    done = unigrpo("doctor", "--reward", "clean", *FEW)
     assert done.exit_code == 6
     assert "error: the doctor found 1 fault: advantages" in done.stderr
     assert "advantages: FAULT" in done.stdout
@@ -73,12 +68,12 @@ def test_a_fault_stops_a_run_before_it_trains(tmp_path: Path, monkeypatch: pytes
     """One line for the fault, one for the stop; --out can be used again; `warn` trains all the same."""
     _flip(monkeypatch)
     out = tmp_path / "run"
-    done = _run("train", *TINY_RUN, "--out", out)
+    done = unigrpo("train", *TINY_RUN, "--out", out)
     assert done.exit_code == 6
     assert "warning: doctor: advantages:" in done.stderr
     assert "nothing was trained: advantages; `unigrpo doctor`" in done.stderr
     assert not out.exists()
-    done = _run("train", *TINY_RUN, "--out", out, "--set", "doctor.at_start=warn")
+    done = unigrpo("train", *TINY_RUN, "--out", out, "--set", "doctor.at_start=warn")
     assert done.exit_code == 0, done.output
     assert "warning: doctor: advantages:" in done.stderr
     assert json.loads((out / "doctor.json").read_text())["faults"] == 1
@@ -88,7 +83,7 @@ def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     weights, lines = [], []
     for at_start in ("stop", "off"):
         out = tmp_path / at_start
-        done = _run("train", *TINY_RUN, "--out", out, "--set", f"doctor.at_start={at_start}")
+        done = unigrpo("train", *TINY_RUN, "--out", out, "--set", f"doctor.at_start={at_start}")
         assert done.exit_code == 0, done.output
         weights.append(load_file(out / "checkpoints" / "step_000001" / "ema.safetensors"))
         lines.append([line for line in done.output.splitlines() if line.startswith("doctor:")])
@@ -101,12 +96,12 @@ def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     assert report["faults"] == 0
     assert {f["name"] for f in report["checks"]} == {check.name for check in CHECKS if check.short}
     before = (tmp_path / "stop" / "doctor.json").stat().st_mtime_ns
-    done = _run("train", "--resume", tmp_path / "stop")
+    done = unigrpo("train", "--resume", tmp_path / "stop")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "stop" / "doctor.json").stat().st_mtime_ns == before, "a resumed run is not examined again"
 
 
 def test_adapters_with_no_run_to_put_them_on_are_refused(tmp_path: Path) -> None:
-    done = _run("doctor", "--reward", "clean", "--adapter", tmp_path)
+    done = unigrpo("doctor", "--reward", "clean", "--adapter", tmp_path)
     assert done.exit_code == 2
     assert "train.finetune=lora" in done.stderr

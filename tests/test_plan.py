@@ -17,9 +17,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
-from unigrpo_cli.cli import app
+from tests.commands import unigrpo
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import TooLargeError
@@ -43,10 +42,6 @@ from unigrpo_cli.run.setup import model_defaults
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = ("bagel_one_gpu", "bagel_unigrpo")
 REFUSAL = re.compile(r"'([^']+)' needs ([\d.]+) GiB, available are ([\d.]+); (.*), (?:together|which)")
-
-
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def _sparse(path: Path, shapes: Shapes, dtype: str, width: int) -> None:
@@ -100,7 +95,7 @@ def unread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def _dry(model: Path | str, *settings: str) -> tuple[int, dict, str]:
     sets = [x for s in settings for x in ("--set", s)]
-    result = _run("train", "--model", model, "--dry-run", "--json", *sets)
+    result = unigrpo("train", "--model", model, "--dry-run", "--json", *sets)
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
@@ -144,7 +139,7 @@ def test_its_sums_add_up(bagel: Path, unread: Path) -> None:
 
 def test_training_refuses_by_the_same_sum_before_it_reads_or_writes(bagel: Path, unread: Path) -> None:
     sets = [x for s in (*LORA, "memory_gb=30", "device=cpu") for x in ("--set", s)]
-    result = _run("train", "--model", bagel, "--reward", "clip@model=x", "--out", unread / "run", *sets)
+    result = unigrpo("train", "--model", bagel, "--reward", "clip@model=x", "--out", unread / "run", *sets)
     assert result.exit_code == 1, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "does not fit" in line
@@ -185,12 +180,12 @@ def test_without_the_release_its_published_sizes_are_taken(bagel: Path, unread: 
     code, elsewhere, _ = _dry(BAGEL, *LORA, "memory_gb=80")
     assert code == 0
     assert elsewhere["memory"] == here["memory"]
-    other = _run("train", "--model", "nobody/nothing", "--dry-run", "--set", "memory_gb=80")
+    other = unigrpo("train", "--model", "nobody/nothing", "--dry-run", "--set", "memory_gb=80")
     assert other.exit_code == 5
 
 
 def test_a_size_that_cannot_be_painted_is_refused(bagel: Path, unread: Path) -> None:
-    result = _run("train", "--model", bagel, "--dry-run", "--set", "sampling.height=500", "--set", "memory_gb=80")
+    result = unigrpo("train", "--model", bagel, "--dry-run", "--set", "sampling.height=500", "--set", "memory_gb=80")
     assert result.exit_code == 2
     assert "multiples of 16" in result.stderr
 
@@ -201,7 +196,7 @@ def test_the_embedded_model_fits_anywhere_and_no_hours_are_invented_for_a_cpu(un
     assert code == 0
     assert plan["need_gib"] < 1.5
     assert plan["time"]["seconds_per_step"] is plan["time"]["hours"] is None
-    shown = _run("train", "--dry-run", "--set", "device=cpu").stdout
+    shown = unigrpo("train", "--dry-run", "--set", "device=cpu").stdout
     assert "time: not estimated on a CPU; to plan for an accelerator of 80 GiB, add --set device=cuda" in shown
     assert " hours" not in shown
 
@@ -221,14 +216,14 @@ def test_the_hours_are_of_all_steps_and_marked_as_assumed(bagel: Path) -> None:
 @pytest.mark.parametrize(("gib", "code", "says"), [(80, 0, "fits: "), (30, 1, "does not fit: ")])
 def test_the_verdict_is_printed_when_quiet(bagel: Path, unread: Path, gib: int, code: int, says: str) -> None:
     sets = [x for s in (*LORA, f"memory_gb={gib}") for x in ("--set", s)]
-    result = _run("train", "--quiet", "--model", bagel, "--dry-run", *sets)
+    result = unigrpo("train", "--quiet", "--model", bagel, "--dry-run", *sets)
     assert result.exit_code == code
     assert result.stdout.startswith(says) and result.stdout.count("\n") == 1
 
 
 def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
-    result = _run("train", "--out", tmp_path / "r", "--steps", "0", "--set", "memory_gb=1000000", *small)
+    result = unigrpo("train", "--out", tmp_path / "r", "--steps", "0", "--set", "memory_gb=1000000", *small)
     assert result.exit_code == 0, result.output
     assert "memory_gb=1e+06, but there are only" in result.stderr
 
@@ -251,7 +246,7 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"
     left_open = ["--set", "sampling.batch_size=0", "--set", "train.micro_batch_size=0"]
-    begun = _run("train", "--out", run, "--steps", "0", *lora, *small, *left_open, "--set", "memory_gb=2")
+    begun = unigrpo("train", "--out", run, "--steps", "0", *lora, *small, *left_open, "--set", "memory_gb=2")
     assert begun.exit_code == 0
     assert "sampling.batch_size=4, train.micro_batch_size=2: chosen for 2.0 GiB of memory" in begun.stdout
     kept = load_config(file=run / "config.toml")
@@ -262,10 +257,10 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     assert "rows" not in drawn and drawn["steps"] == kept.sampling.steps, "they were found for that machine"
     before = sorted(run.rglob("*"))
     more = ["--set", "train.prompts_per_step=200", *left_open]  # another question, but the run has its answer
-    anew = json.loads(_run("train", "--resume", run, "--dry-run", "--json", *more).stdout)
+    anew = json.loads(unigrpo("train", "--resume", run, "--dry-run", "--json", *more).stdout)
     assert (anew["sizes"], anew["batch"]["rollouts"], anew["batch"]["micro_batches"]) == ({}, 100, 100)
-    assert _run("train", "--resume", run, "--dry-run", "--set", "train.lora_rank=8").exit_code == 2
-    result = _run("train", "--resume", run, "--dry-run", "--json")
+    assert unigrpo("train", "--resume", run, "--dry-run", "--set", "train.lora_rank=8").exit_code == 2
+    result = unigrpo("train", "--resume", run, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     adapters = {i["item"]: i["formula"] for i in json.loads(result.stdout)["memory"]["always"]}["adapters"]
     assert "rank 3 " in adapters
@@ -273,7 +268,7 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_lines_where_there_is_no_terminal_and_a_table_where_there_is_one(bagel: Path, unread: Path) -> None:
-    result = _run(
+    result = unigrpo(
         "train", "--model", bagel, "--dry-run", "--set", "memory_gb=80", *[x for s in LORA for x in ("--set", s)]
     )
     assert result.exit_code == 0, result.output
@@ -306,7 +301,7 @@ def test_what_is_left_open_is_found_and_said(bagel: Path, unread: Path) -> None:
         "train.micro_batch_size"
     }
     sets = [x for s in (*left_open, "memory_gb=80") for x in ("--set", s)]
-    shown = _run("train", "--model", bagel, "--dry-run", *sets).stdout
+    shown = unigrpo("train", "--model", bagel, "--dry-run", *sets).stdout
     assert f"sampling.batch_size={rows}, train.micro_batch_size={micro}: chosen for 80.0 GiB of memory" in shown
     config = load_config(preset="paper", overrides=[*left_open, "memory_gb=80"])
     edits = plan_of(config, str(bagel), None, elsewhere=True, pictures=True)
@@ -318,7 +313,7 @@ def test_ranks_that_cannot_share_the_prompts_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     sets = [x for s in (*LORA, "memory_gb=80", "train.prompts_per_step=4") for x in ("--set", s)]
-    result = _run("train", "--model", bagel, "--dry-run", *sets)
+    result = unigrpo("train", "--model", bagel, "--dry-run", *sets)
     assert result.exit_code == 2
     assert "8 ranks x train.minibatches=2 must divide it" in " ".join(result.stderr.split())
 
@@ -431,7 +426,7 @@ def test_recipes_explain_every_value(name: str) -> None:
 
 def test_inspect_audits_the_full_size_by_its_headers(bagel: Path, unread: Path) -> None:
     """Parameters of each part, files, dtypes, memory: 30 GB that nobody reads, in no time and without torch."""
-    done = _run("inspect", bagel, "--json")
+    done = unigrpo("inspect", bagel, "--json")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert (facts["kind"], facts["loadable"], facts["problems"]) == ("BAGEL", True, [])
@@ -443,7 +438,7 @@ def test_inspect_audits_the_full_size_by_its_headers(bagel: Path, unread: Path) 
     assert sizes["text expert"] == 7.616
     needed = facts["memory_gib"]
     assert 28 < needed["generate"] < needed["LoRA"] < 80 < needed["full fine-tuning"]
-    shown = _run("inspect", bagel).stdout
+    shown = unigrpo("inspect", bagel).stdout
     assert "28 layers of width 3584" in shown
     assert "images up to 1024 px, can be shown pictures" in shown
 
@@ -470,7 +465,7 @@ def test_inspect_names_every_problem(bagel: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_text((bagel / name).read_text())
     _sparse(tmp_path / "ema.safetensors", shapes, "BF16", 2)
     _sparse(tmp_path / "ae.safetensors", autoencoder_shapes(BAGEL_AUTOENCODER), "F32", 4)
-    done = _run("inspect", tmp_path)
+    done = unigrpo("inspect", tmp_path)
     assert done.exit_code == 5
     for says in (
         "missing (e.g. llm2vae.bias)",
@@ -480,7 +475,7 @@ def test_inspect_names_every_problem(bagel: Path, tmp_path: Path) -> None:
     ):
         assert says in " ".join(done.stdout.split())
         assert says in " ".join(done.stderr.split())
-    facts = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    facts = json.loads(unigrpo("inspect", tmp_path, "--json").stdout)
     assert (facts["loadable"], len(facts["problems"])) == (False, 4)
 
 
@@ -499,14 +494,14 @@ def test_inspect_of_what_cannot_be_read_is_one_line(
     for file in bagel.glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text())
     (tmp_path / name).write_text(content)
-    done = _run("inspect", tmp_path)
+    done = unigrpo("inspect", tmp_path)
     assert done.exit_code == 5
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
     assert says in done.stderr
 
 
 def test_a_run_is_refused_before_its_weights_are_read(bagel: Path, unread: Path) -> None:
-    done = _run("train", "--model", bagel, "--reward", "jpeg", "--set", "memory_gb=20")
+    done = unigrpo("train", "--model", bagel, "--reward", "jpeg", "--set", "memory_gb=20")
     assert done.exit_code == 1
     assert "does not fit" in done.stderr
     assert not list(unread.iterdir())

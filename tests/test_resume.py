@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from tests.chaos import REWARD, command, differences, write_inputs
+from tests.commands import unigrpo
 from tools.toy_model import build_model
-from unigrpo_cli.cli import app
 from unigrpo_cli.config import config_keys, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, WeightsError
@@ -66,10 +66,6 @@ SIGNALS = """
 """A reward that sends signals, by an environment variable: its file, and with it its identity, stays the same."""
 
 
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def _command(run: Path, plugin: Path, settings: Sequence[str]) -> list[str]:
     """A training run of the small model beside the reward's file."""
     return command(run, plugin, (f"model={plugin.with_name('model')}", *settings))
@@ -89,7 +85,7 @@ def alone(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps that nobody disturbs."""
     run = tmp_path_factory.mktemp("alone") / "run"
     os.environ["UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # as the tests' own fixture has it, which is younger
-    _done(_run(*_command(run, plugin, FOUR)))
+    _done(unigrpo(*_command(run, plugin, FOUR)))
     return run
 
 
@@ -116,9 +112,9 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
     """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
     whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
     if settings:
-        _done(_run(*_command(whole, plugin, (*settings.split(), *FOUR))))
-    _done(_run(*_command(parts, plugin, (*settings.split(), "train.steps=2", "eval.every=2"))))
-    again = _done(_run(*_command(parts, plugin, (*settings.split(), *FOUR))))
+        _done(unigrpo(*_command(whole, plugin, (*settings.split(), *FOUR))))
+    _done(unigrpo(*_command(parts, plugin, (*settings.split(), "train.steps=2", "eval.every=2"))))
+    again = _done(unigrpo(*_command(parts, plugin, (*settings.split(), *FOUR))))
     assert "changed: train.steps: 2 -> 4 (changes no result)" in again.output
     assert differences(whole, parts) == ["checkpoints/step_000002/state.json"], "train.steps was 2 then"
     files = {p.name for p in (whole / "checkpoints" / "last").iterdir()}
@@ -170,7 +166,7 @@ def test_another_environment_and_another_number_of_threads_are_told_of(copy: Pat
     environment = copy / "environment.json"
     versions = json.loads(environment.read_text())
     environment.write_text(json.dumps(versions | {"torch": "1.0", "gone": "2"}))
-    again = _done(_run(*_command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
+    again = _done(unigrpo(*_command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
     (line,) = _lines(again, "bitwise reproducible")
     assert f"package versions changed (torch 1.0 -> {versions['torch']})" in line
     assert "train.micro_batch_size: 24 -> 1 (changes results by rounding alone)" in again.output
@@ -187,7 +183,7 @@ def test_abstentions_are_remembered(copy: Path, plugin: Path) -> None:
     content["record"]["abstained"]["moody"] = [True] * 400
     state.write_text(json.dumps(content))
     _seal(state.parent)
-    stopped = _done(_run(*_command(copy, plugin, ("train.steps=5",))), 3)
+    stopped = _done(unigrpo(*_command(copy, plugin, ("train.steps=5",))), 3)
     assert "reward.max_abstain=0.25" in " ".join(stopped.stderr.split())
 
 
@@ -216,7 +212,7 @@ def test_interrupted_is_uninterrupted(
     run = tmp_path / "run"
     before = set(threading.enumerate())  # other tests leave threads behind that wait for a call for ever
     monkeypatch.setenv("TEST_SIGNALS", signals)
-    stopped = _done(_run(*_command(run, plugin, FOUR)), 130)
+    stopped = _done(unigrpo(*_command(run, plugin, FOUR)), 130)
     assert {int(p.name[5:]) for p in checkpoints(run)} == left
     sheets = {int(p.stem[5:]) for p in (run / "samples").glob("step_*.png")}
     assert sheets == ({0, 2} if signals == "train:2:2" or 4 in left else {0}), "none that is not due, none halfway"
@@ -226,7 +222,7 @@ def test_interrupted_is_uninterrupted(
             thread.join(60)
             assert not thread.is_alive(), f"the run has ended and {thread.name!r} has not"
     monkeypatch.delenv("TEST_SIGNALS")
-    _done(_run(*_command(run, plugin, FOUR)))
+    _done(unigrpo(*_command(run, plugin, FOUR)))
     assert not differences(alone, run)
 
 
@@ -234,7 +230,7 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(
     tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_SIGNALS", "eval:0:1")
-    stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
+    stopped = _done(unigrpo(*_command(tmp_path / "run", plugin, FOUR)), 130)
     assert "interrupted" in stopped.stderr
     assert not (tmp_path / "run").exists()
 
@@ -244,7 +240,7 @@ def test_an_interrupt_while_loading(
     tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setattr("unigrpo_cli.run.prepare.load_policy", lambda *_: signal.raise_signal(number))
-    stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
+    stopped = _done(unigrpo(*_command(tmp_path / "run", plugin, FOUR)), 130)
     assert stopped.stderr.splitlines()[-1] == "interrupted"
     assert not (tmp_path / "run").exists()
 
@@ -267,12 +263,12 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", moving)
     monkeypatch.setattr("unigrpo_cli.run.checkpoint.save_file", saving)
-    stopped = _done(_run(*_command(tmp_path / "run", plugin, FOUR)), 130)
+    stopped = _done(unigrpo(*_command(tmp_path / "run", plugin, FOUR)), 130)
     assert "weights of this step are moving" in stopped.stderr
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002"]
     monkeypatch.undo()
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
-    _done(_run(*_command(tmp_path / "run", plugin, FOUR)))
+    _done(unigrpo(*_command(tmp_path / "run", plugin, FOUR)))
     assert not differences(alone, tmp_path / "run")
 
 
@@ -308,10 +304,10 @@ def test_the_newest_whole_checkpoint_is_taken(
         assert find_checkpoint(str(copy))[0] == str(copy / "checkpoints" / "step_000002")
         with pytest.raises(WeightsError, match="not complete"):
             find_checkpoint(str(last))
-    refused = _done(_run("train", "--resume", last, "--plugin", plugin), 5)
+    refused = _done(unigrpo("train", "--resume", last, "--plugin", plugin), 5)
     (line,) = _lines(refused, "error:")
     assert name in line and what in line and "step_000002" in line
-    resumed = _done(_run(*_command(copy, plugin, FOUR)))
+    resumed = _done(unigrpo(*_command(copy, plugin, FOUR)))
     (line,) = _lines(resumed, "is damaged")
     assert name in line and what in line
     aside = copy / "checkpoints" / "damaged_step_000004"
@@ -323,7 +319,7 @@ def test_the_newest_whole_checkpoint_is_taken(
 def test_no_whole_checkpoint_is_an_error(copy: Path, plugin: Path) -> None:
     for path in checkpoints(copy):
         _flip(path / "ema.safetensors")
-    refused = _done(_run(*_command(copy, plugin, FOUR)), 5)
+    refused = _done(unigrpo(*_command(copy, plugin, FOUR)), 5)
     assert "no intact checkpoint (2 damaged)" in _lines(refused, "error:")[0]
 
 
@@ -340,7 +336,7 @@ def test_a_checkpoint_of_an_earlier_format(copy: Path, plugin: Path) -> None:
         (path / "state.json").write_text(json.dumps({"format": 2, "tune": "full", "step": content["step"]}))
     last = copy / "checkpoints" / "step_000004"
     for given in (("--resume", copy), ("--resume", last)):
-        (line,) = _lines(_done(_run("train", "--plugin", plugin, *given), 5), "error:")
+        (line,) = _lines(_done(unigrpo("train", "--plugin", plugin, *given), 5), "error:")
         assert "checkpoint format 2; this version reads format 3" in line
     with pytest.raises(WeightsError, match="copy the directory without state"):
         find_checkpoint(str(last))
@@ -355,7 +351,7 @@ def test_what_killed_writes_left_is_cleaned(copy: Path, plugin: Path, alone: Pat
         (copy / name).write_text("half")
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')
-    resumed = _done(_run(*_command(copy, plugin, FOUR)))
+    resumed = _done(unigrpo(*_command(copy, plugin, FOUR)))
     assert len(_lines(resumed, "half written")) == 4
     assert not differences(alone, copy)
 
@@ -425,10 +421,10 @@ def test_a_sealed_but_wrong_state_ends_a_resume_with_one_line(copy: Path, plugin
         content["record"]["best"] = {"reward": 3, "value": "high", "step": []}
         (path / "state.json").write_text(json.dumps(content))
         _seal(path)
-    (line,) = _lines(_done(_run(*_command(copy, plugin, FOUR)), 5), "error:")
+    (line,) = _lines(_done(unigrpo(*_command(copy, plugin, FOUR)), 5), "error:")
     assert "no intact checkpoint" in line
     last = copy / "checkpoints" / "step_000004"
-    (line,) = _lines(_done(_run("train", "--resume", last, "--plugin", plugin), 5), "error:")
+    (line,) = _lines(_done(unigrpo("train", "--resume", last, "--plugin", plugin), 5), "error:")
     assert "record.best.reward" in line
 
 
@@ -466,13 +462,13 @@ def test_a_finished_run_is_left_as_it_is(copy: Path, plugin: Path, tmp_path: Pat
     """Another reward and no steps left: nothing is evaluated, and no file changes."""
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and not path.is_symlink()}
     more = ["--reward", "moody,geneval", "--set", "eval.seed=9", "--json"]
-    again = _done(_run("train", "--resume", copy, "--plugin", plugin, *more))
+    again = _done(unigrpo("train", "--resume", copy, "--plugin", plugin, *more))
     assert "not used, because no step is left: eval.seed, reward.names" in " ".join(again.stderr.split())
     assert "--steps 104" in again.stderr
     assert json.loads(again.stdout) == json.loads((copy / "summary.json").read_text())
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and not path.is_symlink()} == before
     (copy / "metrics.jsonl").write_text("")
-    told = _done(_run("train", "--resume", copy, "--plugin", plugin))
+    told = _done(unigrpo("train", "--resume", copy, "--plugin", plugin))
     assert len(_lines(told, "lacks 4 of the 4 steps")) == 1
 
 
@@ -485,21 +481,21 @@ def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone
     run.mkdir()
     (run / ".lock").touch()
     (run / "config.toml.partial").write_text("half")
-    _done(_run(*_command(run, plugin, FOUR)))
+    _done(unigrpo(*_command(run, plugin, FOUR)))
     for path in (run / "checkpoints", run / "summary.json", run / "eval_after.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _done(_run("train", "--resume", run, "--plugin", plugin))
+    _done(unigrpo("train", "--resume", run, "--plugin", plugin))
     assert not differences(alone, run)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    refused = _done(_run(*_command(tmp_path / "other", plugin, FOUR)), 2)
+    refused = _done(unigrpo(*_command(tmp_path / "other", plugin, FOUR)), 2)
     assert "files that are not a run's" in refused.stderr
-    refused = _done(_run("train", "--resume", tmp_path / "other"), 2)
+    refused = _done(unigrpo("train", "--resume", tmp_path / "other"), 2)
     assert "holds no checkpoint and no config.toml" in refused.stderr
 
 
 def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) -> None:
-    resumed = _done(_run("train", "--resume", copy / "checkpoints" / "step_000002", "--plugin", plugin))
+    resumed = _done(unigrpo("train", "--resume", copy / "checkpoints" / "step_000002", "--plugin", plugin))
     (line,) = _lines(resumed, "is renamed to")
     assert "step_000004" in line and "later_step_000004" in line
     assert verify_checksums(copy / "checkpoints" / "later_step_000004") is None
@@ -510,7 +506,7 @@ def test_later_checkpoints_are_set_aside(copy: Path, plugin: Path, alone: Path) 
 def test_two_processes_do_not_write_one_run(copy: Path, plugin: Path) -> None:
     before = sorted(copy.rglob("*"))
     with locked(copy):
-        refused = _done(_run(*_command(copy, plugin, FOUR)), 2)
+        refused = _done(unigrpo(*_command(copy, plugin, FOUR)), 2)
     assert "being written by another process" in _lines(refused, "error:")[0]
     assert sorted(copy.rglob("*")) == before
 
@@ -521,9 +517,9 @@ def test_links_lead_to_checkpoints_and_are_none(copy: Path, plugin: Path, alone:
     assert [p.name for p in checkpoints(copy)] == ["step_000002", "step_000004"]
     best = copy / "checkpoints" / "best"
     assert Path(find_checkpoint(str(best))[0]).resolve() == best.resolve()
-    _done(_run("train", "--resume", copy / "checkpoints" / "last", "--plugin", plugin))
+    _done(unigrpo("train", "--resume", copy / "checkpoints" / "last", "--plugin", plugin))
     assert not differences(alone, copy)
-    assert "no such checkpoint" in _done(_run("train", "--resume", copy / "checkpoints" / "step_7"), 2).stderr
+    assert "no such checkpoint" in _done(unigrpo("train", "--resume", copy / "checkpoints" / "step_7"), 2).stderr
 
 
 def test_a_link_to_a_run_is_that_run(tmp_path: Path) -> None:
@@ -587,7 +583,7 @@ def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
     more = ["train.steps=4", "train.samples_every=0", "train.checkpoint_every=0", "train.keep_checkpoints=1"]
     sets = [w for s in (*more, "eval.every=1", "eval.best=told") for w in ("--set", s)]
     small = [a if a != "moody" else "told" for a in command(tmp_path / "run", plugin, ())]
-    _done(_run(*small, *sets))
+    _done(unigrpo(*small, *sets))
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002", "step_000004"]
     assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == "step_000002"
     record = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["record"]
@@ -598,9 +594,9 @@ def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_best_that_is_not_evaluated_is_refused_early(tmp_path: Path, plugin: Path) -> None:
-    refused = _done(_run(*_command(tmp_path / "run", plugin, ("eval.best=modesty",))), 2)
+    refused = _done(unigrpo(*_command(tmp_path / "run", plugin, ("eval.best=modesty",))), 2)
     assert "did you mean moody" in refused.stderr
-    refused = _done(_run(*_command(tmp_path / "run", plugin, ("eval.every=0",))), 2)
+    refused = _done(unigrpo(*_command(tmp_path / "run", plugin, ("eval.every=0",))), 2)
     assert "set eval.every" in refused.stderr
     assert not (tmp_path / "run").exists()
 
@@ -641,15 +637,15 @@ def test_changes_are_told_by_class() -> None:
     ],
 )
 def test_what_cannot_change_is_refused(alone: Path, plugin: Path, setting: str, remedy: str) -> None:
-    refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--set", setting), 2)
+    refused = _done(unigrpo("train", "--resume", alone, "--plugin", plugin, "--set", setting), 2)
     (line,) = _lines(refused, "error:")
     assert setting.split("=")[0] in line and remedy in line and "--model" in line
 
 
 def test_another_model_or_out_is_refused(alone: Path, plugin: Path, tmp_path: Path) -> None:
-    refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--model", "elsewhere"), 2)
+    refused = _done(unigrpo("train", "--resume", alone, "--plugin", plugin, "--model", "elsewhere"), 2)
     assert "model the run started from" in refused.stderr
-    refused = _done(_run("train", "--resume", alone, "--plugin", plugin, "--out", tmp_path / "b"), 2)
+    refused = _done(unigrpo("train", "--resume", alone, "--plugin", plugin, "--out", tmp_path / "b"), 2)
     assert "leave out --out" in refused.stderr
 
 
@@ -660,7 +656,7 @@ def test_what_is_learnt_from_here_on_is_warned_of(copy: Path, plugin: Path, tmp_
     prompts = tmp_path / "p.txt"
     prompts.write_text("a red circle\na blue square\n")
     sets = ["--set", "train.lr_text=1e-5", "--set", "eval.seed=7", "--prompts", prompts, "--steps", "5"]
-    resumed = _done(_run("train", "--resume", copy, "--plugin", edited, *sets))
+    resumed = _done(unigrpo("train", "--resume", copy, "--plugin", edited, *sets))
     for text in (
         "train.lr_text: 0.0003 -> 1e-05 (changes what is learned",
         "eval.seed: 42 -> 7 (evaluations before and after are not comparable)",
@@ -676,17 +672,17 @@ def test_the_reference_must_be_what_it_was(tmp_path: Path, plugin: Path) -> None
     base = Path(shutil.copytree(embedded_directory(), tmp_path / "base"))
     run = tmp_path / "run"
     small = [*command(run, plugin, ("train.steps=1", "eval.every=0", "eval.best=''")), "--model", base]
-    _done(_run(*small))
+    _done(unigrpo(*small))
     before = weights_digest(read_release(base))
     base.rename(tmp_path / "moved")
-    moved = _run("train", "--resume", run, "--plugin", plugin, "--model", tmp_path / "moved", "--steps", "2")
+    moved = unigrpo("train", "--resume", run, "--plugin", plugin, "--model", tmp_path / "moved", "--steps", "2")
     assert json.loads((run / "checkpoints" / "last" / "state.json").read_text())["reference"] == before
     _done(moved)
     weights = load_file(tmp_path / "moved" / "ema.safetensors")
     name = min(weights)
     weights[name] = weights[name] + 1
     save_file(weights, tmp_path / "moved" / "ema.safetensors")
-    (line,) = _lines(_done(_run("train", "--resume", run, "--plugin", plugin, "--steps", "3"), 5), "error:")
+    (line,) = _lines(_done(unigrpo("train", "--resume", run, "--plugin", plugin, "--steps", "3"), 5), "error:")
     assert "does not hold the weights that this run started from" in line
 
 
@@ -720,12 +716,12 @@ def test_no_room_for_a_checkpoint(
 ) -> None:
     shutil.rmtree(copy / "checkpoints" / "step_000004")
     small_files(350_000)  # the weights have room, the moments have not
-    stopped = _done(_run(*_command(copy, plugin, FOUR)), 1)
+    stopped = _done(unigrpo(*_command(copy, plugin, FOUR)), 1)
     small_files(resource.RLIM_INFINITY)
     (line,) = _lines(stopped, "error:")
     assert "checkpoints/step_000004 cannot be written" in line and f"--resume {copy}" in line
     assert not list(copy.rglob("*.partial"))
-    _done(_run(*_command(copy, plugin, FOUR)))
+    _done(unigrpo(*_command(copy, plugin, FOUR)))
     assert not differences(alone, copy)
 
 
@@ -739,11 +735,11 @@ def test_no_room_for_metrics_or_samples(
         raise DiskError(f"{path} cannot be written (No space left on device); free disk space or fix permissions")
 
     monkeypatch.setattr(f"unigrpo_cli.run.{where}", full)
-    (line,) = _lines(_done(_run(*_command(copy, plugin, FOUR)), 1), "error:")
+    (line,) = _lines(_done(unigrpo(*_command(copy, plugin, FOUR)), 1), "error:")
     assert "No space left" in line and f"--resume {copy}" in line
     monkeypatch.undo()
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
-    _done(_run(*_command(copy, plugin, FOUR)))
+    _done(unigrpo(*_command(copy, plugin, FOUR)))
     assert not differences(alone, copy)
 
 

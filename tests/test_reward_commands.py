@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
+from tests.commands import unigrpo
 from unigrpo_cli import Options, RewardBatch, RewardOutput, reward
-from unigrpo_cli.cli import app
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.io.pictures import save_png
 from unigrpo_cli.rewards.agreement import agreement, kappa, ranks, spearman
@@ -25,12 +25,8 @@ from unigrpo_cli.testing import Check, assert_reward_contract, check_reward
 REDNESS = str(Path(__file__).parents[1] / "examples" / "custom_reward" / "redness.py")
 
 
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def _json(*arguments: object) -> dict[str, Any]:
-    result = _run(*arguments, "--json")
+    result = unigrpo(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -62,9 +58,11 @@ def test_score_of_named_pictures(tmp_path: Path) -> None:
     found = _json("rewards", "score", "redness", "--plugin", REDNESS, *images, "--prompt", "red")
     assert [row["scores"]["redness"] for row in found["images"]] == pytest.approx([1.0, 128 / 255], abs=0.02)
     assert [row["prompt"] for row in found["images"]] == ["red", "red"]
-    shown = _run("rewards", "score", "redness", "--plugin", REDNESS, *images, "--prompt", "a", "--prompt", "b")
+    shown = unigrpo("rewards", "score", "redness", "--plugin", REDNESS, *images, "--prompt", "a", "--prompt", "b")
     assert shown.stdout.splitlines()[0] == f"{tmp_path / 'red.png'}: redness 1.0000"
-    _refused(_run("rewards", "score", "redness", "-p", REDNESS, *images, *("--prompt", "a") * 3), 2, "3 prompts for 2")
+    _refused(
+        unigrpo("rewards", "score", "redness", "-p", REDNESS, *images, *("--prompt", "a") * 3), 2, "3 prompts for 2"
+    )
 
 
 def test_score_of_a_prompts_file(pictures: Path) -> None:
@@ -80,7 +78,7 @@ def test_a_picture_of_ours_brings_its_prompt_along(tmp_path: Path) -> None:
     (row,) = _json(*score)["images"]
     assert row["prompt"] == sample.prompt
     assert row["scores"] == {"geneval": 1.0, "plan": 1.0, "fidelity": 1.0}
-    _refused(_run(*score, "--prompt", "a red heart"), 3, "reasoning")  # the plan was for another prompt
+    _refused(unigrpo(*score, "--prompt", "a red heart"), 3, "reasoning")  # the plan was for another prompt
     (row,) = _json("rewards", "score", "geneval", "--image", tmp_path / "x.png", "--prompt", "a white heart")["images"]
     assert row["scores"]["geneval"] == 0.0
 
@@ -91,7 +89,7 @@ def test_no_opinion_is_null_and_a_missing_prompt_is_said(tmp_path: Path) -> None
     plugin.write_text(
         "from unigrpo_cli import reward\n\n\n@reward('shy')\ndef shy(prompts):\n    return [None] * len(prompts)\n"
     )
-    result = _run("rewards", "score", "shy", "-p", plugin, "--image", tmp_path / "x.png", "--json")
+    result = unigrpo("rewards", "score", "shy", "-p", plugin, "--image", tmp_path / "x.png", "--json")
     assert json.loads(result.stdout)["images"][0]["scores"] == {"shy": None}
     assert "has no prompt inside" in result.stderr
 
@@ -109,11 +107,11 @@ def test_what_a_reward_lacks_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("x.png")
-    _refused(_run("rewards", *arguments), 3, says)
+    _refused(unigrpo("rewards", *arguments), 3, says)
 
 
 def test_a_reward_slower_than_allowed_fails_its_test() -> None:
-    assert _run("rewards", "test", "clean", "--max-ms", 0).exit_code == 3
+    assert unigrpo("rewards", "test", "clean", "--max-ms", 0).exit_code == 3
 
 
 # ----- calibrate
@@ -162,7 +160,7 @@ def test_calibrate_reports_on_a_folder(pictures: Path) -> None:
     less = _json("rewards", "calibrate", "clean", "clip@model=embedded", "--prompts", pictures / "prompts.jsonl")
     back = _json("rewards", "calibrate", "clip@model=embedded", "clean", "--prompts", pictures / "prompts.jsonl")
     assert less["mean_difference"] == pytest.approx(-back["mean_difference"])
-    shown = _run("rewards", "calibrate", "clean", "clean", *where)
+    shown = unigrpo("rewards", "calibrate", "clean", "clean", *where)
     assert "Spearman" in shown.stdout
     assert [line.split()[0] for line in shown.stdout.splitlines()[2:]][-1] == "all"
 
@@ -180,7 +178,7 @@ def test_the_list_shows_source_version_range_and_state(tmp_path: Path) -> None:
     assert rows["geneval"]["range"] == [0, 1]
     assert rows["remote"]["range"] is None
     assert rows["bad"]["state"].startswith("broken: ")
-    shown = _run("rewards", "list", "--plugins-dir", tmp_path).stdout
+    shown = unigrpo("rewards", "list", "--plugins-dir", tmp_path).stdout
     assert all(word in shown.splitlines()[0] for word in ("from", "version", "range", "state"))
     (line,) = [line for line in shown.splitlines() if line.startswith(" bad")]
     assert line.split()[1:3] == ["bad", "-"], "origin, version"

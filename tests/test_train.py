@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
+from tests.commands import unigrpo
 from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
@@ -40,12 +41,8 @@ SMALL = [
 ]
 
 
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def _train(out: Path, *more: str) -> dict:
-    result = _run(*SMALL, "--out", out, "--json", *more)
+    result = unigrpo(*SMALL, "--out", out, "--json", *more)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -82,7 +79,7 @@ def test_report_and_files(tmp_path: Path) -> None:
         assert (out / name).is_file(), name
     assert (out / "samples" / "step_000000.png").is_file()
     assert (out / "samples" / "step_000003.png").is_file()
-    again = _run("eval", "--model", out, "--limit", "1", "--out", tmp_path / "e", "--json", "--set", "eval.steps=4")
+    again = unigrpo("eval", "--model", out, "--limit", "1", "--out", tmp_path / "e", "--json", "--set", "eval.steps=4")
     scores = json.loads(again.stdout)["scores"]
     assert scores["geneval"]["mean"] == pytest.approx(summary["eval_after"]["geneval"])
 
@@ -111,12 +108,12 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path) -> None
     plugin.write_text(head + body.format(broken=True) + tail)
     run = tmp_path / "run"
     more = ["--reward", "fickle", "--plugin", str(plugin), "--steps", "4"]
-    result = _run(*SMALL[:1], *SMALL[3:], "--out", run, *more)
+    result = unigrpo(*SMALL[:1], *SMALL[3:], "--out", run, *more)
     assert result.exit_code == 3
     assert "judge is down" in result.stderr
     assert (run / "checkpoints" / "step_000002").is_dir()
     plugin.write_text(head + body.format(broken=False) + tail)
-    resumed = _run("train", "--resume", run, "--plugin", plugin, "--json")
+    resumed = unigrpo("train", "--resume", run, "--plugin", plugin, "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["steps"] == 4
     assert len(_metrics(run)) == 4
@@ -138,8 +135,8 @@ def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
     assert summary["interrupted"]
     steps = summary["steps"]
     assert 1 <= steps < 500
-    assert _run("generate", "a red heart", "--model", run, "--out", tmp_path / "g").exit_code == 0
-    resumed = _run("train", "--resume", "auto", "--out", run, "--steps", str(steps + 1), "--json")
+    assert unigrpo("generate", "a red heart", "--model", run, "--out", tmp_path / "g").exit_code == 0
+    resumed = unigrpo("train", "--resume", "auto", "--out", run, "--steps", str(steps + 1), "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["steps"] == steps + 1
     assert len(_metrics(run)) == steps + 1
@@ -156,7 +153,7 @@ def test_adapters_train_save_and_load(tmp_path: Path) -> None:
 
     def painted(*model: str | Path) -> bytes:
         out = tmp_path / f"g{len(list(tmp_path.iterdir()))}"
-        result = _run("generate", "a red heart", "--out", out, "--json", *model)
+        result = unigrpo("generate", "a red heart", "--out", out, "--json", *model)
         assert result.exit_code == 0, result.output
         return Path(json.loads(result.stdout)["images"][0]["path"]).read_bytes()[-2000:]
 
@@ -171,7 +168,7 @@ def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
 
     base = shutil.copytree(embedded_weights().parent, tmp_path / "base")
     lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=2", "--model", str(base)]
-    result = _run(*SMALL, "--out", tmp_path / "run", "--steps", "1", "--json", *lora)
+    result = unigrpo(*SMALL, "--out", tmp_path / "run", "--steps", "1", "--json", *lora)
     assert result.exit_code == 0, result.output
     assert "config" not in result.stderr
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
@@ -201,7 +198,7 @@ def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
 def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, settings: list[str]) -> None:
     more = [word for setting in settings for word in ("--set", setting)]
     _train(tmp_path / "run", "--steps", "1", *more)
-    resumed = _run("train", "--resume", tmp_path / "run", "--steps", "2", "--json")
+    resumed = unigrpo("train", "--resume", tmp_path / "run", "--steps", "2", "--json")
     assert resumed.exit_code == 0, resumed.output
 
 
@@ -210,7 +207,7 @@ def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Pa
     rates = ["--set", "train.lr_text=1e18", "--set", "train.lr_image=1e18"]
     for updates, stop in ((1, 4), (2, 3)):
         run = tmp_path / str(updates)
-        result = _run(*SMALL, "--out", run, "--steps", "9", *rates, "--set", f"train.minibatches={updates}")
+        result = unigrpo(*SMALL, "--out", run, "--steps", "9", *rates, "--set", f"train.minibatches={updates}")
         assert result.exit_code == 1
         said = " ".join(result.stderr.split())
         assert "3 steps in a row were skipped" in said
