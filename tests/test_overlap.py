@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.toy_model import build_model
+from tests import small
 from unigrpo_cli import train
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
@@ -23,8 +23,6 @@ from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec
-from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
-from unigrpo_cli.training.state import TrainState
 
 CONTEXT = RewardContext("cpu", 0, True, True)
 
@@ -256,21 +254,12 @@ def _stepped(
         return fixed(*given)
 
     monkeypatch.setattr(train, "score_old_and_reference", score_old_and_reference)
-    sampling = ["max_new_tokens=4", "height=16", "width=16", "steps=4", "window_range=[0, 3]", "window_size=2"]
-    config = load_config(
-        overrides=[
-            *(f"sampling.{s}" for s in sampling),
-            "train.prompts_per_step=1",
-            "train.group_size=2",
-            "train.minibatches=1",
-        ]
-    )
-    model = prepare_policy(build_model(seed=3, width=32, layers=2), config)
+    own = ("train.prompts_per_step=1", "train.group_size=2", "train.minibatches=1")
+    config = load_config(overrides=[*small.SETTINGS, *own])
     plugins = Plugins()
     plugins.rewards.add("judge", judge)
     with Scorer([RewardSpec("judge", "judge", 1.0, {})], plugins, CONTEXT, RewardLimits(**policy)) as rewards:
-        state = TrainState(model, make_optimizer(model, config))
-        return train.training_step(state, [Prompt("a", "a red circle")], rewards, config)
+        return train.training_step(small.state_of(config), [Prompt("a", "a red circle")], rewards, config)
 
 
 class Brightness(Judge):

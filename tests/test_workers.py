@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import small
 from tests.test_training_step import PROMPTS, SETTINGS
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, reward, train
@@ -249,8 +250,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
     left = []
     before = torch.get_num_threads()
     for threads in (1, 3):
-        policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
-        state = TrainState(policy, make_optimizer(policy, config))
+        state = small.state_of(config)
         with Scorer(parse_rewards(["contrast"]), _contrast(), RewardContext("cpu", 0, True, True)) as rewards:
             torch.set_num_threads(threads)
             try:
@@ -261,7 +261,7 @@ def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[st
                 torch.set_num_threads(before)
         metrics = {k: v for k, v in step.metrics.items() if not k.startswith(("seconds/", "memory/"))}
         assert metrics["image/velocity-mse"] > 0
-        left.append((metrics, {n: p.detach().clone() for n, p in policy.network.named_parameters()}))
+        left.append((metrics, {n: p.detach().clone() for n, p in state.policy.network.named_parameters()}))
     for metrics, weights in left[1:]:
         assert metrics == left[0][0]
         assert all(torch.equal(weights[n], p) for n, p in left[0][1].items())
@@ -327,9 +327,8 @@ def test_a_step_tapers_its_rollout_where_a_reward_begins_early(waits: bool, monk
 
     monkeypatch.setattr(train, "rollout", watched)
     config = load_config(overrides=[*SETTINGS])
-    policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
     with Scorer(parse_rewards(["elsewhere"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
-        train.training_step(TrainState(policy, make_optimizer(policy, config)), PROMPTS, rewards, config)
+        train.training_step(small.state_of(config), PROMPTS, rewards, config)
     assert asked == [waits]
 
 
