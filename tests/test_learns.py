@@ -113,7 +113,7 @@ def test_the_text_expert_alone_learns_words_only() -> None:
 
 
 def test_the_image_expert_alone_learns_pixels_only() -> None:
-    steps, policy = _train("train.experts=image", f"train.steps={HALF}")
+    steps, policy = _train("train.experts=image")
     words, brightness = _course(steps)
     assert abs(_gain(words)) < STILL_WORDS, words
     assert _gain(brightness) > LIGHT, brightness
