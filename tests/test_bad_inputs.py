@@ -927,7 +927,7 @@ PLUGINS = [
         json=False,
     ),
     Bad("new-exists", ["rewards", "new", "x"], 2, ("x.py exists", "choose another name"), text("x.py", ""), json=False),
-    Bad("serve-several", ["rewards", "serve", "jpeg,clip"], 2, ("not 2", "start one for each")),
+    Bad("serve-several", ["rewards", "serve", "jpeg,clip"], 2, ("not 2", "start one server for each")),
     Bad("serve-without-its-model", ["rewards", "serve", "clip"], 3, ("say which model",)),
     Bad("serve-unknown", ["rewards", "serve", "jpg"], 3, ("'jpg'", "did you mean jpeg")),
     Bad(
