@@ -182,7 +182,7 @@ def test_training_on_edits_from_a_file(tmp_path: Path, brightness: Path) -> None
     (tmp_path / "edits.jsonl").write_text('{"prompt": "x", "image": "gone.png"}')
     refused = CliRunner().invoke(app, ["generate", "--prompts", str(tmp_path / "edits.jsonl"), "--model", str(TINY)])
     assert refused.exit_code == 2
-    assert "edits.jsonl:1: image 'gone.png' is no file" in refused.stderr
+    assert "edits.jsonl:1: image 'gone.png' is not a file next to" in refused.stderr
 
 
 def test_what_cannot_be_shown_pictures_says_so_and_leaves_nothing(tmp_path: Path) -> None:
