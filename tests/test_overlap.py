@@ -189,6 +189,12 @@ def test_rewards_rest_between_scorings_where_that_is_asked_for() -> None:
         for _ in range(2):
             rewards.score(samples(0))
         assert judge.rested == ["off", "on", "off"]
+        scoring = rewards.start(step=2)
+        scoring.add(samples(0))
+        scoring.add(samples(1))
+        assert judge.rested == ["off", "on", "off"], "the device belongs to the rollout until all is drawn"
+        scoring.submit(["0", "1"])
+        assert judge.rested == ["off", "on", "off", "on", "off"]
     with opened() as (rewards, judge):
         rewards.score(samples(0))
         assert judge.rested == []

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unigrpo_cli.algo.advantage import combined_advantage
 from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
@@ -32,10 +31,11 @@ from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.training import metrics as step_metrics
 from unigrpo_cli.training import update_guard
+from unigrpo_cli.training.advantages import advantages
 from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.metrics import timed
 from unigrpo_cli.training.optimizer import optimizer_step
-from unigrpo_cli.training.schedule import combination, objective_of, plugin_advantages, prompts_for, window_of
+from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
 from unigrpo_cli.training.state import TrainState
 
 
@@ -154,23 +154,6 @@ def training_step(
     return StepResult(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
 
 
-def advantages(scored: dict[str, RewardResult], rewards: Scorer, config: Config, prompts: int, seed: int) -> Tensor:
-    """One advantage per episode, fp32 [B], from all rewards of its group (eq 1)."""
-    reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
-    valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
-    advantage_PG = plugin_advantages(rewards, reward_PG, valid_PG)
-    if advantage_PG is None:
-        how, a = combination(rewards, config), config.advantage
-        advantage_PG = combined_advantage(
-            reward_PG, rewards.weights, valid_PG, how=how, normalize=a.normalize, clamp=a.clamp or None
-        )
-    advantage_B = advantage_PG.flatten().float()
-    if config.advantage.shuffle:  # a control: nothing can be learnt
-        generator = torch.Generator().manual_seed(derive(seed, "shuffle"))
-        advantage_B = advantage_B[torch.randperm(len(advantage_B), generator=generator)]
-    return advantage_B
-
-
 @torch.no_grad()
 def score_old_and_reference(
     policy: TrainablePolicy,
@@ -202,7 +185,7 @@ def score_old_and_reference(
         old: list[Scores | None] = [None] * len(parts)
         reference: list[Scores | None] = [None] * len(parts)
         if rescore or k:
-            old = list(parallel_map(_scorer(policy, config, paints), batches, workers))
+            old = list(parallel_map(_replayer(policy, config, paints), batches, workers))
         if needs_reference:
             with policy.reference() as start:
                 score = partial(replay, start, image=paints, text=objective.text_kl > 0)
@@ -229,12 +212,12 @@ def update(
     parameters = [p for expert in policy.trainable().values() for p in expert]
     episodes = ranks.world * sum(len(m.rows) for m in micro_batches)
     workers = replay_workers(policy, len(micro_batches))
-    score = _scorer(policy, config, objective.image_weight > 0)
+    replay_batch = _replayer(policy, config, objective.image_weight > 0)
     terms: dict[str, float] = {}
     done: list[MicroBatch] = []
     try:
         for k in range(0, len(micro_batches), workers):  # on a CPU, some side by side
-            new = list(parallel_map(score, [m.batch for m in micro_batches[k : k + workers]], workers))
+            new = list(parallel_map(replay_batch, [m.batch for m in micro_batches[k : k + workers]], workers))
             part = [replace(m, old=m.old or s.detached()) for m, s in zip(micro_batches[k:], new, strict=False)]
             with threads_per_worker(workers):
                 losses = [
@@ -256,6 +239,6 @@ def update(
     return UpdateResult(ranks.summed(terms) | stepped, done)
 
 
-def _scorer(policy: TrainablePolicy, config: Config, image: bool) -> Callable[[Batch], Scores]:
+def _replayer(policy: TrainablePolicy, config: Config, image: bool) -> Callable[[Batch], Scores]:
     """Replay with the run's settings: one definition, so that old and new scores are computed alike."""
     return partial(replay, policy, grad_through_context=config.objective.grad_through_context, image=image)

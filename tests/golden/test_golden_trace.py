@@ -11,7 +11,8 @@ import torch
 from tools.trace import COMMAND, ELSEWHERE, RUNS, Row, differences, read, trace, written
 from unigrpo_cli import train as training
 from unigrpo_cli.algo import advantage, flow, surrogate
-from unigrpo_cli.train import combined_advantage
+from unigrpo_cli.training import advantages
+from unigrpo_cli.training.advantages import combined_advantage
 from unigrpo_cli.training.schedule import prompts_for
 
 FILE = Path(__file__).parent / "trace.txt"
@@ -92,7 +93,7 @@ def _in_another_order(*args) -> list:
 
 
 BREAKAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "advantages of the other sign": lambda patch: patch.setattr(training, "combined_advantage", _negated),
+    "advantages of the other sign": lambda patch: patch.setattr(advantages, "combined_advantage", _negated),
     "another eps": lambda patch: patch.setitem(advantage.group_advantage.__kwdefaults__, "eps", 1e-4),
     "prompts in another order": lambda patch: patch.setattr(training, "prompts_for", _in_another_order),
     "ratios cut at 1": lambda patch: patch.setattr(surrogate, "MAX_LOG_RATIO", 0.1),

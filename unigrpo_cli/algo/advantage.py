@@ -65,11 +65,11 @@ def combined_advantage(
     "sum": weighted sum of raw rewards, then `group_advantage`; right when scales are alike. A member counts
     only where every weighted reward is valid.
     "gdpo": `group_advantage` of each reward, weighted, added, divided by the batch deviation; a reward's
-    scale no longer decides its influence (so here normalize "none" means "batch": something has to take it away).
+    scale no longer decides its influence (so here normalize "none" means "batch").
     A member that abstains in one reward keeps the others.
     "rank": as "gdpo" with each reward first replaced by its mid-rank inside the group; immune to outliers.
 
-    Rewards with weight 0 are left out (they are only watched).
+    Rewards with weight 0 are held out: only logged.
     """
     if how not in COMBINATIONS:
         raise ValueError(f"unknown combination {how!r}; choose one of {', '.join(COMBINATIONS)}")

@@ -15,7 +15,6 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 
 PENALTIES = ("velocity-mse", "latent-kl", "none")
-TRUST_REGIONS = ("ratio-norm", "ratio")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def train(
     plugins_dir: common.PluginsDir = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the options and print the memory that training needs; load nothing."),
+        typer.Option(
+            "--dry-run", help="Check options, rewards and prompts and print the memory plan; load no weights."
+        ),
     ] = False,
     json: common.Json = False,
     quiet: common.Quiet = False,

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from unigrpo_cli.errors import NotFetchedError, UnigrpoError, UsageError, WeightsError
+from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
 from unigrpo_cli.io.entry_points import OURS, distribution, installed
 from unigrpo_cli.models.files import refuse_odd_files
 from unigrpo_cli.models.hub import locate
@@ -46,8 +46,8 @@ class Audit:
 class ModelFamily(Protocol):
     """Models of one form. `weights_file` names the network's file where a directory holds several.
 
-    `sizes` and `published` give what `run/memory` plans with, of a model that is here and of one on the hub that is
-    not; None where the family has no plan of memory. What is trained, and how it is saved, is the policy's
+    `sizes` and `published` are the inputs of the memory plan (`run/memory`): of a local model, and of a model on the
+    hub that is not downloaded. None: the family has no memory plan. Training and saving belong to the policy
     (`models.policy.TrainablePolicy`).
     """
 
@@ -122,8 +122,6 @@ class ModelRegistry:
             for point in points:
                 try:
                     self.add(point.load()())
-                except UnigrpoError:
-                    raise
                 except (Exception, SystemExit) as error:  # a broken plugin must not break other families
                     self._broken[point.name] = f"{distribution(point)[0]} failed: {type(error).__name__}: {error}"
         return list(self._families.values())

@@ -1,7 +1,7 @@
-"""The border between the algorithm and a model: what rollout, replay and training ask of it.
+"""The interface between the algorithm and a model: what rollout, replay and training call.
 
 A policy reads text into a context, gives the logits of the next token, and gives velocities of noisy images. How
-many networks it is made of is its own affair. At this border t = 1 is noise, t = 0 is data, v = noise - data.
+many networks it has is its own matter. At this interface t = 1 is noise, t = 0 is data, v = noise - data.
 
 Shape letters: B rows (episodes), L text tokens, K noisy copies of each row's image, N image tokens of D numbers,
 C width of hidden states.
@@ -129,7 +129,7 @@ class Policy(Protocol):
         ...
 
     def compiled(self) -> Policy:
-        """The same policy, its layers compiled. Rounds otherwise, so replays are of the policy as it is."""
+        """The same policy, its layers compiled. It rounds differently, so replay uses the policy itself."""
         ...
 
     def copies_at_once(self, image: NoisyImage) -> int:

@@ -125,8 +125,8 @@ def parallel_map(function: Callable[[Part], Result], parts: Sequence[Part], work
 
     Torch's threads are divided among the workers, so a result is bitwise the same whatever else runs, for equal
     `workers`. Workers record gradients where the caller does. At most `workers` results wait to be taken. The first
-    exception is raised here. Parts that have not started are then dropped and running ones
-    are waited for: a process that ends inside a torch operator crashes.
+    exception is raised here. Parts that have not started are then dropped, and
+    running ones finish first: a process that exits inside a torch operator crashes.
     """
     if workers == 1:
         yield from map(function, parts)

@@ -68,12 +68,11 @@ class Scorer:
     def __enter__(self) -> Scorer:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Tear down all but rewards that hang; errors are warnings. After an error, queued calls are dropped."""
+    def __exit__(self, *_: object) -> None:
+        """Drop queued calls and tear down all but rewards that hang; errors are warnings."""
         rewards, self.rewards = self.rewards, []
         for loaded in rewards:
-            if kind is not None:
-                loaded.worker.cancel_queued()
+            loaded.worker.cancel_queued()
             if self.local:
                 with _warned():
                     self.plugins.call("unigrpo_reward_teardown", name=loaded.alias, reward=loaded.reward)
@@ -162,8 +161,7 @@ class Scorer:
         return PendingScores(self, step, split, overlap, ranks)
 
     def prepare(self, samples: Sequence[Sample], *, step: int, split: str) -> RewardBatch:
-        """Samples as rewards get them: after `unigrpo_before_score`, with rewards back on the device."""
-        self._reload()
+        """Samples as rewards get them: after `unigrpo_before_score`."""
         batch = _frozen(RewardBatch(tuple(samples), step, split, self.context.device))
         changed = self.plugins.call("unigrpo_before_score", batch=batch)
         if changed is None:
@@ -196,7 +194,8 @@ class Scorer:
                 loaded.call("offload")
             self.context.shared.move("cpu")
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Bring offloaded rewards back to the device."""
         if self._offloaded:
             self._offloaded = False
             self.context.shared.move(self.context.device)
@@ -237,6 +236,8 @@ class PendingScores:
             return
         batch = self._scorer.prepare(samples, step=self._step, split=self._split)
         self._batches.append(batch)
+        if self._early - self._remote:  # local rewards that begin early; otherwise the device is the rollout's
+            self._scorer.reload()
         for loaded in self._active:
             if loaded.alias in self._early:
                 self._calls[loaded.alias] += loaded.submit(batch)
@@ -258,6 +259,7 @@ class PendingScores:
             self._score_on_first([self._samples[k] for k in self._order])
             return
         with self.together():
+            self._scorer.reload()
             whole = self._whole()
             begun = set(self._early)
             for loaded in self._active:

@@ -18,7 +18,7 @@ def replay_workers(policy: TrainablePolicy, batches: int) -> int:
 
 
 def backward(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter], workers: int) -> None:
-    """Add the gradients of all losses to `.grad`, one loss after the other, whichever is computed first."""
+    """Add the gradients of all losses to `.grad`, in the order of the losses, whichever is computed first."""
     if workers == 1:
         for loss in losses:
             loss.backward()

@@ -1,6 +1,6 @@
-"""Standing metrics of a training step: what was drawn, how it was judged, how exactly it is replayed, what moved.
+"""Metrics of a training step: episodes, rewards, drift between rollout and replay, statistics of the updates.
 
-docs/files.md says what each is. They are looked at and never trained on.
+docs/files.md describes each. None of them is used for training.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _words(episode: Episode) -> bytes:
 
 
 def _pictures(episode: Episode) -> bytes:
-    """A digest of all that was painted: latents, for pixels round small differences away."""
+    """A digest of all painted latents; pixels would round small differences away."""
     return _digest([s.latent for s in episode.segments if isinstance(s, ImageActions)])
 
 
@@ -143,11 +143,12 @@ def add_terms(terms: dict[str, float], loss: LossValues) -> None:
 def over_updates(updates: Sequence[dict[str, float]], *, ratio_checked: bool = True) -> dict[str, float]:
     """Statistics of a step from those of its updates: means, maxima of maxima, and what the first ones were.
 
-    Before the first update policy and old policy are one, so `first_max_abs_log_ratio` must be 0; and from the
-    second step on policy and reference are two, so a penalty's `first_` must not.
+    Before the first update the policy equals the old policy, so `first_max_abs_log_ratio` must be 0. From the second
+    step on the policy differs from the reference, so a penalty's `first_` value must not be 0.
 
     Args:
-        ratio_checked: whether the first update's old scores were computed apart; else that ratio is no finding.
+        ratio_checked: the first update's old scores come from a separate pass; otherwise its ratio is 1 by
+            construction and is not reported.
     """
     found: dict[str, float] = {}
     for name in updates[0] if updates else ():

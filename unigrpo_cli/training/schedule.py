@@ -13,8 +13,6 @@ from unigrpo_cli.algo.objective import Objective
 from unigrpo_cli.algo.rng import derive, uniform
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import RewardError
-from unigrpo_cli.rewards.scorer import Scorer
 
 
 def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Prompt]:
@@ -66,28 +64,3 @@ def objective_of(config: Config) -> Objective:
         penalty=o.penalty if o.penalty_weight else "none",
         penalty_weight=o.penalty_weight,
     )
-
-
-def combination(rewards: Scorer, config: Config) -> str:
-    """How several rewards are combined: as configured, or gdpo when the trained ones differ in range."""
-    if config.advantage.combine != "auto":
-        return config.advantage.combine
-    ranges = {rewards.ranges[name] for name, weight in rewards.weights.items() if weight}
-    return "gdpo" if len(ranges) > 1 else "sum"
-
-
-def plugin_advantages(rewards: Scorer, reward_PG: dict[str, Tensor], valid_PG: dict[str, Tensor]) -> Tensor | None:
-    """Advantages [P, G] of a plugin's `unigrpo_combine_rewards`; None when no plugin has that hook.
-
-    Raises:
-        RewardError: when they have another shape or are not finite.
-    """
-    found = rewards.plugins.call("unigrpo_combine_rewards", rewards=reward_PG, valid=valid_PG, weights=rewards.weights)
-    if found is None:
-        return None
-    shape = next(iter(reward_PG.values())).shape
-    if not isinstance(found, Tensor) or found.shape != shape:
-        raise RewardError(f"unigrpo_combine_rewards must return a tensor of shape {list(shape)}")
-    if not found.isfinite().all():
-        raise RewardError("unigrpo_combine_rewards returned advantages that are not finite")
-    return found

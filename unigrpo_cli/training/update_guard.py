@@ -1,7 +1,7 @@
-"""Updates that must not be made: a batch, a loss or a gradient that has left the numbers, or is about to.
+"""Skip updates whose batch, loss or gradient is not finite, or whose gradient explodes.
 
-Nothing here moves a weight. What refuses raises `RefusedUpdateError`, before the optimizer has seen anything; the
-rest of that training step is skipped (docs/decisions/0014).
+Nothing here changes a weight. The checks raise `RefusedUpdateError` before the optimizer's step; the rest of that
+training step is skipped (docs/decisions/0014).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unigrpo_cli.replay import Batch
 from unigrpo_cli.training.metrics import LossValues
 
 RECENT = 32  # accepted updates whose median a new norm is compared with
-ENOUGH = 8  # of them, before there is a rule: the first updates, warm-up say, are like no others
+ENOUGH = 8  # accepted updates before the rule applies: norms during warm-up are not typical
 
 
 def check_batch(groups: Sequence[Group], fixed: Sequence[tuple[Batch, Scores | None, Scores | None]]) -> None:
@@ -99,8 +99,8 @@ def check_gradient(norms: dict[str, float], known: dict[str, list[float]], limit
 def remember_norms(norms: dict[str, float], known: dict[str, list[float]], taught: bool) -> None:
     """Keep the norms of an accepted update.
 
-    Not those of zero, nor those of a share in which every advantage is 0: penalties alone pull a thousandfold more
-    weakly, and after a few such updates every true gradient would look like an explosion.
+    Norms of 0, and updates in which every advantage is 0, are left out: a penalty's gradient alone is a thousand times
+    smaller, and after a few such updates each normal gradient would look like an explosion.
     """
     for expert, norm in norms.items():
         if taught and norm > 0:

@@ -1,4 +1,4 @@
-"""What the checks read: recorded episodes, rewards, replay and a trial update."""
+"""Inputs of the checks: recorded episodes, rewards, replay and a trial update."""
 
 from __future__ import annotations
 

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 RATES = {"flops": FLOPS, "flops_float32": FLOPS_FP32, "memory_bytes": MEMORY, "host_bytes": FROM_HOST}
 
-LEGEND = (
-    "C hidden width, I inner width of the MLP, Q width of keys, V vocabulary; a token's keys and values: 2 x layers x Q"
-)
-
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan in GiB, seconds and hours."""
