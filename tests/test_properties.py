@@ -225,7 +225,7 @@ NAMES = st.lists(st.text(st.characters(codec="utf-8"), max_size=4), min_size=1, 
 def test_every_pass_over_the_prompts_is_a_permutation(names: list[str], count: int, step: int, seed: int) -> None:
     """Whatever divides what: passes join end to end, a step depends on nothing but its number, names are unique."""
     prompts = [Prompt(n, n) for n in names]
-    config = Config.model_validate({"seed": seed, "train": {"prompts_per_step": count, "updates": 1}})
+    config = Config.model_validate({"seed": seed, "train": {"prompts_per_step": count, "minibatches": 1}})
     steps = [prompts_for(prompts, config, k) for k in range(step + 1)]
     assert all(len({p.id for p in own}) == count for own in steps)
     drawn = [p.text for own in steps for p in own]

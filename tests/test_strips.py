@@ -49,7 +49,7 @@ def test_rows_are_normalised_by_the_whole_map(order: torch.memory_format) -> Non
 
 
 def test_the_setting_reaches_the_decoder() -> None:
-    own = [f"sampling.{key}" for key in ("decode_strip=8", "height=32", "width=32")]
+    own = [f"sampling.{key}" for key in ("vae_tile_rows=8", "height=32", "width=32")]
     policy = load_policy(str(TINY), None, load_config(preset="paper", overrides=[*own, "device=cpu"]))
     assert isinstance(policy.codec, Autoencoder)
     assert policy.codec.vae_tile_rows == 8

@@ -211,7 +211,7 @@ def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Pa
         assert result.exit_code == 1
         said = " ".join(result.stderr.split())
         assert "3 steps in a row were skipped" in said
-        assert f"go on from a checkpoint before step {stop - 2} with lower train.lr_text" in said
+        assert f"resume from a checkpoint before step {stop - 2} with lower train.lr_text" in said
         assert "--resume" in said
         assert ["skipped" in row for row in _metrics(run)] == [False] * (stop - 3) + [True] * 3
         (checkpoint,) = (run / "checkpoints").glob("step_*")
