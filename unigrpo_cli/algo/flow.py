@@ -200,8 +200,8 @@ def ratio_norm(x_next: Tensor, new: Transition, old: Transition) -> Tensor:
     """RatioNorm (paper eq 4-5): log r~ per position, [..., N, D]; its mean over (N, D) is the log-ratio.
 
     The paper writes std * (log r + |mu_old - mu_new|^2 / (2 std^2)). That is identically
-    mean(e * (mu_new - mu_old)) with e = (x_next - mu_old) / std: exactly 0 at the first update, free of
-    cancellation, and there before its reduction for whoever weighs positions differently.
+    mean(e * (mu_new - mu_old)) with e = (x_next - mu_old) / std: exactly 0 at the first update and free of
+    cancellation. It is returned per position, so that positions can be weighted.
     """
     return (x_next - old.mean) / old.std * (new.mean - old.mean)
 
