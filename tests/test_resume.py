@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from unigrpo_cli.io.atomic import (
 )
 from unigrpo_cli.models.hub import embedded_directory
 from unigrpo_cli.models.mot.bagel import read_release, weights_digest
+from unigrpo_cli.run import summary
 from unigrpo_cli.run.checkpoint import (
     checkpoints,
     missing_part,
@@ -270,6 +272,21 @@ def test_a_step_whose_weights_move_is_finished_and_a_checkpoint_too(
     monkeypatch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
     _done(unigrpo(*_command(tmp_path / "run", plugin, FOUR)))
     assert not differences(alone, tmp_path / "run")
+
+
+def test_an_interrupt_while_the_summary_is_written(copy: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is complete by then: its summary is written whole."""
+    of_run = summary.of_run
+
+    def interrupted(*arguments: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGINT)
+        return of_run(*arguments)
+
+    monkeypatch.setattr(summary, "of_run", interrupted)
+    _done(unigrpo(*_command(copy, plugin, ("train.steps=5",))))
+    written = json.loads((copy / "summary.json").read_text())
+    assert written["steps"] == 5
+    assert written["eval_after"]
 
 
 # ----- damage

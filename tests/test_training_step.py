@@ -231,6 +231,18 @@ def test_a_plugins_own_combination_is_checked(answer, says: str) -> None:
         _advantages(plugins)
 
 
+def test_a_plugin_that_writes_into_the_rewards_changes_no_advantage() -> None:
+    class Writer:
+        @hookimpl
+        def unigrpo_combine_rewards(self, rewards, valid):
+            for tensor in (*rewards.values(), *valid.values()):
+                tensor.zero_()
+
+    plugins = _loaded()
+    plugins._register(Writer(), "own", "tests", "-")
+    assert torch.equal(_advantages(plugins), _advantages(_loaded()))
+
+
 def test_epochs_and_updates_are_counted() -> None:
     config = _config("train.epochs=2", "train.minibatches=2", "train.prompts_per_step=2", "eval.rewards=[]")
     state = _state(config)

@@ -83,15 +83,20 @@ class Trainer:
             if not self.files.checkpoint(state.step).exists():
                 self.save_checkpoint()
             after = self._evaluate_after()
-        content = summary.of_run(state, self.files, after, config.eval.seed, display.warn)
+            with self.interrupts.shield():
+                return self._finish(after, train_seconds)
+
+    def _finish(self, after: Evaluation | None, train_seconds: float) -> dict[str, Any]:
+        """Write and show the summary; `after` is None for a run that was interrupted."""
+        config, files, say = self.config, self.files, self.display.say
+        content = summary.of_run(self.state, files, after, config.eval.seed, self.display.warn)
         content |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - self.began}
+        files.write_json("summary.json", content)
         if after is None:
-            display.say(
-                f"interrupted after step {state.step}; resume: unigrpo train --resume {quoted(self.files.directory)}"
-            )
+            resume = f"unigrpo train --resume {quoted(files.directory)}"
+            say(f"interrupted after step {self.state.step}; resume: {resume}")
         else:
-            summary.show(content, config, len(self.suite), display)
-        self.files.write_json("summary.json", content)
+            summary.show(content, config, len(self.suite), self.display)
         return content
 
     # ----- steps

@@ -44,7 +44,10 @@ def plugin_advantages(rewards: Scorer, reward_PG: dict[str, Tensor], valid_PG: d
     Raises:
         RewardError: when they have another shape or are not finite.
     """
-    found = rewards.plugins.call("unigrpo_combine_rewards", rewards=reward_PG, valid=valid_PG, weights=rewards.weights)
+    copies = [{name: x_PG.clone() for name, x_PG in part.items()} for part in (reward_PG, valid_PG)]  # a hook may write
+    found = rewards.plugins.call(
+        "unigrpo_combine_rewards", rewards=copies[0], valid=copies[1], weights=dict(rewards.weights)
+    )
     if found is None:
         return None
     shape = next(iter(reward_PG.values())).shape
