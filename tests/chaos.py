@@ -182,8 +182,8 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _not_timed(row: dict) -> dict:
-    """A row of metrics without what the machine decides: seconds, memory, and warnings about them."""
-    return {k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/", "warnings"))}
+    """A row of metrics without what the machine decides: time, memory, and warnings about them."""
+    return {k: v for k, v in row.items() if not k.startswith(("time", "seconds/", "memory/", "warnings"))}
 
 
 def _content(path: Path) -> bytes | str:

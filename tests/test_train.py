@@ -48,7 +48,7 @@ def _train(out: Path, *more: str) -> dict:
 
 
 def test_report_and_files(tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out, began = tmp_path / "run", time.time()
     summary = _train(out, "--steps", "3", "--set", "train.checkpoint_every=2", "--set", "doctor.at_start=stop")
     assert {"run", "steps", "seconds", "eval_before", "eval_after", "checkpoint"} <= set(summary)
     assert summary["steps"] == 3
@@ -59,6 +59,7 @@ def test_report_and_files(tmp_path: Path) -> None:
     assert json.loads((out / "summary.json").read_text())["steps"] == 3
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert began < rows[0]["time"] < rows[1]["time"] < rows[2]["time"] < time.time()
     documented = set(re.findall(r"`([^`]+)`", (Path(__file__).parents[1] / "docs" / "files.md").read_text()))
     for key in {key for row in rows for key in row}:
         known = re.sub(r"/step_\d+$", "/step_0", key)
@@ -90,7 +91,7 @@ def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def _metrics(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    of_the_machine = ("seconds/", "memory/", "warnings")  # a phase may be slower by chance
+    of_the_machine = ("time", "seconds/", "memory/", "warnings")  # a phase may be slower by chance
     return [{k: v for k, v in row.items() if not k.startswith(of_the_machine)} for row in rows]
 
 

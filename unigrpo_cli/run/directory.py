@@ -151,8 +151,8 @@ class Run:
         return self.directory / "metrics.jsonl"
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`; a number that is not finite becomes null."""
-        append_line(self.metrics, to_json(row))
+        """Append a line to `metrics.jsonl` with the time of day; a number that is not finite becomes null."""
+        append_line(self.metrics, to_json(row | {"time": round(time.time(), 3)}))
 
     def sync_metrics(self) -> None:
         """Force the lines so far to the disk."""
@@ -213,6 +213,6 @@ def _step_and_kind(line: str) -> tuple[int, bool] | None:
         step = row["step"]
         if type(step) is not int or step < 1:
             return None
-        return step, all(key == "step" or key.startswith("eval/") for key in row)
+        return step, all(key in ("step", "time") or key.startswith("eval/") for key in row)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
