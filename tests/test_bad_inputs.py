@@ -1025,7 +1025,7 @@ PLACES = [
         ("config.toml", "is missing; restore it"),
         lambda h, m: (shutil.copytree(m.full, h / "run"), (h / "run" / "config.toml").unlink()),
     ),
-    Bad("compare-two", [*EVAL, "--compare", "embedded", "--compare", "x"], 2, ("2 times", "run `unigrpo eval`")),
+    Bad("compare-twice", [*EVAL, "--compare", "x", "--compare", "x"], 2, ("x is given 2 times", "each model once")),
     Bad("compare-nowhere", [*EVAL, "--compare", "none"], 5, ("none", "give `embedded`")),
 ]
 

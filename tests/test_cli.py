@@ -99,8 +99,9 @@ def test_rollout_writes_episodes_that_can_be_scored_again(tmp_path: Path) -> Non
     assert other.exit_code == 0, other.output
 
 
-def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
-    result = unigrpo("eval", "--limit", 2, "--compare", "embedded", "--out", tmp_path / "e", "--json")
+def test_eval_reports_means_intervals_and_tasks(tmp_path: Path, small_model: Path) -> None:
+    others = ["--compare", "embedded", "--compare", small_model]
+    result = unigrpo("eval", "--limit", 2, *others, "--out", tmp_path / "e", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["n"] == 12
@@ -108,8 +109,19 @@ def test_eval_reports_means_intervals_and_tasks(tmp_path: Path) -> None:
     for score in report["scores"].values():
         assert score["ci95"][0] <= score["mean"] <= score["ci95"][1]
     assert len(report["per_task"]) == 6
-    assert report["difference"]["geneval"] == {"mean": 0.0, "ci95": [0.0, 0.0]}, "compared with itself"
     assert len(list((tmp_path / "e" / "images").glob("*.png"))) == 12
+    assert [other["model"] for other in report["compare"]] == ["embedded", str(small_model)]
+    itself, untrained = report["compare"]
+    assert itself["difference"]["geneval"] == {"mean": 0.0, "ci95": [0.0, 0.0]}, "compared with itself"
+    assert untrained["n"] == report["n"] and set(untrained["scores"]) == set(report["scores"])
+    for name, found in untrained["difference"].items():
+        mean = untrained["scores"][name]["mean"] - report["scores"][name]["mean"]
+        assert found["mean"] == pytest.approx(mean), name
+        assert found["ci95"][0] <= found["mean"] <= found["ci95"][1]
+    assert untrained["difference"]["clean"]["ci95"][1] < 0, "an untrained model paints specks"
+    table = [line.split("  ")[1] for line in result.stderr.splitlines() if line.startswith("  ")]
+    assert table.count("difference, paired") == 2 and str(small_model) in table
+    assert json.loads((tmp_path / "e" / "eval.json").read_text()) == report
 
 
 def test_eval_gate(tmp_path: Path) -> None:

@@ -442,7 +442,6 @@ def test_rows_of_an_evaluation_hold_whole_prompts() -> None:
     assert (rows[20], rows[2000]) == (1, 200)
     assert all(size % 4 == 0 for size in rows.values() if size > 4)
     assert rows[36] > training_sizes(work, 36)["sampling.batch_size"], "no adapters, no moments"
-    assert sampling_batch_size(work, 60, 50, 4, adapted=False, models=2) < rows[60]
 
 
 def test_batches_at_the_same_time_take_memory_at_the_same_time() -> None:

@@ -42,7 +42,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=0, help="Only the first n prompts of each task.")] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", help="Second model, checkpoint or run to compare with, on the same noise."),
+        typer.Option("--compare", help="Model, checkpoint or run to compare with, on the same noise; repeatable."),
     ] = None,
     fail_under: Annotated[
         list[str] | None,
@@ -58,7 +58,7 @@ def evaluate(
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Score a model on held-out prompts, with 95 % intervals; compare two models on the same noise.
+    """Score a model on held-out prompts, with 95 % intervals; compare models on the same noise.
 
     Without --reward it scores with reward.names (default geneval) and, on the shapes suite, eval.rewards. Writes to
     --out: eval.json, images/.
@@ -71,7 +71,7 @@ def evaluate(
     display = Display(json=json, quiet=quiet, rank=rank)
     with join_ranks() as ranks:
         with ranks.together():
-            other = _one_model(compare)
+            _refuse_repeated(compare or [])
             settings = common.resolve_config(
                 context,
                 {"suite": "eval.suite", "samples": "eval.samples", "limit": "eval.limit", "seed": "eval.seed"},
@@ -82,7 +82,7 @@ def evaluate(
             settings = with_suite(settings)
             choices = _choices(settings, only_these=bool(reward))
             _refuse_unknown_gates(gates, [choice.alias for choice in choices])
-        report = _report(settings, plugins, choices, other, out, display, ranks)
+        report = _report(settings, plugins, choices, compare or [], out, display, ranks)
     if rank > 0:
         return
     _table(display, settings, report)
@@ -92,26 +92,28 @@ def evaluate(
     _check_gates(gates, report)
 
 
-def _one_model(compare: list[str] | None) -> str | None:
-    """The model of --compare; several are refused, because only the last one would count."""
-    if compare and len(compare) > 1:
-        raise UsageError(f"--compare is given {len(compare)} times; it takes one model, so run `unigrpo eval` for each")
-    return compare[0] if compare else None
+def _refuse_repeated(models: list[str]) -> None:
+    """Each model is evaluated once."""
+    for name in models:
+        if models.count(name) > 1:
+            raise UsageError(f"--compare {name} is given {models.count(name)} times; give each model once")
 
 
 def _report(
     settings: Config,
     plugins: Plugins,
     choices: list[RewardSpec],
-    other_model: str | None,
+    others: list[str],
     out: Path | None,
     display: Display,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """The evaluation of one model, or of two and their difference, on all ranks; rank 0 writes it."""
+    """The evaluation of a model, and of others with their differences, on all ranks; rank 0 writes it.
+
+    One model is in memory at a time.
+    """
     from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.run.directory import Run, fresh_directory
-    from unigrpo_cli.run.memory.plan import with_batch_size
     from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import SuiteRegistry
 
@@ -119,10 +121,8 @@ def _report(
     with ranks.together():
         plugins.call("unigrpo_register_suites", registry=suites)
         prompts = limited(suites.prompts(settings.eval.suite), settings.eval.limit)
-        models = 1 + (other_model is not None)
-        settings = with_batch_size(settings, prompts, settings.eval.samples, display.say, models=models)
+        settings, *rest = _each_model(settings, others, prompts, display)
         policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
-        other = None if other_model is None else load_policy(other_model, None, settings, display.warn)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:
         with ranks.together():
             rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="eval")
@@ -130,21 +130,40 @@ def _report(
         run = Run(Path(ranks.from_first(str(place))))
         report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}
         try:
-            first = _evaluate(settings, settings.model, policy, prompts, rewards, display, run, ranks)
+            first = _evaluate(settings, policy, prompts, rewards, display, run, ranks)
         except BaseException:
             if ranks.first:
                 run.remove_if_only_described()
             raise
-        report |= first.report()
+        report |= first.report() | ({"compare": []} if rest else {})
         _write(run, report, ranks)
-        if other is not None:
-            second = _evaluate(settings, str(other_model), other, prompts, rewards, display, None, ranks)
-            report |= {
-                "compare": {"model": other_model} | second.report(),
-                "difference": compare(first, second, settings.eval.seed),
-            }
+        for other in rest:
+            del policy  # its memory is for the next
+            with ranks.together():
+                policy = load_policy(other.model, None, other, display.warn)
+            result = _evaluate(other, policy, prompts, rewards, display, None, ranks)
+            difference = compare(first, result, settings.eval.seed)
+            report["compare"].append({"model": other.model} | result.report() | {"difference": difference})
             _write(run, report, ranks)
     return report
+
+
+def _each_model(settings: Config, others: list[str], prompts: list[Prompt], display: Display) -> list[Config]:
+    """The settings for each model, with batch sizes. All headers are read before anything is sampled.
+
+    Raises:
+        WeightsError: when one of the models cannot be loaded.
+    """
+    from unigrpo_cli.config import with_values
+    from unigrpo_cli.models.family import MODELS
+    from unigrpo_cli.run.memory.plan import with_batch_size
+    from unigrpo_cli.run.setup import find_checkpoint
+
+    every = [settings]
+    for name in others:
+        MODELS.sizes(find_checkpoint(name)[0])
+        every.append(with_values(settings, {"model": name, "weights_file": None, "adapter": None}))
+    return [with_batch_size(each, prompts, each.eval.samples, display.say) for each in every]
 
 
 def _write(run: Run, report: dict[str, Any], ranks: Ranks) -> None:
@@ -173,7 +192,6 @@ def _refuse_unknown_gates(gates: list[tuple[str, float]], names: list[str]) -> N
 
 def _evaluate(
     config: Config,
-    model: str,
     policy: Policy,
     prompts: list[Prompt],
     rewards: Scorer,
@@ -203,7 +221,7 @@ def _evaluate(
             }
             save_png(episode.pixels.numpy(), run.directory / "images" / f"{number:05d}.png", record)
 
-    with display.progress(len(prompts) * samples, f"evaluating {model}") as advance:
+    with display.progress(len(prompts) * samples, f"evaluating {config.model}") as advance:
         return evaluate(
             policy,
             prompts,
@@ -219,23 +237,22 @@ def _evaluate(
 
 
 def _table(display: Display, config: Config, report: dict[str, Any]) -> None:
-    """A column per reward: its mean, the interval, and the mean of each task."""
+    """A column per reward: its mean, the interval, the mean of each task, and of each other model the difference."""
     scores = report["scores"]
-    rows = [
-        ["mean", *(f"{score['mean']:.3f}" for score in scores.values())],
-        ["95 % from", *(f"{score['ci95'][0]:.3f}" for score in scores.values())],
-        ["95 % to", *(f"{score['ci95'][1]:.3f}" for score in scores.values())],
-    ]
+    rows = _interval_rows("mean", scores, "{:.3f}", list(scores))
     for task, means in report["per_task"].items():
         rows.append([task, *("-" if means.get(name) is None else f"{means[name]:.2f}" for name in scores)])
+    for other in report.get("compare", []):
+        rows += _interval_rows(other["model"], other["scores"], "{:.3f}", list(scores))
+        rows += _interval_rows("difference, paired", other["difference"], "{:+.3f}", list(scores))
     title = f"{report['model']} on {config.eval.suite}, {report['n']} images"
     display.table(title, ["", *scores], rows, set(range(1, len(scores) + 1)))
-    for name, difference in report.get("difference", {}).items():
-        low, high = difference["ci95"]
-        display.say(
-            f"{name}: {report['compare']['model']} minus {report['model']} = "
-            f"{difference['mean']:+.3f} (95 % {low:+.3f} to {high:+.3f})"
-        )
+
+
+def _interval_rows(title: str, found: dict[str, dict[str, Any]], form: str, names: list[str]) -> list[list[str]]:
+    """Means and the ends of their intervals, a row each; "-" where a reward abstained on all."""
+    ends = [(title, lambda x: x["mean"]), ("95 % from", lambda x: x["ci95"][0]), ("95 % to", lambda x: x["ci95"][1])]
+    return [[label, *(form.format(pick(found[n])) if n in found else "-" for n in names)] for label, pick in ends]
 
 
 def _gate(text: str) -> tuple[str, float]:

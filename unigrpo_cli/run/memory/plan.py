@@ -100,15 +100,12 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
     return Plan(base, work, training_memory(work), available, where, free, published, sizes)
 
 
-def with_batch_size(
-    config: Config, prompts: Sequence[Prompt], samples: int, say: Callable[[str], None], *, models: int = 1
-) -> Config:
+def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say: Callable[[str], None]) -> Config:
     """The configuration with `sampling.batch_size` where it is left open, for a command that does not train.
 
     Args:
         samples: pictures per prompt.
         say: told the number.
-        models: networks of this size that are loaded.
 
     Raises:
         WeightsError: when the model cannot be loaded.
@@ -134,7 +131,7 @@ def with_batch_size(
     if any(prompt.image for prompt in prompts):
         work = _with_pictures(work)
     adapted = adapter is not None
-    found = sampling_batch_size(work, TIGHT * available, len(prompts), samples, adapted=adapted, models=models)
+    found = sampling_batch_size(work, TIGHT * available, len(prompts), samples, adapted=adapted)
     say(describe_sizes({BATCH_SIZE: found}, available))
     return with_values(config, {BATCH_SIZE: found})
 

@@ -47,18 +47,15 @@ def training_sizes(work: Workload, gib: float) -> dict[str, int]:
     }
 
 
-def sampling_batch_size(
-    work: Workload, gib: float, prompts: int, samples: int, *, adapted: bool, models: int = 1
-) -> int:
+def sampling_batch_size(work: Workload, gib: float, prompts: int, samples: int, *, adapted: bool) -> int:
     """`sampling.batch_size` where nothing is trained: the largest that fits into `gib`.
 
     Args:
         samples: pictures per prompt. A batch takes all samples of a prompt where they fit.
         adapted: with adapters in the network.
-        models: how many networks are loaded.
     """
     always = sampling_memory(_with_sizes(work, {}), adapted).always
-    room = GIB * gib - models * sum(item.bytes for item in always)
+    room = GIB * gib - sum(item.bytes for item in always)
     sizes = [samples * size for size in even_sizes(prompts, work.concurrent)]
     sizes += [size for size in even_sizes(samples, work.concurrent) if size < samples]
     return _first_that_fits(sizes, _bytes_of(work, BATCH_SIZE, lambda work: sampling_phases(work, adapted)), room)
