@@ -72,7 +72,7 @@ def test_jsonl_keeps_its_columns(tmp_path: Path) -> None:
             '{"prompt": "x", "include": [{"class": "cat", "count": 1, "position": ["near", 0]}]}\n',
             "position must be",
         ),
-        ("a.xlsx", "x", "give `shapes`, a .txt file"),
+        ("a.xlsx", "x", "give `shapes`, `shapes-edit`"),
         ("a.csv", "Prompt,tag\na cat, a dog,x\n", "line 2 has 3 cells for 2 columns"),
         ("a.csv", 'Prompt\n"a cat\n', "not a table"),
         ("a.csv", "Text_\nx\n", "no column prompt, text or caption; it has Text_"),

@@ -14,6 +14,8 @@ from unigrpo_cli.suites.prompts import (
     HELD_OUT,
     LINES,
     SHAPES,
+    SHAPES_EDIT,
+    SHAPES_RESTORE,
     TABLES,
     as_prompts,
     default_suite,
@@ -24,10 +26,14 @@ from unigrpo_cli.suites.prompts import (
 )
 from unigrpo_cli.suites.readers import READERS, read_foreign
 from unigrpo_cli.suites.tables import HUB
-from unigrpo_cli.toy.prompts import held_out_prompts
+from unigrpo_cli.toy.edits import held_out_edits
+from unigrpo_cli.toy.prompts import held_out_hard_prompts, held_out_prompts
+from unigrpo_cli.toy.restores import held_out_restores
 
 __all__ = [
     "SHAPES",
+    "SHAPES_EDIT",
+    "SHAPES_RESTORE",
     "Suite",
     "SuiteRegistry",
     "as_prompts",
@@ -44,7 +50,10 @@ NO_TASK = "all"
 
 @dataclass(frozen=True)
 class Suite:
-    """A named list of prompts; `load` gives rows of metadata with at least a `prompt` each."""
+    """A named list of prompts; `load` gives rows of metadata with at least a `prompt` each.
+
+    `image` of a row is a source picture: a file, or pixels, uint8 [h, w, 3].
+    """
 
     name: str
     summary: str
@@ -57,6 +66,9 @@ class SuiteRegistry:
     def __init__(self) -> None:
         self.suites: dict[str, Suite] = {}
         self.add(SHAPES, held_out_prompts, summary="240 held-out prompts of the shapes world, six tasks")
+        self.add("shapes-reflect", held_out_hard_prompts, summary="240 of them about several things, four tasks")
+        self.add(SHAPES_EDIT, held_out_edits, summary="200 held-out edits of pictures of shapes, five kinds")
+        self.add(SHAPES_RESTORE, held_out_restores, summary="200 degraded pictures of shapes, four faults")
         self.add("geneval", geneval_rows, summary="GenEval's 553 prompts, regenerated")
 
     def add(self, name: str, load: Callable[[], list[dict[str, Any]]], *, summary: str = "") -> None:

@@ -9,29 +9,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.limits import LineError, parse_json, read_lines, refuse_odd_prompt, refuse_odd_text, trimmed
 from unigrpo_cli.suites.tables import HUB, read_prompt_table
+from unigrpo_cli.toy.edits import train_edits
 from unigrpo_cli.toy.prompts import parse_prompt, train_prompts
+from unigrpo_cli.toy.restores import train_restores
 
-SHAPES = "shapes"
+SHAPES, SHAPES_EDIT, SHAPES_RESTORE = "shapes", "shapes-edit", "shapes-restore"
+TRAINING = {SHAPES: train_prompts, SHAPES_EDIT: train_edits, SHAPES_RESTORE: train_restores}
+"""Training splits of the shapes world, each by the name of its suite."""
 HELD_OUT = "held-out:"
 FEWEST_TO_SPLIT = 20
 LINES, TABLES = (".txt", ".jsonl"), (".csv", ".tsv", ".parquet")
-ACCEPTED = "`shapes`, a .txt file (one prompt per line), a .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME"
+ACCEPTED = (
+    "`shapes`, `shapes-edit`, `shapes-restore`, a .txt file (one prompt per line), a .jsonl, .csv, .tsv or .parquet "
+    "file, or hf:ORG/NAME"
+)
 
 
 def training_prompts(source: str, suite: str = SHAPES) -> list[Prompt]:
     """The prompts to train on; without the held-out tenth when that is the suite."""
-    prompts = as_prompts(train_prompts()) if source == SHAPES else read_prompts(source)
+    prompts = as_prompts(TRAINING[source]()) if source in TRAINING else read_prompts(source)
     return split(prompts)[0] if suite == HELD_OUT + source else prompts
 
 
 def default_suite(source: str) -> str:
-    """What `eval.suite=auto` is for these training prompts: shapes, their held-out tenth, or too few: all of them."""
-    if source == SHAPES:
-        return SHAPES
+    """What `eval.suite=auto` is for these training prompts: their suite, their held-out tenth, or all of too few."""
+    if source in TRAINING:
+        return source
     return HELD_OUT + source if split(read_prompts(source))[1] else source
 
 
@@ -47,16 +56,20 @@ def split(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def as_prompts(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
-    """Prompts from metadata rows; ids are the texts, numbered where a text repeats."""
+    """Prompts from metadata rows; ids are the texts (without one, the task), numbered where they repeat.
+
+    A picture given as pixels is no metadata: that is written to files.
+    """
     seen: Counter[str] = Counter()
     taken: set[str] = set()  # a text may also look like a numbered id
     prompts = []
     for row in rows:
-        text = row["prompt"]
-        while (own := f"{text}#{seen[text]}" if seen[text] else text) in taken:
-            seen[text] += 1
+        name, image = row["prompt"] or row.get("tag", ""), row.get("image")
+        while (own := f"{name}#{seen[name]}" if seen[name] else name) in taken:
+            seen[name] += 1
         taken.add(own)
-        prompts.append(Prompt(own, text, row, row.get("image")))
+        metadata = {k: v for k, v in row.items() if k != "image"} if isinstance(image, np.ndarray) else row
+        prompts.append(Prompt(own, row["prompt"], metadata, image))
     return prompts
 
 

@@ -136,6 +136,12 @@ def train_prompts(count: int = 2048, seed: int = 0) -> list[dict]:
     return deepcopy(list(_distinct("train", count, seed, per_tag=count)))
 
 
+def held_out_hard_prompts(per_tag: int = 60) -> list[dict]:
+    """The suite of reflection: held-out prompts about several things, of which a first picture often misses one."""
+    hard = ("two_object", "counting", "position", "color_attr")
+    return [row for row in held_out_prompts(per_tag, seed=1) if row["tag"] in hard]
+
+
 def held_out_prompts(per_tag: int = 40, seed: int = 0) -> list[dict]:
     """The shapes suite: `per_tag` prompts of each task, distinct as long as the task has that many.
 

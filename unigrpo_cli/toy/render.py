@@ -6,12 +6,15 @@ detector its templates (`plugins/detector_shapes.py`), so "a star" means one thi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from unigrpo_cli.toy.world import COLORS, Scene
+from unigrpo_cli.toy.world import CELLS, COLORS, Scene
 
-SIZE = 48  # pixels per side; a cell is 16 pixels
+SIZE = 48  # pixels per side
+CELL = 16  # pixels per side of a cell; no thing reaches beyond its cell
 RADIUS = (5.0, 6.2)  # pixels
 JITTER = 0.8  # pixels, largest offset of a thing from its cell's centre
 BACKGROUND = (0.42, 0.62)  # grey level in [0, 1]: away from black and white, which are colours here
@@ -88,3 +91,46 @@ def render(scene: Scene, rng: np.random.Generator, size: int = SIZE) -> NDArray[
         image = image * (1 - alpha) + np.clip(color, 0, 1).astype(np.float32) * alpha
     image += rng.normal(0, 0.006, image.shape).astype(np.float32)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Everything random about a picture except its scene, so that two scenes differ only in the cells that changed.
+
+    Args:
+        background: grey level in [0, 1].
+        offset: of a thing from its cell's centre, pixels, [9, 2].
+        radius: pixels, [9].
+        tint: added to a thing's colour, [9, 3].
+        grain: added to all pixels, [SIZE, SIZE, 3].
+    """
+
+    background: float
+    offset: Array
+    radius: Array
+    tint: Array
+    grain: Array
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Canvas:
+        """With the ranges of `render`."""
+        return cls(
+            background=float(rng.uniform(*BACKGROUND)),
+            offset=rng.uniform(-JITTER, JITTER, (len(CELLS), 2)),
+            radius=rng.uniform(*RADIUS, len(CELLS)),
+            tint=rng.uniform(-0.03, 0.03, (len(CELLS), 3)),
+            grain=rng.normal(0, 0.006, (SIZE, SIZE, 3)).astype(np.float32),
+        )
+
+    def paint(self, scene: Scene) -> NDArray[np.uint8]:
+        """The picture of `scene` on this canvas: [SIZE, SIZE, 3] uint8."""
+        image: Array = np.full((SIZE, SIZE, 3), self.background, np.float32)
+        for thing in scene:
+            at = CELLS.index(thing.cell)
+            column, row = thing.column_row
+            tile = image[CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)]
+            cx, cy = CELL / 2 + self.offset[at]
+            alpha = coverage(thing.shape, cx, cy, self.radius[at], CELL)[..., None]
+            color = np.clip(np.asarray(COLORS[thing.color], np.float32) / 255 + self.tint[at], 0, 1)
+            tile[:] = tile * (1 - alpha) + color.astype(np.float32) * alpha
+        return (np.clip(image + self.grain, 0, 1) * 255 + 0.5).astype(np.uint8)
