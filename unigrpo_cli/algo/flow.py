@@ -118,7 +118,7 @@ def transition(
     dt = t_next - t
     if sde == "cps":
         std = t_next * math.sin(noise_level * math.pi / 2)
-        clean, noise = x - t * v, x + (1 - t) * v
+        clean, noise = data_estimate(x, v, t), x + (1 - t) * v
         return Transition((1 - t_next) * clean + (t_next**2 - std**2).sqrt() * noise, std)
     if sde == "flow":
         sigma = (t / (1 - torch.where(t == 1, t_second, t))) ** 0.5 * noise_level
@@ -128,6 +128,11 @@ def transition(
         raise ValueError(f"unknown sde {sde!r}; choose one of {', '.join(SDES)}")
     mean = x * (1 + sigma**2 / (2 * t) * dt) + v * (1 + sigma**2 * (1 - t) / (2 * t)) * dt
     return Transition(mean, sigma * (-dt) ** 0.5)
+
+
+def data_estimate(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x_0 as one step sees it: x_t = (1 - t) data + t noise and v = noise - data, so data = x_t - t v."""
+    return x - t * v
 
 
 def log_prob(sde: str, x_next: Tensor, p: Transition) -> Tensor:
@@ -183,25 +188,25 @@ def euler(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 
 def log_ratio(sde: str, x_next: Tensor, new: Transition, old: Transition) -> Tensor:
-    """log r = log p_new(x_next) - log p_old(x_next), mean over (N, D).
+    """log r = log p_new(x_next) - log p_old(x_next) per element, [..., N, D]; its mean over (N, D) is the log-ratio.
 
     Computed from the difference of the means, so that no large terms cancel: with e = (x_next - mu_old)/s,
-    log r = mean(e d - d^2 / 2), d = (mu_new - mu_old)/s. For "cps", whose log-probability has no scale, s is
-    1 and the factor 2 of its square appears.
+    log r = e d - d^2 / 2, d = (mu_new - mu_old)/s. For "cps", whose log-probability has no scale, s is 1 and the
+    factor 2 of its square appears.
     """
     if sde == "cps":
         d = new.mean - old.mean
-        return (2 * (x_next - old.mean) * d - d**2).mean(dim=(-2, -1))
+        return 2 * (x_next - old.mean) * d - d**2
     d = (new.mean - old.mean) / old.std
-    return ((x_next - old.mean) / old.std * d - d**2 / 2).mean(dim=(-2, -1))
+    return (x_next - old.mean) / old.std * d - d**2 / 2
 
 
 def ratio_norm(x_next: Tensor, new: Transition, old: Transition) -> Tensor:
-    """RatioNorm (paper eq 4-5): log r~ per position, [..., N, D]; its mean over (N, D) is the log-ratio.
+    """RatioNorm (paper eq 4-5): log r~ per element, [..., N, D]; its mean over (N, D) is the log-ratio.
 
     The paper writes std * (log r + |mu_old - mu_new|^2 / (2 std^2)). That is identically
     mean(e * (mu_new - mu_old)) with e = (x_next - mu_old) / std: exactly 0 at the first update and free of
-    cancellation. It is returned per position, so that positions can be weighted.
+    cancellation. It is returned per element, so that positions can be weighted.
     """
     return (x_next - old.mean) / old.std * (new.mean - old.mean)
 

@@ -161,16 +161,36 @@ def step_densities(steps: ImageSteps, v_BKND: Tensor) -> flow.Transition:
     )
 
 
-def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objective) -> Tensor:
-    """Log-ratio of every image step of an episode, its image segments one after the other: [B, K]."""
+def token_log_ratios(actions: Actions, new: Scores, old: Scores) -> Tensor:
+    """Log-ratio of every text action: [B, L]; 0 off-mask."""
+    return torch.where(actions.mask_BL, new.log_prob_BL - old.log_prob_BL, 0.0)
+
+
+def token_kls(actions: Actions, new: Scores, reference: Scores) -> Tensor:
+    """k3 estimate of KL to the reference at every text action: [B, L]; 0 off-mask.
+
+    Masked before k3, not after: a NaN in the padding would come back through its derivative.
+    """
+    here, there = (torch.where(actions.mask_BL, x.log_prob_BL, 0.0) for x in (new, reference))
+    return k3(here, there)
+
+
+def element_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objective) -> tuple[Tensor, ...]:
+    """Log-ratio of every element of the latent that a step led to: [B, K, N, D] of each image segment."""
     ratios = []
     for steps, v, v_old in zip(actions.images, new.velocities, old.velocities, strict=True):
         p, p_old = step_densities(steps, v), step_densities(steps, v_old)
         if objective.trust_region == "ratio-norm":
-            ratios.append(flow.ratio_norm(steps.x_next_BKND, p, p_old).mean(dim=(-2, -1)))
+            ratios.append(flow.ratio_norm(steps.x_next_BKND, p, p_old))
         else:
             ratios.append(flow.log_ratio(steps.sde, steps.x_next_BKND, p, p_old))
-    return torch.cat(ratios, dim=1)
+    return tuple(ratios)
+
+
+def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objective) -> Tensor:
+    """Log-ratio of every image step of an episode, its image segments one after the other: [B, K]."""
+    ratios = element_log_ratios(actions, new, old, objective)
+    return torch.cat([ratio_BKND.mean(dim=(-2, -1)) for ratio_BKND in ratios], dim=1)
 
 
 def step_penalties(actions: Actions, new: Scores, reference: Scores, objective: Objective) -> Tensor:
@@ -226,13 +246,10 @@ def unigrpo_loss(
         total = total - objective.text_weight * gain
         means |= stats | {"text/loss": -gain}
         means["text/entropy"] = per_episode_mean(new.entropy_BL, mask).sum() / episodes
-        log_ratio = torch.where(mask, new.log_prob_BL - old.log_prob_BL, 0.0)
-        maxima["text/max_abs_log_ratio"] = log_ratio.abs().max()
+        maxima["text/max_abs_log_ratio"] = token_log_ratios(actions, new, old).abs().max()
         if objective.text_kl:
             assert reference is not None
-            # Masked before k3, not after: a NaN in the padding would come back through its derivative.
-            here, there = (torch.where(mask, x.log_prob_BL, 0.0) for x in (new, reference))
-            kl = per_episode_mean(k3(here, there), mask).sum() / episodes
+            kl = per_episode_mean(token_kls(actions, new, reference), mask).sum() / episodes
             total = total + objective.text_weight * objective.text_kl * kl
             means["text/kl"] = kl
     if objective.image_weight and any(steps.x_BKND.shape[1] for steps in actions.images):
