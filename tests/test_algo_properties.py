@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal
 
+from tests.small import terminal_loss
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.advantage import COMBINATIONS, EPS, NORMALIZERS, combined_advantage, group_advantage
 from unigrpo_cli.algo.guidance import RENORMS, Guidance, guided
-from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, step_log_ratios, unigrpo_loss
+from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, step_log_ratios
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 from unigrpo_cli.algo.text import token
 
@@ -588,19 +589,19 @@ def _recorded(seed: int, sde: str) -> tuple[Actions, Scores, Scores, Scores, Ten
     x, v, noise, a, b = _normal(seed, 5, B, K, N, D)
     at = {"t": t[..., None, None], "t_next": t_next[..., None, None], "noise_level": 0.7, "t_second": times[1]}
     drawn = flow.step(sde, x, v, **at, noise=noise)
-    steps = ImageSteps(x, drawn.x_next, t, t_next, times[1], sde, 0.7)
+    steps = ImageSteps(x, drawn.x_next, t, t_next, times[1], sde, 0.7, 1)
     words, there, here = _normal(seed + 1, 3, B, L)
     entropy = words.abs()
     old = Scores(words - 2, entropy, (v,))
     reference = Scores(words - 2 + 0.1 * there, entropy, (v + 0.1 * a,))
     new = Scores(words - 2 + 0.1 * here, entropy + 1, (v + 0.05 * b,))
-    return Actions(mask, (steps,)), new, old, reference, _normal(seed + 2, B)
+    return Actions(mask, torch.zeros(B, L, dtype=torch.long), (steps,)), new, old, reference, _normal(seed + 2, B)
 
 
 def _rows(actions: Actions, rows: list[int]) -> Actions:
     names = ("x_BKND", "x_next_BKND", "t_BK", "t_next_BK")
     own = tuple(replace(s, **{n: getattr(s, n)[rows] for n in names}) for s in actions.images)
-    return Actions(actions.mask_BL[rows], own)
+    return Actions(actions.mask_BL[rows], actions.segment_BL[rows], own)
 
 
 def _of(scores: Scores, rows: list[int]) -> Scores:
@@ -625,12 +626,12 @@ def test_any_split_of_a_step_is_the_whole(
     """Loss, means and gradients of parts add up to those of all rows at once, whatever parts in whatever order."""
     actions, new, old, reference, advantage = _recorded(seed, sde)
     whole, parts = _leaf(new), _leaf(new)
-    loss = unigrpo_loss(actions, whole, old, reference, advantage, objective, episodes=B)
+    loss = terminal_loss(actions, whole, old, reference, advantage, objective, episodes=B)
     loss.total.backward()
     total, means, maxima = 0.0, dict.fromkeys(loss.means, 0.0), dict.fromkeys(loss.maxima, 0.0)
     for start, end in pairwise([0, *sorted(cuts), B]):
         own = order[start:end]
-        part = unigrpo_loss(
+        part = terminal_loss(
             _rows(actions, own),
             _of(parts, own),
             _of(old, own),
@@ -662,7 +663,7 @@ def test_what_stands_in_the_padding_is_nothing(seed: int, sde: str, objective: O
         ]
         own[0] = replace(own[0], entropy_BL=torch.where(actions.mask_BL, own[0].entropy_BL, poison))
         leaf = _leaf(own[0])
-        loss = unigrpo_loss(actions, leaf, own[1], own[2], advantage, objective, episodes=B)
+        loss = terminal_loss(actions, leaf, own[1], own[2], advantage, objective, episodes=B)
         loss.total.backward()
         found.append([loss.total.detach(), *loss.means.values(), *loss.maxima.values(), *_gradients(leaf)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -673,7 +674,7 @@ def test_what_stands_in_the_padding_is_nothing(seed: int, sde: str, objective: O
 def test_the_terms_add_up(seed: int, sde: str, objective: Objective) -> None:
     """total = text_weight (text + text_kl kl) + image_weight (image + penalty_weight penalty), of the means."""
     actions, new, old, reference, advantage = _recorded(seed, sde)
-    loss = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=B)
+    loss = terminal_loss(actions, new, old, reference, advantage, objective, episodes=B)
     m = {n: v.item() for n, v in loss.means.items()}
     text = m.get("text/loss", 0.0) + objective.text_kl * m.get("text/kl", 0.0)
     held = objective.penalty_weight * m.get(f"image/{objective.penalty}", 0.0)
@@ -682,7 +683,7 @@ def test_the_terms_add_up(seed: int, sde: str, objective: Objective) -> None:
     assert loss.total.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert 0 <= m["image/clip_fraction"] <= 1
     assert 0 <= m.get("text/clip_fraction", 0.0) <= 1
-    rotated = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=2 * B)
+    rotated = terminal_loss(actions, new, old, reference, advantage, objective, episodes=2 * B)
     assert rotated.total.item() == pytest.approx(expected / 2, rel=1e-9, abs=1e-12)
 
 
@@ -691,7 +692,7 @@ def test_the_terms_add_up(seed: int, sde: str, objective: Objective) -> None:
 def test_the_statistics_are_what_their_names_say(seed: int, sde: str, objective: Objective) -> None:
     """Means over an episode's own actions, then over episodes; largest magnitudes, not largest values."""
     actions, new, old, reference, advantage = _recorded(seed, sde)
-    loss = unigrpo_loss(actions, new, old, reference, advantage, objective, episodes=B)
+    loss = terminal_loss(actions, new, old, reference, advantage, objective, episodes=B)
     found = {n: v.item() for n, v in (loss.means | loss.maxima).items()}
 
     def binds(d: Tensor, a: Tensor, clip: float) -> Tensor:

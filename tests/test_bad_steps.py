@@ -212,14 +212,14 @@ def test_only_the_last_bad_steps_are_kept(tmp_path: Path) -> None:
     state, config = _state()
     done = _step(state, config)
     for step in (2, 3, 5, 10):
-        found = (done.groups, done.scored, done.advantage_B, {"loss": math.nan})
+        found = (done.groups, done.scored, done.advantage_BS, {"loss": math.nan})
         path = save_bad_step(tmp_path, step, "why", *found)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000003", "step_000005", "step_000010"]
     why = json.loads((path / "bad_step.json").read_text())
     assert why == {
         "step": 10,
         "reason": "why",
-        "advantages": done.advantage_B.tolist(),
+        "advantages": done.advantage_BS.tolist(),
         "metrics": {"loss": None},
     }
 

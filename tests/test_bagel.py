@@ -324,13 +324,15 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     episodes = flatten(rollout(policy, prompts, 3, SAMPLING, WINDOW, seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
     advantage_B = torch.linspace(-1, 1, len(episodes))
-    (share,) = with_advantages(score_old_and_reference(policy, episodes, config, objective), advantage_B)
+    (share,) = with_advantages(
+        score_old_and_reference(policy, episodes, config, objective), advantage_B[:, None].expand(-1, 2)
+    )
     facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
     for step in range(steps):
         for m in share:
             new = replay(policy, m.batch)
             loss = unigrpo_loss(
-                m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=len(episodes)
+                m.batch.actions, new, m.old, m.reference, m.advantages, objective, episodes=len(episodes)
             )
             loss.total.backward()
             if step == 0:

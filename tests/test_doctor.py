@@ -466,8 +466,8 @@ def _advantages(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Mon
 def advantages_counted_within_micro_batches(monkeypatch: MonkeyPatch) -> None:
     own = train.with_advantages
 
-    def faulty(minibatches, advantage_B):
-        return own([[replace(m, rows=list(range(len(m.rows)))) for m in share] for share in minibatches], advantage_B)
+    def faulty(minibatches, advantage_BS):
+        return own([[replace(m, rows=list(range(len(m.rows)))) for m in share] for share in minibatches], advantage_BS)
 
     monkeypatch.setattr(train, "with_advantages", faulty)
 
@@ -476,8 +476,9 @@ def _advantages_in_the_loss(change: Callable[[torch.Tensor], torch.Tensor]) -> C
     def plant(monkeypatch: MonkeyPatch) -> None:
         own = train.unigrpo_loss
 
-        def faulty(actions, new, old, reference, advantage_B, *given, **more):
-            return own(actions, new, old, reference, change(advantage_B), *given, **more)
+        def faulty(actions, new, old, reference, advantages, *given, **more):
+            changed = objective.Advantages(change(advantages.text_BL), tuple(map(change, advantages.images)))
+            return own(actions, new, old, reference, changed, *given, **more)
 
         monkeypatch.setattr(train, "unigrpo_loss", faulty)
 
@@ -486,15 +487,15 @@ def _advantages_in_the_loss(change: Callable[[torch.Tensor], torch.Tensor]) -> C
 
 def one_term_with_the_advantages_of_others(monkeypatch: MonkeyPatch) -> None:
     own = objective.image_term
-    monkeypatch.setattr(objective, "image_term", lambda ratio, a, **more: own(ratio, a.roll(1), **more))
+    monkeypatch.setattr(objective, "image_term", lambda ratio, a, **more: own(ratio, a.roll(1, 0), **more))
 
 
 def token_left_out_of_the_loss(monkeypatch: MonkeyPatch) -> None:
     own = objective.text_term
 
-    def faulty(log_prob_BL, old_BL, mask_BL, advantage_B, **more):
+    def faulty(log_prob_BL, old_BL, mask_BL, advantage_BL, **more):
         last = mask_BL.cumsum(dim=1) == mask_BL.sum(dim=1, keepdim=True)
-        return own(log_prob_BL, old_BL, mask_BL & ~last, advantage_B, **more)
+        return own(log_prob_BL, old_BL, mask_BL & ~last, advantage_BL, **more)
 
     monkeypatch.setattr(objective, "text_term", faulty)
 
@@ -523,7 +524,7 @@ NO_TEXT = "the text term gives the text expert no gradient"
         (detached_text, "gradients", NO_TEXT, LORA),
         (_context_gradient(False), "gradients", "the image term gives the text expert no gradient", []),
         (_context_gradient(True), "gradients", "the image term trains the text expert", NO_CONTEXT),
-        (_advantages(lambda a: a.roll(1)), "advantages", "", []),
+        (_advantages(lambda a: a.roll(1, 0)), "advantages", "", []),
         (_advantages(lambda a: -a), "advantages", "has the smaller advantage", []),
         (advantages_counted_within_micro_batches, "advantages", "is replayed with advantage", []),
         (_advantages_in_the_loss(lambda a: a.flip(0)), "advantages", OTHERS, []),
@@ -782,7 +783,7 @@ def test_rows_of_a_micro_batch_are_known_by_their_actions(tiny: MoTPolicy) -> No
     order = [5, 2, 7, 0, 1, 3, 4, 6]
     plain = replace(train.objective_of(config), penalty="none")
     minibatches = train.score_old_and_reference(tiny, [episodes[k] for k in order], config, plain)
-    minibatches = train.with_advantages(minibatches, torch.arange(8.0))
+    minibatches = train.with_advantages(minibatches, torch.arange(8.0)[:, None].expand(-1, 2))
     assert [k for share in minibatches for m in share for k in _rows_of(m, episodes)] == order
 
 

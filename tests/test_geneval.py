@@ -331,7 +331,7 @@ def test_a_part_that_some_prompts_lack_is_logged_for_those_that_have_it() -> Non
     scored = RewardResult(np.ones(3), yes, parts, [{}] * 3)
     prompt = Prompt("a", "a")
     groups = [Group(prompt, tuple(Episode(prompt, k, k, ()) for k in range(2)))]
-    metrics = rollout_metrics(groups, {"geneval": scored}, torch.zeros(2))
+    metrics = rollout_metrics(groups, {"geneval": scored}, torch.zeros(2, 1), torch.ones(2, 1))
     assert metrics["reward/geneval/color"] == 0.5
     assert math.isnan(metrics["reward/geneval/position"])
 

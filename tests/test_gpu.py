@@ -69,10 +69,12 @@ def test_the_first_ratio_is_one_within_rounding(finetune: str, dtype: str, check
     episodes = flatten(rollout(policy, PROMPTS, 3, SAMPLING, flow.Window(1, 3), seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
     limits = ratio_limits(policy, config.objective)
-    (share,) = with_advantages(score_old_and_reference(policy, episodes, config, objective), torch.linspace(-1, 1, 6))
+    (share,) = with_advantages(
+        score_old_and_reference(policy, episodes, config, objective), torch.linspace(-1, 1, 6)[:, None].expand(-1, 2)
+    )
     for m in share:
         new = replay(policy, m.batch)
-        loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantage_B, objective, episodes=6)
+        loss = unigrpo_loss(m.batch.actions, new, m.old, m.reference, m.advantages, objective, episodes=6)
         loss.total.backward()
         for kind, limit in limits.items():
             assert loss.maxima[f"{kind}/max_abs_log_ratio"].item() <= limit

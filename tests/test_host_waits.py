@@ -80,7 +80,7 @@ def _waits_of_an_update(prepared: tuple, micro_batch_size: int) -> Waits:
     config, objective = config.model_copy(update={"train": train}), objective_of(config)
     episodes = flatten(groups)
     minibatches = score_old_and_reference(state.policy, episodes, config, objective)
-    (share,) = with_advantages(minibatches, torch.linspace(-1, 1, len(episodes)))
+    (share,) = with_advantages(minibatches, torch.linspace(-1, 1, len(episodes))[:, None].expand(-1, 2))
     with Waits() as waits:
         update(state, share, objective, config)
     return waits

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from tests import small
+from tests.small import terminal_loss
 from unigrpo_cli import RewardContext, reward
 from unigrpo_cli import rollout as rollout_module
 from unigrpo_cli import train as train_module
 from unigrpo_cli.algo import objective
-from unigrpo_cli.algo.objective import Actions, Objective, Scores, text_term, unigrpo_loss
+from unigrpo_cli.algo.objective import Actions, Objective, Scores, text_term
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
@@ -86,12 +87,12 @@ def test_moments_of_the_ratio_and_sides_of_the_clip_by_hand() -> None:
     log_prob = torch.tensor([[0.3, -0.3], [0.3, 9.0]])
     mask = torch.tensor([[True, True], [True, False]])
     advantage = torch.tensor([1.0, -1.0])
-    _, found = text_term(log_prob, torch.zeros(2, 2), mask, advantage, clip=0.2, episodes=2)
+    _, found = text_term(log_prob, torch.zeros(2, 2), mask, advantage[:, None], clip=0.2, episodes=2)
     assert found["text/log_ratio_mean"].item() == pytest.approx((0.0 + 0.3) / 2)
     assert found["text/log_ratio_square"].item() == pytest.approx(0.09)
     assert found["text/clip_fraction_above"].item() == pytest.approx((0.5 + 0) / 2)
     assert found["text/clip_fraction_below"] == 0
-    _, flipped = text_term(log_prob, torch.zeros(2, 2), mask, -advantage, clip=0.2, episodes=2)
+    _, flipped = text_term(log_prob, torch.zeros(2, 2), mask, -advantage[:, None], clip=0.2, episodes=2)
     assert flipped["text/clip_fraction_above"].item() == pytest.approx((0 + 1.0) / 2)
     assert flipped["text/clip_fraction_below"].item() == pytest.approx((0.5 + 0) / 2)
     for stats in (found, flipped):
@@ -119,7 +120,14 @@ def test_statistics_of_micro_batches_add_up() -> None:
 
     def means(rows: slice) -> dict[str, torch.Tensor]:
         scores = [Scores(x[rows], torch.zeros_like(x[rows]), ()) for x in (new, old)]
-        return unigrpo_loss(Actions(mask[rows], ()), *scores, None, advantage[rows], objective, episodes=6).means
+        return terminal_loss(
+            Actions(mask[rows], torch.zeros(mask[rows].shape, dtype=torch.long), ()),
+            *scores,
+            None,
+            advantage[rows],
+            objective,
+            episodes=6,
+        ).means
 
     whole, parts = means(slice(0, 6)), [means(slice(0, 1)), means(slice(1, 6))]
     for name, value in whole.items():
@@ -140,7 +148,7 @@ def test_members_that_equal_another_are_counted() -> None:
         )
     }
     advantage = torch.tensor([1.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0])
-    found = rollout_metrics([group([1, 1, 2, 3]), group([4, 4, 4, 1])], scored, advantage)
+    found = rollout_metrics([group([1, 1, 2, 3]), group([4, 4, 4, 1])], scored, advantage[:, None], torch.ones(8, 1))
     assert found["text/duplicates"] == 5 / 8
     assert "image/duplicates" not in found
     assert found["advantage/zero"] == 6 / 8

@@ -7,8 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.small import terminal_loss
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, per_episode_mean, unigrpo_loss
+from unigrpo_cli.algo.credit import IMAGE, TEXT, terminal
+from unigrpo_cli.algo.objective import (
+    Actions,
+    ImageSteps,
+    Objective,
+    Scores,
+    image_term,
+    per_action,
+    per_episode_mean,
+    step_log_ratios,
+    text_term,
+    unigrpo_loss,
+)
 
 B, L, K, N, D = 6, 5, 3, 4, 2
 PAPER = Objective(1.0, 1.0, 0.2, 1e-6, 0.0, "ratio-norm", "velocity-mse", 1.5e-5)
@@ -31,7 +44,7 @@ def _case(images: int = 1) -> tuple[Actions, Scores, Scores, torch.Tensor]:
         drawn = flow.step(
             "flow", x, v, t[..., None, None], t_next[..., None, None], noise_level=0.8, t_second=second, noise=noise
         )
-        steps.append(ImageSteps(x, drawn.x_next, t, t_next, second, "flow", 0.8))
+        steps.append(ImageSteps(x, drawn.x_next, t, t_next, second, "flow", 0.8, 1 + k))
         old_v.append(v)
     old = Scores(_random(B, L, seed=5) - 2, _random(B, L, seed=6).abs(), tuple(old_v))
     new = Scores(
@@ -39,7 +52,7 @@ def _case(images: int = 1) -> tuple[Actions, Scores, Scores, torch.Tensor]:
         old.entropy_BL,
         tuple(v + 1e-3 * _random(B, K, N, D, seed=8) for v in old_v),
     )
-    return Actions(mask, tuple(steps)), new, old, _random(B, seed=9)
+    return Actions(mask, torch.zeros(B, L, dtype=torch.long), tuple(steps)), new, old, _random(B, seed=9)
 
 
 def _leaf(scores: Scores) -> Scores:
@@ -56,7 +69,7 @@ def _rows(actions: Actions, rows: slice) -> Actions:
         replace(s, **{n: getattr(s, n)[rows] for n in ("x_BKND", "x_next_BKND", "t_BK", "t_next_BK")})
         for s in actions.images
     )
-    return Actions(actions.mask_BL[rows], images)
+    return Actions(actions.mask_BL[rows], actions.segment_BL[rows], images)
 
 
 def _scores(scores: Scores, rows: slice) -> Scores:
@@ -66,7 +79,7 @@ def _scores(scores: Scores, rows: slice) -> Scores:
 def test_text_term_is_the_mean_over_sequences_of_token_means() -> None:
     """Not the mean over all tokens: a long answer counts as much as a short one."""
     actions, new, old, advantage = _case()
-    loss = unigrpo_loss(actions, new, old, None, advantage, replace(PAPER, image_weight=0.0), episodes=B)
+    loss = terminal_loss(actions, new, old, None, advantage, replace(PAPER, image_weight=0.0), episodes=B)
     ratio = (new.log_prob_BL - old.log_prob_BL).exp()
     expected = 0.0
     for row in range(B):
@@ -78,7 +91,7 @@ def test_text_term_is_the_mean_over_sequences_of_token_means() -> None:
 def test_image_term_is_the_mean_over_episodes_of_step_means() -> None:
     actions, new, old, advantage = _case()
     only = replace(PAPER, text_weight=0.0, penalty="none", image_clip=1e-3)
-    loss = unigrpo_loss(actions, new, old, None, advantage, only, episodes=B)
+    loss = terminal_loss(actions, new, old, None, advantage, only, episodes=B)
     steps = actions.images[0]
     at = {"noise_level": 0.8, "t_second": steps.t_second}
     times = (steps.t_BK[..., None, None], steps.t_next_BK[..., None, None])
@@ -93,7 +106,7 @@ def test_at_the_old_policy_the_gradient_is_reinforces() -> None:
     """Ratio 1: d loss / d log p = -A / (tokens of the episode * episodes); nothing is clipped."""
     actions, _, old, advantage = _case()
     new = _leaf(old)
-    loss = unigrpo_loss(actions, new, old, old, advantage, PAPER, episodes=B)
+    loss = terminal_loss(actions, new, old, old, advantage, PAPER, episodes=B)
     loss.total.backward()
     tokens = actions.mask_BL.sum(dim=1, keepdim=True)
     expected = torch.where(actions.mask_BL, -advantage[:, None] / tokens / B, 0.0)
@@ -122,12 +135,12 @@ def test_at_the_old_policy_the_gradient_is_reinforces() -> None:
 def test_micro_batches_add_up(sizes: tuple[int, ...]) -> None:
     actions, new, old, advantage = _case()
     whole = _leaf(new)
-    unigrpo_loss(actions, whole, old, old, advantage, PAPER, episodes=B).total.backward()
+    terminal_loss(actions, whole, old, old, advantage, PAPER, episodes=B).total.backward()
     parts = _leaf(new)
     total, start = 0.0, 0
     for size in sizes:
         rows = slice(start, start + size)
-        part = unigrpo_loss(
+        part = terminal_loss(
             _rows(actions, rows),
             _scores(parts, rows),
             _scores(old, rows),
@@ -150,7 +163,7 @@ def test_poison_in_the_padding_changes_nothing(text_kl: float) -> None:
     for poison in (0.0, float("nan"), float("inf")):
         spoilt = [replace(s, log_prob_BL=torch.where(actions.mask_BL, s.log_prob_BL, poison)) for s in (new, old, old)]
         leaf = _leaf(spoilt[0])
-        loss = unigrpo_loss(actions, leaf, spoilt[1], spoilt[2], advantage, objective, episodes=B)
+        loss = terminal_loss(actions, leaf, spoilt[1], spoilt[2], advantage, objective, episodes=B)
         loss.total.backward()
         results.append((loss.total.detach(), leaf.log_prob_BL.grad))
     for total, gradient in results[1:]:
@@ -164,7 +177,7 @@ def test_penalty_and_its_gradient_vanish_at_the_reference_and_nowhere_else(penal
     only = replace(PAPER, text_weight=0.0, penalty=penalty, penalty_weight=1.0)
     for scores, zero in ((old, True), (new, False)):
         leaf = _leaf(scores)
-        loss = unigrpo_loss(actions, leaf, old, old, 0 * advantage, only, episodes=B)
+        loss = terminal_loss(actions, leaf, old, old, 0 * advantage, only, episodes=B)
         loss.total.backward()
         assert (loss.means[f"image/{penalty}"] == 0) == zero
         assert (leaf.velocities[0].grad.abs().max() == 0) == zero
@@ -173,7 +186,7 @@ def test_penalty_and_its_gradient_vanish_at_the_reference_and_nowhere_else(penal
 def test_velocity_penalty_by_hand() -> None:
     actions, _, old, advantage = _case()
     moved = replace(old, velocities=(old.velocities[0] + 0.1,))
-    loss = unigrpo_loss(actions, moved, old, old, 0 * advantage, replace(PAPER, text_weight=0.0), episodes=B)
+    loss = terminal_loss(actions, moved, old, old, 0 * advantage, replace(PAPER, text_weight=0.0), episodes=B)
     assert loss.means["image/velocity-mse"].item() == pytest.approx(0.01)
     assert loss.total.item() == pytest.approx(1.5e-5 * 0.01)
 
@@ -181,8 +194,8 @@ def test_velocity_penalty_by_hand() -> None:
 def test_lambda_zero_is_pure_text_and_conversely() -> None:
     actions, new, old, advantage = _case()
     text, image = _leaf(new), _leaf(new)
-    unigrpo_loss(actions, text, old, old, advantage, replace(PAPER, image_weight=0.0), episodes=B).total.backward()
-    unigrpo_loss(actions, image, old, old, advantage, replace(PAPER, text_weight=0.0), episodes=B).total.backward()
+    terminal_loss(actions, text, old, old, advantage, replace(PAPER, image_weight=0.0), episodes=B).total.backward()
+    terminal_loss(actions, image, old, old, advantage, replace(PAPER, text_weight=0.0), episodes=B).total.backward()
     assert text.velocities[0].grad is None
     assert text.log_prob_BL.grad.abs().max() > 0
     assert image.log_prob_BL.grad is None
@@ -192,7 +205,7 @@ def test_lambda_zero_is_pure_text_and_conversely() -> None:
 def test_lambda_scales_the_image_term_and_its_penalty() -> None:
     actions, new, old, advantage = _case()
     terms = [
-        unigrpo_loss(
+        terminal_loss(
             actions, new, old, old, advantage, replace(PAPER, text_weight=0.0, image_weight=w), episodes=B
         ).total
         for w in (1.0, 3.0)
@@ -204,10 +217,10 @@ def test_two_images_count_as_the_mean_over_all_their_steps() -> None:
     """An episode of several rounds: K runs over the steps of both images."""
     actions, new, old, advantage = _case(images=2)
     only = replace(PAPER, text_weight=0.0, image_clip=1.0)
-    both = unigrpo_loss(actions, new, old, old, advantage, only, episodes=B).total
+    both = terminal_loss(actions, new, old, old, advantage, only, episodes=B).total
     each = [
-        unigrpo_loss(
-            Actions(actions.mask_BL, (actions.images[k],)),
+        terminal_loss(
+            replace(actions, images=(actions.images[k],)),
             replace(new, velocities=(new.velocities[k],)),
             *[replace(old, velocities=(old.velocities[k],))] * 2,
             advantage,
@@ -229,8 +242,8 @@ def test_text_kl_is_added_with_its_weight() -> None:
     """The loss with KL minus the loss without is weight * mean k3(reference - new), by hand."""
     actions, new, old, advantage = _case()
     only = replace(PAPER, image_weight=0.0)
-    without = unigrpo_loss(actions, new, old, None, advantage, only, episodes=B).total
-    held = unigrpo_loss(actions, new, old, old, advantage, replace(only, text_kl=0.3), episodes=B).total
+    without = terminal_loss(actions, new, old, None, advantage, only, episodes=B).total
+    held = terminal_loss(actions, new, old, old, advantage, replace(only, text_kl=0.3), episodes=B).total
     d = old.log_prob_BL - new.log_prob_BL
     by_hand = per_episode_mean(d.exp() - 1 - d, actions.mask_BL).mean()
     torch.testing.assert_close(held - without, 0.3 * by_hand)
@@ -250,7 +263,7 @@ def test_trust_regions_differ_as_their_names_say() -> None:
     normed = flow.ratio_norm(steps.x_next_BKND, p, q).mean(dim=(-2, -1))
     for trust_region, expected in (("ratio", plain), ("ratio-norm", normed)):
         only = replace(PAPER, text_weight=0.0, penalty="none", image_clip=10.0, trust_region=trust_region)
-        loss = unigrpo_loss(actions, new, old, None, advantage, only, episodes=B)
+        loss = terminal_loss(actions, new, old, None, advantage, only, episodes=B)
         assert loss.maxima["image/max_abs_log_ratio"] == pytest.approx(expected.abs().max().item())
         torch.testing.assert_close(loss.total, -(torch.expm1(expected) * advantage[:, None]).mean())
     assert (plain - normed).abs().max() > 1e-3 * normed.abs().max()
@@ -261,8 +274,8 @@ def test_penalties_are_added_with_their_weight(penalty: str) -> None:
     actions, new, old, advantage = _case()
     steps = actions.images[0]
     only = replace(PAPER, text_weight=0.0, penalty=penalty, penalty_weight=0.7, image_weight=2.0)
-    free = unigrpo_loss(actions, new, old, None, advantage, replace(only, penalty="none"), episodes=B).total
-    held = unigrpo_loss(actions, new, old, old, advantage, only, episodes=B)
+    free = terminal_loss(actions, new, old, None, advantage, replace(only, penalty="none"), episodes=B).total
+    held = terminal_loss(actions, new, old, old, advantage, only, episodes=B)
     v, v_ref = new.velocities[0], old.velocities[0]
     if penalty == "velocity-mse":
         by_hand = (v - v_ref).square().mean()
@@ -286,10 +299,63 @@ def test_an_image_without_stochastic_steps_has_no_say() -> None:
         t_BK=none,
         t_next_BK=none,
     )
-    still = Actions(actions.mask_BL, (empty,))
+    still = replace(actions, images=(empty,))
     blank = (torch.zeros(B, 0, N, D, dtype=torch.float64),)
-    loss = unigrpo_loss(
+    loss = terminal_loss(
         still, replace(new, velocities=blank), replace(old, velocities=blank), None, advantage, PAPER, episodes=B
     )
-    only = unigrpo_loss(actions, new, old, None, advantage, replace(PAPER, image_weight=0.0), episodes=B)
+    only = terminal_loss(actions, new, old, None, advantage, replace(PAPER, image_weight=0.0), episodes=B)
     assert loss.total == only.total
+
+
+# ----- an advantage for each segment
+
+
+def test_terminal_credit_is_the_old_objective_to_the_bit() -> None:
+    """Before there were segments, one advantage_B multiplied every term: the same loss and gradients, bit by bit."""
+    actions, new, old, advantage = _case(images=2)
+    for dtype in (torch.float64, torch.float32):
+        old_leaf, leaf = (_leaf(_as(new, dtype)) for _ in range(2))
+        log_ratio_BK = step_log_ratios(actions, old_leaf, _as(old, dtype), PAPER)
+        a = advantage.to(dtype)[:, None]
+        at = {"episodes": B}
+        text, _ = text_term(old_leaf.log_prob_BL, _as(old, dtype).log_prob_BL, actions.mask_BL, a, clip=0.2, **at)
+        image, _ = image_term(log_ratio_BK, a, clip=1e-6, **at)
+        total = log_ratio_BK.new_zeros(()) - 1.0 * text - 1.0 * image
+        total.backward()
+        kind_BS = torch.tensor([[TEXT, IMAGE, IMAGE]] * B)
+        shared = per_action(terminal(advantage, kind_BS), actions)
+        loss = unigrpo_loss(
+            actions, leaf, _as(old, dtype), None, shared, replace(PAPER, penalty="none"), episodes=B
+        ).total
+        loss.backward()
+        assert torch.equal(loss, total)
+        assert torch.equal(leaf.log_prob_BL.grad, old_leaf.log_prob_BL.grad)
+        assert all(torch.equal(x.grad, y.grad) for x, y in zip(leaf.velocities, old_leaf.velocities, strict=True))
+
+
+def _as(scores: Scores, dtype: torch.dtype) -> Scores:
+    return Scores(
+        scores.log_prob_BL.to(dtype), scores.entropy_BL.to(dtype), tuple(v.to(dtype) for v in scores.velocities)
+    )
+
+
+def test_each_action_has_the_advantage_of_its_segment() -> None:
+    """Two texts with an image after each: at the old policy d loss / d log p is minus the segment's advantage."""
+    actions, _, old, _ = _case(images=2)
+    second = torch.arange(L) >= 2
+    segment_BL = torch.where(second, 2, 0).expand(B, L)
+    images = tuple(replace(s, segment=k) for s, k in zip(actions.images, (1, 3), strict=True))
+    actions = replace(actions, segment_BL=segment_BL, images=images)
+    advantage_BS = _random(B, 4, seed=11)
+    given, new = per_action(advantage_BS, actions), _leaf(old)
+    unigrpo_loss(actions, new, old, old, given, PAPER, episodes=B).total.backward()
+    tokens = actions.mask_BL.sum(dim=1, keepdim=True)
+    own_BL = torch.where(second, advantage_BS[:, 2:3], advantage_BS[:, 0:1])
+    torch.testing.assert_close(new.log_prob_BL.grad, torch.where(actions.mask_BL, -own_BL / tokens / B, 0.0))
+    for k, s in ((0, 1), (1, 3)):
+        one = _leaf(old)
+        everything = replace(given, images=tuple(torch.ones_like(a) for a in given.images))
+        unigrpo_loss(actions, one, old, old, everything, PAPER, episodes=B).total.backward()
+        expected = one.velocities[k].grad * advantage_BS[:, s, None, None, None]
+        torch.testing.assert_close(new.velocities[k].grad, expected)

@@ -296,7 +296,7 @@ def test_a_training_step_replays_while_a_judge_works(scope: str, monkeypatch: py
 
     done = _stepped(type("Judge", (Elsewhere,), {"scope": scope}), monkeypatch, replaying)
     assert done.skipped is None
-    assert done.advantage_B.abs().min() > 0
+    assert done.advantage_BS.abs().min() > 0
     assert sum(calls) == 2, "each sample is judged once"
 
 

@@ -167,6 +167,7 @@ def test_accepted_settings_give_finite_numbers(config: Config) -> None:
         times[1],
         s.sde,
         s.noise_level,
+        0,
     )
     old, new = (step_densities(recorded, w[:, None].expand_as(recorded.x_BKND)) for w in (v, leaf))
     for ratio in (

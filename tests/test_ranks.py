@@ -248,7 +248,7 @@ def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None
     first, second = weights(played, scene, 2, 0), weights(played, scene, 2, 1)
     assert apart(first, second) == 0
     assert 0 < apart(first, weights(played, scene, 1)) < TOLERANCE
-    assert sum(value != 0 for step in one for value in step["advantages"]) > 20, "there was little to learn"
+    assert sum(value != 0 for step in one for value in step["advantages"]) > 40, "there was little to learn"
 
 
 def test_sharded_weights_compute_what_whole_ones_do(played: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.small import terminal_loss
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.objective import Objective, step_densities, unigrpo_loss
+from unigrpo_cli.algo.objective import Objective, step_densities
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Episode, GivenImage, Group, Prompt, TextActions, flatten
 from unigrpo_cli.models.mot import policy as mot_policy
@@ -67,7 +68,7 @@ def test_the_first_ratio_is_exactly_one(tiny: MoTPolicy, joined: bool, copies: i
     new = replay(tiny, batch, grad_through_context=joined, copies=copies)
     assert new.log_prob_BL.requires_grad
     advantage = torch.tensor([1.0, -1.0] * 3)
-    loss = unigrpo_loss(batch.actions, new, old, old, advantage, OBJECTIVE, episodes=6)
+    loss = terminal_loss(batch.actions, new, old, old, advantage, OBJECTIVE, episodes=6)
     assert loss.maxima["text/max_abs_log_ratio"].item() == 0.0
     assert loss.maxima["image/max_abs_log_ratio"].item() == 0.0
 
@@ -79,7 +80,7 @@ def test_the_first_gradient_is_reinforces(tiny: MoTPolicy) -> None:
     text_only = replace(OBJECTIVE, image_weight=0.0)
     with torch.no_grad():
         old = replay(tiny, batch)
-    unigrpo_loss(batch.actions, replay(tiny, batch), old, None, advantage, text_only, episodes=6).total.backward()
+    terminal_loss(batch.actions, replay(tiny, batch), old, None, advantage, text_only, episodes=6).total.backward()
     ours = {n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None}
     tiny.network.zero_grad()
     log_prob = replay(tiny, batch, image=False).log_prob_BL
@@ -102,7 +103,7 @@ def test_the_first_image_gradient_is_reinforces(tiny: MoTPolicy, trust_region: s
     image_only = replace(OBJECTIVE, text_weight=0.0, penalty="none", trust_region=trust_region)
     with torch.no_grad():
         old = replay(tiny, batch)
-    unigrpo_loss(batch.actions, replay(tiny, batch), old, None, advantage, image_only, episodes=6).total.backward()
+    terminal_loss(batch.actions, replay(tiny, batch), old, None, advantage, image_only, episodes=6).total.backward()
     ours = {n: p.grad.clone() for n, p in tiny.network.named_parameters() if p.grad is not None}
     assert max(g.abs().max() for g in ours.values()) > 1e-4
     tiny.network.zero_grad()
@@ -127,7 +128,7 @@ def test_micro_batches_change_no_gradient(tiny: MoTPolicy) -> None:
             batch = collate(episodes[at : at + size])
             with torch.no_grad():
                 old = replay(tiny, batch)
-            loss = unigrpo_loss(
+            loss = terminal_loss(
                 batch.actions, replay(tiny, batch), old, old, advantage[at : at + size], OBJECTIVE, episodes=6
             )
             loss.total.backward()
@@ -325,7 +326,7 @@ def test_an_episode_without_thinking(tiny: MoTPolicy) -> None:
     with torch.no_grad():
         old = replay(tiny, batch)
     assert drift([(batch, old)])["image/drift_max"] < 1e-6
-    loss = unigrpo_loss(
+    loss = terminal_loss(
         batch.actions, replay(tiny, batch), old, old, torch.ones(6, dtype=torch.float64), OBJECTIVE, episodes=6
     )
     loss.total.backward()

@@ -13,6 +13,7 @@ from tests import small
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.credit import IMAGE, TEXT
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Group, flatten
 from unigrpo_cli.errors import DivergedError, RewardError, UsageError
@@ -59,7 +60,10 @@ def _episodes(policy: MoTPolicy, config: Config) -> list[Group]:
 def _shares(state: TrainState, config: Config) -> list[list[MicroBatch]]:
     advantage_B = torch.linspace(-1, 1, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]
     episodes = flatten(_episodes(state.policy, config))
-    return with_advantages(score_old_and_reference(state.policy, episodes, config, objective_of(config)), advantage_B)
+    return with_advantages(
+        score_old_and_reference(state.policy, episodes, config, objective_of(config)),
+        advantage_B[:, None].expand(-1, 2),
+    )
 
 
 def _step(config: Config, state: TrainState | None = None) -> tuple[TrainState, dict[str, float], dict]:
@@ -139,7 +143,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     state = _state(config)
     (share,) = _shares(state, config)
     before = [p.detach().clone() for p in state.policy.network.parameters()]
-    broken = [replace(m, advantage_B=m.advantage_B * math.nan) for m in share]
+    broken = [replace(m, advantages=replace(m.advantages, text_BL=m.advantages.text_BL * math.nan)) for m in share]
     with pytest.raises(DivergedError, match="not finite, so no update was made"):
         update(state, broken, objective_of(config), config)
     assert not state.between
@@ -182,7 +186,10 @@ def _advantages(plugins: Plugins, *settings: str) -> torch.Tensor:
     }
     scored = {n: RewardResult(np.array(v), np.ones(8, bool), {}, []) for n, v in scores.items()}
     with Scorer(parse_rewards(["geneval,plan:2"]), plugins, RewardContext("cpu", 0, True, True)) as rewards:
-        return advantages(scored, rewards, load_config(overrides=list(settings)), 2, seed=0)
+        kind_BS = torch.tensor([[TEXT, IMAGE]] * 8)
+        found_BS = advantages(scored, kind_BS, rewards, load_config(overrides=list(settings)), 2, seed=0)
+        assert torch.equal(found_BS[:, 0], found_BS[:, 1])
+        return found_BS[:, 0]
 
 
 def _loaded() -> Plugins:

@@ -125,7 +125,7 @@ def trained(ranks: Ranks, *settings: str) -> Found:
                     "skipped": done.skipped,
                     "prompts": [group.prompt.id for group in done.groups],
                     "texts": [e.reasoning for group in done.groups for e in group.episodes],
-                    "advantages": done.advantage_B.tolist(),
+                    "advantages": done.advantage_BS.flatten().tolist(),
                     "scores": done.scored["bright"].scores.tolist(),
                 }
             )

@@ -201,11 +201,12 @@ def _drawn(step: StepResult) -> Row:
     """What was drawn: a number that another token anywhere changes, and the norm of all final latents."""
     segments = [s for e in flatten(step.groups) for s in e.segments]
     ids = torch.cat([s.ids for s in segments if isinstance(s, TextActions)])
+    advantage_B = step.advantage_BS[:, 0]
     latents = torch.stack([s.latent for s in segments if isinstance(s, ImageActions)])
     return {
         "drawn/words": float((ids * torch.arange(1, len(ids) + 1)).sum()),
         "drawn/latents": latents.double().norm().item(),
-        "drawn/advantage": (step.advantage_B.double() * torch.arange(1, len(step.advantage_B) + 1)).sum().item(),
+        "drawn/advantage": (advantage_B.double() * torch.arange(1, len(advantage_B) + 1)).sum().item(),
     }
 
 

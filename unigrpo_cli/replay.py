@@ -133,10 +133,12 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     if len(temperatures) > 1:
         raise ValueError(f"episodes replayed together must share one temperature, got {sorted(temperatures)}")
     pending: list[list[GivenText | TextActions]] = [[] for _ in episodes]
+    acted = 0
     for column in zip(*(e.segments for e in episodes), strict=True):
         if isinstance(column[0], ImageActions):
             painted = [s for s in column if isinstance(s, ImageActions)]
-            steps = _image_steps(painted)
+            steps = _image_steps(painted, acted)
+            acted += 1
             images.append(steps)
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
             chunks.append(_chunk(pending, painted, steps))
@@ -145,21 +147,27 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
             chunks.append(_chunk(pending, [s for s in column if isinstance(s, GivenImage)], None))
             pending = [[] for _ in episodes]
         else:
+            acted += isinstance(column[0], TextActions)
             for row, segment in zip(pending, column, strict=True):
                 assert isinstance(segment, GivenText | TextActions)
                 row.append(segment)
     if pending[0]:
         chunks.append(_chunk(pending, [], None))
+    at_segment: list[int] = []
     for episode in episodes:
-        own = [s.log_prob for s in episode.segments if isinstance(s, TextActions)]
-        text_log_probs.append(torch.cat(own) if own else torch.zeros(0))
+        actions = [s for s in episode.segments if isinstance(s, TextActions | ImageActions)]
+        texts = [(k, s) for k, s in enumerate(actions) if isinstance(s, TextActions)]
+        text_log_probs.append(torch.cat([s.log_prob for _, s in texts]) if texts else torch.zeros(0))
+        at_segment += [k for k, s in texts for _ in range(len(s.ids))]
     mask_BL = torch.cat([chunk.mask_BL for chunk in chunks], dim=1)
     behaviour = torch.zeros(mask_BL.shape)
     behaviour[mask_BL] = torch.cat(text_log_probs)
+    segment_BL = torch.zeros(mask_BL.shape, dtype=torch.long)
+    segment_BL[mask_BL] = torch.tensor(at_segment, dtype=torch.long)
     behaviour_image = torch.cat(image_log_probs, dim=1) if images else torch.zeros(len(episodes), 0)
     batch = Batch(
         tuple(chunks),
-        Actions(mask_BL, tuple(images)),
+        Actions(mask_BL, segment_BL, tuple(images)),
         temperatures.pop() if temperatures else 1.0,
         behaviour,
         behaviour_image,
@@ -208,8 +216,8 @@ def _chunk(
     )
 
 
-def _image_steps(painted: list[ImageActions]) -> ImageSteps:
-    """The stochastic steps of one image per row."""
+def _image_steps(painted: list[ImageActions], segment: int) -> ImageSteps:
+    """The stochastic steps of one image per row, the acted segment of that number."""
     if len({(s.grid, s.window, s.sde, s.noise_level, *s.times.tolist()) for s in painted}) > 1:
         raise ValueError("images replayed together must share size, window, sde, noise level and times")
     times = torch.stack([s.times for s in painted])
@@ -222,6 +230,7 @@ def _image_steps(painted: list[ImageActions]) -> ImageSteps:
         t_second=times[0, 1],
         sde=painted[0].sde,
         noise_level=painted[0].noise_level,
+        segment=segment,
     )
 
 

@@ -1,16 +1,17 @@
 """UniGRPO: prompts, rollout, rewards, advantage, replay, objective, step.
 
-One advantage per episode trains both kinds of its actions: the tokens of the reasoning and the stochastic denoising
-steps of the image. `training_step` is the algorithm. Rewards that wait for another machine start during the rollout;
-their scores are needed only after the old and the reference policy's replay.
+One advantage trains both kinds of actions: the tokens of the reasoning and the stochastic denoising steps of the
+image; with several rounds each segment may have its own. `training_step` is the algorithm. Rewards that wait for
+another machine start during the rollout; their scores are needed only after the old and the reference policy's replay.
 
-Shape letters: P prompts, G members of a group, B = P * G episodes, L text actions, K image actions.
+Shape letters: P prompts, G members of a group, B = P * G episodes, L text actions, K image actions,
+S acted segments of an episode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,9 +32,10 @@ from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.training import metrics as step_metrics
 from unigrpo_cli.training import update_guard
-from unigrpo_cli.training.advantages import advantages
+from unigrpo_cli.training.advantages import advantages, kinds_of_all
 from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.metrics import timed
+from unigrpo_cli.training.micro_batch import MicroBatch, with_advantages
 from unigrpo_cli.training.optimizer import optimizer_step
 from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
 from unigrpo_cli.training.state import TrainState
@@ -49,32 +51,8 @@ class StepResult:
     metrics: dict[str, float]
     groups: list[Group]
     scored: dict[str, RewardResult]
-    advantage_B: Tensor
+    advantage_BS: Tensor
     skipped: str | None = None
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Episodes of one backward pass.
-
-    Args:
-        batch: the recorded actions.
-        rows: which of this rank's episodes they are.
-        old: scores of the policy that drew them; None until the first update, whose own scores they are.
-        reference: scores of the starting model; None where the objective needs none.
-        advantage_B: one per episode; empty until the rewards are known.
-    """
-
-    batch: Batch
-    rows: list[int]
-    old: Scores | None
-    reference: Scores | None
-    advantage_B: Tensor = field(default_factory=partial(torch.zeros, 0))
-
-    @property
-    def old_scores(self) -> Scores:
-        assert self.old is not None
-        return self.old
 
 
 @dataclass(frozen=True)
@@ -128,10 +106,11 @@ def training_step(
         minibatches = score_old_and_reference(policy, flatten(groups), config, objective, ranks, rescore)
     with timed(seconds, "reward"):
         scored = scoring.finish()
-    advantage_B = advantages(scored, rewards, config, len(prompts_P), seed)
-    own = ranks.share(range(len(advantage_B)), t.minibatches)
-    metrics = step_metrics.rollout_metrics(groups, scored, advantage_B)
-    minibatches = with_advantages(minibatches, advantage_B[own])
+    kind_BS = kinds_of_all(groups, ranks, t.minibatches)
+    advantage_BS = advantages(scored, kind_BS, rewards, config, len(prompts_P), seed)
+    own = ranks.share(range(len(advantage_BS)), t.minibatches)
+    metrics = step_metrics.rollout_metrics(groups, scored, advantage_BS, kind_BS)
+    minibatches = with_advantages(minibatches, advantage_BS[own])
 
     updates: list[UpdateResult] = []
     skipped = None
@@ -151,7 +130,7 @@ def training_step(
     metrics |= step_metrics.over_updates([u.terms for u in updates], ratio_checked=rescore)
     metrics |= step_metrics.memory(policy.device) | {f"seconds/{name}": value for name, value in seconds.items()}
     scored = {name: result.select(own) for name, result in scored.items()}
-    return StepResult(ranks.averaged(metrics), groups, scored, advantage_B[own], skipped)
+    return StepResult(ranks.averaged(metrics), groups, scored, advantage_BS[own], skipped)
 
 
 @torch.no_grad()
@@ -194,12 +173,6 @@ def score_old_and_reference(
     return found
 
 
-def with_advantages(minibatches: Sequence[Sequence[MicroBatch]], advantage_B: Tensor) -> list[list[MicroBatch]]:
-    """Each micro-batch with the advantages of its episodes."""
-    device = minibatches[0][0].batch.actions.mask_BL.device
-    return [[replace(m, advantage_B=advantage_B[m.rows].to(device)) for m in share] for share in minibatches]
-
-
 def update(
     state: TrainState, micro_batches: Sequence[MicroBatch], objective: Objective, config: Config
 ) -> UpdateResult:
@@ -222,7 +195,7 @@ def update(
             with threads_per_worker(workers):
                 losses = [
                     unigrpo_loss(
-                        m.batch.actions, s, m.old_scores, m.reference, m.advantage_B, objective, episodes=episodes
+                        m.batch.actions, s, m.old_scores, m.reference, m.advantages, objective, episodes=episodes
                     )
                     for m, s in zip(part, new, strict=True)
                 ]
@@ -233,7 +206,7 @@ def update(
             for loss in values:
                 step_metrics.add_terms(terms, loss)
             done += part
-        stepped = optimizer_step(state, config, [m.advantage_B for m in done])
+        stepped = optimizer_step(state, config, [m.advantages for m in done])
     finally:
         state.optimizer.zero_grad()
     return UpdateResult(ranks.summed(terms) | stepped, done)

@@ -26,6 +26,7 @@ class ImageSteps:
         t_BK, t_next_BK: times before and after each step.
         t_second: second point of the time grid, scalar.
         sde, noise_level: the transition that drew them.
+        segment: which of the episode's acted segments the image is, from 0.
     """
 
     x_BKND: Tensor
@@ -35,17 +36,41 @@ class ImageSteps:
     t_second: Tensor
     sde: str
     noise_level: float
+    segment: int
 
 
 @dataclass(frozen=True)
 class Actions:
     """What the behaviour policy did in B episodes: where text was acted, and every image segment's steps.
 
-    `mask_BL` is True where position l holds a sampled token: a forced end token is not one.
+    Args:
+        mask_BL: True where position l holds a sampled token: a forced end token is not one.
+        segment_BL: which of the episode's acted segments that token is in, from 0; anything off-mask.
+        images: steps of each image segment.
     """
 
     mask_BL: Tensor
+    segment_BL: Tensor
     images: tuple[ImageSteps, ...]
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """The advantage of each action of B episodes.
+
+    Args:
+        text_BL: of each text action; anything off-mask.
+        images: of each image segment, [B, K], one number for each stochastic step.
+    """
+
+    text_BL: Tensor
+    images: tuple[Tensor, ...]
+
+
+def per_action(advantage_BS: Tensor, actions: Actions) -> Advantages:
+    """Every action gets the advantage of the acted segment s that it is in: A_bl = A_b,s(l), A_bk = A_b,s(k)."""
+    images = tuple(advantage_BS[:, s.segment, None].expand(s.t_BK.shape) for s in actions.images)
+    return Advantages(advantage_BS.gather(1, actions.segment_BL), images)
 
 
 @dataclass(frozen=True)
@@ -104,11 +129,11 @@ class Loss:
 
 
 def text_term(
-    log_prob_BL: Tensor, old_BL: Tensor, mask_BL: Tensor, advantage_B: Tensor, *, clip: float, episodes: int
+    log_prob_BL: Tensor, old_BL: Tensor, mask_BL: Tensor, advantage_BL: Tensor, *, clip: float, episodes: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq 2 without its KL: per episode the mean over its tokens, then the sum over episodes / `episodes`."""
     log_ratio = torch.where(mask_BL, log_prob_BL - old_BL, 0.0)
-    surrogate = clipped_surrogate(log_ratio, advantage_B[:, None], clip)
+    surrogate = clipped_surrogate(log_ratio, advantage_BL, clip)
     return per_episode_mean(surrogate.gain, mask_BL).sum() / episodes, {
         "text/clip_fraction": per_episode_mean(surrogate.clipped.float(), mask_BL).sum() / episodes,
         "text/approx_kl": per_episode_mean(k3(-log_ratio, torch.zeros(())), mask_BL).sum() / episodes,
@@ -116,10 +141,10 @@ def text_term(
 
 
 def image_term(
-    log_ratio_BK: Tensor, advantage_B: Tensor, *, clip: float, episodes: int
+    log_ratio_BK: Tensor, advantage_BK: Tensor, *, clip: float, episodes: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq 6: per episode the mean over its K stochastic steps, then the sum over episodes / `episodes`."""
-    surrogate = clipped_surrogate(log_ratio_BK, advantage_B[:, None], clip)
+    surrogate = clipped_surrogate(log_ratio_BK, advantage_BK, clip)
     return surrogate.gain.mean(dim=1).sum() / episodes, {
         "image/clip_fraction": surrogate.clipped.float().mean(dim=1).sum() / episodes,
         "image/abs_log_ratio": log_ratio_BK.detach().abs().mean(dim=1).sum() / episodes,
@@ -225,23 +250,28 @@ def unigrpo_loss(
     new: Scores,
     old: Scores,
     reference: Scores | None,
-    advantage_B: Tensor,
+    advantages: Advantages,
     objective: Objective,
     *,
     episodes: int,
 ) -> Loss:
     """Eq 7: -(text + lambda * image) + lambda * penalty_weight * penalty + text_kl * KL, to be minimised.
 
-    One advantage per episode multiplies every text and every image action of it.
+    An action's term is multiplied by its own advantage; terminal credit gives all actions of an episode the same one.
     """
-    advantage_B = advantage_B.to(new.log_prob_BL.dtype)
-    total = advantage_B.new_zeros(())
+    dtype = new.log_prob_BL.dtype
+    total = new.log_prob_BL.new_zeros(())
     means: dict[str, Tensor] = {}
     maxima: dict[str, Tensor] = {}
     mask = actions.mask_BL
     if objective.text_weight and mask.shape[1]:
         gain, stats = text_term(
-            new.log_prob_BL, old.log_prob_BL, mask, advantage_B, clip=objective.text_clip, episodes=episodes
+            new.log_prob_BL,
+            old.log_prob_BL,
+            mask,
+            advantages.text_BL.to(dtype),
+            clip=objective.text_clip,
+            episodes=episodes,
         )
         total = total - objective.text_weight * gain
         means |= stats | {"text/loss": -gain}
@@ -254,7 +284,8 @@ def unigrpo_loss(
             means["text/kl"] = kl
     if objective.image_weight and any(steps.x_BKND.shape[1] for steps in actions.images):
         log_ratio_BK = step_log_ratios(actions, new, old, objective)
-        gain, stats = image_term(log_ratio_BK, advantage_B, clip=objective.image_clip, episodes=episodes)
+        advantage_BK = torch.cat(advantages.images, dim=1).to(dtype)
+        gain, stats = image_term(log_ratio_BK, advantage_BK, clip=objective.image_clip, episodes=episodes)
         total = total - objective.image_weight * gain
         means |= stats | {"image/loss": -gain}
         maxima["image/max_abs_log_ratio"] = log_ratio_BK.abs().max()

@@ -72,12 +72,12 @@ def save_bad_step(
     reason: str,
     groups: Sequence[Group],
     scored: dict[str, RewardResult],
-    advantage_B: Tensor,
+    advantage_BS: Tensor,
     metrics: dict[str, float],
 ) -> Path:
     """The whole batch of a skipped step, for study: `unigrpo rollout --from` opens it. Keeps the newest KEPT."""
     path = folder / f"step_{step:06d}"
-    why = {"step": step, "reason": reason, "advantages": advantage_B, "metrics": metrics}
+    why = {"step": step, "reason": reason, "advantages": advantage_BS, "metrics": metrics}
     with new_directory(path, sums=False) as partial:
         save_episodes(groups, partial)
         for name, content in (("rewards.json", reward_rows(groups, scored)), (BAD_STEP, why)):

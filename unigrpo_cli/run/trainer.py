@@ -161,7 +161,7 @@ class Trainer:
         """Write the batch of a skipped step, and stop after too many of them."""
         if step.skipped is None:
             return
-        found = (step.groups, step.scored, step.advantage_B, step.metrics)
+        found = (step.groups, step.scored, step.advantage_BS, step.metrics)
         path = save_bad_step(self.bad_steps, self.state.step, step.skipped, *found)
         try:
             self.monitor.stop_if_diverged(self.state.step, step.skipped, str(path))

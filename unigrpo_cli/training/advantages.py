@@ -1,20 +1,41 @@
-"""Advantages of a step: all rewards of a group become one number per episode (eq 1)."""
+"""Advantages of a step: all rewards of a group become one number per acted segment of an episode (eq 1)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unigrpo_cli.algo.advantage import combined_advantage
+from unigrpo_cli.algo.credit import IMAGE, NONE, TEXT, terminal
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Group, ImageActions, TextActions, flatten
 from unigrpo_cli.errors import RewardError
+from unigrpo_cli.parallel.ranks import Ranks
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.scorer import Scorer
 
 
-def advantages(scored: dict[str, RewardResult], rewards: Scorer, config: Config, prompts: int, seed: int) -> Tensor:
-    """One advantage per episode, fp32 [B], from all rewards of its group (eq 1)."""
+def kinds_of_all(groups: Sequence[Group], ranks: Ranks, parts: int) -> Tensor:
+    """Kinds of the acted segments of all ranks' episodes, int8 [B, S]. All ranks must call this.
+
+    Args:
+        groups: this rank's own.
+        parts: into which `Ranks.share` cut the episodes.
+    """
+    kinds = {TextActions: TEXT, ImageActions: IMAGE}
+    own = [[kinds[type(s)] for s in e.segments if type(s) in kinds] for e in flatten(groups)]
+    rows = ranks.joined(ranks.gather(own), parts)
+    most = max(map(len, rows))
+    return torch.tensor([row + [NONE] * (most - len(row)) for row in rows], dtype=torch.int8)
+
+
+def advantages(
+    scored: dict[str, RewardResult], kind_BS: Tensor, rewards: Scorer, config: Config, prompts: int, seed: int
+) -> Tensor:
+    """One advantage per acted segment, fp32 [B, S], from all rewards of its group (eq 1)."""
     reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
     valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
     advantage_PG = plugin_advantages(rewards, reward_PG, valid_PG)
@@ -27,7 +48,7 @@ def advantages(scored: dict[str, RewardResult], rewards: Scorer, config: Config,
     if config.advantage.shuffle:  # a control: nothing can be learnt
         generator = torch.Generator().manual_seed(derive(seed, "shuffle"))
         advantage_B = advantage_B[torch.randperm(len(advantage_B), generator=generator)]
-    return advantage_B
+    return terminal(advantage_B, kind_BS)
 
 
 def combination(rewards: Scorer, config: Config) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.credit import NONE
 from unigrpo_cli.algo.objective import Loss, Scores, step_densities
 from unigrpo_cli.episode import Episode, Group, ImageActions, TextActions, flatten
 from unigrpo_cli.replay import Batch
@@ -30,7 +31,9 @@ GIB = 2**30
 PENALTIES = ("image/velocity-mse", "image/latent-kl")
 
 
-def rollout_metrics(groups: Sequence[Group], scored: dict[str, RewardResult], advantage_B: Tensor) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[Group], scored: dict[str, RewardResult], advantage_BS: Tensor, kind_BS: Tensor
+) -> dict[str, float]:
     """What was drawn and how it was judged, before any update.
 
     Args:
@@ -44,10 +47,10 @@ def rollout_metrics(groups: Sequence[Group], scored: dict[str, RewardResult], ad
         for part, values in own.components.items():
             known = values[own.valid & np.isfinite(values)]  # a part may be about some prompts only
             metrics[f"reward/{name}/{part}"] = float(known.mean()) if len(known) else math.nan
-    advantage_PG = advantage_B.view(-1, len(groups[0].episodes))
-    metrics["advantage/zero_groups"] = float((advantage_PG == 0).all(dim=1).float().mean())
-    metrics["advantage/zero"] = float((advantage_B == 0).float().mean())
-    metrics["advantage/std"] = float(advantage_B.std(correction=0))
+    zero_B = (advantage_BS == 0).all(dim=1)
+    metrics["advantage/zero_groups"] = float(zero_B.view(-1, len(groups[0].episodes)).all(dim=1).float().mean())
+    metrics["advantage/zero"] = float(zero_B.float().mean())
+    metrics["advantage/std"] = float(advantage_BS[kind_BS != NONE].std(correction=0))
     episodes = flatten(groups)
     texts = [s for e in episodes for s in e.segments if isinstance(s, TextActions)]
     if texts:

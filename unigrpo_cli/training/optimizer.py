@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from unigrpo_cli.algo.objective import Advantages
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.errors import UsageError
@@ -88,11 +89,11 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
 
 
-def optimizer_step(state: TrainState, config: Config, advantages: Sequence[Tensor]) -> dict[str, float]:
+def optimizer_step(state: TrainState, config: Config, advantages: Sequence[Advantages]) -> dict[str, float]:
     """One AdamW step on the gradients of all ranks: refuse what is not sound, clip, step.
 
     Args:
-        advantages: of the update's episodes on this rank.
+        advantages: of the update's actions on this rank.
 
     Returns the gradient norm of each expert before clipping, and `grad_clipped`.
 
@@ -105,7 +106,7 @@ def optimizer_step(state: TrainState, config: Config, advantages: Sequence[Tenso
     ranks.sum_gradients(parameters)
     each = {expert: n for expert, own in trained.items() if len(n := ranks.gradient_norms(own))}
     total = torch.cat([*each.values(), *([] if each else [torch.zeros(1)])]).norm()
-    taught = torch.cat(list(advantages)).any().to(total)
+    taught = torch.stack([part.any() for a in advantages for part in (a.text_BL, *a.images)]).any().to(total)
     *own_norms, norm, flag = torch.stack([*(n.norm() for n in each.values()), total, taught]).tolist()
     norms = dict(zip(each, own_norms, strict=True))
     update_guard.check_gradient(norms, known, config.monitor.explosion)

@@ -15,6 +15,7 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Group, Prompt
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.evaluate import sample_of, samples_of
+from unigrpo_cli.parallel.ranks import ALONE
 from unigrpo_cli.rewards.batch import Sample
 from unigrpo_cli.rewards.loaded import LoadedReward
 from unigrpo_cli.rewards.scorer import Scorer
@@ -47,8 +48,9 @@ def record_rewards(
 ) -> RecordedRewards:
     samples = samples_of(rollout.groups, step)
     seed = derive(config.seed, "doctor", step)
-    advantage_B = train.advantages(scored, rewards, config, len(rollout.groups), seed)
-    found = RecordedRewards(scored, advantage_B, {}, {}, {})
+    kind_BS = train.kinds_of_all(rollout.groups, ALONE, 1)
+    advantage_BS = train.advantages(scored, kind_BS, rewards, config, len(rollout.groups), seed)
+    found = RecordedRewards(scored, advantage_BS, kind_BS, {}, {}, {})
     for loaded in rewards.active("train"):
         name, own = loaded.alias, scored[loaded.alias]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli import train
-from unigrpo_cli.algo.objective import Objective, Scores, step_log_ratios
+from unigrpo_cli.algo.objective import Objective, Scores, per_action, per_episode_mean, step_log_ratios
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Prompt
 from unigrpo_cli.errors import DivergedError
@@ -129,7 +129,7 @@ def _replay(
     episodes, objective = [e for g in rollout.groups for e in g.episodes], train.objective_of(config)
     try:
         minibatches = train.score_old_and_reference(recorder.as_policy, episodes, config, objective)
-        minibatches = train.with_advantages(minibatches, scores.advantage_B)
+        minibatches = train.with_advantages(minibatches, scores.advantage_BS)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -168,7 +168,7 @@ def _rows_of(m: MicroBatch, episodes: Sequence[Episode]) -> list[int]:
             gap = float((images[0].before.double() - x_KND.double()).abs().mean()) if same_shape else float("inf")
         return gap, action_ids(episodes[k]) != scored_ids(m, row)
 
-    return [min(range(len(episodes)), key=partial(distance, row=b)) for b in range(len(m.advantage_B))]
+    return [min(range(len(episodes)), key=partial(distance, row=b)) for b in range(len(m.rows))]
 
 
 def _loss_errors(m: MicroBatch, objective: Objective) -> dict[str, Tensor]:
@@ -178,16 +178,16 @@ def _loss_errors(m: MicroBatch, objective: Objective) -> dict[str, Tensor]:
     an episode's actions. Both are taken with respect to the scores, without another pass through the network.
     """
     plain = replace(objective, penalty="none", text_kl=0.0)
-    old, actions, rows = m.old_scores, m.batch.actions, len(m.advantage_B)
+    old, actions, rows = m.old_scores, m.batch.actions, len(m.rows)
     log_prob_BL = old.log_prob_BL.clone().requires_grad_()
     velocities = tuple(v.clone().requires_grad_() for v in old.velocities)
     new = Scores(log_prob_BL, old.entropy_BL, velocities)
-    total = train.unigrpo_loss(actions, new, old, m.reference, m.advantage_B, plain, episodes=rows).total
-    mask_BL = actions.mask_BL
-    weighted_B = plain.text_weight * torch.where(mask_BL, log_prob_BL, 0.0).sum(dim=1) / mask_BL.sum(dim=1).clamp_min(1)
+    total = train.unigrpo_loss(actions, new, old, m.reference, m.advantages, plain, episodes=rows).total
+    weighted_B = plain.text_weight * per_episode_mean(m.advantages.text_BL * log_prob_BL, actions.mask_BL)
     if velocities and plain.image_weight:
-        weighted_B = weighted_B + plain.image_weight * step_log_ratios(actions, new, old, plain).mean(dim=1)
-    wanted = -(m.advantage_B * weighted_B).sum() / rows
+        image_BK = torch.cat(m.advantages.images, dim=1) * step_log_ratios(actions, new, old, plain)
+        weighted_B = weighted_B + plain.image_weight * image_BK.mean(dim=1)
+    wanted = -weighted_B.sum() / rows
     inputs = [log_prob_BL, *velocities]
     found, own = (torch.autograd.grad(x, inputs, allow_unused=True, materialize_grads=True) for x in (total, wanted))
     errors = {}
@@ -229,12 +229,21 @@ def _trial_state(policy: Any, optimizer: torch.optim.Optimizer) -> TrainState:
 
 
 def _with_probe_advantages(share: list[MicroBatch], scale: float = 1.0) -> list[MicroBatch]:
-    """Advantages of both signs and growing size, so that no two episodes cancel and no reward decides."""
+    """Advantages of both signs and growing size, so that no two episodes cancel and no reward decides.
+
+    Each segment of an episode has its own.
+    """
     found, at = [], 0
     for m in share:
-        k = torch.arange(at, at + len(m.advantage_B), device=m.advantage_B.device)
-        found.append(replace(m, advantage_B=scale * (1 - 2.0 * (k % 2)) * (1 + k / 8)))
-        at += len(k)
+        actions, rows = m.batch.actions, len(m.rows)
+        last = max(
+            [int(actions.segment_BL.max()) if actions.segment_BL.numel() else 0, *(i.segment for i in actions.images)]
+        )
+        k = torch.arange(at, at + rows, device=actions.mask_BL.device)
+        advantage_B = scale * (1 - 2.0 * (k % 2)) * (1 + k / 8)
+        growth_S = 1 + torch.arange(last + 1, device=k.device) / 4
+        found.append(replace(m, advantages=per_action(advantage_B[:, None] * growth_S, actions)))
+        at += rows
     return found
 
 

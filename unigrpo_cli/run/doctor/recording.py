@@ -33,14 +33,15 @@ class RecordedRewards:
 
     Args:
         scored: as training scores them.
-        advantage_B: as training combines them.
+        advantage_BS, kind_BS: advantages as training makes them, and kinds of the acted segments.
         alone: each episode scored by itself, for rewards that score samples independently; NaN for an abstention.
         again: all episodes scored a second time.
         contrasts: scores of very different samples, for a reward that gave every episode the same score.
     """
 
     scored: dict[str, RewardResult]
-    advantage_B: Tensor
+    advantage_BS: Tensor
+    kind_BS: Tensor
     alone: dict[str, list[float]]
     again: dict[str, list[float]]
     contrasts: dict[str, list[float]]

@@ -22,7 +22,7 @@ def replayable(r: Recording) -> Outcome:
     """The sampled episodes can be stacked and scored, each once."""
     if r.replay is None:
         return fault(r.trouble["replay"])
-    count = sum(len(m.advantage_B) for m in r.replay.micro_batches)
+    count = sum(len(m.rows) for m in r.replay.micro_batches)
     seen = f"{count} episodes in {len(r.replay.micro_batches)} micro-batches"
     if sorted(k for rows in r.replay.rows for k in rows) != list(range(len(r.episodes))):
         return fault(f"{seen}, but not each episode once")

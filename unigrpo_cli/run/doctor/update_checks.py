@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import islice
 
+from unigrpo_cli.algo.credit import IMAGE
+from unigrpo_cli.episode import Episode, ImageActions, TextActions
 from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
 from unigrpo_cli.run.doctor.probe_step import difference
 from unigrpo_cli.run.doctor.recording import Recording, label
 from unigrpo_cli.run.doctor.replay_checks import NO_REPLAY, no_update
+from unigrpo_cli.training.micro_batch import MicroBatch
 
 RESCORED = 1e-4  # a network's scores change this much with the batch they are in
 WEIGHT = 0.05  # relative error of an action's weight in the loss; the rest is rounding
@@ -17,15 +21,17 @@ SAME = {True: 1e-2, False: 1e-4}  # a reference elsewhere in memory may round di
 
 
 def advantages(r: Recording) -> Outcome:
-    """Each action is weighted by its own episode's advantage, and better episodes have larger ones."""
+    """Each action is weighted by the advantage of its own segment, and better episodes have larger ones."""
     if r.config.advantage.shuffle:
         return Outcome(WARN, None, None, "advantage.shuffle is on, a control in which nothing can be learned")
-    by_episode = {id(e): float(a) for e, a in zip(r.episodes, r.scores.advantage_B, strict=True)}
+    by_episode = {id(e): a.tolist() for e, a in zip(r.episodes, r.scores.advantage_BS, strict=True)}
     for _, m, b, episode in r.replayed_rows():
-        used, own = float(m.advantage_B[b]), by_episode[id(episode)]
-        if used != own:
-            seen = f"{label(episode)} is replayed with advantage {used:+.3f}, its own is {own:+.3f}"
-            return fault(seen, abs(used - own), 0.0)
+        for s, used_N in enumerate(_used(m, b, episode)):
+            own = by_episode[id(episode)][s]
+            used = max(used_N, key=lambda a: abs(a - own), default=own)
+            if used != own:
+                seen = f"segment {s} of {label(episode)} is replayed with advantage {used:+.3f}, its own is {own:+.3f}"
+                return fault(seen, abs(used - own), 0.0)
     for errors, rows in zip(r.replay.loss_errors, r.replay.rows, strict=False) if r.replay else ():
         for kind, error_B in errors.items():
             b = int(error_B.argmax())
@@ -37,10 +43,24 @@ def advantages(r: Recording) -> Outcome:
     return _order(r)
 
 
+def _used(m: MicroBatch, row: int, episode: Episode) -> list[list[float]]:
+    """The advantages of the actions of each acted segment of an episode, as the loss gets them."""
+    texts = iter(m.advantages.text_BL[row][m.batch.actions.mask_BL[row]].tolist())
+    images = iter(m.advantages.images)
+    acted = [s for s in episode.segments if isinstance(s, TextActions | ImageActions)]
+    return [
+        next(images)[row].tolist() if isinstance(s, ImageActions) else list(islice(texts, len(s.ids))) for s in acted
+    ]
+
+
 def _order(r: Recording) -> Outcome:
     """Of two episodes of a group, the one with better rewards has the larger advantage."""
-    advantage_B, compared, wrong = r.scores.advantage_B.tolist(), 0, []
+    kinds, compared, wrong = r.scores.kind_BS.tolist(), 0, []
+    last = [max(s for s, kind in enumerate(own) if kind == IMAGE) for own in kinds]
+    advantage_B = [own[s] for own, s in zip(r.scores.advantage_BS.tolist(), last, strict=True)]
     for a, b in _better(r):
+        if kinds[a] != kinds[b]:  # pictures of different rounds are not compared
+            continue
         compared += 1
         # Clamping may make unequal episodes equal, but not both 0.
         if not advantage_B[a] >= advantage_B[b] or advantage_B[a] == advantage_B[b] == 0.0:
