@@ -11,7 +11,7 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, rewards, rollout, train
+from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, rewards, rollout, sweep, train
 from unigrpo_cli.errors import UsageError, one_line
 from unigrpo_cli.io.stdout import keep_running_without_output
 from unigrpo_cli.run.signals import NUMBERS
@@ -28,6 +28,7 @@ app = typer.Typer(
     "6 fault found by the doctor, 130 interrupted.",
 )
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("rollout")(rollout.rollout)
 app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)

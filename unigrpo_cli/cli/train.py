@@ -77,7 +77,7 @@ def train(
         from unigrpo_cli.run import prepare
         from unigrpo_cli.run.inputs import read_inputs
         from unigrpo_cli.run.resume import checkpoint_to_plan, run_to_resume
-        from unigrpo_cli.run.start import new_run, resumed_run
+        from unigrpo_cli.run.start import run_training
 
         if dry_run:
             configuration, run, wanted = chosen()
@@ -88,12 +88,7 @@ def train(
         with join_ranks() as ranks:
             with ranks.together():
                 configuration, run, wanted = chosen()
-            if run is None:
-                with new_run(configuration, plugins, display, out, listener, ranks) as trainer:
-                    summary = trainer.run()
-            else:
-                with resumed_run(configuration, plugins, display, run, wanted, listener, ranks) as resumed:
-                    summary = resumed.run()
+            summary = run_training(configuration, plugins, display, out, run, wanted, listener, ranks)
     if json and rank == 0:
         common.print_json(summary)
     if summary["interrupted"]:

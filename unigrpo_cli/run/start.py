@@ -68,6 +68,24 @@ class FinishedRun:
         return self.summary
 
 
+def run_training(
+    config: Config,
+    plugins: Plugins,
+    display: Display,
+    out: Path | None,
+    directory: Path | None,
+    wanted: Path | None,
+    interrupts: Interrupts,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Train a new run in `out`, or resume the one in `directory`; the content of its summary.json."""
+    if directory is None:
+        with new_run(config, plugins, display, out, interrupts, ranks) as trainer:
+            return trainer.run()
+    with resumed_run(config, plugins, display, directory, wanted, interrupts, ranks) as resumed:
+        return resumed.run()
+
+
 @contextmanager
 def new_run(
     config: Config,

@@ -1,0 +1,279 @@
+"""A sweep: one run for each combination of settings and each seed, in one directory (docs/files.md).
+
+The runs' own files say what is done, so a sweep that was killed is resumed by the same command.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import hashlib
+import io
+import itertools
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unigrpo_cli.config import Config, load_config, to_toml
+from unigrpo_cli.errors import DivergedError, TooLargeError, UnigrpoError, UsageError, one_line
+from unigrpo_cli.io.atomic import locked, write_text
+from unigrpo_cli.io.json import to_json
+from unigrpo_cli.parallel.ranks import Ranks
+from unigrpo_cli.rewards.registry import Plugins
+from unigrpo_cli.run.config_diff import Effect, changes, flat
+from unigrpo_cli.run.console import Display
+from unigrpo_cli.run.directory import Run, fresh_directory, is_begun
+from unigrpo_cli.run.signals import interrupts
+from unigrpo_cli.run.start import run_training
+
+SETTINGS, ROWS, TABLE, CLAIMS = "sweep.toml", "sweep.json", "sweep.csv", ".claims"
+LONGEST_NAME = 120
+SCORES = ("eval_before", "eval_after", "intervals", "difference")
+"""What a row takes over from a run's summary.json."""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Args:
+        name: its directory inside the sweep's.
+        cell: its combination of varied settings, without the seed.
+        settings: the varied settings by key.
+    """
+
+    name: str
+    cell: str
+    seed: int
+    settings: dict[str, Any]
+    config: Config
+
+
+# ----- which runs
+
+
+def runs_of(
+    vary: Sequence[str], seeds: Sequence[int], configure: Callable[[list[str], int | None], Config]
+) -> list[SweepRun]:
+    """All runs: the product of the values of each key, and of the seeds.
+
+    Args:
+        vary: `section.key=value`; the same key several times gives its values.
+        seeds: empty for the seed of the settings.
+        configure: the configuration of `--set` texts and a seed.
+
+    Raises:
+        UsageError: for an unknown key, a wrong value, or one that is given twice.
+    """
+    values = _values_of(vary)
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {','.join(map(str, seeds))}: give each seed once")
+    labels = _labels(list(values))
+    runs: list[SweepRun] = []
+    for combination in itertools.product(*values.values()):
+        texts = [f"{key}={value}" for key, value in zip(values, combination, strict=True)]
+        for seed in seeds or (None,):
+            config = configure(texts, seed)
+            plain = flat(config.model_dump(mode="json"))
+            settings = {key: plain.get(key, text) for key, text in zip(values, combination, strict=True)}
+            cell = "_".join(f"{labels[key]}={_readable(value)}" for key, value in settings.items())
+            name = _short("_".join(filter(None, (cell, f"seed={config.seed}"))))
+            runs.append(SweepRun(name, cell or "all", config.seed, settings, config))
+    names = [run.name for run in runs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--vary: two runs are named {repeated}; give each value once")
+    return runs
+
+
+def _values_of(vary: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each key, in the order in which they were given."""
+    values: dict[str, list[str]] = {}
+    for text in vary:
+        key, found, value = (part.strip() for part in text.partition("="))
+        if not found or not key:
+            raise UsageError(f"--vary {text}: write it as section.key=value, e.g. --vary train.lr_image=1e-4")
+        if key == "seed":
+            raise UsageError(f"--vary {text}: give seeds as --seeds 0,1,2")
+        values.setdefault(key, []).append(value)
+    return values
+
+
+def seeds_of(text: str | None) -> list[int]:
+    """Seeds as they are typed: `0,1,2`."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise UsageError(f"--seeds {text}: write whole numbers with commas, e.g. --seeds 0,1,2") from error
+
+
+def _labels(keys: list[str]) -> dict[str, str]:
+    """Short names of keys: the last part, or where two keys share it, all of it."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: key if last.count(short) > 1 or short == "seed" else short for key, short in zip(keys, last, strict=True)
+    }
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "-".join(map(_readable, value))
+    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-") or "none"
+
+
+def _short(name: str) -> str:
+    """The name, or for one that is too long for a file system its beginning and a digest."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+# ----- the directory
+
+
+def sweep_directory(out: Path | None, base: Config) -> Path:
+    """The directory of a new sweep, or of one that is resumed.
+
+    Raises:
+        UsageError: when it holds something else, or a sweep with other settings.
+    """
+    if out is None or not (out / SETTINGS).is_file():
+        directory = fresh_directory(out, "sweep")
+        write_text(directory / SETTINGS, to_toml(base))
+        return directory
+    before = load_config(file=out / SETTINGS).model_dump(mode="json")
+    harmless = (Effect.NONE, Effect.ROUNDING)
+    changed = [str(change) for change in changes(before, base) if change.effect not in harmless]
+    if changed:
+        raise UsageError(f"{out} holds a sweep with other settings ({'; '.join(changed)}); choose another --out")
+    write_text(out / SETTINGS, to_toml(base))
+    return out
+
+
+def row_of(run: SweepRun, directory: Path, error: str | None = None) -> dict[str, Any]:
+    """What `sweep.json` says of a run: its settings, its state and, once it is finished, its scores."""
+    summary = Run(directory / run.name).summary()
+    finished = summary is not None and summary.get("steps", 0) >= run.config.train.steps
+    state = "failed" if error else "finished" if finished else "unfinished"
+    row = {"run": run.name, "cell": run.cell, "seed": run.seed, "settings": run.settings, "state": state}
+    scores = {key: summary.get(key) or {} for key in SCORES} if summary is not None and finished else {}
+    return row | scores | ({"error": error} if error else {})
+
+
+def cells_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per combination: its finished runs, and of each reward mean and standard deviation over the seeds."""
+    cells = []
+    for name in dict.fromkeys(row["cell"] for row in rows):
+        finished = [row for row in rows if row["cell"] == name and row["state"] == "finished"]
+        scores = {}
+        for reward in dict.fromkeys(reward for row in finished for reward in row["eval_after"]):
+            values = [row["eval_after"][reward] for row in finished if row["eval_after"].get(reward) is not None]
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                scores[reward] = {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
+        cells.append({"cell": name, "finished": len(finished), "scores": scores})
+    return cells
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per run: cell, seed, the varied settings, and the scores before and after training."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["settings"]))
+    names = list(dict.fromkeys(name for row in rows for name in row.get("eval_after", {})))
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    scores = [f"{when}/{name}" for when in ("before", "after") for name in names]
+    lines.writerow(["cell", "seed", "run", "state", *keys, *scores])
+    for row in rows:
+        values = [row.get(f"eval_{when}", {}).get(name) for when in ("before", "after") for name in names]
+        lines.writerow(
+            [row["cell"], row["seed"], row["run"], row["state"], *(row["settings"][k] for k in keys), *values]
+        )
+    return text.getvalue()
+
+
+def show(cells: Sequence[dict[str, Any]], display: Display) -> None:
+    """A row per combination: its finished runs and the scores after training."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["scores"]))
+    rows = []
+    for cell in cells:
+        scores = [_cell_text(cell["scores"].get(name)) for name in names]
+        rows.append([cell["cell"], str(cell["finished"]), *scores])
+    title = "held-out scores after training: mean over seeds, standard deviation"
+    display.table(title, ["cell", "runs", *names], rows, set(range(1, len(names) + 2)))
+
+
+def _cell_text(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score['mean']:.3f}" + ("" if score["std"] is None else f" ± {score['std']:.3f}")
+
+
+# ----- train
+
+
+def train_all(
+    runs: Sequence[SweepRun], directory: Path, plugins: Plugins, display: Display, ranks: Ranks
+) -> tuple[dict[str, Any], bool]:
+    """Train what is not finished, one run after the other; the content of `sweep.json`, and whether it was interrupted.
+
+    Several processes may share a directory: each run is trained by the one that claims it first. A run that diverges
+    or does not fit in memory fails alone; other errors end the sweep, as they would meet every run.
+    """
+    failed: dict[str, str] = {}
+    interrupted = False
+    for number, run in enumerate(runs, 1):
+        with ExitStack() as held:
+            if not _claimed(run, directory, ranks, held):
+                continue
+            display.say(f"run {number} of {len(runs)}: {run.name}", style="bold")
+            place = directory / run.name
+            begun = ranks.from_first(place.is_dir() and is_begun(place))
+            try:
+                with interrupts() as listener:
+                    resumed = place if begun else None
+                    summary = run_training(run.config, plugins, display, place, resumed, None, listener, ranks)
+                interrupted = summary["interrupted"]
+            except (DivergedError, TooLargeError) as error:
+                if not (ranks.alone or error.everywhere):
+                    raise
+                failed[run.name] = one_line(str(error))
+                display.warn(f"{run.name} failed: {failed[run.name]}")
+            except UnigrpoError:
+                display.warn(f"the sweep stops at {run.name}; the same command with --out {directory} resumes it")
+                raise
+        gc.collect()  # a trainer and its listener hold each other, and with them the weights
+        _write(runs, directory, failed, ranks)
+        if interrupted:
+            break
+    return _write(runs, directory, failed, ranks), interrupted
+
+
+def _claimed(run: SweepRun, directory: Path, ranks: Ranks, held: ExitStack) -> bool:
+    """Whether a run is to be trained, and by this process; then it holds the claim."""
+    claim = False
+    with ranks.together():
+        if ranks.first and row_of(run, directory)["state"] != "finished":
+            place = directory / CLAIMS / run.name
+            place.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(place))
+                claim = row_of(run, directory)["state"] != "finished"  # another process may just have finished it
+            except UsageError:  # held by another process, which trains it
+                claim = False
+    return ranks.from_first(claim)
+
+
+def _write(runs: Sequence[SweepRun], directory: Path, failed: dict[str, str], ranks: Ranks) -> dict[str, Any]:
+    """Write `sweep.json` and `sweep.csv`, on the first rank."""
+    rows = [row_of(run, directory, failed.get(run.name)) for run in runs]
+    content = {"directory": str(directory), "runs": rows, "cells": cells_of(rows)}
+    with ranks.together():
+        if ranks.first:
+            write_text(directory / ROWS, to_json(content, indent=1) + "\n")
+            write_text(directory / TABLE, to_csv(rows))
+    return content
