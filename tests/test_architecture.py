@@ -27,7 +27,7 @@ ROOMS = (
     ("replay",),
     ("rollout",),
     ("rewards",),
-    ("suites", "models"),
+    ("suites", "models", "programs"),
     ("episode",),
     ("toy", "config"),
     ("parallel",),

@@ -20,6 +20,7 @@ from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.lora import load_adapters, save_adapters
 from unigrpo_cli.models.mot import layers
 from unigrpo_cli.models.mot.bagel import read_release
@@ -330,7 +331,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
     for step in range(steps):
         for m in share:
-            new = replay(policy, m.batch)
+            new = replay(policy, m.batch, grad_through_images=config.objective.grad_through_images)
             loss = unigrpo_loss(
                 m.batch.actions, new, m.old, m.reference, m.advantages, objective, episodes=len(episodes)
             )
@@ -466,12 +467,19 @@ def test_a_streamed_layer_has_its_weights_only_while_it_works(monkeypatch: pytes
 def test_what_else_trains_is_chosen_by_name(also: str, moves: str, picture: Path) -> None:
     """Only the layers move by default, and one named part besides when it is named."""
     settings = ["train.finetune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
+    settings.append("objective.grad_through_images=true")
     prompts = [replace(PROMPTS[0], image=str(picture))]
     start = load_model(str(TINY)).network.state_dict()
     without, _ = _trained(settings, prompts=prompts)
     chosen, _ = _trained([*settings, f'train.extra_modules=["{also}"]'], prompts=prompts)
     assert torch.equal(without.network.state_dict()[moves], start[moves])
     assert not torch.equal(chosen.network.state_dict()[moves], start[moves])
+
+
+@pytest.mark.parametrize("part", ["connector", "vision"])
+def test_what_learns_through_pictures_alone_needs_their_gradient(part: str) -> None:
+    with pytest.raises(UsageError, match="set objective.grad_through_images=true"):
+        _trained(["train.finetune=full", f'train.extra_modules=["{part}"]'])
 
 
 def test_edits_of_several_sizes_train_together(picture: Path, tmp_path: Path) -> None:

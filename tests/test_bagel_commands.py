@@ -188,7 +188,7 @@ def test_training_on_edits_from_a_file(tmp_path: Path, brightness: Path) -> None
 def test_what_cannot_be_shown_pictures_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "p.png")
     for extra, says in (
-        (["--image", str(tmp_path / "p.png")], "no vision tower"),
+        (["--image", str(tmp_path / "p.png"), "--answer"], "no vision tower"),
         (["--image", "gone.png"], "no picture"),
     ):
         done = CliRunner().invoke(app, ["generate", "red", *extra, "--out", str(tmp_path / "out")])

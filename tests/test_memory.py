@@ -107,9 +107,8 @@ def test_the_release_counted() -> None:
 def test_what_is_trained_is_what_tuning_trains(experts: str, also: tuple[str, ...] | None) -> None:
     """Adapters (None), all weights of the layers, and everything that can be trained beside them."""
     finetune = "lora" if also is None else "full"
-    config = settings(
-        f"train.experts={experts}", f"train.finetune={finetune}", f"train.extra_modules={list(also or ())}"
-    )
+    chosen = (f"train.experts={experts}", f"train.finetune={finetune}", f"train.extra_modules={list(also or ())}")
+    config = settings(*chosen, "objective.grad_through_images=true")
     release = read_release(TINY)
     policy = load_model(str(TINY))
     policy.network.requires_grad_(False)

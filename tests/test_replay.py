@@ -12,7 +12,6 @@ import torch
 from tests.small import terminal_loss
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, step_densities
-from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Episode, GivenImage, Group, Prompt, TextActions, flatten
 from unigrpo_cli.models.mot import policy as mot_policy
 from unigrpo_cli.models.mot.checkpoint import load_model
@@ -20,7 +19,7 @@ from unigrpo_cli.models.mot.network import Attention
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import _passes_of, collate, micro_batches, replay, replayed_tokens
-from unigrpo_cli.rollout import Sampling, read_given, rollout, sample_image, sample_text
+from unigrpo_cli.rollout import Sampling, rollout, sample_image, sample_text
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.training.metrics import drift
 
@@ -182,20 +181,9 @@ def test_temperature_is_inside_the_scored_distribution(tiny: MoTPolicy) -> None:
 
 
 def _two_rounds(model: MoTPolicy) -> list[Episode]:
-    """prompt, thinking, image, second thinking that sees the image, second image: five segments and a prompt."""
-    episodes = []
-    with torch.no_grad():
-        for member, prompt in enumerate(PROMPTS):
-            seed = derive(0, prompt.id, member)
-            given = model.preamble(prompt, think=True)
-            context = read_given(model, [given])
-            context, first = sample_text(model, context, SAMPLING, [seed])
-            image = sample_image(model, context, SAMPLING, WINDOW, [seed])[0]
-            context = model.encode_image(context, image.latent[None], image.grid)
-            context, second = sample_text(model, context, SAMPLING, [derive(seed, "again")])
-            repainted = sample_image(model, context, SAMPLING, WINDOW, [derive(seed, "again")])[0]
-            episodes.append(Episode(prompt, member, seed, (*given, first[0], image, second[0], repainted)))
-    return episodes
+    """Prompt, text, image, a look at it, text, image."""
+    sampling = replace(SAMPLING, program="reflect", rounds=2)
+    return [e for g in rollout(model, PROMPTS, 1, sampling, WINDOW, 0) for e in g.episodes]
 
 
 def test_several_rounds_replay_like_one(tiny: MoTPolicy) -> None:

@@ -3,6 +3,7 @@
 These names are for plugin authors; nothing here imports torch.
 """
 
+from unigrpo_cli.programs import Program, Rows
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options, reward
 from unigrpo_cli.rewards.hooks import hookimpl
@@ -11,9 +12,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Options",
+    "Program",
     "RewardBatch",
     "RewardContext",
     "RewardOutput",
+    "Rows",
     "Sample",
     "hookimpl",
     "reward",

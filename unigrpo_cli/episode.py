@@ -1,7 +1,7 @@
 """Episodes, their segments, and the groups in which they are compared. Types only; files: run/episode_files.py.
 
-An episode is a list of segments, each *given* (a prompt) or *acted* (text, an image). Prompt -> reasoning -> image is
-the first case; several rounds are longer lists of the same segments.
+An episode is a list of segments, each *given* (a prompt, a picture that is looked at) or *acted* (text, an image).
+Prompt -> reasoning -> image is the first case; several rounds are longer lists of the same segments.
 
 Everything needed to score the actions again is stored, never re-made: token ids (not text), the fp32 latents around
 each stochastic step (not their noise), the times (not the rule that made them).
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unigrpo_cli.algo.flow import Window
@@ -27,13 +29,14 @@ class Prompt:
     Args:
         id: names the prompt in seeds and files; differs from `text` where a list repeats a prompt.
         metadata: data for rewards: GenEval's `include` and `exclude`, a text to render, anything.
-        image: file of the picture that the text is about, e.g. the source of an edit.
+        image: the picture that the text is about, e.g. the source of an edit: a file, or pixels [h, w, 3]. Equality
+            leaves it out.
     """
 
     id: str
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    image: str | None = None
+    image: str | NDArray[np.uint8] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,13 @@ class GivenText:
     ids: Tensor
 
 
+PAINTED = "painted"
+"""The role of a `GivenImage` that is the episode's own image, looked at."""
+
+
 @dataclass(frozen=True)
 class GivenImage:
-    """An image that was read, not sampled, e.g. the source of an edit.
+    """An image that was read: the source of an edit, or (role PAINTED) the image before it as the model saw it.
 
     Args:
         grid: token rows and columns; N = rows * columns.

@@ -102,6 +102,11 @@ def train_sampling(config: Config) -> Sampling:
         noise_level=s.noise_level,
         batch_size=s.batch_size,
         compiled=s.compile,
+        program=s.program,
+        rounds=s.rounds,
+        stop_phrase=s.stop_phrase,
+        round_max_new_tokens=s.round_max_new_tokens,
+        show_images=s.show_images,
     )
 
 
@@ -183,6 +188,7 @@ def evaluate(
     told = ranks.gather({name: np.concatenate([*parts, []]).tolist() for name, parts in values.items()})
     joined = {name: np.concatenate([np.asarray(own[name]) for own in told]) for name in values}
     noise = {"seed": seed, "samples": samples} | asdict(sampling)
+    noise["round_max_new_tokens"] = list(sampling.round_max_new_tokens)  # as a report on disk has it
     for name in ("batch_size", "compiled", "tapered", "sde", "noise_level"):  # without effect on Euler steps
         noise.pop(name)
     return summarise(joined, tasks, ids, texts, noise)

@@ -37,7 +37,8 @@ class Chunk:
         action_BL, mask_BL: ids of the text actions; False where a row has none.
         acted_N: flat positions of the mask in [B, L], known to the host so that no pass waits for the device.
         image: the recorded noisy states of a sampled image, or None.
-        latent_BND, grid, view_BHWC: the finished or given image, read by later chunks; see `Policy.encode_image`.
+        latent_BND, grid, view_BHWC: the image that is looked at before the next chunk, see `Policy.encode_image`; None
+            without one.
     """
 
     ids_BS: Tensor
@@ -141,18 +142,20 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
             acted += 1
             images.append(steps)
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
-            chunks.append(_chunk(pending, painted, steps))
+            chunks.append(_chunk(pending, steps, painted[0].grid))
             pending = [[] for _ in episodes]
         elif isinstance(column[0], GivenImage):
-            chunks.append(_chunk(pending, [s for s in column if isinstance(s, GivenImage)], None))
-            pending = [[] for _ in episodes]
+            if pending[0] or not chunks or chunks[-1].latent_BND is not None:
+                chunks.append(_chunk(pending, None, (0, 0)))
+                pending = [[] for _ in episodes]
+            chunks[-1] = _looked_at(chunks[-1], [s for s in column if isinstance(s, GivenImage)])
         else:
             acted += isinstance(column[0], TextActions)
             for row, segment in zip(pending, column, strict=True):
                 assert isinstance(segment, GivenText | TextActions)
                 row.append(segment)
     if pending[0]:
-        chunks.append(_chunk(pending, [], None))
+        chunks.append(_chunk(pending, None, (0, 0)))
     at_segment: list[int] = []
     for episode in episodes:
         actions = [s for s in episode.segments if isinstance(s, TextActions | ImageActions)]
@@ -175,12 +178,8 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     return batch if str(device) == "cpu" else _to(batch, device)
 
 
-def _chunk(
-    rows: list[list[GivenText | TextActions]],
-    shown: Sequence[GivenImage | ImageActions],
-    steps: ImageSteps | None,
-) -> Chunk:
-    """The text segments of every row, concatenated, and the image that ends them."""
+def _chunk(rows: list[list[GivenText | TextActions]], steps: ImageSteps | None, grid: tuple[int, int]) -> Chunk:
+    """The text segments of every row, concatenated, and the image that is sampled after them."""
     ids, at, actions = [], [], []
     for row in rows:
         tokens: list[int] = []
@@ -198,9 +197,6 @@ def _chunk(
         at.append(torch.tensor(predictors, dtype=torch.long))
         actions.append(torch.tensor(acted, dtype=torch.long))
     lengths = torch.tensor([len(a) for a in actions])
-    if len({s.grid for s in shown}) > 1:
-        raise ValueError("images replayed together must share one size")
-    grid = shown[0].grid if shown else (0, 0)
     mask_BL = torch.arange(int(lengths.max())) < lengths[:, None]
     return Chunk(
         ids_BS=pad_sequence(ids, batch_first=True),
@@ -210,10 +206,16 @@ def _chunk(
         mask_BL=mask_BL,
         acted_N=mask_BL.flatten().nonzero()[:, 0],
         image=None if steps is None else NoisyImage(steps.x_BKND, steps.t_BK, grid),
-        latent_BND=torch.stack([s.latent for s in shown]) if shown else None,
+        latent_BND=None,
         grid=grid,
-        view_BHWC=views_of(shown),
+        view_BHWC=None,
     )
+
+
+def _looked_at(chunk: Chunk, shown: Sequence[GivenImage]) -> Chunk:
+    """The chunk with the image that every row looks at after it."""
+    latent_BND = torch.stack([image.latent for image in shown])
+    return replace(chunk, latent_BND=latent_BND, grid=shown[0].grid, view_BHWC=views_of(shown))
 
 
 def _image_steps(painted: list[ImageActions], segment: int) -> ImageSteps:
@@ -251,6 +253,7 @@ def replay(
     batch: Batch,
     *,
     grad_through_context: bool = True,
+    grad_through_images: bool = False,
     image: bool = True,
     text: bool = True,
     copies: int | None = None,
@@ -260,6 +263,8 @@ def replay(
     Args:
         grad_through_context: the image loss also trains the text expert, through the context's keys and values. False:
             it trains only the image expert.
+        grad_through_images: what is said and painted after a look also trains the experts through the keys and values
+            of the picture. False: through those of texts alone.
         image: False leaves out velocities (a text-only objective).
         text: False leaves text unscored, for a reference that only needs velocities; log-probabilities are then 0.
         copies: noisy states of each row's image that one pass passes at; None takes the policy's
@@ -277,13 +282,15 @@ def replay(
         noisy = chunk.image if image else None
         passes = [] if noisy is None else _passes_of(noisy, copies or policy.copies_at_once(noisy))
         has_text = chunk.ids_BS.shape[1] > 0
-        out = policy.forward(
-            context,
-            chunk.ids_BS if has_text else None,
-            chunk.length_B if has_text else None,
-            passes[0] if passes else None,
-            detach_context=detach,
-        )
+        out = PolicyOutput(context)
+        if has_text or passes:
+            out = policy.forward(
+                context,
+                chunk.ids_BS if has_text else None,
+                chunk.length_B if has_text else None,
+                passes[0] if passes else None,
+                detach_context=detach,
+            )
         if chunk.mask_BL.shape[1] and not text:
             log_probs.append(torch.zeros(chunk.mask_BL.shape, device=policy.device))
             entropies.append(log_probs[-1])
@@ -300,7 +307,9 @@ def replay(
             velocities.append(_all_velocities([out, *others]))
         context = out.context
         if chunk.latent_BND is not None and k + 1 < len(batch.chunks):
-            context = policy.encode_image(context, chunk.latent_BND, chunk.grid, chunk.view_BHWC)
+            context = policy.encode_image(
+                context, chunk.latent_BND, chunk.grid, chunk.view_BHWC, detach=not grad_through_images
+            )
     rows = len(batch.chunks[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(

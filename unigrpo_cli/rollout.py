@@ -1,8 +1,7 @@
-"""Draw episodes under the behaviour policy: the program prompt -> reasoning -> image.
+"""Draw episodes under the behaviour policy, in the order of a program (`programs.py`).
 
-`sample_text` and `sample_image` each draw one segment for all rows of a batch; `Policy.encode_image` puts an image into
-the context. `replay.py` is the mirror image of this file: it scores the actions drawn here by the same functions of
-`algo`.
+`sample_text` and `sample_image` each draw one segment for all rows of a batch; `read_images` puts images into the
+context. `replay.py` is the mirror image of this file: it scores the actions drawn here by the same functions of `algo`.
 
 Shape letters: B rows (episodes), L text actions, K stochastic steps, N image tokens of D numbers.
 """
@@ -20,10 +19,22 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, Prompt, TextActions, structure
+from unigrpo_cli.episode import (
+    Episode,
+    GivenImage,
+    GivenText,
+    Group,
+    ImageActions,
+    Prompt,
+    Segment,
+    TextActions,
+    structure,
+)
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.policy import Context, NoisyImage, Policy
 from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
 from unigrpo_cli.parallel.workers import parallel_map, worker_count
+from unigrpo_cli.programs import PROGRAMS, THINK_PAINT, Program
 
 NO_GUIDANCE = Guidance()
 
@@ -33,7 +44,7 @@ class Sampling:
     """How episodes are drawn.
 
     Args:
-        think: sample reasoning text before the image.
+        think: sample texts; without them only images.
         max_new_tokens: budget of one text, stop token included.
         temperature: of the sampled and the scored distribution; 0 is greedy (evaluation only).
         height, width: image size, pixels.
@@ -44,6 +55,10 @@ class Sampling:
         guidance: classifier-free guidance; off in training.
         compiled: sample with `Policy.compiled`.
         tapered: the last two batches are halved, so that asynchronous rewards start earlier.
+        program, rounds: what an episode consists of, see `programs.py`.
+        stop_phrase: words by which a text after a look ends its episode; "" for none.
+        round_max_new_tokens: budgets of a text by round, the last one repeated; empty: `max_new_tokens`.
+        show_images: how a painted image is looked at, see `Policy.show`.
     """
 
     think: bool
@@ -59,6 +74,16 @@ class Sampling:
     guidance: Guidance = NO_GUIDANCE
     compiled: bool = False
     tapered: bool = False
+    program: str = THINK_PAINT
+    rounds: int = 1
+    stop_phrase: str = ""
+    round_max_new_tokens: tuple[int, ...] = ()
+    show_images: str = "latents"
+
+    def budget(self, k: int) -> int:
+        """Most tokens of a text in round k."""
+        budgets = self.round_max_new_tokens or (self.max_new_tokens,)
+        return budgets[min(k, len(budgets) - 1)]
 
 
 @torch.no_grad()
@@ -71,17 +96,22 @@ def rollout(
     seed: int,
     on_rows: Callable[[int], None] = lambda rows: None,
     on_episodes: Callable[[list[Episode]], None] = lambda episodes: None,
+    *,
+    later_windows: Sequence[flow.Window] = (),
 ) -> list[Group]:
     """`members` episodes of every prompt, grouped.
 
     An episode's randomness comes from (seed, prompt id, member) alone: batches change only the rounding of matrix
-    products. All rows have the same window.
+    products. All rows have the same windows.
 
     Args:
+        window: of the first round's image.
         on_rows, on_episodes: called after each batch with the number of its episodes, and with the episodes.
+        later_windows: of the images of later rounds, the last one repeated; empty: `window`.
 
     Raises:
         ValueError: when `sampling.batch_size` is not set.
+        UsageError: when there is no such program, or it needs pictures that the prompts do not bring.
     """
     if sampling.batch_size < 1:
         raise ValueError(
@@ -89,7 +119,8 @@ def rollout(
         )
     if sampling.compiled:
         policy = policy.compiled()
-    given = [(prompt, policy.preamble(prompt, sampling.think)) for prompt in prompts]
+    program, windows = PROGRAMS.find(sampling.program), (window, *later_windows)
+    given = [(prompt, _given(policy, program, prompt, sampling.think)) for prompt in prompts]
     rows_of: dict[tuple, list[tuple[int, int]]] = {}
     for k, (_, preamble) in enumerate(given):
         rows_of.setdefault(structure(preamble), []).extend((k, member) for member in range(members))
@@ -99,7 +130,7 @@ def rollout(
 
     def draw(rows: list[tuple[int, int]]) -> list[Episode]:
         with out_of_memory_hint("a rollout", "sampling.batch_size", len(rows)):
-            return _think_paint(policy, given, rows, sampling, window, seed)
+            return _draw(policy, program, given, rows, sampling, windows, seed)
 
     episodes: dict[tuple[int, int], Episode] = {}
     workers = worker_count(len(batches), policy.device)
@@ -117,41 +148,140 @@ def _cut(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
 Given = tuple[GivenText | GivenImage, ...]
 
 
-def _think_paint(
+def _given(policy: Policy, program: Program, prompt: Prompt, think: bool) -> Given:
+    """What is given before the first action of a program."""
+    program.refuse_missing(prompt.text, prompt.image)
+    given = policy.preamble(prompt, think)
+    return given if program.reads_prompt else given[:-1]
+
+
+def _draw(
     policy: Policy,
+    program: Program,
     given: Sequence[tuple[Prompt, Given]],
     rows: Sequence[tuple[int, int]],
     sampling: Sampling,
-    window: flow.Window,
+    windows: Sequence[flow.Window],
     seed: int,
 ) -> list[Episode]:
-    """The program prompt -> reasoning -> image for one batch of rows (index into `given`, member)."""
+    """The episodes of one batch of rows (index into `given`, member)."""
     seeds = [derive(seed, given[k][0].id, member) for k, member in rows]
-    own = list(dict.fromkeys(k for k, _ in rows))
-    at = torch.tensor([own.index(k) for k, _ in rows], device=policy.device)
+    asked = list(dict.fromkeys(k for k, _ in rows))
+    at = torch.tensor([asked.index(k) for k, _ in rows], device=policy.device)
 
     def read(part: Callable[[Given], Given]) -> Context:
         """The context after that part of the given segments: read once per prompt, shared by its group."""
-        return read_given(policy, [part(given[k][1]) for k in own]).select(at)
+        return read_given(policy, [part(given[k][1]) for k in asked]).select(at)
 
-    context = read(lambda preamble: preamble)
-    texts: list[TextActions] = []
-    if sampling.think:
-        context, texts = sample_text(policy, context, sampling, seeds)
     unconditional = None
     if sampling.guidance.on:
         unconditional = UnconditionalContexts(
-            less_text=read(lambda preamble: preamble[:-1]),
+            less_text=read(lambda preamble: preamble[:-1] if isinstance(preamble[-1], GivenText) else preamble),
             less_image=read(lambda preamble: tuple(s for s in preamble if isinstance(s, GivenText))),
         )
-    sources = [s for s in given[own[0]][1] if isinstance(s, GivenImage)]
-    images = sample_image(
-        policy, context, sampling, window, seeds, sources[-1].grid if sources else None, unconditional
+    sources = [s for s in given[asked[0]][1] if isinstance(s, GivenImage)]
+    drawn = _Rows(
+        policy,
+        sampling,
+        windows,
+        sources[-1].grid if sources else None,
+        seeds,
+        [list(given[k][1]) for k, _ in rows],
+        list(range(len(rows))),
+        read(lambda preamble: preamble),
+        unconditional,
     )
-    return [
-        Episode(given[k][0], member, seeds[row], (*given[k][1], *texts[row : row + 1], images[row]))
-        for row, (k, member) in enumerate(rows)
-    ]
+    program.run(drawn)
+    found = zip(rows, seeds, drawn.segments, strict=True)
+    episodes = [Episode(given[k][0], member, own, tuple(segments)) for (k, member), own, segments in found]
+    if not all(episode.images for episode in episodes):
+        raise UsageError(f"sampling.program={program.name} ended an episode without an image: it must sample one")
+    return episodes
+
+
+@dataclass
+class _Rows:
+    """The rows of one batch while a program draws them; see `programs.Rows`.
+
+    Args:
+        grid: of a source picture, whose size edits have; else None.
+        seeds, segments: of every row.
+        active: the rows that the contexts have; others have stopped.
+        unconditional: contexts for guidance; None without it.
+        round, texts: number of the round, and of texts sampled in it.
+    """
+
+    policy: Policy
+    sampling: Sampling
+    windows: Sequence[flow.Window]
+    grid: tuple[int, int] | None
+    seeds: Sequence[int]
+    segments: list[list[Segment]]
+    active: list[int]
+    context: Context
+    unconditional: UnconditionalContexts | None
+    round: int = 0
+    texts: int = 0
+
+    @property
+    def rounds(self) -> int:
+        return self.sampling.rounds
+
+    @property
+    def stop_phrase(self) -> str:
+        return self.sampling.stop_phrase
+
+    def _round_seeds(self) -> list[int]:
+        """The seed of this round of every active row: the episode's own at first."""
+        own = [self.seeds[row] for row in self.active]
+        return [derive(seed, "round", self.round) for seed in own] if self.round else own
+
+    def _append(self, drawn: Sequence[Segment]) -> None:
+        for row, segment in zip(self.active, drawn, strict=True):
+            self.segments[row].append(segment)
+
+    def sample_text(self) -> list[str]:
+        if not self.sampling.think or not self.active:
+            return [""] * len(self.active)
+        seeds = self._round_seeds()
+        if self.texts:  # another text of the same round
+            seeds = [derive(seed, "text", self.texts) for seed in seeds]
+        sampling = replace(self.sampling, max_new_tokens=self.sampling.budget(self.round))
+        self.context, drawn = sample_text(self.policy, self.context, sampling, seeds)
+        self.texts += 1
+        self._append(drawn)
+        return [text.text for text in drawn]
+
+    def sample_image(self) -> None:
+        if self.active:
+            window = self.windows[min(self.round, len(self.windows) - 1)]
+            seeds = self._round_seeds()
+            drawn = sample_image(self.policy, self.context, self.sampling, window, seeds, self.grid, self.unconditional)
+            self._append(drawn)
+        self.round, self.texts = self.round + 1, 0
+
+    def read_image(self) -> None:
+        latest = [
+            next((s for s in reversed(self.segments[k]) if isinstance(s, ImageActions)), None) for k in self.active
+        ]
+        images = [image for image in latest if image is not None]
+        if len(images) < len(latest):
+            raise UsageError(f"sampling.program={self.sampling.program} looks at an image before it sampled one")
+        if images:
+            shown = self.policy.show(images, self.sampling.show_images)
+            self.context = read_images(self.policy, self.context, shown)
+            if self.unconditional is not None:  # the official sampler's rule for a picture that it reads
+                self.unconditional = replace(self.unconditional, less_text=self.context)
+            self._append(shown)
+
+    def stop(self, done: Sequence[bool]) -> None:
+        left = [k for k, gone in enumerate(done) if not gone]
+        if len(left) < len(self.active):
+            self.active = [self.active[k] for k in left]
+            index = torch.tensor(left, dtype=torch.long, device=self.policy.device)
+            self.context = self.context.select(index)
+            if (u := self.unconditional) is not None:
+                self.unconditional = UnconditionalContexts(u.less_text.select(index), u.less_image.select(index))
 
 
 @torch.no_grad()
@@ -181,8 +311,7 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
     for column in zip(*given, strict=True):
         if isinstance(column[0], GivenImage):
             images = [s for s in column if isinstance(s, GivenImage)]
-            latent = torch.stack([image.latent for image in images]).to(policy.device)
-            context = policy.encode_image(read_pending(context), latent, images[0].grid, views_of(images))
+            context = read_images(policy, read_pending(context), images)
             continue
         for row, segment in zip(pending, column, strict=True):
             assert isinstance(segment, GivenText)
@@ -190,9 +319,15 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
     return read_pending(context)
 
 
-def views_of(images: Sequence[GivenImage | ImageActions]) -> Tensor | None:
+def read_images(policy: Policy, context: Context, images: Sequence[GivenImage]) -> Context:
+    """The context after one image per row."""
+    latent = torch.stack([image.latent for image in images]).to(policy.device)
+    return policy.encode_image(context, latent, images[0].grid, views_of(images))
+
+
+def views_of(images: Sequence[GivenImage]) -> Tensor | None:
     """The vision tower's input of one image per row, uint8 [B, h, w, 3]; None without one."""
-    views = [s.view for s in images if isinstance(s, GivenImage) and s.view is not None]
+    views = [image.view for image in images if image.view is not None]
     return torch.stack(views) if views else None
 
 
@@ -261,7 +396,7 @@ def sample_text(
 
 @dataclass(frozen=True)
 class UnconditionalContexts:
-    """Contexts for guidance: without the last user text, and without images; both without reasoning."""
+    """Contexts for guidance: all before the last given text, or up to a later look; and given texts alone."""
 
     less_text: Context
     less_image: Context

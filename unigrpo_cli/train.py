@@ -37,7 +37,7 @@ from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.metrics import timed
 from unigrpo_cli.training.micro_batch import MicroBatch, with_advantages
 from unigrpo_cli.training.optimizer import optimizer_step
-from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
+from unigrpo_cli.training.schedule import later_windows, objective_of, prompts_for, window_of
 from unigrpo_cli.training.state import TrainState
 
 
@@ -99,6 +99,7 @@ def training_step(
             window_of(config, step),
             seed,
             on_episodes=lambda drawn: scoring.add([sample_of(e, step) for e in drawn]),
+            later_windows=later_windows(config, step),
         )
     with timed(seconds, "reward"):
         scoring.submit([s.id for s in samples_of(groups, step)], parts=t.minibatches)
@@ -214,4 +215,11 @@ def update(
 
 def _replayer(policy: TrainablePolicy, config: Config, image: bool) -> Callable[[Batch], Scores]:
     """Replay with the run's settings: one definition, so that old and new scores are computed alike."""
-    return partial(replay, policy, grad_through_context=config.objective.grad_through_context, image=image)
+    o = config.objective
+    return partial(
+        replay,
+        policy,
+        grad_through_context=o.grad_through_context,
+        grad_through_images=o.grad_through_images,
+        image=image,
+    )

@@ -19,6 +19,7 @@ from unigrpo_cli.cli import completion
 from unigrpo_cli.errors import EndedElsewhereError, RewardError, UnigrpoError, UsageError, one_line
 from unigrpo_cli.io.secrets import redacted
 from unigrpo_cli.io.stdout import stdout_to_stderr
+from unigrpo_cli.programs import PROGRAMS
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -186,13 +187,15 @@ def resolve_config(
     named["reward.names"] = named.get("reward.names") or None  # an option that was not given is an empty list
     if given.get("reward_opt"):
         named["reward.options"] = reward_options(given["reward_opt"])
-    return load_config(
+    config = load_config(
         preset=given["preset"],
         file=file or given["config"],
         overrides=given["overrides"],
         named=named,
         model_defaults=model_defaults,
     )
+    PROGRAMS.find(config.sampling.program)
+    return config
 
 
 def reward_options(texts: list[str] | None) -> dict[str, Any]:

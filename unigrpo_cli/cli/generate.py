@@ -66,7 +66,7 @@ def generate(
     settings = common.resolve_config(context, {"think": "sampling.think", "temperature": "eval.temperature"})
     prompts = _prompts(texts or [], prompts_file, image)
     policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
-    if any(prompt.image for prompt in prompts):
+    if answer and any(prompt.image is not None for prompt in prompts):
         policy.require_vision()
     warn_of_unknown_words(policy, prompts, display.warn)
     with new_directory(out, "generate") as directory:

@@ -33,6 +33,23 @@ class Section(BaseModel):
 class SamplingConfig(Section):
     """How episodes are sampled, in training and (unless `eval` overrides it) in evaluation."""
 
+    program: str = Field(
+        "think-paint",
+        description="what an episode consists of: think-paint, reflect, edit, critique-edit, or a plugin's "
+        "(docs/interleaved.md)",
+    )
+    rounds: Few = Field(1, description="images of an episode; each further one is painted after a look at the last")
+    stop_phrase: str = Field(
+        "", description="a text after a look that has these words ends its episode; empty: none does"
+    )
+    round_max_new_tokens: tuple[Positive, ...] = Field(
+        (), description="longest text of each round, the last one repeated; empty: max_new_tokens for all"
+    )
+    show_images: Literal["latents", "pixels", "tower", "pixels+tower"] = Field(
+        "pixels+tower",
+        description="how a painted image is looked at: its latents, the decoded picture's, the vision tower's view of "
+        "it, or both of these [BAGEL: pixels+tower]",
+    )
     think: bool = Field(True, description="write reasoning before the image")
     max_new_tokens: Positive = Field(1024, description="longest text in tokens, stop token included")
     temperature: NonNegative = Field(1.0, description="softmax temperature of sampling and of log-probs [paper: 1]")
@@ -86,6 +103,11 @@ class ObjectiveConfig(Section):
     grad_through_context: bool = Field(
         True,
         description="image loss also updates the text expert through the context's keys and values [paper: not stated]",
+    )
+    grad_through_images: bool = Field(
+        False,
+        description="text and images after a look also update the experts through the picture's keys and values; words "
+        "that read it send the image expert a gradient a thousand times its own, so it forgets how to paint",
     )
 
 
@@ -325,6 +347,22 @@ class Config(Section):
             raise ValueError(
                 f"sampling.sde=cps takes sampling.noise_level up to 1, not {s.noise_level:g}: above 1 "
                 "sin(a pi / 2) decreases"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _program_fits(self) -> Config:
+        s = self.sampling
+        if s.program == "think-paint" and s.rounds > 1:
+            raise ValueError(f"sampling.rounds={s.rounds}: think-paint paints once; set sampling.program=reflect")
+        if s.program == "reflect" and s.rounds < 2:
+            raise ValueError(
+                "sampling.program=reflect takes two rounds or more: set sampling.rounds=2; one round is think-paint"
+            )
+        if not s.think and (s.rounds > 1 or s.program == "critique-edit"):
+            raise ValueError(
+                f"sampling.think=false leaves sampling.program={s.program} with sampling.rounds={s.rounds} nothing to "
+                "say of its picture; set sampling.think=true"
             )
         return self
 

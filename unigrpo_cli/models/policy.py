@@ -20,7 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import torch
 
-    from unigrpo_cli.episode import GivenImage, GivenText, Prompt
+    from unigrpo_cli.episode import GivenImage, GivenText, ImageActions, Prompt
 
 Lengths = Tensor | Sequence[int] | None
 """Valid tokens of each row; None when all count. A tensor on the policy's device costs no wait."""
@@ -76,7 +76,7 @@ class Policy(Protocol):
     def token_dim(self) -> int: ...
 
     def preamble(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
-        """The given segments before the first action; the prompt's text is the last."""
+        """The given segments before the first action: the prompt's text is the last, its picture comes before it."""
         ...
 
     def question(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
@@ -84,7 +84,16 @@ class Policy(Protocol):
         ...
 
     def require_vision(self) -> object:
-        """Raises UsageError when the model cannot be given pictures."""
+        """Raises UsageError when the model has no vision tower: then it sees pictures as latents alone."""
+        ...
+
+    def show(self, images: Sequence[ImageActions], how: str) -> list[GivenImage]:
+        """Painted images of one size as the model looks at them.
+
+        Args:
+            how: "latents", those that were painted; "pixels", the decoded picture's; "tower", the vision tower's
+                view of it; "pixels+tower", first the one, then the other.
+        """
         ...
 
     def decode_text(self, ids: Tensor) -> str:
@@ -123,9 +132,19 @@ class Policy(Protocol):
         ...
 
     def encode_image(
-        self, context: Any, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+        self,
+        context: Any,
+        x_BND: Tensor,
+        grid: tuple[int, int],
+        view_BHWC: Tensor | None = None,
+        *,
+        detach: bool = False,
     ) -> Context:
-        """The context after one image per row: its clean latents unless N = 0, then its view, uint8, if given."""
+        """The context after one image per row: its clean latents unless N = 0, then its view, uint8, if given.
+
+        Args:
+            detach: what is read later gives no gradient through the image's keys and values.
+        """
         ...
 
     def compiled(self) -> Policy:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unigrpo_cli.models.family import ModelRegistry
+    from unigrpo_cli.programs import ProgramRegistry
     from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardResult
     from unigrpo_cli.suites import SuiteRegistry
 
@@ -36,6 +37,10 @@ class Hooks:
     @hookspec(historic=True)
     def unigrpo_register_models(self, registry: ModelRegistry) -> None:
         """Add families of models: `registry.add(family)`, see `models.family.ModelFamily`."""
+
+    @hookspec(historic=True)
+    def unigrpo_register_programs(self, registry: ProgramRegistry) -> None:
+        """Add programs of episodes: `registry.add(Program(...))`, see docs/interleaved.md."""
 
     @hookspec(historic=True)
     def unigrpo_register_commands(self, app: Any) -> None:

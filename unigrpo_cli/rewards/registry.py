@@ -28,6 +28,7 @@ from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, one_line, 
 from unigrpo_cli.io.entry_points import NO_AUTOLOAD, OURS
 from unigrpo_cli.io.secrets import redacted
 from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.programs import PROGRAMS
 from unigrpo_cli.rewards.function import MARK
 from unigrpo_cli.rewards.hooks import PROJECT, Hooks
 
@@ -124,6 +125,7 @@ class Plugins:
         self.rewards = RewardRegistry()
         self.manager.hook.unigrpo_register_rewards.call_historic(kwargs={"registry": self.rewards})
         self.manager.hook.unigrpo_register_models.call_historic(kwargs={"registry": MODELS})
+        self.manager.hook.unigrpo_register_programs.call_historic(kwargs={"registry": PROGRAMS})
 
     def load(self, wanted: list[str] | None = None, directory: Path | None = None) -> None:
         """Load installed plugins, then those of a directory, then `wanted` in order.

@@ -34,11 +34,13 @@ _MEASURED = (
     "eval.guidance_image eval.guidance_interval eval.guidance_renorm eval.guidance_renorm_min eval.seed"
 )
 _LEARNED = (
-    "prompts seed dtype sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
+    "prompts seed dtype sampling.program sampling.rounds sampling.stop_phrase sampling.round_max_new_tokens "
+    "sampling.show_images sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
     "sampling.steps sampling.shift sampling.sde sampling.noise_level sampling.window sampling.window_size "
     "sampling.window_range sampling.window_period objective.text_weight objective.image_weight objective.text_clip "
     "objective.image_clip objective.text_kl objective.trust_region objective.penalty objective.penalty_weight "
-    "objective.grad_through_context advantage.normalize advantage.clamp advantage.combine advantage.shuffle "
+    "objective.grad_through_context objective.grad_through_images "
+    "advantage.normalize advantage.clamp advantage.combine advantage.shuffle "
     "train.prompts_per_step "
     "train.group_size train.minibatches train.epochs train.lr_text train.lr_image train.betas train.weight_decay "
     "train.grad_clip train.warmup reward.names reward.options reward.on_error monitor.explosion"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,10 @@ def packed(groups: Sequence[Group]) -> tuple[str, dict[str, Tensor]]:
                 }
             members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
         prompt = group.prompt
-        asked = {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "image": prompt.image}
+        image = prompt.image if isinstance(prompt.image, str) else None
+        if isinstance(prompt.image, np.ndarray):
+            tensors[f"{g}.image"] = torch.from_numpy(prompt.image).contiguous()
+        asked = {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "image": image}
         rows.append(asked | {"episodes": members})
     return json.dumps({"format": FORMAT, "groups": rows}, indent=1), tensors
 
@@ -100,8 +104,13 @@ def load_episodes(directory: Path) -> list[Group]:
 
 def _groups(rows: list[dict], tensors: dict[str, Tensor], finite: bool) -> Iterator[Group]:
     for g, row in enumerate(rows):
-        prompt = Prompt(row["id"], row["text"], row["metadata"], row.get("image"))
-        _kinds(prompt, id=str, text=str, metadata=dict, image=str | None)
+        pixels = tensors.get(f"{g}.image")
+        image = row.get("image") if pixels is None else pixels.numpy()
+        prompt = Prompt(row["id"], row["text"], row["metadata"], image)
+        _kinds(prompt, id=str, text=str, metadata=dict, image=str | np.ndarray | None)
+        if pixels is not None:
+            _tensor_of("pixels", pixels, finite)
+            _same("image", (pixels.ndim, pixels.shape[-1]), (3, 3))
         episodes = []
         for m, member in enumerate(row["episodes"]):
             segments = []

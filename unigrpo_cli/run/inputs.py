@@ -9,6 +9,7 @@ from unigrpo_cli.config import Config, load_config, with_values
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, suggest
 from unigrpo_cli.evaluate import limited
+from unigrpo_cli.programs import PROGRAMS
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -59,6 +60,9 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
     _refuse_unknown_best(config, rewards)
     prompts = training_prompts(config.prompts, config.eval.suite)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
+    program = PROGRAMS.find(config.sampling.program)
+    for prompt in (*prompts, *suite):
+        program.refuse_missing(prompt.text, prompt.image)
     _check_rewards(config, rewards, plugins, prompts, suite)
     if automatic and config.eval.suite != SHAPES:
         say(_held_out_line(config, len(prompts), len(suite)))

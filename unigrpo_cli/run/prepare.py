@@ -37,7 +37,7 @@ def plan(config: Config, checkpoint: Path | None) -> Plan:
         content = read_state(checkpoint)
         config = with_kept_sizes(content, config)
         refuse_changes(content, checkpoint, config)
-    pictures = any(prompt.image for prompt in training_prompts(config.prompts))
+    pictures = any(prompt.image is not None for prompt in training_prompts(config.prompts))
     return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True, pictures=pictures)
 
 
@@ -52,7 +52,7 @@ def with_sizes(
     if not left_open(config):
         return config
     with ranks.together():
-        pictures = any(prompt.image for prompt in prompts)
+        pictures = any(prompt.image is not None for prompt in prompts)
         planned = plan_of(config, *_origin(config, checkpoint), pictures=pictures)
     every = ranks.gather(planned.sizes)
     sizes = {key: min(own[key] for own in every) for key in planned.sizes}

@@ -201,16 +201,22 @@ def load_policy(
         policy.load_adapter(place)
         if policy.adapter is not None and policy.adapter.idle:
             warn(f"adapter {place} changes nothing (its lora_B is zero, or its alpha is 0): the base model samples")
-    check_size(policy, config)
+    check_images(policy, config)
     return policy
 
 
-def check_size(policy: Policy, config: Config) -> None:
-    """Refuse an image size that the model cannot paint."""
+def check_images(policy: Policy, config: Config) -> None:
+    """Refuse an image size that the model cannot paint, and looks at its images that it cannot take."""
+    s = config.sampling
     try:
-        policy.grid(config.sampling.height, config.sampling.width)
+        policy.grid(s.height, s.width)
     except ValueError as error:
         raise UsageError(f"sampling.height, sampling.width: {error}") from error
+    if s.rounds > 1 and "tower" in s.show_images:
+        try:
+            policy.require_vision()
+        except UsageError as error:
+            raise UsageError(f"sampling.show_images={s.show_images}: {error}; set latents or pixels") from error
 
 
 def is_embedded(policy: Policy) -> bool:

@@ -240,13 +240,19 @@ def _refuse_uneven_ranks(config: Config, prompts: Sequence[Prompt], ranks: Ranks
     """Groups are never split, and ranks with sharded weights need equally many passes.
 
     Raises:
-        UsageError: for a number of prompts, or prompts of two kinds, for which that cannot be.
+        UsageError: for a number of prompts, prompts of two kinds, or episodes that may stop, for which that cannot be.
     """
     ranks.refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
     if shards(config, ranks) and len({prompt.image is None for prompt in prompts}) > 1:
         raise UsageError(
             "prompts with and without pictures cannot be mixed when weights are sharded, because ranks would make "
             "different numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
+        )
+    if shards(config, ranks) and config.sampling.rounds > 1 and config.sampling.stop_phrase:
+        raise UsageError(
+            f"episodes may stop early (sampling.stop_phrase={config.sampling.stop_phrase}), so ranks with sharded "
+            "weights would make different numbers of passes; give ranks.weights=whole, train.finetune=lora, or "
+            'sampling.stop_phrase=""'
         )
 
 

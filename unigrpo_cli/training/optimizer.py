@@ -36,7 +36,14 @@ def prepare_policy(policy: TrainablePolicy, config: Config, ranks: Ranks = ALONE
         reference_on_host=t.reference_device == "host",
         shard_over=ranks.world if shards(config, ranks) else 1,
     )
-    return policy.finetune(wanted)
+    prepared = policy.finetune(wanted)
+    through_pictures = sorted({"connector", "vision"} & set(t.extra_modules))
+    if through_pictures and not config.objective.grad_through_images:
+        raise UsageError(
+            f"train.extra_modules={through_pictures} learn through pictures alone: set "
+            "objective.grad_through_images=true"
+        )
+    return prepared
 
 
 def shards(config: Config, ranks: Ranks) -> bool:

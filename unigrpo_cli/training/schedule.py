@@ -38,17 +38,22 @@ def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Pr
     return chosen
 
 
-def window_of(config: Config, step: int) -> flow.Window:
-    """The stochastic window of a training step, one for all its groups."""
-    s = config.sampling
+def window_of(config: Config, step: int, k: int = 0) -> flow.Window:
+    """The stochastic window of round k of a training step, one for all its groups."""
+    s, later = config.sampling, ("round", k) if k else ()
     return flow.sde_window(
         s.window,
         steps=s.steps,
         size=s.window_size,
         within=s.window_range,
-        uniform=float(uniform(derive(config.seed, "window", step), 1)),
+        uniform=float(uniform(derive(config.seed, "window", step, *later), 1)),
         turn=step // s.window_period,
     )
+
+
+def later_windows(config: Config, step: int) -> tuple[flow.Window, ...]:
+    """The windows of all rounds but the first."""
+    return tuple(window_of(config, step, k) for k in range(1, config.sampling.rounds))
 
 
 def objective_of(config: Config) -> Objective:

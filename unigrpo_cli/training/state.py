@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from unigrpo_cli.config import Config
@@ -142,10 +143,13 @@ def prompt_list(prompts: Sequence[Prompt]) -> PromptList:
     """Count and digest of ids, texts, metadata and pictures; of a picture its size and both ends."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        metadata = {k: v for k, v in prompt.metadata.items() if k != "image" or v != prompt.image}
+        path = prompt.image if isinstance(prompt.image, str) else None
+        metadata = {k: v for k, v in prompt.metadata.items() if k != "image" or v != path}
         row = [prompt.id, prompt.text, metadata]
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-        if prompt.image is not None:
-            size = Path(prompt.image).stat().st_size
-            digest.update(f"{size}\n".encode() + read_ends(Path(prompt.image), 0, size, ENDS))
+        if path is not None:
+            size = Path(path).stat().st_size
+            digest.update(f"{size}\n".encode() + read_ends(Path(path), 0, size, ENDS))
+        elif isinstance(prompt.image, np.ndarray):
+            digest.update(f"{prompt.image.shape}\n".encode() + prompt.image.tobytes())
     return PromptList(len(prompts), digest.hexdigest())

@@ -68,6 +68,18 @@ class MoTContext:
         valid_BS[index_B], position_B[index_B] = rows.validity(), rows.position_B
         return replace(self, used=rows.used, valid_BS=valid_BS, position_B=position_B)
 
+    def with_past_of(self, before: MoTContext) -> MoTContext:
+        """This context, which was read on from `before` without gradients, with the keys and values of `before` itself.
+
+        So later losses have a gradient through what `before` holds, and none through what was read since.
+        """
+
+        def joined(past: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            pairs = zip(past, new, strict=True)
+            return tuple(torch.cat([a[:, :, : before.used], b[:, :, before.used : self.used]], dim=2) for a, b in pairs)
+
+        return replace(self, keys=joined(before.keys, self.keys), values=joined(before.values, self.values))
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self.keys[index], self.values[index]
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from unigrpo_cli.episode import GivenImage, GivenText, Prompt
+from unigrpo_cli.episode import PAINTED, GivenImage, GivenText, ImageActions, Prompt
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.pictures import read_picture
 from unigrpo_cli.models import lora
@@ -47,6 +49,11 @@ REASON_FIRST = (
     "answer here"
 )
 """BAGEL's own system prompts for painting and for answering, with the spaces before the newlines."""
+
+
+def _pixels_of(picture: str | NDArray[np.uint8]) -> Tensor:
+    """A prompt's picture, [h, w, 3] uint8."""
+    return torch.from_numpy(read_picture(picture) if isinstance(picture, str) else picture)
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,7 @@ class MoTPolicy:
         """What is given before the model paints: a system prompt if it thinks, a source picture, the prompt."""
         instruction = PLAN_FIRST if self.system_prompt is None else self.system_prompt
         system = (self.given("system", instruction),) if think and instruction else ()
-        source = (
-            () if prompt.image is None else (self.given_image("source", torch.from_numpy(read_picture(prompt.image))),)
-        )
+        source = () if prompt.image is None else (self.given_image("source", _pixels_of(prompt.image)),)
         return (*system, *source, self.given("prompt", prompt.text))
 
     def question(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
@@ -102,7 +107,7 @@ class MoTPolicy:
         asked = self.given("prompt", prompt.text)
         if prompt.image is None:
             return (*system, asked)
-        return (*system, self.given_image("source", torch.from_numpy(read_picture(prompt.image)), latents=False), asked)
+        return (*system, self.given_image("source", _pixels_of(prompt.image), latents=False), asked)
 
     def decode_text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
@@ -139,16 +144,24 @@ class MoTPolicy:
         return self.network(context, ids_BL, length_B, image, detach_context=detach_context, compiled=self.compiles)
 
     def encode_image(
-        self, context: MoTContext, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+        self,
+        context: MoTContext,
+        x_BND: Tensor,
+        grid: tuple[int, int],
+        view_BHWC: Tensor | None = None,
+        *,
+        detach: bool = False,
     ) -> MoTContext:
         """The context after one image per row: its clean latents unless N = 0, then the vision tower's view."""
-        if x_BND.shape[1]:
-            clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=self.device), grid)
-            context = self.network(context, image=clean, keep_image=True, compiled=self.compiles).context
-        if view_BHWC is not None:
-            view_BNC = self.encode_view(view_BHWC)
-            context = self.network(context, view_BNC=view_BNC, compiled=self.compiles).context
-        return context
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            after = context
+            if x_BND.shape[1]:
+                clean = NoisyImage(x_BND[:, None], torch.zeros(len(x_BND), 1, device=self.device), grid)
+                after = self.network(after, image=clean, keep_image=True, compiled=self.compiles).context
+            if view_BHWC is not None:
+                view_BNC = self.encode_view(view_BHWC)
+                after = self.network(after, view_BNC=view_BNC, compiled=self.compiles).context
+        return after.with_past_of(context) if detach else after
 
     def compiled(self) -> MoTPolicy:
         return replace(self, compiles=True)
@@ -203,13 +216,32 @@ class MoTPolicy:
         """
         vision = self.network.config.vision
         if vision is None:
-            raise UsageError("this model has no vision tower, so it cannot be given pictures")
+            raise UsageError("this model has no vision tower: it sees pictures as latents alone, to paint from them")
         return vision
+
+    def show(self, images: Sequence[ImageActions], how: str) -> list[GivenImage]:
+        """Painted images of one size as the model looks at them; see `Policy.show`.
+
+        Their own size is kept: it can be painted, so it can be read. (The official sampler brings every picture to its
+        range of sizes, which changes nothing for pictures painted within it.)
+        """
+        pixels_BHWC = torch.stack([image.pixels for image in images])
+        if how == "latents":
+            latents = [image.latent for image in images]
+        elif "pixels" in how:
+            latents = list(self.encode_pixels(pixels_BHWC).float().cpu())
+        else:
+            latents = [torch.zeros(0, self.token_dim)] * len(images)
+        views = [self.resize_to_see(pixels) if "tower" in how else None for pixels in pixels_BHWC]
+        return [
+            GivenImage(PAINTED, image.grid, latent, image.pixels, view)
+            for image, latent, view in zip(images, latents, views, strict=True)
+        ]
 
     def given_image(
         self, role: str, pixels_HWC: Tensor, *, latents: bool = True, noise_Chw: Tensor | None = None
     ) -> GivenImage:
-        """A picture as the model is shown it: as clean latents to paint from, then as the vision tower sees it.
+        """A picture as the model is shown it: as clean latents to paint from, then as a vision tower sees it.
 
         Args:
             pixels_HWC: uint8, of any size.
@@ -218,9 +250,10 @@ class MoTPolicy:
                 sampler draws; the mean is what repeats.)
 
         Raises:
-            UsageError: when the model cannot be shown pictures.
+            UsageError: when it is only to be asked about, and there is no vision tower.
         """
-        view = self.resize_to_see(pixels := self.resize_to_paint(pixels_HWC))
+        pixels = self.resize_to_paint(pixels_HWC)
+        view = None if self.network.config.vision is None and latents else self.resize_to_see(pixels)
         grid = self.grid(*pixels.shape[:2])
         latent = torch.zeros(0, self.token_dim)
         if latents:

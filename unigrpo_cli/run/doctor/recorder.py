@@ -149,9 +149,16 @@ class Recorder:
         return replace(out, context=replace(context, own=out.context, prefixes=prefixes))
 
     def encode_image(
-        self, context: TracedContext, x_BND: Tensor, grid: tuple[int, int], view_BHWC: Tensor | None = None
+        self,
+        context: TracedContext,
+        x_BND: Tensor,
+        grid: tuple[int, int],
+        view_BHWC: Tensor | None = None,
+        *,
+        detach: bool = False,
     ) -> TracedContext:
-        own, prefixes = self.policy.encode_image(context.own, x_BND, grid, view_BHWC), context.prefixes
+        own = self.policy.encode_image(context.own, x_BND, grid, view_BHWC, detach=detach)
+        prefixes = context.prefixes
         for image in (x_BND if x_BND.shape[1] else None, view_BHWC):
             if image is not None:
                 prefixes = tuple((*p, _digest(row)) for p, row in zip(prefixes, image, strict=True))

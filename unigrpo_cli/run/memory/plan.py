@@ -128,7 +128,7 @@ def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say
         concurrent=_concurrent_batches(config, device),
         samples=len(prompts) * samples,
     )
-    if any(prompt.image for prompt in prompts):
+    if any(prompt.image is not None for prompt in prompts):
         work = _with_pictures(work)
     adapted = adapter is not None
     found = sampling_batch_size(work, TIGHT * available, len(prompts), samples, adapted=adapted)
