@@ -161,7 +161,8 @@ def measure_network(bench: Benchmark) -> None:
 
 def measure_ceilings(bench: Benchmark) -> None:
     """The best rates of the card at dense products and at moving bytes."""
-    clock, network, large = bench.clock, bench.size.network, bench.clock.device.type == "cuda"
+    clock, network = bench.clock, bench.size.network
+    large = clock.device.type == "cuda" and network.hidden_size > 256  # the smallest shape is for tests
     dtype, side, size = bench.policy.network.dtype, 8192 if large else 1024, (4 if large else 1 / 8) * clocks.GIB
     tokens = max(bench.size.groups) * bench.size.image_tokens
     squares = clocks.matmul_tflops(clock, [(side, side, side)], dtype, bench.share_s)
@@ -200,7 +201,7 @@ def denoise_call(bench: Benchmark, group: int, *, differing: bool) -> tuple[Call
     """A call to be timed or profiled, and its context."""
     context = reading(bench, group, differing)
     x = torch.randn(group, bench.size.image_tokens, bench.policy.token_dim, device=bench.policy.device)
-    t = torch.tensor(0.7)
+    t = torch.tensor(0.7, device=bench.policy.device)
     return lambda: stages.velocity(bench.policy, context, x, t, bench.grid), context
 
 

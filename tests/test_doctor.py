@@ -628,10 +628,10 @@ def test_rounding_of_the_first_ratio_is_a_fault_on_the_cpu_only(
     assert found.limit == (0.0 if on_cpu else limits["text"])
     if verdict == "warn":
         assert "attention kernels: flash_attention_for_cpu without gradients" in found.seen
-        assert "none needed" in found.remedy
+        assert "nothing to do" in found.remedy
 
 
-@pytest.mark.parametrize(("clip", "words"), [(1e-5, "train.minibatches=1"), (0.2, "none needed")])
+@pytest.mark.parametrize(("clip", "words"), [(1e-5, "train.minibatches=1"), (0.2, "nothing to do")])
 def test_the_remedy_of_rounding_depends_on_the_clip_range(monkeypatch: MonkeyPatch, clip: float, words: str) -> None:
     from unigrpo_cli.run.doctor import replay_checks
 

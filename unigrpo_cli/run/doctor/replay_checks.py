@@ -59,7 +59,7 @@ def _ratio(r: Recording, kind: str) -> Outcome:
     seen += f", clip range {clip:g}; attention kernels: {_attention_kernels(r)}"
     means = "the passes with and without gradients round differently, which is no fault off the CPU"
     if value <= clip / 10:
-        return Outcome(WARN, value, limit, seen, means, "none needed below a tenth of the clip range")
+        return Outcome(WARN, value, limit, seen, means, "nothing to do below a tenth of the clip range")
     remedy = (
         "set train.minibatches=1 and train.epochs=1, where no ratio needs a second pass, or dtype=float32; or let "
         "torch use one attention kernel for both passes"
