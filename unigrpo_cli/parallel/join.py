@@ -61,6 +61,8 @@ def join_ranks() -> Iterator[Ranks]:
         try:
             if torch.cuda.is_available():
                 _note_shared_gpus(ranks)
+            # How many batches a CPU computes at once, and with it the number of collectives, depends on the threads.
+            torch.set_num_threads(min(ranks.gather(torch.get_num_threads())))
             yield ranks
             ranks.wait()
             heartbeat.leave()
@@ -157,11 +159,20 @@ def _note_shared_gpus(ranks: Ranks) -> None:
     index = gpu_index(ranks.local, torch.cuda.device_count())
     own = None
     if index < torch.cuda.device_count():
-        properties = torch.cuda.get_device_properties(index)
-        own = [socket.gethostname(), str(getattr(properties, "uuid", index))]
-    every = ranks.gather(own)
-    same = [rank for rank, other in enumerate(every) if other is not None and other == own]
+        uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", index))
+        own = [socket.gethostname(), uuid, os.environ.get("CUDA_VISIBLE_DEVICES"), index]
+    same = [rank for rank, other in enumerate(ranks.gather(own)) if share_gpu(own, other)]
     _shared[:] = [f"ranks {', '.join(map(str, same))} share one GPU of this machine"] if len(same) > 1 else []
+
+
+def share_gpu(one: list | None, other: list | None) -> bool:
+    """Whether two ranks use one GPU; each is [host, uuid, CUDA_VISIBLE_DEVICES, index], or None without a GPU.
+
+    Of the same visible devices, those of different index are different ones, whatever uuid a driver gives them.
+    """
+    if one is None or other is None or one[:2] != other[:2]:
+        return False
+    return one[2] != other[2] or one[3] == other[3]
 
 
 # ----- leave
