@@ -190,7 +190,7 @@ UNKNOWN = [
     (["train", "--lr", "1e-5"], "no option --lr: use --set train.lr_text and train.lr_image"),
     (["train", "--output-dir", "x"], "no option --output-dir: use --out"),
     (["generate", "x", "--guidance-scale=4"], "no option --guidance-scale: use --set eval.guidance_text"),
-    (["train", "--wandb"], "no option --wandb: use metrics.jsonl"),
+    (["train", "--wandb"], "no option --wandb: use --report-to wandb"),
     (["completions"], "no command completions: use `unigrpo --install-completion`"),
     (["train", "--rewrad", "clip"], "--help"),
     (["train", "--steps", "many"], "--help"),

@@ -37,6 +37,25 @@ def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path) -> None:
     assert metrics["reward/redness"] > 0
 
 
+def test_the_plugin_that_writes_csv_is_ten_lines_and_writes_a_line_per_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = EXAMPLES / "metrics_csv" / "metrics_csv.py"
+    assert len([line for line in path.read_text().split('"""')[2].splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    small = ["train.prompts_per_step=2", "train.group_size=2", "eval.limit=1", "doctor.at_start=off"]
+    settings = [word for setting in small for word in ("--set", setting)]
+    command = ["train", "--reward", "clean", "--plugin", str(path), "--steps", "2", "--out", "run", *settings]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert [(int(a), float(b), float(c)) for a, b, c, _ in lines] == [
+        (row["step"], row["loss"], row["advantage/std"]) for row in logged
+    ]
+    assert {int(texts) for *_, texts in lines} <= {1, 2}
+
+
 def test_examples_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = json.loads(CliRunner().invoke(app, ["examples", "--json"]).stdout)["examples"]

@@ -184,7 +184,7 @@ def resolve_config(
 
     given = context.params
     named = {key: given[option] for option, key in {**SETTINGS, **(settings or {})}.items() if option in given}
-    named["reward.names"] = named.get("reward.names") or None  # an option that was not given is an empty list
+    named = {key: value for key, value in named.items() if value not in ((), [])}  # lists that were not given
     if given.get("reward_opt"):
         named["reward.options"] = reward_options(given["reward_opt"])
     config = load_config(

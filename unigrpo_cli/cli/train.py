@@ -35,6 +35,10 @@ def train(
             help="Run or checkpoint to resume. `auto`: the run in --out, started if there is none, or the newest run.",
         ),
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", help="Experiment tracker: tensorboard, wandb, trackio or mlflow; repeatable."),
+    ] = None,
     seed: common.Seed = None,
     preset: common.Preset = None,
     config: common.ConfigFile = None,
@@ -65,7 +69,7 @@ def train(
 
     def chosen() -> tuple[common.Config, Path | None, Path | None]:
         """Settings, the run to resume, and the checkpoint that was asked for."""
-        settings = {"steps": "train.steps"}
+        settings = {"steps": "train.steps", "report_to": "train.report_to"}
         if resume is not None:
             run, wanted = run_to_resume(resume, out)
             if (run / "config.toml").is_file():  # not when a job was requeued before it wrote anything

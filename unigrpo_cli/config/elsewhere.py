@@ -70,10 +70,10 @@ SETTINGS = {
     "reward_funcs": "--reward",
     "reward_fn": "--reward",
     "reward_weights": "--reward NAME:WEIGHT",
-    "report_to": LOGS,
+    "log_with": "--report-to",
     "logging_steps": LOGS,
-    "wandb": LOGS,
-    "tensorboard": LOGS,
+    "wandb": "--report-to wandb",
+    "tensorboard": "--report-to tensorboard",
     "num_processes": "torchrun or accelerate launch (docs/scaling.md)",
     "gpus": "torchrun or accelerate launch (docs/scaling.md)",
 }

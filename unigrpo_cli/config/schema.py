@@ -173,6 +173,9 @@ class TrainConfig(Section):
         description="keep checkpoints whose step is divisible by this for good; 0: none (checkpoint_every writes them)",
     )
     samples_every: Count = Field(25, description="training steps between sheets of held-out samples; 0: none")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description='experiment trackers that get metrics, samples and settings, e.g. ["tensorboard"]'
+    )
     drift_limit: AboveZero = Field(
         0.02, description="warn when text log-probs of rollout and replay differ by more on average, nats"
     )

@@ -13,6 +13,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unigrpo_cli.episode import Group
     from unigrpo_cli.models.family import ModelRegistry
     from unigrpo_cli.programs import ProgramRegistry
     from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardResult
@@ -67,6 +68,14 @@ class Hooks:
         self, rewards: dict[str, Tensor], valid: dict[str, Tensor], weights: dict[str, float]
     ) -> Tensor | None:
         """Advantages [P, G] from rewards and validity [P, G] by name, or None for the built-in combination."""
+
+    @hookspec
+    def unigrpo_after_step(self, step: int, metrics: dict[str, Any], groups: list[Group]) -> None:
+        """Called after each training step with its line of metrics.jsonl and the groups of episodes that were drawn.
+
+        With several ranks it is called on the first, with the groups of that rank. An exception here is a warning and
+        does not stop a run.
+        """
 
     @hookspec
     def unigrpo_reward_teardown(self, name: str, reward: Any) -> None:

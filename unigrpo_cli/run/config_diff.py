@@ -21,7 +21,7 @@ class Effect(Enum):
 
 _NONE = (
     "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_checkpoint_every "
-    "train.samples_every train.drift_limit eval.every eval.best reward.timeout_s "
+    "train.samples_every train.report_to train.drift_limit eval.every eval.best reward.timeout_s "
     "reward.setup_timeout_s reward.max_abstain reward.strict reward.offload"
 )
 _ROUNDING = (

@@ -15,6 +15,7 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.setup import reward_choices
+from unigrpo_cli.run.trackers import refuse_missing
 from unigrpo_cli.suites import SHAPES, SuiteRegistry, default_suite, training_prompts
 
 AUTO = "auto"
@@ -44,10 +45,11 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
         dry_run: a reward need not be chosen yet.
 
     Raises:
-        UsageError: when prompts or a suite cannot be read, or eval.best names no reward.
+        UsageError: when prompts or a suite cannot be read, eval.best names no reward, or a tracker is not installed.
         RewardError: when a reward is unknown, an option is wrong, or prompts lack what a reward needs.
     """
     plugins.call("unigrpo_configure", config=config)
+    refuse_missing(config)
     suites = SuiteRegistry()
     plugins.call("unigrpo_register_suites", registry=suites)
     automatic = config.eval.suite == AUTO

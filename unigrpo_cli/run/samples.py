@@ -18,8 +18,8 @@ SHOWN = 8
 MOST_COLUMNS = 8
 
 
-def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int) -> None:
-    """A PNG with its metadata per prompt in `step_NNNNNN/`, and a sheet of them, `step_NNNNNN.png`."""
+def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int) -> Path:
+    """A PNG with its metadata per prompt in `step_NNNNNN/`, and a sheet of them, `step_NNNNNN.png`, returned."""
     tiles = []
     name = f"step_{step:06d}"
     with new_directory(folder / name, sums=False) as pictures:
@@ -38,7 +38,8 @@ def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folde
             words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             tiles.append(Tile(pixels, group.prompt.text, tuple(filter(None, (episode.reasoning, words)))))
     page = sheet([tiles[:4], tiles[4:]] if len(tiles) > 4 else [tiles], f"step {step}")
-    _save_sheet(page, folder / f"{name}.png")
+    _save_sheet(page, path := folder / f"{name}.png")
+    return path
 
 
 def save_progress(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.algo.rng import derive
-from unigrpo_cli.config import Config
+from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, UsageError, quoted
 from unigrpo_cli.io.atomic import locked
@@ -34,6 +34,7 @@ from unigrpo_cli.run.resume import (
 )
 from unigrpo_cli.run.setup import is_embedded, open_rewards, warn_of_unknown_words
 from unigrpo_cli.run.signals import Interrupts
+from unigrpo_cli.run.trackers import open_trackers
 from unigrpo_cli.run.trainer import Trainer
 from unigrpo_cli.training.optimizer import shards
 from unigrpo_cli.training.rng_state import seed_generators
@@ -218,7 +219,9 @@ def _prepared(
                 if ranks.first:
                     display.warn(line)
             _examine(state, prompts, rewards, config, files, display)
-        yield Trainer(config, display, interrupts, files, state, rewards, prompts, suite, began)
+        observed = config if ranks.first else with_values(config, {"train.report_to": ()})
+        trackers = held.enter_context(open_trackers(observed, files, state.step, display))
+        yield Trainer(config, display, interrupts, files, state, rewards, trackers, prompts, suite, began)
     except DiskError as error:
         raise DiskError(f"{error}, then resume: unigrpo train --resume {quoted(files.directory)}") from error
     finally:

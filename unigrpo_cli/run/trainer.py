@@ -12,7 +12,7 @@ from typing import Any
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import DiskError, quoted
+from unigrpo_cli.errors import DiskError, UnigrpoError, quoted
 from unigrpo_cli.evaluate import NO_NOISE, Evaluation, eval_sampling, evaluate, samples_of
 from unigrpo_cli.io.atomic import update_symlink
 from unigrpo_cli.models.policy import Policy
@@ -29,6 +29,7 @@ from unigrpo_cli.run.monitor import Monitor
 from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.run.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.run.signals import DroppedError, Interrupts
+from unigrpo_cli.run.trackers import Trackers
 from unigrpo_cli.suites import task_of
 from unigrpo_cli.train import StepResult, train
 from unigrpo_cli.training.rng_state import put_generators, read_generators
@@ -46,6 +47,7 @@ class Trainer:
         files: Run,
         state: TrainState,
         rewards: Scorer,
+        trackers: Trackers,
         prompts: Sequence[Prompt],
         suite: Sequence[Prompt],
         began: float,
@@ -53,6 +55,7 @@ class Trainer:
         """`began`: `time.perf_counter()` when loading began."""
         self.config, self.display, self.interrupts, self.files, self.state = config, display, interrupts, files, state
         self.rewards, self.prompts, self.suite, self.ranks = rewards, prompts, suite, state.ranks
+        self.trackers = trackers
         self.shown = _some_of_each_task(suite, SHOWN)
         self.bad_steps = Path(self.ranks.from_first(str(files.directory))) / "bad_steps"
         if not self.ranks.first:  # each rank keeps the episodes it drew
@@ -126,8 +129,9 @@ class Trainer:
         with self.interrupts.shield():
             state.record.add_step(step.metrics)
             warnings = self.monitor.check(step.metrics, step.skipped)
-            self.files.log({"step": state.step} | step.metrics | self.monitor.row(step.skipped))
+            self.files.log(row := {"step": state.step} | step.metrics | self.monitor.row(step.skipped))
             self.logged = state.step
+            self._tell_observers(row, step)
             for line in warnings:
                 self.display.warn(f"step {state.step}: {line}")
             view.update(state.step, step.metrics, self.monitor.lasting)
@@ -142,6 +146,15 @@ class Trainer:
         if last or self._is_due(train_settings.checkpoint_every) or (best is not None and best.step == state.step):
             self.save_checkpoint()
         return bool(self.interrupts)
+
+    def _tell_observers(self, row: dict[str, Any], step: StepResult) -> None:
+        """Trackers and plugins get the step; one that fails is a warning."""
+        self.trackers.log(row)
+        if self.ranks.first:
+            try:
+                self.rewards.plugins.call("unigrpo_after_step", step=row["step"], metrics=row, groups=step.groups)
+            except UnigrpoError as error:
+                self.display.warn(str(error))
 
     def _save_after(self, error: BaseException) -> None:
         """Save the last whole step when an error stops training, and say how to resume."""
@@ -223,7 +236,8 @@ class Trainer:
         step, record, name = self.state.step, self.state.record, self.config.eval.best
         means = self.evaluate(f"evaluating step {step}").means()
         with self.interrupts.shield():
-            self.files.log({"step": step} | {f"eval/{key}": value for key, value in means.items()})
+            self.files.log(row := {"step": step} | {f"eval/{key}": value for key, value in means.items()})
+            self.trackers.log(row)
             value, best = means.get(name), record.best
             if value is not None:
                 sign = self.signs[name]
@@ -275,8 +289,9 @@ class Trainer:
         scored = self.rewards.score(samples_of(groups), step=step, split="eval")
         folder = self.files.directory / "samples"
         with self.interrupts.shield():
-            save_samples(groups, scored, folder, step)
+            sheet = save_samples(groups, scored, folder, step)
             save_progress(folder)
+            self.trackers.show(sheet, step)
 
     # ----- checkpoints and interrupts
 
