@@ -278,14 +278,14 @@ def window_for_each_sample(monkeypatch: MonkeyPatch) -> None:
 def windows_that_are_not_recorded(monkeypatch: MonkeyPatch) -> None:
     """Every record has the same window, but the noise is elsewhere."""
     window_for_each_sample(monkeypatch)
-    sample = rollout._think_paint
+    sample = rollout._draw
 
     def faulty(*given):
         episodes = sample(*given)
         images = [replace(e.segments[-1], window=flow.Window(0, 2)) for e in episodes]
         return [replace(e, segments=(*e.segments[:-1], i)) for e, i in zip(episodes, images, strict=True)]
 
-    monkeypatch.setattr(rollout, "_think_paint", faulty)
+    monkeypatch.setattr(rollout, "_draw", faulty)
 
 
 def noise_shared_by_a_group(monkeypatch: MonkeyPatch) -> None:

@@ -39,8 +39,8 @@ CHECKS = (
     Check(
         "tokens",
         text_checks.tokens,
-        "recorded or replayed ids are not those the network received (decoded text was encoded again, say), so "
-        "training reinforces tokens that were not sampled",
+        "recorded or replayed ids or images are not those the network received (decoded text was encoded again, say), "
+        "so training reinforces tokens that were not sampled, or under another image",
         REPORT,
     ),
     Check(
@@ -65,7 +65,7 @@ CHECKS = (
     Check(
         "group-noise",
         image_checks.group_noise,
-        "episodes share noise, or their noise has the wrong size, so a group explores less than its size suggests",
+        "episodes or rounds share noise, or it has the wrong size, so a group explores less than its size suggests",
         REPORT,
     ),
     Check(
@@ -84,6 +84,13 @@ CHECKS = (
         "latents",
         image_checks.latents,
         "latents were rounded or changed between sampling and replay, so the log-ratio is of another step",
+        REPORT,
+    ),
+    Check(
+        "looks",
+        image_checks.looks,
+        "an episode looks at an image that it did not paint, or in another way than sampling.show_images says, so its "
+        "words and its next image are about something else",
         REPORT,
     ),
     Check(

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.episode import Episode, ImageActions, TextActions, flatten
-from unigrpo_cli.run.doctor.findings import OK, Outcome, fault, skipped
+from unigrpo_cli.episode import PAINTED, Episode, GivenImage, ImageActions, TextActions, flatten
+from unigrpo_cli.run.doctor.findings import OK, Outcome, fault, judged, skipped
 from unigrpo_cli.run.doctor.recorder import VelocityCall
 from unigrpo_cli.run.doctor.recording import Recording, label
 
 ROUNDED = 0.05  # share of fp32 latents that fit 16 bits; by chance about 1e-4 of them fit fp16
 ALIKE = 0.5  # correlation of two noises; below 0.2 for independent noises of 768 numbers
 SPREAD = (0.7, 1.4)  # deviation of standard normal noise, as recovered from a step
+ROUNDING = 1e-3  # largest difference of an image's latents that are encoded twice, on a GPU
 TIME = 1e-6  # largest difference of two times that are meant to be equal
 
 
 def group_noise(r: Recording) -> Outcome:
     """Initial and step noises, as recovered from the recorded velocities, all differ and are standard normal."""
     names, noises = [], []
-    for episode in r.episodes:
-        image, calls = episode.images[-1], r.image_calls(episode)
-        names.append(f"the initial noise of {label(episode)}")
+    for name, _, image, calls in r.painted():
+        names.append(f"the initial noise of {name}")
         noises.append(calls[0].x_ND.flatten().float())
         for j, k in enumerate(image.window.steps):
             if k < len(calls) and calls[k].v_ND.shape == image.before[j].shape:
                 step = _transition(image, calls[k].v_ND, image.before[j], k)
-                names.append(f"the noise at step {k} of {label(episode)}")
+                names.append(f"the noise at step {k} of {name}")
                 noises.append(((image.after[j] - step.mean) / step.std).flatten().float())
     if len(noises) < 2:
         return skipped("there is only one noise")
@@ -56,23 +56,28 @@ def _transition(image: ImageActions, v_ND: Tensor, x_ND: Tensor, k: int) -> flow
 def window(r: Recording) -> Outcome:
     """All episodes have the window of this step, with noise in its steps and in no other."""
     s = r.config.sampling
-    recorded = {(i.window.start, i.window.size) for e in r.episodes for i in e.images}
-    if len(recorded) > 1:
-        shown = ", ".join(str(w) for w in sorted(recorded))
-        return fault(f"{len(recorded)} windows in one rollout (start, size): {shown}", len(recorded), 1)
-    start, size = recorded.pop()
+    rounds: dict[int, set[tuple[int, int]]] = {}
+    for _, k, image, _ in r.painted():
+        rounds.setdefault(k, set()).add((image.window.start, image.window.size))
     low, high = (0, s.steps - 1) if s.window == "all" else s.window_range
     wanted = s.steps - 1 if s.window == "all" else s.window_size
-    last = start + size - 1
-    if not (low <= start and last < high and size == wanted):
-        seen = f"noise at steps {start} to {last}; the settings ask for {wanted} steps within [{low}, {high})"
-        return fault(seen, 1, 1)
-    for episode in r.episodes:
-        noisy = _noisy_steps(episode.images[-1], r.image_calls(episode))
-        if noisy != set(range(start, last + 1)):
-            seen = f"{label(episode)} has noise at steps {sorted(noisy)}, its window is {start} to {last}"
+    for recorded in rounds.values():
+        if len(recorded) > 1:
+            shown = ", ".join(str(w) for w in sorted(recorded))
+            return fault(f"{len(recorded)} windows in one round (start, size): {shown}", len(recorded), 1)
+        (start, size) = next(iter(recorded))
+        last = start + size - 1
+        if not (low <= start and last < high and size == wanted):
+            seen = f"noise at steps {start} to {last}; the settings ask for {wanted} steps within [{low}, {high})"
+            return fault(seen, 1, 1)
+    for name, _, image, calls in r.painted():
+        noisy, window = _noisy_steps(image, calls), image.window
+        if noisy != set(window.steps):
+            last = window.start + window.size - 1
+            seen = f"{name} has noise at steps {sorted(noisy)}, its window is {window.start} to {last}"
             return fault(seen, 1, 0)
-    return Outcome(OK, 1, 1, f"steps {start} to {last} in all {len(r.episodes)} episodes")
+    steps = "; ".join(f"steps {start} to {start + size - 1}" for ((start, size),) in rounds.values())
+    return Outcome(OK, 1, 1, f"{steps} in all {len(r.episodes)} episodes")
 
 
 def _noisy_steps(image: ImageActions, calls: Sequence[VelocityCall]) -> set[int]:
@@ -93,8 +98,7 @@ def schedule(r: Recording) -> Outcome:
     s = r.config.sampling
     u = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
     grid = s.shift * u / (1 + (s.shift - 1) * u)
-    for episode in r.episodes:
-        image, calls = episode.images[-1], r.image_calls(episode)
+    for _, _, image, calls in r.painted():
         if len(calls) != s.steps:
             return fault(f"{len(calls)} network calls for sampling.steps={s.steps}", len(calls), s.steps)
         received = torch.tensor([call.t for call in calls], dtype=torch.float64)
@@ -106,54 +110,71 @@ def schedule(r: Recording) -> Outcome:
             if gaps[at] > TIME:
                 seen = f"{what} t = {float(times[at]):.4f} at step {at}, the grid has {float(wanted[at]):.4f}"
                 return fault(seen, float(gaps[at]), TIME)
-    for trace, m, b, episode in r.replayed_rows():
-        image, steps = episode.images[-1], m.batch.actions.images[-1]
+    for name, b, image, steps, replayed_calls in r.replayed_images():
         window = list(image.window.steps)
-        calls_at = [call.t for call in trace.calls if call.row == b][-len(window) :]
-        before = torch.tensor(calls_at) if calls_at else steps.t_BK[b].cpu()
+        before = torch.tensor([call.t for call in replayed_calls]) if replayed_calls else steps.t_BK[b].cpu()
         sampled = torch.cat([image.times[window], image.times[[k + 1 for k in window]]])
         replayed = torch.cat([before, steps.t_next_BK[b].cpu()])
         gap = float((sampled - replayed).abs().max()) if len(sampled) == len(replayed) else math.inf
         if gap > TIME:
             shown = [" ".join(f"{t:.4f}" for t in times[: len(window)].tolist()) for times in (sampled, replayed)]
-            return fault(f"{label(episode)}: sampled at t = {shown[0]}, replayed at {shown[1]}", gap, TIME)
+            return fault(f"{name}: sampled at t = {shown[0]}, replayed at {shown[1]}", gap, TIME)
     return Outcome(OK, 0.0, TIME, f"{s.steps} calls from 1 to 0")
 
 
 def latents(r: Recording) -> Outcome:
     """Latents are finite fp32 numbers, join, and are those that the network received in rollout and replay."""
     largest, where = 0.0, ""
-    for episode in r.episodes:
-        image, calls = episode.images[-1], r.image_calls(episode)
-        for name, x in (("before", image.before), ("after", image.after), ("received", calls[-1].x_ND)):
+    for name, _, image, calls in r.painted():
+        for what, x in (("before", image.before), ("after", image.after), ("received", calls[-1].x_ND)):
             if x.dtype != torch.float32 or not x.isfinite().all():
-                return fault(f"{label(episode)}: {name} is {x.dtype} or not finite")
+                return fault(f"{name}: {what} is {x.dtype} or not finite")
             share = max(float((x.to(d).float() == x).float().mean()) for d in (torch.bfloat16, torch.float16))
             if share > largest:
-                largest, where = share, f"{name} of {label(episode)}"
+                largest, where = share, f"{what} of {name}"
     if largest > ROUNDED:
         return fault(f"{largest:.0%} of numbers fit 16 bits ({where}): they were rounded", largest, ROUNDED)
-    for episode in r.episodes:
-        image, calls = episode.images[-1], r.image_calls(episode)
+    for name, _, image, calls in r.painted():
         if not torch.equal(image.after[:-1], image.before[1:]):
-            return fault(f"{label(episode)}: a step does not begin where the one before ended")
+            return fault(f"{name}: a step does not begin where the one before ended")
         received = [calls[k].x_ND for k in image.window.steps if k < len(calls)]
         if not _same(received, image.before):
-            return fault(f"{label(episode)}: the network received other latents than are recorded")
-    for trace, m, b, episode in r.replayed_rows():
-        image, steps = episode.images[-1], m.batch.actions.images[-1]
-        for name, x, y in (("before", steps.x_BKND, image.before), ("after", steps.x_next_BKND, image.after)):
+            return fault(f"{name}: the network received other latents than are recorded")
+    for name, b, image, steps, replayed_calls in r.replayed_images():
+        for what, x, y in (("before", steps.x_BKND, image.before), ("after", steps.x_next_BKND, image.after)):
             if not torch.equal(x[b].cpu(), y):
-                return fault(f"{label(episode)}: replay scores other latents ({name}) than are recorded")
-        received = [call.x_ND for call in trace.calls if call.row == b][-len(image.before) :]
-        if received and not _same(received, image.before):
-            return fault(f"{label(episode)}: the network received other latents in replay than are recorded")
+                return fault(f"{name}: replay scores other latents ({what}) than are recorded")
+        if replayed_calls and not _same([call.x_ND for call in replayed_calls], image.before):
+            return fault(f"{name}: the network received other latents in replay than are recorded")
     return Outcome(OK, largest, ROUNDED, "share of numbers that fit 16 bits")
 
 
 def _same(received: Sequence[Tensor], recorded: Tensor) -> bool:
     found = torch.stack(list(received))
     return found.shape == recorded.shape and torch.equal(found, recorded)
+
+
+def looks(r: Recording) -> Outcome:
+    """What an episode looks at is its own latest image, as `sampling.show_images` says."""
+    how, count, gap = r.config.sampling.show_images, 0, 0.0
+    for episode in r.episodes:
+        latest: ImageActions | None = None
+        for segment in episode.segments:
+            if isinstance(segment, ImageActions):
+                latest = segment
+            elif isinstance(segment, GivenImage) and segment.role == PAINTED:
+                count += 1
+                if latest is None or not torch.equal(segment.pixels, latest.pixels):
+                    return fault(f"{label(episode)} looks at an image that is not its latest")
+                (wanted,) = r.policy.show([latest], how)
+                for a, b in ((segment.latent, wanted.latent), (segment.view, wanted.view)):
+                    if (a is None) != (b is None) or (a is not None and b is not None and a.shape != b.shape):
+                        return fault(f"{label(episode)} looks at its image in another way than {how}")
+                    if a is not None and b is not None and a.numel():
+                        gap = max(gap, float((a.double() - b.double()).abs().max()))
+    if not count:
+        return skipped("no episode looks at its images")
+    return judged(gap, ROUNDING, f"{count} images looked at, each the episode's latest")
 
 
 def repeats(r: Recording) -> Outcome:
@@ -169,4 +190,6 @@ def repeats(r: Recording) -> Outcome:
 
 def _difference(a: Episode, b: Episode) -> float:
     words = [[s.ids.tolist() for s in e.segments if isinstance(s, TextActions)] for e in (a, b)]
-    return float((a.images[-1].latent - b.images[-1].latent).abs().max()) if words[0] == words[1] else math.inf
+    if words[0] != words[1] or len(a.images) != len(b.images):
+        return math.inf
+    return max(float((x.latent - y.latent).abs().max()) for x, y in zip(a.images, b.images, strict=True))

@@ -41,11 +41,13 @@ class Trace:
         calls: noisy images in the order of calls.
         logits: logits [V] by the prefix that they follow.
         prefixes: what each row had received after the latest text.
+        reached: what any row had received after any text.
     """
 
     calls: list[VelocityCall] = field(default_factory=list)
     logits: dict[Prefix, Tensor] = field(default_factory=dict)
     prefixes: tuple[Prefix, ...] = ()
+    reached: set[Prefix] = field(default_factory=set)
 
     def images(self) -> list[list[VelocityCall]]:
         """The calls of each image, in the order of its steps."""
@@ -138,6 +140,7 @@ class Recorder:
             self._text = _Text(trace, prefixes, ids_BL.tolist(), lengths, out.hidden_BLC.detach())
             prefixes = tuple(p + tuple(ids[:n]) for p, ids, n in zip(prefixes, self._text.ids, lengths, strict=True))
             trace.prefixes = prefixes
+            trace.reached.update(prefixes)
         if image is not None:
             assert out.velocity_BKND is not None
             x, t, v = (y.detach().cpu() for y in (image.x_BKND, image.t_BK, out.velocity_BKND))
@@ -161,7 +164,7 @@ class Recorder:
         prefixes = context.prefixes
         for image in (x_BND if x_BND.shape[1] else None, view_BHWC):
             if image is not None:
-                prefixes = tuple((*p, _digest(row)) for p, row in zip(prefixes, image, strict=True))
+                prefixes = tuple((*p, digest_of(row)) for p, row in zip(prefixes, image, strict=True))
         return replace(context, own=own, prefixes=prefixes)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -190,5 +193,6 @@ def _row_bytes(states: Tensor) -> list[bytes]:
     return [row.tobytes() for row in flat.view(torch.uint8).numpy()]
 
 
-def _digest(picture: Tensor) -> str:
+def digest_of(picture: Tensor) -> str:
+    """Of an image's latents or of its view, as a prefix has it."""
     return hashlib.sha256(picture.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from unigrpo_cli.algo.objective import ImageSteps
+from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, TextActions, flatten
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.scorer import Scorer
-from unigrpo_cli.run.doctor.recorder import Item, Prefix, Trace, VelocityCall
+from unigrpo_cli.run.doctor.recorder import Item, Prefix, Trace, VelocityCall, digest_of
 from unigrpo_cli.train import MicroBatch, StepResult
 from unigrpo_cli.training.state import TrainState
 
@@ -134,9 +137,14 @@ class Recording:
         """Whether the network computes in less than fp32."""
         return torch.finfo(self.policy.dtype).bits < 32
 
-    def image_calls(self, episode: Episode) -> list[VelocityCall]:
-        """The network calls that painted an episode's last image: those nearest to its recorded latents."""
-        image = episode.images[-1]
+    def painted(self) -> Iterator[tuple[str, int, ImageActions, list[VelocityCall]]]:
+        """Each sampled image: its name, its number in the episode, its record, the network calls that painted it."""
+        for episode in self.episodes:
+            for k, image in enumerate(episode.images):
+                yield image_label(episode, k), k, image, self.image_calls(image)
+
+    def image_calls(self, image: ImageActions) -> list[VelocityCall]:
+        """The network calls that painted an image: those nearest to its recorded latents."""
 
         def distance(calls: Sequence[VelocityCall]) -> float:
             x = calls[min(image.window.start, len(calls) - 1)].x_ND
@@ -147,8 +155,19 @@ class Recording:
         return min((calls for trace in self.rollout.traces for calls in trace.images()), key=distance)
 
     def received(self, episode: Episode) -> Prefix:
-        """What the network received before the episode's last image."""
-        return self.image_calls(episode)[0].prefix
+        """What the network received of the whole episode; after a last text, the nearest to its record."""
+        prefix = self.image_calls(episode.images[-1])[0].prefix
+        if isinstance(episode.segments[-1], ImageActions):
+            return prefix
+        recorded = recorded_inputs(episode).items
+
+        def alike(other: Prefix) -> tuple[int, int]:
+            """How many first items agree, and how near the length is."""
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(other, recorded, strict=False)))
+            return same, -abs(len(other) - len(recorded))
+
+        reached = (p for trace in self.rollout.traces for p in trace.reached if p[: len(prefix)] == prefix)
+        return max(reached, key=alike, default=prefix)
 
     def replayed_rows(self) -> Iterator[tuple[Trace, MicroBatch, int, Episode]]:
         """Each replayed row: its trace (empty where it was not recorded), micro-batch, row number and episode."""
@@ -158,34 +177,53 @@ class Recording:
             for trace, m, rows in zip(traces, micro_batches, self.replay.rows, strict=False):
                 yield from ((trace, m, b, episodes[k]) for b, k in enumerate(rows))
 
+    def replayed_images(self) -> Iterator[tuple[str, int, ImageActions, ImageSteps, list[VelocityCall]]]:
+        """Each image of a replayed row: its name, the row, its record, what is scored, the network's calls if any."""
+        for trace, m, b, episode in self.replayed_rows():
+            calls = [own for own in trace.images() if own[0].row == b] or [[] for _ in episode.images]
+            scored = zip(episode.images, m.batch.actions.images, calls, strict=True)
+            for k, (image, steps, own) in enumerate(scored):
+                yield image_label(episode, k), b, image, steps, own
+
+
+@dataclass(frozen=True)
+class RecordedText:
+    """A sampled text: the seed of its draws, its budget, the number of items before it, its segment."""
+
+    seed: int
+    budget: int
+    before: int
+    text: TextActions
+
 
 @dataclass(frozen=True)
 class RecordedInputs:
-    """What an episode says the network received before its last image: items, None where there was an image.
+    """What an episode says the network received: ids, and digests of the images that were looked at; its texts."""
 
-    `actions` has each text action: the number of items before it, its id, and its recorded log-probability.
-    """
-
-    items: list[Item | None]
-    actions: list[tuple[int, int, float]]
+    items: list[Item]
+    texts: list[RecordedText]
 
 
-def recorded_inputs(episode: Episode) -> RecordedInputs:
-    items: list[Item | None] = []
-    actions: list[tuple[int, int, float]] = []
-    for segment in episode.segments[:-1]:
+def recorded_inputs(episode: Episode, budget: Callable[[int], int] = lambda k: 0) -> RecordedInputs:
+    """What is recorded of an episode; `budget` gives the most tokens of a text by its round."""
+    items: list[Item] = []
+    texts: list[RecordedText] = []
+    images, said = 0, 0  # rounds so far, texts in this one
+    for segment in episode.segments:
         if isinstance(segment, GivenText):
             items += segment.ids.tolist()
         elif isinstance(segment, GivenImage):
-            items += [None] * (bool(len(segment.latent)) + (segment.view is not None))
+            items += [digest_of(x) for x in (segment.latent, segment.view) if x is not None and len(x)]
         elif isinstance(segment, ImageActions):
-            items.append(None)
+            images, said = images + 1, 0
         else:
+            seed = derive(episode.seed, "round", images) if images else episode.seed
             items += segment.opening
-            recorded = zip(segment.ids.tolist(), segment.log_prob.tolist(), strict=False)
-            actions += [(len(items) + k, i, p) for k, (i, p) in enumerate(recorded)]
+            own = derive(seed, "text", said) if said else seed
+            texts.append(RecordedText(own, budget(images), len(items), segment))
             items += [*segment.ids.tolist(), *segment.closing]
-    return RecordedInputs(items, actions)
+            said += 1
+    return RecordedInputs(items, texts)
 
 
 def action_ids(episode: Episode) -> list[int]:
@@ -201,3 +239,8 @@ def scored_ids(m: MicroBatch, row: int) -> list[int]:
 
 def label(episode: Episode) -> str:
     return f"{episode.prompt.id}/{episode.member}"
+
+
+def image_label(episode: Episode, k: int) -> str:
+    """The episode, and which of several images."""
+    return f"{label(episode)}, image {k + 1}" if len(episode.images) > 1 else label(episode)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from unigrpo_cli.algo.rng import derive, uniform
 from unigrpo_cli.episode import Episode, TextActions
+from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
 from unigrpo_cli.run.doctor.recorder import Item, Prefix
-from unigrpo_cli.run.doctor.recording import Recording, action_ids, label, recorded_inputs, scored_ids
+from unigrpo_cli.run.doctor.recording import (
+    RecordedText,
+    Recording,
+    action_ids,
+    label,
+    recorded_inputs,
+    scored_ids,
+)
 
 EXACT = 1e-4  # two ways to compute one log-probability in fp32
 NO_TEXT = "no text is sampled: sampling.think is false"
@@ -23,7 +31,7 @@ def tokens(r: Recording) -> Outcome:
     wrong: list[str] = []
     count = 0
 
-    def compare(received: Prefix, other: Sequence[Item | None], which: str, episode: Episode) -> None:
+    def compare(received: Prefix, other: Sequence[Item], which: str, episode: Episode) -> None:
         nonlocal count
         count += len(received)
         at = _first_difference(received, other)
@@ -34,31 +42,33 @@ def tokens(r: Recording) -> Outcome:
     for episode in r.episodes:
         compare(r.received(episode), recorded_inputs(episode).items, "recorded is", episode)
     for trace, m, b, episode in r.replayed_rows():
-        replayed = {call.row: call.prefix for call in trace.calls} or dict(enumerate(trace.prefixes))
-        if b in replayed:
-            compare(r.received(episode), replayed[b], "replayed is", episode)
+        replayed = [call.prefix for call in trace.calls if call.row == b] + list(trace.prefixes[b : b + 1])
+        if replayed:
+            compare(r.received(episode), max(replayed, key=len), "replayed is", episode)
         scored = scored_ids(m, b)
         if scored != action_ids(episode)[: len(scored)]:
             wrong.append(f"{label(episode)}: replay scores other ids than were sampled")
     return judged(len(wrong), 0, wrong[0] if wrong else f"{count} ids compared")
 
 
-def _first_difference(received: Prefix, other: Sequence[Item | None]) -> int | None:
+def _first_difference(received: Prefix, other: Sequence[Item]) -> int | None:
     for k, (a, b) in enumerate(zip(received, other, strict=False)):
-        if a != b and not (b is None and isinstance(a, str)):
+        if a != b:
             return k
     return None if len(received) == len(other) else min(len(received), len(other))
 
 
-def _item(items: Sequence[Item | None], at: int) -> str:
-    return str(items[at]) if at < len(items) else "nothing"
+def _item(items: Sequence[Item], at: int) -> str:
+    if at >= len(items):
+        return "nothing"
+    return f"the image {items[at]}" if isinstance(items[at], str) else str(items[at])
 
 
 def stop_token(r: Recording) -> Outcome:
     """A finished text ends in its sampled stop token, a truncated text in a forced one, as the network received it."""
     if not r.config.sampling.think:
         return skipped(NO_TEXT)
-    found = [(episode, _stop_problem(r, episode, text)) for episode, text in texts_of(r)]
+    found = [(e, _stop_problem(r, e, t)) for e in r.episodes for t in recorded_inputs(e, budget_of(r)).texts]
     wrong = [f"{label(episode)}: {problem}" for episode, problem in found if problem]
     for _, m, b, episode in r.replayed_rows():
         scored, sampled = scored_ids(m, b), action_ids(episode)
@@ -67,8 +77,14 @@ def stop_token(r: Recording) -> Outcome:
     return judged(len(wrong), 0, wrong[0] if wrong else f"{len(found)} texts end correctly")
 
 
-def _stop_problem(r: Recording, episode: Episode, text: TextActions) -> str:
-    stop, ids, longest = r.policy.stop_id, text.ids.tolist(), r.config.sampling.max_new_tokens
+def budget_of(r: Recording) -> Callable[[int], int]:
+    """The most tokens of a text, by its round."""
+    return train_sampling(r.config).budget
+
+
+def _stop_problem(r: Recording, episode: Episode, recorded: RecordedText) -> str:
+    text, longest = recorded.text, recorded.budget
+    stop, ids = r.policy.stop_id, text.ids.tolist()
     if text.finished and (not ids or ids[-1] != stop):
         return "finished, but its last action is no stop token"
     if text.finished and text.closing:
@@ -79,7 +95,7 @@ def _stop_problem(r: Recording, episode: Episode, text: TextActions) -> str:
         return f"truncated after {len(ids)} of {longest} tokens"
     if stop in (ids[:-1] if text.finished else ids):
         return "continues after a stop token"
-    if text is episode.segments[-2] and r.received(episode)[-1:] != (stop,):
+    if any(text is s for s in episode.segments[-2:]) and r.received(episode)[-1:] != (stop,):
         return "the network received no stop token before the image"
     return ""
 
@@ -97,19 +113,19 @@ def temperature(r: Recording) -> Outcome:
     known = {prefix: logits for trace in r.rollout.traces for prefix, logits in trace.logits.items()}
     count, missed, gap = 0, 0, 0.0
     for episode in r.episodes:
-        if sum(isinstance(s, TextActions) for s in episode.segments) > 1:
-            continue  # later texts draw from seeds of their own
         prefix = r.received(episode)
-        draws = uniform(derive(episode.seed, "text"), r.config.sampling.max_new_tokens)
-        for (before, id, recorded), draw in zip(recorded_inputs(episode).actions, draws, strict=False):
-            logits = known.get(prefix[:before])
-            if logits is not None:
-                # By definition, not by `algo.text.token`, which may be at fault.
-                log_prob = (logits / wanted).log_softmax(dim=-1)
-                cumulative = log_prob.exp().double().cumsum(dim=-1)
-                sampled = int((cumulative <= draw * cumulative[-1]).sum().clamp_max(len(logits) - 1))
-                count, missed = count + 1, missed + (sampled != id)
-                gap = max(gap, abs(float(log_prob[id]) - recorded))
+        for said in recorded_inputs(episode, budget_of(r)).texts:
+            draws = uniform(derive(said.seed, "text"), said.budget)
+            actions = zip(said.text.ids.tolist(), said.text.log_prob.tolist(), draws, strict=False)
+            for k, (id, recorded, draw) in enumerate(actions):
+                logits = known.get(prefix[: said.before + k])
+                if logits is not None:
+                    # By definition, not by `algo.text.token`, which may be at fault.
+                    log_prob = (logits / wanted).log_softmax(dim=-1)
+                    cumulative = log_prob.exp().double().cumsum(dim=-1)
+                    sampled = int((cumulative <= draw * cumulative[-1]).sum().clamp_max(len(logits) - 1))
+                    count, missed = count + 1, missed + (sampled != id)
+                    gap = max(gap, abs(float(log_prob[id]) - recorded))
     if not count:
         return skipped("no recorded logits belong to a sampled token")
     share = missed / count
@@ -128,5 +144,6 @@ def truncation(r: Recording) -> Outcome:
     if not texts:
         return skipped(NO_TEXT)
     share = sum(not text.finished for _, text in texts) / len(texts)
-    seen = f"{share:.0%} of texts are truncated at {r.config.sampling.max_new_tokens} tokens"
+    s = r.config.sampling
+    seen = f"{share:.0%} of texts are truncated at {s.round_max_new_tokens or s.max_new_tokens} tokens"
     return judged(share, 0.5, seen, WARN)
