@@ -26,7 +26,7 @@ class NoAnswerError(Exception):
     """A lost connection, a timeout or an answer without end: another try may succeed."""
 
 
-class TooLargeError(NoAnswerError):
+class AnswerTooLargeError(NoAnswerError):
     """An answer beyond the limit of bytes."""
 
 
@@ -114,7 +114,7 @@ class HttpClient:
         """The answer to one request.
 
         Raises:
-            NoAnswerError: without a whole answer in time; TooLargeError beyond `max_bytes`.
+            NoAnswerError: without a whole answer in time; AnswerTooLargeError beyond `max_bytes`.
             ClosedError: when the client is closed meanwhile.
             RewardError: when the address cannot be used.
         """
@@ -163,7 +163,7 @@ class HttpClient:
                 for chunk in response.iter_bytes():
                     body += chunk
                     if len(body) > limits.max_bytes:
-                        raise TooLargeError(f"an answer of more than {limits.max_bytes:,} bytes")
+                        raise AnswerTooLargeError(f"an answer of more than {limits.max_bytes:,} bytes")
                     if self._clock() > until:
                         raise NoAnswerError("an answer without end")
                 return HttpAnswer(

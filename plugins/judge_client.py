@@ -83,7 +83,7 @@ class UnansweredError(Exception):
     """No answer within the budget of one question; the text names the last failure."""
 
 
-class RefusedError(RewardError):
+class StatusError(RewardError):
     """A status that a retry cannot change."""
 
     def __init__(self, text: str, status: int):
@@ -232,7 +232,7 @@ class Endpoint:
             raise _PassingError(f"status {status}{self._message(data)}", least)
         if not 200 <= status < 300:
             remedy = REMEDIES.get(status, "check @url")
-            raise RefusedError(f"judge {self.url}{path} gave status {status}{self._message(data)}; {remedy}", status)
+            raise StatusError(f"judge {self.url}{path} gave status {status}{self._message(data)}; {remedy}", status)
         try:
             found = read(json.loads(data))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.errors import RewardError
 from unigrpo_plugins.judge_cache import AnswerCache, key_of
-from unigrpo_plugins.judge_client import Answer, Endpoint, RefusedError, UnansweredError, in_parallel
+from unigrpo_plugins.judge_client import Answer, Endpoint, StatusError, UnansweredError, in_parallel
 from unigrpo_plugins.judge_modes import (
     Form,
     Question,
@@ -142,7 +142,7 @@ def find_model(endpoint: Endpoint, model: str | None) -> str:
         served = endpoint.models()
     except UnansweredError as error:
         raise RewardError(f"judge {endpoint.url} does not answer: {error}; start it, or check @url") from None
-    except RefusedError as error:
+    except StatusError as error:
         if model is None or error.status in (401, 403):
             raise
         return model  # not every server lists its models
@@ -176,7 +176,7 @@ def find_form(
         body = request(model, picture, Question("a red square"), form, extra)
         try:
             reading = form.read(endpoint.ask(body))
-        except RefusedError as error:
+        except StatusError as error:
             if error.status not in (400, 422):
                 raise
             failed.append(f"{form.name}: {error}")

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.http_client import HttpClient, Limits, NoAnswerError, TooLargeError, checked_url
+from unigrpo_plugins.http_client import AnswerTooLargeError, HttpClient, Limits, NoAnswerError, checked_url
 
 PROTOCOL = 1
 TOKEN_ENV = "UNIGRPO_REWARD_TOKEN"
@@ -178,7 +178,7 @@ class RemoteReward:
                 if answer.status not in RETRIED:
                     return self._read(path, answer.status, answer.body)
                 failure = f"HTTP {answer.status}: {self._without_token(answer.body[:200].decode(errors='replace'))}"
-            except TooLargeError as error:
+            except AnswerTooLargeError as error:
                 raise self._malformed(f"{path}: {error}") from None
             except NoAnswerError as error:
                 failure = str(error)

@@ -13,7 +13,7 @@ import pytest
 
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.http_client import ClosedError, HttpClient, Limits, NoAnswerError, TooLargeError, checked_url
+from unigrpo_plugins.http_client import AnswerTooLargeError, ClosedError, HttpClient, Limits, NoAnswerError, checked_url
 from unigrpo_plugins.remote import RemoteReward
 from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
@@ -117,7 +117,7 @@ def test_an_abandoned_request_ends_with_its_connection() -> None:
 def test_an_answer_beyond_the_limit_is_refused() -> None:
     with _sending(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789") as url:
         client = HttpClient(url, local=True, headers={})
-        with pytest.raises(TooLargeError, match="more than 8 bytes"):
+        with pytest.raises(AnswerTooLargeError, match="more than 8 bytes"):
             client.request("GET", "/", None, replace(LIMITS, max_bytes=8))
         client.close()
 

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from unigrpo_cli.errors import RewardError
-from unigrpo_plugins.judge_client import Endpoint, Patience, RefusedError, UnansweredError, in_parallel
+from unigrpo_plugins.judge_client import Endpoint, Patience, StatusError, UnansweredError, in_parallel
 from unigrpo_plugins.judge_endpoint import find_model
 from unigrpo_plugins.judge_modes import YesNoOdds
 
@@ -124,7 +124,7 @@ def test_faults_that_may_pass_are_retried(passing: Any) -> None:
 )
 def test_refusals_are_not_retried(status: int, remedy: str) -> None:
     endpoint, seen = endpoint_of([httpx2.Response(status, json={"error": {"message": "no such\nthing"}})], Clock())
-    with pytest.raises(RefusedError, match=rf"status {status} \(no such thing\); .*{remedy}") as caught:
+    with pytest.raises(StatusError, match=rf"status {status} \(no such thing\); .*{remedy}") as caught:
         endpoint.ask({})
     assert (caught.value.exit_code, caught.value.status, len(seen)) == (3, status, 1)
 

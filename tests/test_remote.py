@@ -31,7 +31,7 @@ from unigrpo_cli import RewardContext, RewardOutput, Sample, reward
 from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.conformance import example_samples
-from unigrpo_cli.rewards.http import RefusedError, RewardServer, columns_sent, read_samples
+from unigrpo_cli.rewards.http import HttpError, RewardServer, columns_sent, read_samples
 from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -288,7 +288,7 @@ def test_pictures_are_counted_before_one_is_decoded(monkeypatch: pytest.MonkeyPa
     decoded: list[Any] = []
     monkeypatch.setattr(PngImageFile, "load", lambda self: decoded.append(self.size))
     many = {"samples": [SAMPLE] * 8 + [SAMPLE | {"image": _png((8000, 8000), "1")}] * 12}
-    with pytest.raises(RefusedError, match=r"samples\[9\].*pixels"):
+    with pytest.raises(HttpError, match=r"samples\[9\].*pixels"):
         read_samples(many, 64 * 2**20)
     assert decoded == []
 

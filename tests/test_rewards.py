@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -313,33 +311,6 @@ def test_a_variable_given_as_a_secret_is_one_whatever_its_name(monkeypatch: pyte
     monkeypatch.setenv("MY_JUDGE", "hunter2-hunter2")
     with pytest.raises(RewardError, match=r"refused: \[MY_JUDGE\]"):
         _score(Keyed, "keyed@api_key=env:MY_JUDGE")
-
-
-def _grouped(scores: list[float], text: str = "faulty") -> list[str]:
-    """Warnings about a step of two groups of two."""
-    samples = [replace(s, group_id=str(k // 2)) for k, s in enumerate(example_samples(4))]
-    with (
-        warnings.catch_warnings(record=True) as seen,
-        Scorer(parse_rewards([text]), _plugins(_faulty(scores)), CONTEXT) as rewards,
-    ):
-        warnings.simplefilter("always")
-        for _ in range(2):
-            rewards.score(samples)
-    return [str(w.message) for w in seen]
-
-
-@pytest.mark.parametrize(
-    ("scores", "text"), [([0.5, 0.5 + 1e-9, 0.9, 0.9], "faulty"), ([0.5, 0.6, 0.9, 0.9], "faulty:1e-6")]
-)
-def test_differences_too_small_for_an_advantage_are_named_once(scores: list[float], text: str) -> None:
-    (said,) = _grouped(scores, text)
-    assert "reward 'faulty'" in said
-    assert "too little for an advantage" in said
-
-
-@pytest.mark.parametrize("scores", [[0.5, 0.501, 0.9, 0.9 + 1e-9], [0.5, 0.5, 0.9, 0.9]])
-def test_usual_and_equal_scores_need_no_warning(scores: list[float]) -> None:
-    assert _grouped(scores) == []
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])

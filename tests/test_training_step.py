@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -190,6 +191,38 @@ def _advantages(plugins: Plugins, *settings: str) -> torch.Tensor:
         found_BS = advantages(scored, kind_BS, rewards, load_config(overrides=list(settings)), 2, seed=0)
         assert torch.equal(found_BS[:, 0], found_BS[:, 1])
         return found_BS[:, 0]
+
+
+CLOSE = [0.5, 0.5 + 1e-9, math.nan, 0.9, 0.9, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("scores", "weight", "settings", "said"),
+    [
+        (CLOSE, 1, [], 1),
+        ([0.5, 0.6, 0.5, 0.9, 0.9, 0.9], 1e-6, [], 1),
+        ([0.5, 0.6, 0.5, 0.9, 0.9, 0.9], 1e-6, ["advantage.combine=gdpo"], 0),  # divided by its own deviation
+        (CLOSE, 1e6, ["advantage.combine=gdpo"], 1),
+        (CLOSE, 1, ["advantage.combine=rank"], 0),
+        ([0.5, 0.501, 0.5, 0.9, 0.9 + 1e-9, 0.9], 1, [], 0),
+        ([0.5, 0.5, 0.5, 0.9, 0.9, math.nan], 1, [], 0),
+        ([math.nan] * 6, 1, [], 0),
+    ],
+)
+def test_differences_too_small_for_an_advantage_are_named_once(
+    scores: list[float], weight: float, settings: list[str], said: int
+) -> None:
+    array, plugins = np.array(scores), Plugins()
+    plugins.rewards.add("bright", small.bright)
+    scored = {"bright": RewardResult(array, np.isfinite(array), {}, [])}
+    with (
+        Scorer(parse_rewards([f"bright:{weight}"]), plugins, RewardContext("cpu", 0, True, True)) as rewards,
+        warnings.catch_warnings(record=True) as seen,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            advantages(scored, torch.tensor([[TEXT]] * 6), rewards, load_config(overrides=settings), 2, seed=0)
+    assert sum("too little for an advantage" in str(w.message) for w in seen) == said
 
 
 def _loaded() -> Plugins:

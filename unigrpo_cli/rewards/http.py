@@ -52,7 +52,7 @@ SINGLE_HEADERS = ("Host", "Content-Length", "Content-Type", "Authorization", "Or
 """Two of one of these would be read differently by different programs."""
 
 
-class RefusedError(Exception):
+class HttpError(Exception):
     """An answer other than 200: its status, a message, and the kind of error."""
 
     def __init__(self, status: int, text: str, kind: str = "request"):
@@ -132,29 +132,29 @@ class RewardServer(ThreadingHTTPServer):
         """The reward, for one request at a time."""
         with self.scoring:
             if self.stopping or self.rewards is None:
-                raise RefusedError(503, "the reward server is stopping", "stopping")
+                raise HttpError(503, "the reward server is stopping", "stopping")
             yield self.rewards
 
     def check(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Whether prompts carry what the reward needs."""
         rows = body.get("metadata")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise RefusedError(400, "`metadata` must be a list of objects")
+            raise HttpError(400, "`metadata` must be a list of objects")
         has_reasoning = body.get("has_reasoning", True)
         if not isinstance(has_reasoning, bool):
-            raise RefusedError(400, "`has_reasoning` must be true or false")
+            raise HttpError(400, "`has_reasoning` must be true or false")
         with self._exclusive() as rewards:
             try:
                 rewards.check_needs(rows, has_reasoning=has_reasoning, split="train")
             except RewardError as error:
-                raise RefusedError(422, str(error), "needs") from error
+                raise HttpError(422, str(error), "needs") from error
         return {"protocol": PROTOCOL, "ok": True}
 
     def score(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Scores of the samples in a request."""
         step, split = body.get("step", 0), body.get("split", "train")
         if type(step) is not int or split not in ("train", "eval"):
-            raise RefusedError(400, '`step` must be a whole number and `split` "train" or "eval"')
+            raise HttpError(400, '`step` must be a whole number and `split` "train" or "eval"')
         with self._exclusive() as rewards:
             opened = rewards.rewards[0]
             samples = read_samples(body, self.max_pixels)  # one request at a time, for its memory
@@ -163,12 +163,12 @@ class RewardServer(ThreadingHTTPServer):
                     warnings.simplefilter("ignore")  # the client warns of scores outside the range
                     scored = rewards.score(samples, step=step, split=split)[opened.alias]
             except FailedCallError as error:
-                raise RefusedError(500, str(error), "failed") from error
+                raise HttpError(500, str(error), "failed") from error
             except RewardError as error:
                 if opened.worker.hung:
                     self.lost = str(error)
                     self.stop()
-                raise RefusedError(500, str(error), "contract") from error
+                raise HttpError(500, str(error), "contract") from error
         return {
             "protocol": PROTOCOL,
             "scores": scored.scores,
@@ -202,7 +202,7 @@ class Exchange(BaseHTTPRequestHandler):
             self._unread = self._length() or 0
             self._authorise()
             status, content = 200, to_json(found())
-        except RefusedError as refusal:
+        except HttpError as refusal:
             body = {"protocol": PROTOCOL, "error": str(refusal), "kind": refusal.kind}
             status, content = refusal.status, to_json(body)
         except (ConnectionError, TimeoutError):
@@ -225,17 +225,17 @@ class Exchange(BaseHTTPRequestHandler):
         for name in SINGLE_HEADERS:
             if len(self.headers.get_all(name, ())) > 1:
                 self.close_connection = True
-                raise RefusedError(400, f"send {name} once")
+                raise HttpError(400, f"send {name} once")
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
-            raise RefusedError(411, "send Content-Length, not Transfer-Encoding")
+            raise HttpError(411, "send Content-Length, not Transfer-Encoding")
         if self.server.token:
             return
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if not is_loopback(_hostname(f"//{host}")):
-            raise RefusedError(403, f"Host {host!r} is not this machine; start the server with a token", "host")
+            raise HttpError(403, f"Host {host!r} is not this machine; start the server with a token", "host")
         if origin is not None and not is_loopback(_hostname(origin)):
-            raise RefusedError(403, f"Origin {origin!r} is not this machine; start the server with a token", "host")
+            raise HttpError(403, f"Origin {origin!r} is not this machine; start the server with a token", "host")
 
     def _send(self, status: int, content: bytes) -> None:
         if self._unread or self.server.stopping:  # the rest of this request is not the next one
@@ -261,41 +261,41 @@ class Exchange(BaseHTTPRequestHandler):
         token = self.server.token
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise RefusedError(401, "this reward server needs a token: `Authorization: Bearer TOKEN`", "token")
+            raise HttpError(401, "this reward server needs a token: `Authorization: Bearer TOKEN`", "token")
 
     def _get(self) -> dict[str, Any]:
         if self.path != "/v1/info":
-            raise RefusedError(404, f"nothing at {self.path}; GET /v1/info, POST /v1/check, POST /v1/score")
+            raise HttpError(404, f"nothing at {self.path}; GET /v1/info, POST /v1/check, POST /v1/score")
         return self.server.facts
 
     def _post(self) -> dict[str, Any]:
         actions = {"/v1/check": self.server.check, "/v1/score": self.server.score}
         if self.path not in actions:
-            raise RefusedError(404, f"nothing at {self.path}; GET /v1/info, POST /v1/check, POST /v1/score")
+            raise HttpError(404, f"nothing at {self.path}; GET /v1/info, POST /v1/check, POST /v1/score")
         body = self._body()
         if body.get("protocol") != PROTOCOL:
             said = body.get("protocol")
-            raise RefusedError(400, f"this server has protocol {PROTOCOL}, the request {said!r}", "protocol")
+            raise HttpError(400, f"this server has protocol {PROTOCOL}, the request {said!r}", "protocol")
         return actions[self.path](body)
 
     def _body(self) -> dict[str, Any]:
         # a browser lets a web page post plain text to a loopback address, but asks first before it posts JSON
         if self.headers.get_content_type() != "application/json":
-            raise RefusedError(415, "send Content-Type: application/json")
+            raise HttpError(415, "send Content-Type: application/json")
         length, limit = self._length(), self.server.max_bytes
         if length is None:
             self.close_connection = True  # the end of this request is unknown
-            raise RefusedError(411, "send Content-Length")
+            raise HttpError(411, "send Content-Length")
         if length > limit:
-            raise RefusedError(413, f"the request has {length} bytes, the limit is {limit}; see --max-mb", "size")
+            raise HttpError(413, f"the request has {length} bytes, the limit is {limit}; see --max-mb", "size")
         content = self.rfile.read(length)
         self._unread = 0
         try:
             body = parse_json(content.decode())
         except ValueError as error:
-            raise RefusedError(400, f"the request is not JSON: {error}") from error
+            raise HttpError(400, f"the request is not JSON: {error}") from error
         if not isinstance(body, dict):
-            raise RefusedError(400, "the request must be a JSON object")
+            raise HttpError(400, "the request must be a JSON object")
         return body
 
 
@@ -333,18 +333,18 @@ def read_samples(body: Mapping[str, Any], max_pixels: int) -> list[Sample]:
     """The samples of a request. Its pictures are counted by their headers before one is decoded.
 
     Raises:
-        RefusedError: naming the sample and its fault.
+        HttpError: naming the sample and its fault.
     """
     rows = body.get("samples")
     if not isinstance(rows, list):
-        raise RefusedError(400, "`samples` must be a list of objects")
+        raise HttpError(400, "`samples` must be a list of objects")
     pixels = 0
     for k, row in enumerate(rows):
         if isinstance(row, dict) and row.get("image") is not None:
             with _picture(k, row["image"]) as image:
                 pixels += image.width * image.height
             if pixels > max_pixels:
-                raise RefusedError(
+                raise HttpError(
                     413, f"samples[{k}]: the request has more than {max_pixels} pixels, the limit; see --max-mb", "size"
                 )
     return [_sample(k, row) for k, row in enumerate(rows)]
@@ -352,10 +352,10 @@ def read_samples(body: Mapping[str, Any], max_pixels: int) -> list[Sample]:
 
 def _sample(k: int, row: Any) -> Sample:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise RefusedError(400, f"samples[{k}] must be an object with a text `prompt`")
+        raise HttpError(400, f"samples[{k}] must be an object with a text `prompt`")
     reasoning, metadata = row.get("reasoning"), row.get("metadata") or {}
     if not isinstance(reasoning, str | None) or not isinstance(metadata, dict):
-        raise RefusedError(400, f"samples[{k}]: `reasoning` is text or null, `metadata` an object")
+        raise HttpError(400, f"samples[{k}]: `reasoning` is text or null, `metadata` an object")
     return Sample(
         row["prompt"],
         # a picture that was not sent has no pixels, so a reward that reads it all the same fails
@@ -370,7 +370,7 @@ def _sample(k: int, row: Any) -> Sample:
 def _pixels(k: int, text: Any) -> NDArray[np.uint8]:
     with _picture(k, text) as image:
         if image.mode != "RGB":
-            raise RefusedError(400, f"samples[{k}]: the picture is {image.mode}; send RGB")
+            raise HttpError(400, f"samples[{k}]: the picture is {image.mode}; send RGB")
         return np.asarray(image)
 
 
@@ -381,7 +381,7 @@ def _picture(k: int, text: Any) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             yield image
     except (TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RefusedError(400, f"samples[{k}]: `image` is not a base64 PNG: {error}") from error
+        raise HttpError(400, f"samples[{k}]: `image` is not a base64 PNG: {error}") from error
 
 
 def _hostname(url: str) -> str:

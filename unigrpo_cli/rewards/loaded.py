@@ -286,18 +286,15 @@ class LoadedReward:
             raise RewardError(f"{message}; fix the reward or its range")
         self.warn_once("range", message)
 
-    def check_spread(self, scores: NDArray[np.float64], group_ids: Sequence[str]) -> None:
-        """Warn once when scores differ inside groups, but by too little to become an advantage."""
-        groups: dict[str, list[float]] = {}
-        for score, group in zip(scores.tolist(), group_ids, strict=True):
-            if score == score:
-                groups.setdefault(group, []).append(score)
-        spread = max((max(group) - min(group) for group in groups.values()), default=0.0)
-        if 0 < spread * abs(self.spec.weight) < SMALLEST_SPREAD:
+    def check_spread(self, scores_PG: NDArray[np.float64], factor: float) -> None:
+        """Warn once when scores, times `factor`, differ inside groups but by too little to become an advantage."""
+        known_PG = scores_PG[np.isfinite(scores_PG).any(axis=1)]
+        spread = float((np.nanmax(known_PG, axis=1) - np.nanmin(known_PG, axis=1)).max()) if len(known_PG) else 0.0
+        if 0 < spread * factor < SMALLEST_SPREAD:
             self.warn_once(
                 "spread",
                 f"{self.label}: scores inside a group differ by at most {spread:.2g} (weight {self.spec.weight:g}), "
-                "too little for an advantage; rescale the reward or raise its weight",
+                "too little for an advantage; rescale the reward or set advantage.combine=rank",
             )
 
     def warn_once(self, kind: str, message: str) -> None:

@@ -289,10 +289,7 @@ class PendingScores:
                     self._results[loaded.alias] = self._collect(loaded)
             results = {r.alias: self._results[r.alias] for r in self._active}
             if self._batches:
-                whole = self._whole()
-                for loaded in self._active if self._split == "train" else ():
-                    loaded.check_spread(results[loaded.alias].scores, whole.group_ids)
-                self._scorer.notify(whole, results)
+                self._scorer.notify(self._whole(), results)
             self._scorer.offload([r for r in self._scorer.rewards if r.alias in self._remote])
         if self._ranks.world > 1:
             results = results_of_all(results, self._ranks, self._parts)

@@ -42,7 +42,7 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
 
     Args:
         say: gets a line on prompts that are held out.
-        dry_run: a reward need not be chosen yet.
+        dry_run: a reward need not be chosen yet; the verdict of the plan says so.
 
     Raises:
         UsageError: when prompts or a suite cannot be read, eval.best names no reward, or a tracker is not installed.
@@ -54,11 +54,7 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
     plugins.call("unigrpo_register_suites", registry=suites)
     automatic = config.eval.suite == AUTO
     config = with_suite(config)
-    if dry_run and not config.reward.names:
-        say("no reward is chosen yet: training needs --reward, e.g. --reward clip,geneval")
-        rewards = []
-    else:
-        rewards = reward_choices(config)
+    rewards = [] if dry_run and not config.reward.names else reward_choices(config)
     _refuse_unknown_best(config, rewards)
     prompts = training_prompts(config.prompts, config.eval.suite)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)

@@ -41,6 +41,9 @@ def advantages(
     advantage_PG = plugin_advantages(rewards, reward_PG, valid_PG)
     if advantage_PG is None:
         how, a = combination(rewards, config), config.advantage
+        for loaded in rewards.active("train") if how != "rank" else ():  # ranks have no scale
+            weight = abs(loaded.spec.weight)
+            loaded.check_spread(reward_PG[loaded.alias].numpy(), weight if how == "sum" else float(weight > 0))
         advantage_PG = combined_advantage(
             reward_PG, rewards.weights, valid_PG, how=how, normalize=a.normalize, clamp=a.clamp or None
         )

@@ -123,7 +123,7 @@ class LayerCache(NamedTuple):
     used: int
 
 
-class Options(NamedTuple):
+class PassOptions(NamedTuple):
     """See `MoT.forward`. In the last layer boundary tokens only supply keys and values."""
 
     detach_context: bool
@@ -164,7 +164,7 @@ class MoTLayer(nn.Module):
         normed = getattr(self, f"post_attention_layernorm{expert}")(x)
         return x + getattr(self, f"mlp{expert}")(normed)
 
-    def forward(self, text: Text | None, image: Image | None, cache: LayerCache, options: Options) -> LayerOutput:
+    def forward(self, text: Text | None, image: Image | None, cache: LayerCache, options: PassOptions) -> LayerOutput:
         """Both streams through one layer."""
         keys, values, used = cache
         text_BLC = latent_RNC = boundary_REC = image_cache = None
@@ -361,7 +361,7 @@ class MoT(nn.Module):
         stream = None if image is None else self._image_stream(image, after.position_B, after.valid_BS)
         keys, values, kept = [], [], []
         for index, layer in enumerate(model.layers):
-            options = Options(detach_context, keep_image, last=index + 1 == len(model.layers))
+            options = PassOptions(detach_context, keep_image, last=index + 1 == len(model.layers))
             given = (text, stream, LayerCache(*context.layer(index), context.used), options)
             out: LayerOutput
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -18,7 +18,7 @@ REPORT = "run without --plugin; if the fault stays, report it with the output of
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One check.
 
     Args:
@@ -36,104 +36,104 @@ class Check:
 
 
 CHECKS = (
-    Check(
+    DoctorCheck(
         "tokens",
         text_checks.tokens,
         "recorded or replayed ids or images are not those the network received (decoded text was encoded again, say), "
         "so training reinforces tokens that were not sampled, or under another image",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "stop-token",
         text_checks.stop_token,
         "the stop token is an action: if it is not scored, the policy does not learn to stop; if the network does not "
         "receive it, the image has another context in rollout than in replay",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "temperature",
         text_checks.temperature,
         "tokens are sampled, recorded or scored at different temperatures, so another policy is trained than sampled",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "truncation",
         text_checks.truncation,
         "images are painted from unfinished text, and the policy does not learn to stop",
         "raise sampling.max_new_tokens, or add the reward length",
     ),
-    Check(
+    DoctorCheck(
         "group-noise",
         image_checks.group_noise,
         "episodes or rounds share noise, or it has the wrong size, so a group explores less than its size suggests",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "window",
         image_checks.window,
         "members of a group have noise at different steps, so their rewards cannot be compared and training collapses",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "schedule",
         image_checks.schedule,
         "a step is sampled at one time and scored at another, or a network call is missing",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "latents",
         image_checks.latents,
         "latents were rounded or changed between sampling and replay, so the log-ratio is of another step",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "looks",
         image_checks.looks,
         "an episode looks at an image that it did not paint, or in another way than sampling.show_images says, so its "
         "words and its next image are about something else",
         REPORT,
     ),
-    Check(
+    DoctorCheck(
         "repeats",
         image_checks.repeats,
         "the seed does not determine the episodes: a run can be neither repeated nor resumed exactly",
         "use a plugin or a model that draws no random numbers of its own",
         short=False,
     ),
-    Check(
+    DoctorCheck(
         "replay",
         replay_checks.replayable,
         "the sampled episodes cannot be scored again, so nothing can be trained",
         "fix the faults above first; the cause is usually the window or the temperature",
     ),
-    Check(
+    DoctorCheck(
         "text-ratio",
         replay_checks.text_ratio,
         "old and current policy have the same weights but give tokens different probabilities: stale old scores, "
         "dropout, or an attention kernel that rounds differently with gradients",
         "turn off dropout and plugins that change the network; with a GPU try dtype=float32",
     ),
-    Check(
+    DoctorCheck(
         "image-ratio",
         replay_checks.image_ratio,
         "old and current policy have the same weights but give denoising steps different probabilities: stale old "
         "scores, dropout, or an attention kernel that rounds differently with gradients",
         "turn off dropout and plugins that change the network; with a GPU try dtype=float32",
     ),
-    Check(
+    DoctorCheck(
         "text-drift",
         replay_checks.text_drift,
         "decoding and replay give tokens different probabilities, by more than rounding",
         "fix faults of the check tokens first; if bfloat16 alone is the cause, raise doctor.text_drift",
     ),
-    Check(
+    DoctorCheck(
         "image-drift",
         replay_checks.image_drift,
         "sampling and replay give denoising steps different probabilities, by more than rounding",
         "fix faults of the checks schedule, latents and tokens first; if bfloat16 alone is the cause, raise "
         "doctor.image_drift",
     ),
-    Check(
+    DoctorCheck(
         "advantages",
         update_checks.advantages,
         "episodes are weighted by the advantage of another episode, or worse episodes have larger advantages, so the "
@@ -141,31 +141,31 @@ CHECKS = (
         "check higher_is_better and the weight of each reward, the order of a reward's scores (one per sample, in the "
         "order of the batch), and plugins with unigrpo_combine_rewards",
     ),
-    Check(
+    DoctorCheck(
         "gradients",
         update_checks.gradients,
         "some weights that should be trained get no gradient and stay as they are",
         "check train.experts, train.extra_modules, train.lr_text, train.lr_image and plugins that freeze weights",
     ),
-    Check(
+    DoctorCheck(
         "reference",
         update_checks.reference,
         "the penalty does not compare the policy with its starting point, so nothing holds the policy",
         "remove plugins that wrap the network or its adapters; start from the model that the reference should be",
     ),
-    Check(
+    DoctorCheck(
         "reward-spread",
         reward_checks.reward_spread,
         "equal rewards within a group give all its members an advantage of 0",
         "run `unigrpo rewards test NAME`; for a rare success raise doctor.members or use a graded reward",
     ),
-    Check(
+    DoctorCheck(
         "reward-repeats",
         reward_checks.reward_repeats,
         "a large part of the advantage is the reward's own randomness",
         "let the judge decode greedily, or average several answers",
     ),
-    Check(
+    DoctorCheck(
         "reward-abstains",
         reward_checks.reward_abstains,
         "episodes without a score teach nothing",
@@ -182,7 +182,7 @@ def examine(
     return [_finding(check, check.run(recording)) for check in CHECKS if check.short or thorough]
 
 
-def _finding(check: Check, o: Outcome) -> Finding:
+def _finding(check: DoctorCheck, o: Outcome) -> Finding:
     if o.verdict in (OK, SKIPPED):
         return Finding(check.name, o.verdict, o.value, o.limit, o.seen, "", "")
     return Finding(check.name, o.verdict, o.value, o.limit, o.seen, o.means or check.means, o.remedy or check.remedy)

@@ -2,11 +2,11 @@
 
 from unigrpo_cli.run.memory.formulas import Item, Memory, Phase, needs, sampling_memory, training_memory
 from unigrpo_cli.run.memory.sizes import BATCH_SIZE, left_open, sampling_batch_size, training_sizes
-from unigrpo_cli.run.memory.workload import Batch, Workload, batch_of, config_of_rank
+from unigrpo_cli.run.memory.workload import BatchCounts, Workload, batch_of, config_of_rank
 
 __all__ = [
     "BATCH_SIZE",
-    "Batch",
+    "BatchCounts",
     "Item",
     "Memory",
     "Phase",

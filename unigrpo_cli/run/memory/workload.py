@@ -27,7 +27,7 @@ FP32 = 4
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchCounts:
     """Counts of one training step.
 
     Args:
@@ -80,12 +80,12 @@ def old_share(config: Config) -> float:
     return 1 - 1 / config.train.minibatches
 
 
-def batch_of(config: Config) -> Batch:
+def batch_of(config: Config) -> BatchCounts:
     """The counts of a configuration."""
     t, s = config.train, config.sampling
     episodes = t.prompts_per_step * t.group_size
     each = episodes // t.minibatches
-    return Batch(
+    return BatchCounts(
         prompts=t.prompts_per_step,
         group=t.group_size,
         episodes=episodes,
@@ -263,7 +263,7 @@ class Workload:
     # ----- batches
 
     @cached_property
-    def batch(self) -> Batch:
+    def batch(self) -> BatchCounts:
         return batch_of(self.config)
 
     @property

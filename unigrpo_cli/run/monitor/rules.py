@@ -128,7 +128,7 @@ def _same_texts(h: History, kind: str) -> str | None:
 
 def _zero_groups(h: History, kind: str) -> str | None:
     value = h.now("advantage/zero_groups")
-    if not value > h.config.monitor.zero_groups:
+    if not value > h.config.monitor.zero_groups or h.config.advantage.shuffle:  # shuffled ones are of no group
         return None
     return f"{value:.0%} of groups have only zero advantages: their members have equal rewards"
 
