@@ -62,6 +62,9 @@ class BigramPolicy:
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return height // 8, width // 8
 
+    def shift(self, grid: tuple[int, int], steps: int) -> float:
+        return 1.0
+
     def empty_context(self, rows: int) -> Latest:
         return Latest(torch.zeros(rows, dtype=torch.long))
 

@@ -118,7 +118,9 @@ def test_the_package_imports_no_tool() -> None:
         assert not [name for name in _imports(path) if name.split(".")[0] in ("tools", "benchmarks", "tests")], path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["rewards", "list"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["rewards", "list"], ["models", "list"], ["--version"]]
+)
 def test_help_and_listing_import_no_torch_and_take_half_a_second(arguments: list[str]) -> None:
     """CPU seconds of a fresh process, the least of three: a busy machine must not decide."""
     code = (

@@ -49,7 +49,7 @@ class Sampling:
         temperature: of the sampled and the scored distribution; 0 is greedy (evaluation only).
         height, width: image size, pixels.
         steps: network calls per image.
-        shift: time shift of the grid; above 1, more steps at high noise.
+        shift: time shift of the grid; above 1, more steps at high noise. 0 takes the policy's own.
         sde, noise_level: the stochastic transition inside the window.
         batch_size: episodes in one batch; changes speed and memory, no sample.
         guidance: classifier-free guidance; off in training.
@@ -421,7 +421,7 @@ def sample_image(
         raise ValueError("guidance is for evaluation: steps in a stochastic window cannot be guided")
     grid = grid or policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
-    times = flow.time_grid(sampling.steps, sampling.shift)
+    times = flow.time_grid(sampling.steps, sampling.shift or policy.shift(grid, sampling.steps))
     times_on_device = times.to(policy.device)
     noise_BKND = torch.stack([normal(derive(s, "steps"), window.size, *shape) for s in seeds])
     noise_BKND = noise_BKND.to(policy.device)

@@ -208,7 +208,7 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
     sections: list[tuple[str, dict]] = []
     for key, value in config.model_dump().items():
-        if isinstance(value, dict) and key != "options":
+        if isinstance(value, dict) and not key.endswith("options"):
             sections.append((key, value))
         elif value is not None:
             lines.append(f"{key} = {_toml(value)}")

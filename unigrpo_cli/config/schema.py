@@ -56,7 +56,9 @@ class SamplingConfig(Section):
     height: Positive = Field(1024, description="image height in pixels [paper: 1024]")
     width: Positive = Field(1024, description="image width in pixels [paper: 1024]")
     steps: Positive = Field(24, description="denoising steps (network calls) per image [paper: 25 points = 24 calls]")
-    shift: AboveZero = Field(3.0, description="time shift of the denoising schedule [paper: 3]")
+    shift: NonNegative = Field(
+        3.0, description="time shift of the denoising schedule; 0: that of the model's own sampler [paper: 3]"
+    )
     sde: Literal["flow", "dance", "cps"] = Field("flow", description="stochastic transition [paper: flow]")
     noise_level: AboveZero = Field(0.8, description="noise scale `a` of the stochastic transition [paper: 0.8]")
     window: Literal["all", "fixed", "random", "sliding"] = Field(
@@ -294,6 +296,9 @@ class Config(Section):
         None, description="weights file in the model directory, if it is neither indexed nor ema.safetensors"
     )
     adapter: str | None = Field(None, description="PEFT adapter directory applied to the model")
+    model_options: dict[str, Any] = Field(
+        {}, description="options of the model's family, as model_options.KEY=VALUE; `unigrpo models info FAMILY`"
+    )
     preset: Literal["embedded", "paper", "bagel-one-gpu"] = Field("embedded", description="where defaults come from")
     prompts: str = Field(
         "shapes",
@@ -386,7 +391,7 @@ class Config(Section):
             if temperature and not 0.01 <= temperature <= 100:
                 raise ValueError(f"{name}.temperature={temperature:g}: set 0.01 to 100, or 0 for greedy")
             # The grid's smallest interval is 1 / (1 + (steps - 1) max(shift, 1 / shift)); fp32 resolves 6e-8.
-            if steps * max(s.shift, 1 / s.shift) > 1e6:
+            if s.shift and steps * max(s.shift, 1 / s.shift) > 1e6:
                 raise ValueError(
                     f"sampling.shift={s.shift:g} with {name}.steps={steps} puts times less than 1e-6 apart; "
                     "set a shift nearer to 1 or fewer steps"

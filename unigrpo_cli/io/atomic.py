@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
@@ -88,8 +88,10 @@ def new_directory(path: Path, *, sums: bool) -> Iterator[Path]:
         with on_disk(path):
             partial.mkdir(parents=True)
             yield partial
-            for file in sorted(partial.iterdir()):
-                sync(file)
+            for folder in sorted(path for path in partial.rglob("*") if path.is_dir()):
+                sync(folder)
+            for name in files_in(partial):
+                sync(partial / name)
             if sums:
                 write_text(partial / SUMS, _sums_of(partial))
             sync(partial)
@@ -202,7 +204,7 @@ def verify_checksums(directory: Path, skip: Collection[str] = ()) -> str | None:
         return f"{SUMS} is empty"
     for line in lines:
         digest, found, name = line.partition("  ")
-        if not found or Path(name).name != name or "\0" in name:
+        if not found or not is_inside(name):
             return f"{SUMS} has a line that is no checksum"
         if name in skip:
             continue
@@ -224,9 +226,26 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def files_in(directory: Path) -> list[str]:
+    """Files of a directory and its folders, by their relative names with `/`."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name, as `files_in` gives it, leads nowhere else."""
+    path = PurePosixPath(name)
+    return (
+        "\0" not in name
+        and "\\" not in name
+        and path.as_posix() == name
+        and ":" not in path.parts[0]
+        and not (path.is_absolute() or ".." in path.parts)
+    )
+
+
 def _sums_of(directory: Path) -> str:
     """In the format of `sha256sum -c`."""
-    return "".join(f"{digest_of(path)}  {path.name}\n" for path in sorted(directory.iterdir()))
+    return "".join(f"{digest_of(directory / name)}  {name}\n" for name in files_in(directory))
 
 
 @contextmanager

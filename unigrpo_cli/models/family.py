@@ -7,13 +7,13 @@ and the dry run read headers only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
+from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError, suggest
 from unigrpo_cli.io.entry_points import OURS, distribution, installed
 from unigrpo_cli.models.files import refuse_odd_files
 from unigrpo_cli.models.hub import locate
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from unigrpo_cli.models.policy import TrainablePolicy
 
 GROUP = "unigrpo.models"
+BUILT_IN = (
+    EntryPoint("mot", "unigrpo_cli.models.mot.family:MoTFamily", GROUP),
+    EntryPoint("pair", "unigrpo_cli.models.pair.family:PairFamily", GROUP),
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,14 @@ class ModelFamily(Protocol):
         device: torch.device,
         dtype: torch.dtype,
         vae_tile_rows: int,
+        **options: Any,
     ) -> TrainablePolicy:
-        """The policy, its weights frozen. Raises WeightsError for files that are missing, damaged or unfit."""
+        """The policy, its weights frozen. Raises WeightsError for files that are missing, damaged or unfit.
+
+        Args:
+            options: nothing, or `options`, an instance of the family's `Options` (a pydantic model) where it has one:
+                the settings `model_options.KEY`.
+        """
         ...
 
     def audit(self, directory: Path, weights_file: str | None) -> Audit: ...
@@ -99,7 +109,7 @@ class ModelRegistry:
     """All known families. Entry points are imported when the first model is looked for."""
 
     _families: dict[str, ModelFamily] = field(default_factory=dict)
-    _broken: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
     _loaded: bool = False
 
     def add(self, family: ModelFamily) -> None:
@@ -117,13 +127,13 @@ class ModelRegistry:
         if not self._loaded:
             self._loaded = True
             points = list(installed(GROUP))
-            if not any(distribution(point)[0] == OURS for point in points):  # run from a checkout, not installed
-                points.append(EntryPoint("mot", "unigrpo_cli.models.mot.family:MoTFamily", GROUP))
+            ours = {point.name for point in points if distribution(point)[0] == OURS}
+            points += [point for point in BUILT_IN if point.name not in ours]  # run from a checkout, not installed
             for point in points:
                 try:
                     self.add(point.load()())
                 except (Exception, SystemExit) as error:  # a broken plugin must not break other families
-                    self._broken[point.name] = f"{distribution(point)[0]} failed: {type(error).__name__}: {error}"
+                    self.broken[point.name] = f"{distribution(point)[0]} failed: {type(error).__name__}: {error}"
         return list(self._families.values())
 
     def find(self, model: str, fetch: bool = True) -> Found:
@@ -135,10 +145,10 @@ class ModelRegistry:
         """
         patterns = [pattern for family in self.families() for pattern in family.hub_files]
         directory, weights_file = locate(model, patterns, fetch)
-        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        if is_adapter(directory):
             raise WeightsError(f"{directory} is an adapter: give its base with --model, and it with --adapter")
         refuse_odd_files(directory)
-        reasons = dict(self._broken)
+        reasons = dict(self.broken)
         for family in self.families():
             reason = family.reject(directory)
             if reason is None:
@@ -161,6 +171,35 @@ class ModelRegistry:
                     return family, sizes, True
             raise
         return found.family, found.family.sizes(found.directory, weights_file or found.weights_file), False
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters: of one network, or of several in folders of their own."""
+    if (directory / "adapter_config.json").is_file():
+        return not (directory / "config.json").is_file()
+    return any(directory.glob("*/adapter_config.json")) and not (directory / "model_index.json").is_file()
+
+
+def family_options(family: ModelFamily, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument `options` of `ModelFamily.load`, for a family that has any.
+
+    Raises:
+        UsageError: when one is unknown or of the wrong kind.
+    """
+    kind = getattr(family, "Options", None)
+    if kind is None:
+        if given:
+            raise UsageError(f"model_options: models of family {family.name} have none; leave it out")
+        return {}
+    from pydantic import ValidationError
+
+    try:
+        return {"options": kind.model_validate(dict(given))}
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        hint = suggest(key, kind.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+        raise UsageError(f"model_options.{key} = {first['input']!r}: {hint}") from error
 
 
 def _origin(family: ModelFamily) -> str:

@@ -112,6 +112,10 @@ class Policy(Protocol):
         """Token rows and columns of an image of that many pixels."""
         ...
 
+    def shift(self, grid: tuple[int, int], steps: int) -> float:
+        """The time shift with which the model is usually sampled, for `sampling.shift=0`."""
+        ...
+
     def empty_context(self, rows: int) -> Context: ...
 
     def forward(

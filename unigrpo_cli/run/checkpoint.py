@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unigrpo_cli.errors import UsageError, WeightsError
-from unigrpo_cli.io.atomic import SUMS, new_directory, on_disk
+from unigrpo_cli.io.atomic import SUMS, files_in, is_inside, new_directory, on_disk
 from unigrpo_cli.models.sharding import own_part, whole
 from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.training.rng_state import Generators, GeneratorsRest
@@ -131,7 +131,7 @@ def _write(state: TrainState, directory: Path) -> None:
             generators=generators.rest,
             record=state.record,
             trained=[name for name, _ in _trained(state)],
-            files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+            files={name: (partial / name).stat().st_size for name in files_in(partial)},
         )
         (partial / STATE).write_text(json.dumps(asdict(content), indent=1) + "\n", encoding="utf-8", newline="\n")
 
@@ -193,7 +193,7 @@ def _check_ranges(content: StateFile) -> None:
         raise ValueError(f"step = {content.step}, prompts.count = {content.prompts.count}")
     if "\0" in content.base:
         raise ValueError(f"base = {content.base!r}")
-    odd = next((name for name in content.files if "\0" in name or Path(name).name != name), None)
+    odd = next((name for name in content.files if not is_inside(name)), None)
     if odd is not None:
         raise ValueError(f"files: {odd!r} is not a file name")
 

@@ -46,7 +46,8 @@ _LEARNED = (
     "train.grad_clip train.warmup reward.names reward.options reward.on_error monitor.explosion"
 )
 _REFUSED = (
-    "model weights_file adapter train.finetune train.experts train.extra_modules train.lora_rank train.lora_alpha"
+    "model model_options weights_file adapter train.finetune train.experts train.extra_modules train.lora_rank "
+    "train.lora_alpha"
 )
 EFFECTS = {
     key: effect
@@ -101,7 +102,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A checkpoint's configuration by dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key != "options":
+        if isinstance(value, dict) and not key.endswith("options"):
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value

@@ -13,7 +13,7 @@ from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import NotFetchedError, UsageError, WeightsError
 from unigrpo_cli.io.atomic import SUMS, verify_checksums
-from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.family import MODELS, family_options
 from unigrpo_cli.models.hub import EMBEDDED
 from unigrpo_cli.models.policy import Policy, TrainablePolicy
 from unigrpo_cli.parallel.join import gpu_of_rank
@@ -113,7 +113,8 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
             if os.path.isdir(directory / "checkpoints") and os.path.isfile(directory / "config.toml"):
                 own = load_config(file=directory / "config.toml")
                 drawn = own.sampling.model_dump(exclude={"batch_size", "compile"})  # those are the machine's
-                return {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
+                found = {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
+                return found | ({"model_options": own.model_options} if own.model_options else {})
     if model == EMBEDDED:
         return {}
     try:
@@ -194,6 +195,7 @@ def load_policy(
         device=device_of(config),
         dtype=DTYPES[config.dtype],
         vae_tile_rows=config.sampling.vae_tile_rows,
+        **family_options(family, config.model_options),
     )
     for place in adapters:
         if policy.adapter is not None:

@@ -39,6 +39,9 @@ glibc maps blocks of 32 MiB and more anew each time, and the kernel clears every
 replay (docs/log.md). Below this size few blocks are affected.
 """
 
+USUAL_SHIFT = 3.0
+"""The time shift of BAGEL's own sampler."""
+
 PLAN_FIRST = (
     "You should first think about the planning process in the mind and then generate the image. \nThe planning "
     "process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
@@ -285,6 +288,9 @@ class MoTPolicy:
             ValueError: when the size is no multiple of a token or larger than the position table.
         """
         return self.network.config.grid(height, width)
+
+    def shift(self, grid: tuple[int, int], steps: int) -> float:
+        return USUAL_SHIFT
 
     def decode_pixels(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """Final latents to images [B, height, width, 3] uint8 on the CPU. Inside a token: row, column, channel."""

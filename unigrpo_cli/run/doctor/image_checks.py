@@ -97,8 +97,9 @@ def schedule(r: Recording) -> Outcome:
     """The network received the recorded times, in rollout and in replay."""
     s = r.config.sampling
     u = torch.linspace(1, 0, s.steps + 1, dtype=torch.float64)
-    grid = s.shift * u / (1 + (s.shift - 1) * u)
     for _, _, image, calls in r.painted():
+        shift = s.shift or r.policy.shift(image.grid, s.steps)
+        grid = shift * u / (1 + (shift - 1) * u)
         if len(calls) != s.steps:
             return fault(f"{len(calls)} network calls for sampling.steps={s.steps}", len(calls), s.steps)
         received = torch.tensor([call.t for call in calls], dtype=torch.float64)
