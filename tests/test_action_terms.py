@@ -8,24 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.test_objective import PAPER, B, K, N, _case
+from tests import small
+from tests.test_objective import PAPER, B, K, L, N, _case, _random
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.action_terms import image_terms, moves, text_terms
-from unigrpo_cli.algo.objective import unigrpo_loss
+from unigrpo_cli.algo.objective import Advantages, unigrpo_loss
 
 
 @pytest.mark.parametrize("trust_region", ["ratio-norm", "ratio"])
 @pytest.mark.parametrize(("penalty", "text_kl"), [("velocity-mse", 0.3), ("latent-kl", 0.0), ("none", 0.0)])
 def test_shares_add_up_to_the_loss(trust_region: str, penalty: str, text_kl: float) -> None:
-    """Two images of an episode, a mean over four episodes more than are here, weights that are not 1."""
-    actions, new, old, advantage_B = _case(images=2)
+    """Two images, an advantage per action, a mean over four episodes more than are here, weights that are not 1."""
+    actions, new, old, _ = _case(images=2)
+    own = Advantages(_random(B, L, seed=1), (_random(B, K, seed=2), _random(B, K, seed=3)))
     reference = replace(old, velocities=tuple(v + 0.1 for v in old.velocities))
     wanted = replace(PAPER, text_weight=0.7, image_weight=1.3, penalty_weight=0.2)
     wanted = replace(wanted, trust_region=trust_region, penalty=penalty, text_kl=text_kl)
-    total = unigrpo_loss(actions, new, old, reference, advantage_B, wanted, episodes=B + 4).total
-    advantage_B1 = advantage_B[:, None]
-    text = text_terms(actions, new, old, reference, advantage_B1, wanted, episodes=B + 4)
-    image = image_terms(actions, new, old, reference, advantage_B1, wanted, episodes=B + 4)
+    total = unigrpo_loss(actions, new, old, reference, own, wanted, episodes=B + 4).total
+    text = text_terms(actions, new, old, reference, own.text_BL, wanted, episodes=B + 4)
+    image = image_terms(actions, new, old, reference, torch.cat(own.images, dim=1), wanted, episodes=B + 4)
     torch.testing.assert_close(text.loss.sum() + image.loss.sum(), total)
     assert text.loss.shape == actions.mask_BL.shape and image.loss.shape == (B, 2 * K)
     assert (text.loss[~actions.mask_BL] == 0).all()
@@ -38,12 +39,13 @@ def test_sides_are_those_on_which_the_gradient_is_cut() -> None:
     advantage_B = advantage_B.roll(1)  # so that both sides occur
     wanted = replace(PAPER, text_clip=0.02, image_clip=1e-4)
     leaf = replace(new, log_prob_BL=new.log_prob_BL.clone().requires_grad_())
-    unigrpo_loss(actions, leaf, old, None, advantage_B, replace(wanted, penalty="none"), episodes=B).total.backward()
-    text = text_terms(actions, new, old, None, advantage_B[:, None], wanted, episodes=B)
+    loss = small.terminal_loss(actions, leaf, old, None, advantage_B, replace(wanted, penalty="none"), episodes=B)
+    loss.total.backward()
+    text = text_terms(actions, new, old, None, advantage_B[:, None].expand(B, L), wanted, episodes=B)
     mask = actions.mask_BL
     assert ((leaf.log_prob_BL.grad[mask] == 0) == (text.clipped[mask] != 0)).all()
     assert (text.clipped[~mask] == 0).all() and set(text.clipped.unique().tolist()) == {-1, 0, 1}
-    image = image_terms(actions, new, old, None, advantage_B[:, None], wanted, episodes=B)
+    image = image_terms(actions, new, old, None, advantage_B[:, None].expand(B, K), wanted, episodes=B)
     for terms, clip in ((text, 0.02), (image, 1e-4)):
         ratio = terms.log_ratio.exp()
         side = (ratio > 1 + clip).int() - (ratio < 1 - clip).int()

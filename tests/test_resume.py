@@ -861,11 +861,13 @@ def test_later_lines_and_sheets_are_forgotten(tmp_path: Path) -> None:
     for row in ({"step": 1, "loss": 0.5}, {"step": 1, "eval/a": 1.0}, {"step": 2, "loss": 0.1}):
         run.log(row)
     lines = run.metrics.read_text().splitlines(keepends=True)
-    (tmp_path / "samples" / "step_000002").mkdir(parents=True)
+    for name in ("samples/step_000002", "traces/step_000001", "traces/step_000002"):
+        (tmp_path / name).mkdir(parents=True)
     for name in ("step_000001.png", "step_000002.png", "progress.png"):
         (tmp_path / "samples" / name).touch()
     run.forget_after(1)
     assert run.metrics.read_text() == "".join(lines[:2])
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["progress.png", "step_000001.png"]
+    assert [p.name for p in (tmp_path / "traces").iterdir()] == ["step_000001"]
     run.forget_after(1, evaluated=False)
     assert run.metrics.read_text() == lines[0]

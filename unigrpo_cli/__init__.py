@@ -1,12 +1,18 @@
 """UniGRPO: reinforcement learning of reasoning and painting in one unified model.
 
-These names are for plugin authors; nothing here imports torch.
+These names are for plugin authors and for readers of runs; nothing here imports torch before it is used.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.programs import Program, Rows
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.rewards.function import Options, reward
 from unigrpo_cli.rewards.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from unigrpo_cli.run.episode_files import load_episodes
+    from unigrpo_cli.run.trace_files import load_traces
 
 __version__ = "0.1.0"
 
@@ -19,5 +25,18 @@ __all__ = [
     "Rows",
     "Sample",
     "hookimpl",
+    "load_episodes",
+    "load_traces",
     "reward",
 ]
+
+_READERS = {"load_episodes": "unigrpo_cli.run.episode_files", "load_traces": "unigrpo_cli.run.trace_files"}
+
+
+def __getattr__(name: str) -> Any:
+    """Functions that need numpy or torch, imported when they are first asked for."""
+    if name not in _READERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_READERS[name]), name)

@@ -35,9 +35,9 @@ from unigrpo_cli.training import update_guard
 from unigrpo_cli.training.advantages import advantages, kinds_of_all
 from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.metrics import timed
-from unigrpo_cli.training.micro_batch import MicroBatch, with_advantages
+from unigrpo_cli.training.micro_batch import MicroBatch, marked, with_advantages
 from unigrpo_cli.training.optimizer import optimizer_step
-from unigrpo_cli.training.schedule import later_windows, objective_of, prompts_for, window_of
+from unigrpo_cli.training.schedule import later_windows, objective_of, prompts_for, traced_groups, window_of
 from unigrpo_cli.training.state import TrainState
 
 
@@ -45,7 +45,8 @@ from unigrpo_cli.training.state import TrainState
 class StepResult:
     """One training step: metrics of all ranks; groups, scores and advantages of this rank.
 
-    `skipped` says why an update was refused; None when all were made.
+    `updates` counts those that were made; `skipped` says why the next was refused, None when all were made.
+    `traced` are the micro-batches that a trace shows.
     """
 
     metrics: dict[str, float]
@@ -53,6 +54,8 @@ class StepResult:
     scored: dict[str, RewardResult]
     advantage_BS: Tensor
     skipped: str | None = None
+    updates: int = 0
+    traced: tuple[MicroBatch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def train(
         state.step, state.between = state.step + 1, False
         if after_step(result):
             return
+        del result  # before the next rollout
 
 
 def training_step(
@@ -112,6 +116,7 @@ def training_step(
     own = ranks.share(range(len(advantage_BS)), t.minibatches)
     metrics = step_metrics.rollout_metrics(groups, scored, advantage_BS, kind_BS)
     minibatches = with_advantages(minibatches, advantage_BS[own])
+    minibatches = marked(minibatches, traced_groups(config, step, len(groups)), t.group_size)
 
     updates: list[UpdateResult] = []
     skipped = None
@@ -131,7 +136,8 @@ def training_step(
     metrics |= step_metrics.over_updates([u.terms for u in updates], ratio_checked=rescore)
     metrics |= step_metrics.memory(policy.device) | {f"seconds/{name}": value for name, value in seconds.items()}
     scored = {name: result.select(own) for name, result in scored.items()}
-    return StepResult(ranks.averaged(metrics), groups, scored, advantage_BS[own], skipped)
+    traced = tuple(m for share in minibatches for m in share if m.traced)
+    return StepResult(ranks.averaged(metrics), groups, scored, advantage_BS[own], skipped, len(updates), traced)
 
 
 @torch.no_grad()
@@ -165,7 +171,7 @@ def score_old_and_reference(
         old: list[Scores | None] = [None] * len(parts)
         reference: list[Scores | None] = [None] * len(parts)
         if rescore or k:
-            old = list(parallel_map(_replayer(policy, config, paints), batches, workers))
+            old = list(parallel_map(replayer(policy, config, paints), batches, workers))
         if needs_reference:
             with policy.reference() as start:
                 score = partial(replay, start, image=paints, text=objective.text_kl > 0)
@@ -186,13 +192,13 @@ def update(
     parameters = [p for expert in policy.trainable().values() for p in expert]
     episodes = ranks.world * sum(len(m.rows) for m in micro_batches)
     workers = replay_workers(policy, len(micro_batches))
-    replay_batch = _replayer(policy, config, objective.image_weight > 0)
+    replay_batch = replayer(policy, config, objective.image_weight > 0)
     terms: dict[str, float] = {}
     done: list[MicroBatch] = []
     try:
         for k in range(0, len(micro_batches), workers):  # on a CPU, some side by side
             new = list(parallel_map(replay_batch, [m.batch for m in micro_batches[k : k + workers]], workers))
-            part = [replace(m, old=m.old or s.detached()) for m, s in zip(micro_batches[k:], new, strict=False)]
+            part = [m.scored(s.detached()) for m, s in zip(micro_batches[k:], new, strict=False)]
             with threads_per_worker(workers):
                 losses = [
                     unigrpo_loss(
@@ -213,7 +219,7 @@ def update(
     return UpdateResult(ranks.summed(terms) | stepped, done)
 
 
-def _replayer(policy: TrainablePolicy, config: Config, image: bool) -> Callable[[Batch], Scores]:
+def replayer(policy: TrainablePolicy, config: Config, image: bool) -> Callable[[Batch], Scores]:
     """Replay with the run's settings: one definition, so that old and new scores are computed alike."""
     o = config.objective
     return partial(

@@ -178,6 +178,12 @@ class TrainConfig(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
         (), description='experiment trackers that get metrics, samples and settings, e.g. ["tensorboard"]'
     )
+    trace_every: Count = Field(
+        0,
+        description="training steps between traces (what the updates saw of each token and denoising step), the first "
+        "and the last step always; 0: none",
+    )
+    trace_groups: Few = Field(8, description="groups per trace, of the first rank")
     drift_limit: AboveZero = Field(
         0.02, description="warn when text log-probs of rollout and replay differ by more on average, nats"
     )

@@ -127,6 +127,16 @@ def enlarge(pixels: Array, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
+def shrunk(pixels: Array, side: int) -> Array:
+    """Pixels whose longer side is at most `side`, by averages over areas; a smaller image as it is."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+
 def sheet(rows: Sequence[Sequence[Tile]], heading: str = "") -> Image.Image:
     """A page of captioned images."""
     font, small = ImageFont.load_default(FONT), ImageFont.load_default(FONT - 1)

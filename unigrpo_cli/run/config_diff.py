@@ -21,8 +21,8 @@ class Effect(Enum):
 
 _NONE = (
     "preset memory_gb train.steps train.checkpoint_every train.keep_checkpoints train.keep_checkpoint_every "
-    "train.samples_every train.report_to train.drift_limit eval.every eval.best reward.timeout_s "
-    "reward.setup_timeout_s reward.max_abstain reward.strict reward.offload"
+    "train.samples_every train.report_to train.trace_every train.trace_groups train.drift_limit eval.every eval.best "
+    "reward.timeout_s reward.setup_timeout_s reward.max_abstain reward.strict reward.offload"
 )
 _ROUNDING = (
     "device attention threads sampling.batch_size sampling.vae_tile_rows sampling.compile train.micro_batch_size "

@@ -30,6 +30,9 @@ PACKAGES = (
     "numpy",
 )
 
+BY_STEP = ("samples", "bad_steps", "traces")
+"""Directories of what a training step leaves besides its metrics: `step_NNNNNN` in them."""
+
 
 def fresh_directory(out: Path | None, command: str) -> Path:
     """A directory for a new run: `--out`, or runs/<date>-<time>-<command>. It must be empty.
@@ -161,7 +164,7 @@ class Run:
                 sync(self.metrics)
 
     def forget_after(self, step: int, evaluated: bool = True) -> list[str]:
-        """Remove lines, sheets and bad steps of later steps, which a resumed run makes again, and repeated lines.
+        """Remove lines, sheets, traces and bad steps of later steps, which a resumed run repeats, and repeated lines.
 
         Args:
             evaluated: keep the line of this step's own evaluation.
@@ -169,7 +172,7 @@ class Run:
         Returns:
             What is wrong with metrics.jsonl, a sentence each. A last line cut by a kill is normal.
         """
-        for path in [*self.directory.glob("samples/step_*"), *self.directory.glob("bad_steps/step_*")]:
+        for path in [p for name in BY_STEP for p in self.directory.glob(f"{name}/step_*")]:
             if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -199,8 +202,11 @@ class Run:
 
     def remove_partial(self) -> list[Path]:
         """Remove what a killed process left half written, and return it."""
-        folders = (self.directory, *(self.directory / name for name in ("samples", "bad_steps", "checkpoints")))
+        folders = (self.directory, *(self.directory / name for name in (*BY_STEP, "checkpoints")))
         return [path for folder in folders for path in remove_partial(folder)]
+
+    def trace(self, step: int) -> Path:
+        return self.directory / "traces" / f"step_{step:06d}"
 
     def checkpoint(self, step: int) -> Path:
         return self.directory / "checkpoints" / f"step_{step:06d}"

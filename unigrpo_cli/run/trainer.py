@@ -29,6 +29,8 @@ from unigrpo_cli.run.monitor import Monitor
 from unigrpo_cli.run.records import save_bad_step
 from unigrpo_cli.run.samples import SHOWN, save_progress, save_samples
 from unigrpo_cli.run.signals import DroppedError, Interrupts
+from unigrpo_cli.run.trace_files import save_trace
+from unigrpo_cli.run.traces import score_again, step_trace
 from unigrpo_cli.run.trackers import Trackers
 from unigrpo_cli.suites import task_of
 from unigrpo_cli.train import StepResult, train
@@ -139,6 +141,8 @@ class Trainer:
             self.snapshot()
             with self.ranks.together():
                 self._keep_bad_step(step)
+            if step.traced:
+                self._trace(step)
         self.interrupts.agree()
         self._run_jobs()
         best = state.record.best
@@ -180,6 +184,15 @@ class Trainer:
             self.monitor.stop_if_diverged(self.state.step, step.skipped, str(path))
         finally:
             self.snapshot()  # the count starts again at 0, in the checkpoint of this stop too
+
+    def _trace(self, step: StepResult) -> None:
+        """Write what the step's updates saw of some groups of the first rank; other ranks share the passes."""
+        state = self.state
+        again = score_again(state.policy, step.traced, self.config, self.ranks)
+        with self.ranks.together():
+            if self.ranks.first:
+                trace = step_trace(step, again, state.step, state.policy, self.config, self.rewards.weights)
+                save_trace(trace, self.files.trace(state.step))
 
     # ----- jobs between steps
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,8 @@ class MicroBatch:
         old: scores of the policy that drew them; None until the first update, whose own scores they are.
         reference: scores of the starting model; None where the objective needs none.
         advantages: one per action; empty until the rewards are known.
+        traced: a trace of the step shows some of them.
+        new: scores that the last update saw, kept for a trace.
     """
 
     batch: Batch
@@ -31,11 +33,17 @@ class MicroBatch:
     old: Scores | None
     reference: Scores | None
     advantages: Advantages = UNKNOWN
+    traced: bool = False
+    new: Scores | None = None
 
     @property
     def old_scores(self) -> Scores:
         assert self.old is not None
         return self.old
+
+    def scored(self, new: Scores) -> MicroBatch:
+        """With the scores of an update; the first update's own are the old ones where no pass made those."""
+        return replace(self, old=self.old or new, new=new if self.traced else None)
 
 
 def with_advantages(minibatches: Sequence[Sequence[MicroBatch]], advantage_BS: Tensor) -> list[list[MicroBatch]]:
@@ -46,3 +54,8 @@ def with_advantages(minibatches: Sequence[Sequence[MicroBatch]], advantage_BS: T
         return replace(m, advantages=per_action(advantage_BS[m.rows].to(actions.mask_BL.device), actions))
 
     return [[completed(m) for m in share] for share in minibatches]
+
+
+def marked(minibatches: Sequence[Sequence[MicroBatch]], groups: Container[int], members: int) -> list[list[MicroBatch]]:
+    """Each micro-batch, `traced` where it holds an episode of one of the groups."""
+    return [[replace(m, traced=any(r // members in groups for r in m.rows)) for m in share] for share in minibatches]

@@ -56,6 +56,16 @@ def later_windows(config: Config, step: int) -> tuple[flow.Window, ...]:
     return tuple(window_of(config, step, k) for k in range(1, config.sampling.rounds))
 
 
+def traced_groups(config: Config, step: int, groups: int) -> range:
+    """Which of a rank's groups are traced in a training step: evenly spread, so that every minibatch has some.
+
+    Traced are the first step, every `trace_every`-th and the last, in the count of steps done.
+    """
+    t, done = config.train, step + 1
+    due = t.trace_every > 0 and (done in (1, t.steps) or done % t.trace_every == 0)
+    return range(0, groups, -(-groups // t.trace_groups)) if due else range(0)
+
+
 def objective_of(config: Config) -> Objective:
     """The objective of eq 2, 6, 7, 8; training one expert leaves out the other's term."""
     o, experts = config.objective, config.train.experts
