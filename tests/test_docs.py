@@ -49,6 +49,19 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_troubleshooting_quotes_messages_as_they_are() -> None:
+    """Of each quoted message, the words between placeholders stand in the code."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Checkpoints and resuming")[2]
+    code = "".join(path.read_text() for path in ROOT.glob("unigrpo_cli/**/*.py"))
+    code = re.sub(r'["\']\s*f?["\']', "", code)  # literals over several lines
+    table = page.partition("## Refused input")[0]
+    messages = re.findall(r"^\| `(.*?)`[^|]*\|", table, re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        for words in re.split(r"\b[A-Z]+\b|\w*_N\b|\.\.\.|[():]|->", message):
+            assert words.strip(" ;") in code, f"{message}: no message says {words!r}"
+
+
 def test_the_readme_tree_is_the_tree() -> None:
     text = (ROOT / "README.md").read_text()
     (tree,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", text, re.DOTALL)

@@ -34,7 +34,11 @@ def evaluate(
     weights_file: common.WeightsFile = None,
     adapter: common.Adapter = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="shapes, geneval, a .txt or .jsonl file, or KIND:PATH.")
+        str | None,
+        typer.Option(
+            "--suite",
+            help="shapes, geneval, a prompts file (as for train), or KIND:PATH (docs/suites.md).",
+        ),
     ] = None,
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,

@@ -28,7 +28,8 @@ def generate(
     context: typer.Context,
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts.")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="A .txt file (one prompt per line) or a .jsonl file.")
+        Path | None,
+        typer.Option("--prompts", help="A .txt file, one prompt per line, or .jsonl, .csv, .tsv, .parquet."),
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", help="Image to edit, or to ask about with --answer.")] = None,
     answer: Annotated[bool, typer.Option("--answer", help="Answer in words; generate no image.")] = False,

@@ -22,9 +22,6 @@ def list_rewards(
     plugin: common.PluginOption = None, plugins_dir: common.PluginsDir = None, json: common.Json = False
 ) -> None:
     """List all known rewards and where they come from."""
-    from rich.table import Table
-    from rich.text import Text
-
     from unigrpo_cli.run.console import Display
 
     display = Display(json=json)
@@ -33,16 +30,12 @@ def list_rewards(
     if json:
         common.print_json({"rewards": rows})
         return
-    table = Table(box=None, header_style="dim")
-    for column in ("reward", "from", "version", "range", "state"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("what it measures", overflow="fold")
+    cells = []
     for row in rows:
-        state, found, reason = row["state"].partition(": ")
-        shown = "" if row["range"] is None else f"{row['range'][0]:g} to {row['range'][1]:g}"
-        first = (row["name"], row["origin"], row["version"], shown)
-        table.add_row(*map(Text, first), Text(state, style="red" if found else ""), Text(reason or row["summary"]))
-    display.say(table)
+        scale = "" if row["range"] is None else f"{row['range'][0]:g} to {row['range'][1]:g}"
+        what = row["summary"] if row["state"] == "ok" else row["state"]
+        cells.append((row["name"], scale, f"{row['origin']} {row['version']}".removesuffix(" -"), what))
+    display.table("rewards", ("reward", "range", "from", "what it measures"), cells, set())
 
 
 def _facts(entry: RewardEntry) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.config import Config, load_config, to_toml
-from unigrpo_cli.errors import DivergedError, TooLargeError, UnigrpoError, UsageError, one_line
+from unigrpo_cli.errors import DivergedError, TooLargeError, UnigrpoError, UsageError, one_line, quoted
 from unigrpo_cli.io.atomic import locked, write_text
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.parallel.ranks import Ranks
@@ -244,7 +244,9 @@ def train_all(
                 failed[run.name] = one_line(str(error))
                 display.warn(f"{run.name} failed: {failed[run.name]}")
             except UnigrpoError:
-                display.warn(f"the sweep stops at {run.name}; the same command with --out {directory} resumes it")
+                display.warn(
+                    f"the sweep stops at {run.name}; the same command with --out {quoted(directory)} resumes it"
+                )
                 raise
         gc.collect()  # a trainer and its listener hold each other, and with them the weights
         _write(runs, directory, failed, ranks)

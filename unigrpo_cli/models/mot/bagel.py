@@ -22,7 +22,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.errors import WeightsError, quoted
 from unigrpo_cli.io.limits import ENDS, read_ends, read_text, refuse_odd_text
 from unigrpo_cli.models.mot.config import (
     LATENT_POSITIONS,
@@ -361,7 +361,7 @@ def _weight_files(directory: Path, weights_file: str | None) -> list[Path]:
                 )
     if not (directory / names[0]).is_file():
         found = sorted(p.name for p in directory.glob("*.safetensors") if p.name != AUTOENCODER)
-        hint = f"; try --weights-file {found[0]}" if found else ""
+        hint = f"; try --weights-file {quoted(found[0])}" if found else ""
         raise WeightsError(f"{directory} is not a complete model: {names[0]} is missing{hint}")
     return [directory / name for name in names]
 
