@@ -68,6 +68,7 @@ class RemoteReward:
             self.name = str(facts["name"])
             self.needs = frozenset(map(str, facts["needs"]))
             self.sends = frozenset(map(str, facts["sends"]))
+            self.segments = frozenset(map(str, facts.get("segments", ())))
             self.scope = str(facts["scope"])
             self.unit = int(facts["batch_size"] or 1)
             # A reward that needs the whole rollout in one call cannot score a part of it early.
@@ -89,6 +90,7 @@ class RemoteReward:
         scores: list[Any] = []
         components: dict[str, list[Any]] = {}
         info: list[Any] = []
+        segments: list[Any] = []
         for rows in self._requests(batch):
             body = {"samples": rows, "step": batch.step, "split": batch.split}
             answer = self._ask("POST", "/v1/score", body)
@@ -96,13 +98,16 @@ class RemoteReward:
             remarks = answer.get("info") or [{}] * len(rows)
             shaped = isinstance(parts, dict) and (not scores or parts.keys() == components.keys())
             lists = [answer.get("scores"), remarks, *(parts.values() if shaped else [None])]
+            by_segment = answer.get("segments") or [{}] * len(rows)
+            lists.append(by_segment)
             if not all(isinstance(values, list) and len(values) == len(rows) for values in lists):
                 raise self._malformed(f"not one score, component and info row for each of {len(rows)} samples")
             scores += answer["scores"]
             info += remarks
+            segments += by_segment
             for name, values in parts.items():
                 components.setdefault(name, []).extend(values)
-        return RewardOutput(scores, components, info)
+        return RewardOutput(scores, components, info, segments if self.segments else None)
 
     def teardown(self) -> None:
         self.client.close()
@@ -120,7 +125,7 @@ class RemoteReward:
                     f"reward 'remote': {len(unit)} samples that belong together make {size} bytes, and {self.url} "
                     f"takes {self.max_bytes}; serve it with a larger --max-mb"
                 )
-            shown = sum(math.prod(s.pixels.shape[:2]) for s in batch.samples[at : at + step])
+            shown = sum(self._shown(s) for s in batch.samples[at : at + step])
             if shown > self.max_pixels:
                 raise RewardError(
                     f"reward 'remote': {len(unit)} samples that belong together have {shown} pixels, and {self.url} "
@@ -135,15 +140,32 @@ class RemoteReward:
         if rows:
             yield rows
 
+    def _shown(self, sample: Sample) -> int:
+        """The pixels of a sample that are sent."""
+        sent = [sample.pixels] if "image" in self.sends else []
+        sent += [sample.source] if "source" in self.sends and sample.source is not None else []
+        sent += sample.pictures if "pictures" in self.sends else ()
+        return sum(math.prod(pixels.shape[:2]) for pixels in sent)
+
     def _row(self, sample: Sample) -> dict[str, Any]:
         row: dict[str, Any] = {"prompt": sample.prompt, "id": sample.id, "group_id": sample.group_id}
         if "image" in self.sends:
-            row["image"] = _png(sample)
+            row["image"] = _png(sample.pixels)
+        if "source" in self.sends and sample.source is not None:
+            row["source"] = _png(sample.source)
+        if self.sends & {"texts", "pictures"}:
+            row["segments"] = [self._segment(part) for part in sample.acted]
         if "reasoning" in self.sends:
             row["reasoning"] = sample.reasoning
         if "metadata" in self.sends:
             row["metadata"] = dict(sample.metadata)
         return row
+
+    def _segment(self, part: Any) -> dict[str, str | None]:
+        """A text or a picture of an episode; null for a picture that the reward does not read."""
+        if isinstance(part, str):
+            return {"text": part if "texts" in self.sends else ""}
+        return {"image": _png(part) if "pictures" in self.sends else None}
 
     def _token(self) -> str | None:
         """The token, one word. Errors name its source and never show it."""
@@ -250,10 +272,10 @@ def _check_types(facts: dict[str, Any]) -> None:
         raise TypeError("needs and sends are not lists of texts")
 
 
-def _png(sample: Sample) -> str:
+def _png(pixels: Any) -> str:
     """The pixels as base64 PNG, lossless; little compression, because the network is rarely the slow part."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(sample.pixels).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()

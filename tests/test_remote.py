@@ -148,16 +148,18 @@ def test_range_needs_and_direction_are_the_servers() -> None:
         assert rewards.weights == {"remote": -1.0}
         assert rewards.rewards[0].reward.name == "cost"
         with pytest.raises(RewardError, match="needs metadata 'include'"):
-            rewards.check_needs([{}], has_reasoning=True, split="train")
+            rewards.check_needs([{}], has_reasoning=True, has_source=False, split="train")
 
 
 def test_the_server_looks_at_prompts_before_anything_is_sampled() -> None:
     """`geneval` refuses classes that its detector cannot see, from afar too."""
     row = {"prompt": "an airplane", "tag": "single_object", "include": [{"class": "airplane", "count": 1}]}
     with _served("geneval") as server, _remote(server.url) as rewards:
-        rewards.check_needs([s.metadata for s in example_samples(4)], has_reasoning=True, split="train")
+        rewards.check_needs(
+            [s.metadata for s in example_samples(4)], has_reasoning=True, has_source=False, split="train"
+        )
         with pytest.raises(RewardError, match="airplane"):
-            rewards.check_needs([row], has_reasoning=True, split="train")
+            rewards.check_needs([row], has_reasoning=True, has_source=False, split="train")
 
 
 def test_what_is_sent_is_what_is_needed() -> None:
@@ -176,7 +178,7 @@ def test_what_is_sent_is_what_is_needed() -> None:
         with _remote(server.url) as rewards:
             _ask(rewards, example_samples(2))
     assert set(seen[0]["samples"][0]) == {"prompt", "id", "group_id"}
-    assert columns_sent(Undeclared()) == ["image", "reasoning", "metadata"]
+    assert columns_sent(Undeclared()) == ["image", "reasoning", "texts", "pictures", "source", "metadata"]
 
 
 def test_a_group_reward_is_sent_whole_or_not_at_all() -> None:

@@ -387,7 +387,7 @@ def test_wrong_options_are_named(text: str, says: str) -> None:
 def test_missing_metadata_is_found_before_sampling() -> None:
     with Scorer(parse_rewards(["gained"]), _plugins(Gained), CONTEXT) as rewards:
         with pytest.raises(RewardError, match="needs metadata 'secret', which 1 of 2 prompts lack"):
-            rewards.check_needs([{"secret": 1}, {}], has_reasoning=True, split="train")
+            rewards.check_needs([{"secret": 1}, {}], has_reasoning=True, has_source=False, split="train")
 
 
 def test_reasoning_is_needed_by_whoever_reads_it() -> None:
@@ -396,9 +396,9 @@ def test_reasoning_is_needed_by_whoever_reads_it() -> None:
         return [float(len(r)) for r in reasoning]
 
     with Scorer(parse_rewards(["words"]), _plugins(words), CONTEXT) as rewards:
-        rewards.check_needs([{}], has_reasoning=True, split="train")
+        rewards.check_needs([{}], has_reasoning=True, has_source=False, split="train")
         with pytest.raises(RewardError, match="does not think"):
-            rewards.check_needs([{}], has_reasoning=False, split="train")
+            rewards.check_needs([{}], has_reasoning=False, has_source=False, split="train")
 
 
 def test_lower_is_better_flips_the_weight() -> None:

@@ -145,8 +145,8 @@ def test_what_the_docs_show_works_by_every_door(
 
 def test_new_files_of_every_kind_pass_their_own_tests(tmp_path: Path) -> None:
     """What `rewards new` writes works as it is written, judge and package included."""
-    folders = [tmp_path / "files"] * 3 + [tmp_path / "package"]
-    for kind, folder in zip(("function", "class", "vlm", "package"), folders, strict=True):
+    folders = [tmp_path / "files"] * 4 + [tmp_path / "package"]
+    for kind, folder in zip(("function", "class", "segments", "vlm", "package"), folders, strict=True):
         made = CliRunner().invoke(app, ["rewards", "new", f"my_{kind}", "--kind", kind, "--out", str(folder)])
         assert made.exit_code == 0, made.output
         again = CliRunner().invoke(app, ["rewards", "new", f"my_{kind}", "--kind", kind, "--out", str(folder)])

@@ -39,6 +39,11 @@ class Prompt:
     image: str | NDArray[np.uint8] | None = field(default=None, compare=False)
 
 
+def all_have_pictures(prompts: Sequence[Prompt]) -> bool:
+    """Whether every prompt has a picture, so that an episode can start from it."""
+    return all(prompt.image is not None for prompt in prompts)
+
+
 @dataclass(frozen=True)
 class GivenText:
     """Text that was read, not sampled. `ids` [L] are all its tokens, boundary tokens included."""

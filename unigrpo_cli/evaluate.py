@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import Tensor
 from unigrpo_cli.algo.flow import Window
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.config import Config
-from unigrpo_cli.episode import Episode, Group, ImageActions, Prompt, TextActions, flatten
+from unigrpo_cli.episode import Episode, GivenImage, Group, ImageActions, Prompt, TextActions, flatten
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.parallel.workers import worker_count
-from unigrpo_cli.rewards.batch import RewardResult, Sample
+from unigrpo_cli.rewards.batch import RewardResult, Sample, rounds_of
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import Sampling, rollout
 from unigrpo_cli.suites import task_of
@@ -117,6 +118,9 @@ def samples_of(groups: Sequence[Group], step: int = 0) -> list[Sample]:
 
 def sample_of(episode: Episode, step: int) -> Sample:
     """One episode as the input of rewards; its id is unique within a step."""
+    acted = [s for s in episode.segments if isinstance(s, TextActions | ImageActions)]
+    before = takewhile(lambda s: not isinstance(s, TextActions | ImageActions), episode.segments)
+    given = [s.pixels.numpy() for s in before if isinstance(s, GivenImage)]
     return Sample(
         prompt=episode.prompt.text,
         pixels=episode.pixels.numpy(),
@@ -124,6 +128,8 @@ def sample_of(episode: Episode, step: int) -> Sample:
         metadata=episode.prompt.metadata,
         id=f"{episode.prompt.id}/{episode.member}",
         group_id=f"{step}/{episode.prompt.id}",
+        source=given[-1] if given else None,
+        segments=tuple(s.text if isinstance(s, TextActions) else s.pixels.numpy() for s in acted),
     )
 
 
@@ -165,6 +171,7 @@ def evaluate(
         on_groups: called with each batch of episodes of this rank and its scores.
     """
     values: dict[str, list[NDArray[np.float64]]] = {r.alias: [] for r in rewards.active("eval")}
+    by_segment: dict[str, list[dict[str, float]]] = {name: [] for name in values}
     if sampling.batch_size > samples:  # whole prompts, so that batches do not depend on the number of workers
         sampling = replace(sampling, batch_size=sampling.batch_size // samples * samples)
     chunk = max(1, sampling.batch_size // samples) * worker_count(len(prompts), policy.device)
@@ -177,16 +184,20 @@ def evaluate(
                 refuse_non_finite(flatten(groups))
         drawn = samples_of(groups)
         begin = sum(ranks.gather(len(drawn))[: ranks.rank])
-        everyone = rewards.score(drawn, split="eval", ranks=ranks)
+        everyone = rewards.score(drawn, split="eval", ranks=ranks, every_picture=True)
         scored = {name: result.select(range(begin, begin + len(drawn))) for name, result in everyone.items()}
         for name, own in scored.items():
             values[name].append(own.scores)
+            by_segment[name] += own.segments
         on_groups(groups, scored)
     tasks = np.array([task_of(p) for p in prompts for _ in range(samples)])
     texts = [p.text for p in prompts for _ in range(samples)]
     ids = [p.id for p in prompts for _ in range(samples)]
-    told = ranks.gather({name: np.concatenate([*parts, []]).tolist() for name, parts in values.items()})
-    joined = {name: np.concatenate([np.asarray(own[name]) for own in told]) for name in values}
+    told = ranks.gather([{n: np.concatenate([*parts, []]).tolist() for n, parts in values.items()}, by_segment])
+    joined: dict[str, NDArray[np.float64]] = {}
+    for name in values:
+        joined[name] = np.concatenate([np.asarray(own[name]) for own, _ in told])
+        joined |= {f"{name}/{part}": v for part, v in rounds_of([row for _, own in told for row in own[name]]).items()}
     noise = {"seed": seed, "samples": samples} | asdict(sampling)
     noise["round_max_new_tokens"] = list(sampling.round_max_new_tokens)  # as a report on disk has it
     for name in ("batch_size", "compiled", "tapered", "sde", "noise_level"):  # without effect on Euler steps

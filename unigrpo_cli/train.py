@@ -32,7 +32,7 @@ from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.training import metrics as step_metrics
 from unigrpo_cli.training import update_guard
-from unigrpo_cli.training.advantages import advantages, kinds_of_all
+from unigrpo_cli.training.advantages import advantages, credit_of, kinds_of_all
 from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.metrics import timed
 from unigrpo_cli.training.micro_batch import MicroBatch, marked, with_advantages
@@ -93,7 +93,8 @@ def training_step(
     policy, objective, step, ranks, t = state.policy, objective_of(config), state.step, state.ranks, config.train
     seed, seconds = derive(config.seed, "step", step), dict[str, float]()
 
-    scoring = rewards.start(step=step, overlap=config.reward.overlap, ranks=ranks)
+    every_picture = credit_of(config) == "reward-to-go"
+    scoring = rewards.start(step=step, overlap=config.reward.overlap, ranks=ranks, every_picture=every_picture)
     with timed(seconds, "rollout"), policy.gathered() as sampler, ranks.together():
         groups = rollout(
             sampler,

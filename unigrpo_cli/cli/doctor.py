@@ -59,6 +59,7 @@ def doctor(
 
 def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
     """All checks, on the state that training with these settings would start from."""
+    from unigrpo_cli.episode import all_have_pictures
     from unigrpo_cli.run.doctor import examine
     from unigrpo_cli.run.inputs import read_inputs
     from unigrpo_cli.run.prepare import prepare, with_sizes
@@ -69,5 +70,10 @@ def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Find
     settings = with_sizes(inputs.config, None, prompts, display.say)
     state, _ = prepare(settings, None, None, display.warn)
     with open_rewards(inputs.rewards, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
-        rewards.check_needs([p.metadata for p in prompts], has_reasoning=settings.sampling.think, split="train")
+        rewards.check_needs(
+            [p.metadata for p in prompts],
+            has_source=all_have_pictures(prompts),
+            has_reasoning=settings.sampling.think,
+            split="train",
+        )
         return examine(state, prompts, rewards, settings, thorough=True)

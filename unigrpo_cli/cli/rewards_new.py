@@ -19,6 +19,7 @@ from unigrpo_cli.errors import UsageError, suggest
 FILES = {
     "function": {"$name.py": "function.py.tmpl", "test_$name.py": "test.py.tmpl"},
     "class": {"$name.py": "class.py.tmpl", "test_$name.py": "test.py.tmpl"},
+    "segments": {"$name.py": "segments.py.tmpl", "test_$name.py": "test.py.tmpl"},
     "vlm": {"$name.py": "vlm.py.tmpl", "test_$name.py": "vlm_test.py.tmpl"},
     "package": {
         "$distribution/pyproject.toml": "package_pyproject.toml.tmpl",
@@ -36,7 +37,8 @@ def new(
         str,
         typer.Option(
             "--kind",
-            help="function, class, vlm (a judge with your own question), or package (to install and publish).",
+            help="function, class, segments (scores every text by itself), vlm (a judge with your own question), or "
+            "package (to install and publish).",
         ),
     ] = "function",
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("."),

@@ -129,13 +129,15 @@ def _shown(value: float | None) -> str:
 
 
 def _row(k: int, sample: Sample, scored: dict[str, RewardResult]) -> dict[str, Any]:
+    from unigrpo_cli.rewards.batch import segments_row
+
     return {
         "image": sample.id,
         "prompt": sample.prompt,
         "scores": {n: float(s.scores[k]) if s.valid[k] else None for n, s in scored.items()},
         "components": {n: {part: float(v[k]) for part, v in s.components.items()} for n, s in scored.items()},
         "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
-    }
+    } | segments_row(k, scored)
 
 
 def _scored(
@@ -155,7 +157,8 @@ def _scored(
     plugins = common.load_plugins(plugin, plugins_dir, Display(json=json))
     with common.rewards_alone(choices, plugins, device) as rewards:
         thinks = all(sample.reasoning is not None for sample in samples)
-        rewards.check_needs([sample.metadata for sample in samples], has_reasoning=thinks, split=split)
+        given = all(sample.source is not None for sample in samples)
+        rewards.check_needs([s.metadata for s in samples], has_reasoning=thinks, has_source=given, split=split)
         return rewards.score(samples, split=split)
 
 

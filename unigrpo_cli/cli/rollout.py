@@ -98,6 +98,7 @@ def _sample_and_score(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Score whole groups, sampled or saved, split over the ranks; rank 0 writes them and returns the summary."""
+    from unigrpo_cli.episode import all_have_pictures
     from unigrpo_cli.errors import RewardError, quoted
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.spec import parse_rewards
@@ -122,7 +123,9 @@ def _sample_and_score(
             embedded, thinks = is_embedded(policy), settings.sampling.think
     with open_rewards(choices, plugins, settings, embedded=embedded, ranks=ranks) as rewards, ExitStack() as held:
         with ranks.together():
-            rewards.check_needs([p.metadata for p in chosen], has_reasoning=thinks, split="train")
+            rewards.check_needs(
+                [p.metadata for p in chosen], has_source=all_have_pictures(chosen), has_reasoning=thinks, split="train"
+            )
             run = Run(held.enter_context(new_directory(out, "rollout"))) if ranks.first else None
         if source is not None:
             groups, own = saved, ranks.stretch(saved)
@@ -134,7 +137,7 @@ def _sample_and_score(
                 run.describe(settings)
                 save_episodes(groups, run.directory)
         try:
-            scored = rewards.score(samples_of(own), split="train", ranks=ranks)
+            scored = rewards.score(samples_of(own), split="train", ranks=ranks, every_picture=True)
         except RewardError:
             if run is not None:
                 display.warn(

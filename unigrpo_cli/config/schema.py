@@ -114,7 +114,16 @@ class ObjectiveConfig(Section):
 
 
 class AdvantageConfig(Section):
-    """Equation 1, and how several rewards become one advantage."""
+    """Equation 1, how several rewards become one advantage, and which actions answer for which reward."""
+
+    credit: Literal["auto", "terminal", "reward-to-go"] = Field(
+        "terminal",
+        description="terminal: all actions answer for the last picture's rewards [paper]; reward-to-go: each segment "
+        "for its own rewards and later ones, and every picture is scored; auto: reward-to-go with several rounds",
+    )
+    discount: Share = Field(
+        1.0, description="with credit=reward-to-go: factor of a reward for each picture between it and the segment"
+    )
 
     normalize: Literal["group", "batch", "none"] = Field(
         "group", description="standard deviation that divides the advantage [paper: group]"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+SEGMENT_KINDS = ("text", "image")
+
+
 @dataclass(frozen=True)
 class Sample:
     """One episode as a reward sees it.
 
     Args:
         prompt: the prompt, never the reasoning.
-        pixels: the image, [height, width, 3] uint8.
-        reasoning: the text the policy wrote, or None when it wrote none.
+        pixels: the last picture, [height, width, 3] uint8.
+        reasoning: all text the policy wrote, or None when it wrote none.
         metadata: of the prompt, e.g. GenEval's `include`.
         id, group_id: equal group ids mark samples of one prompt in one rollout.
+        source: the picture that the episode was given, e.g. of an edit; None without one.
+        segments: sampled texts and pictures in order; empty for one text, `reasoning`, and one picture, `pixels`.
     """
 
     prompt: str
@@ -34,6 +40,61 @@ class Sample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
     group_id: str = ""
+    source: NDArray[np.uint8] | None = None
+    segments: tuple[str | NDArray[np.uint8], ...] = ()
+
+    @property
+    def acted(self) -> tuple[str | NDArray[np.uint8], ...]:
+        """Sampled texts and pictures in order; the last picture is `pixels`."""
+        if not self.segments:
+            return (self.pixels,) if self.reasoning is None else (self.reasoning, self.pixels)
+        last = _pictures_at(self.segments)[-1]
+        return (*self.segments[:last], self.pixels, *self.segments[last + 1 :])
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every sampled text, in order."""
+        return tuple(s for s in self.acted if isinstance(s, str))
+
+    @property
+    def pictures(self) -> tuple[NDArray[np.uint8], ...]:
+        """Every sampled picture, in order."""
+        return tuple(s for s in self.acted if not isinstance(s, str))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the segments in order: `text_1`, `image_1`, `text_2`, ..."""
+        kinds = ["text" if isinstance(s, str) else "image" for s in self.acted]
+        return tuple(f"{kind}_{kinds[: k + 1].count(kind)}" for k, kind in enumerate(kinds))
+
+    @property
+    def preceding_text(self) -> str | None:
+        """The text right before the last picture; None without one."""
+        acted = self.acted
+        before = acted[max(_pictures_at(acted)[-1] - 1, 0)]
+        return before if isinstance(before, str) else None
+
+    def by_round(self) -> tuple[Sample, ...]:
+        """A sample for each picture: the episode up to it. The last one is the whole episode."""
+        acted = self.acted
+        earlier = enumerate(_pictures_at(acted)[:-1], start=1)
+        return (*(self._up_to(acted[: k + 1], f"round_{turn}") for turn, k in earlier), self)
+
+    def _up_to(self, segments: tuple[str | NDArray[np.uint8], ...], name: str) -> Sample:
+        texts, last = [s for s in segments if isinstance(s, str)], segments[-1]
+        assert not isinstance(last, str)
+        return replace(
+            self,
+            pixels=last,
+            reasoning="\n\n".join(texts) if texts else None,
+            segments=segments,
+            id=f"{self.id}/{name}",
+            group_id=f"{self.group_id}/{name}",
+        )
+
+
+def _pictures_at(segments: Sequence[str | NDArray[np.uint8]]) -> list[int]:
+    return [k for k, s in enumerate(segments) if not isinstance(s, str)]
 
 
 @dataclass(frozen=True)
@@ -85,6 +146,21 @@ class RewardBatch:
         return [s.reasoning for s in self.samples]
 
     @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """Every text of each episode."""
+        return [s.texts for s in self.samples]
+
+    @property
+    def pictures(self) -> list[tuple[NDArray[np.uint8], ...]]:
+        """Every picture of each episode, arrays [height, width, 3] uint8; the last is that of `pixels`."""
+        return [s.pictures for s in self.samples]
+
+    @property
+    def sources(self) -> list[NDArray[np.uint8] | None]:
+        """The picture that each episode was given."""
+        return [s.source for s in self.samples]
+
+    @property
     def metadata(self) -> list[Mapping[str, Any]]:
         return [s.metadata for s in self.samples]
 
@@ -103,6 +179,9 @@ COLUMNS = (
     "tensors",
     "prompts",
     "reasoning",
+    "texts",
+    "pictures",
+    "sources",
     "metadata",
     "ids",
     "group_ids",
@@ -121,11 +200,14 @@ class RewardOutput:
         scores: B numbers. NaN or None abstains: the sample is left out of its group's statistics.
         components: parts of the score by name, B numbers each; logged, not trained on.
         info: one JSON-able dict per sample (reasons, boxes); saved beside the sample.
+        segments: of a reward that declares `segments`, one dict per sample: a score by the segment's name
+            (`Sample.names`). NaN or None abstains; a segment left out has no score of its own.
     """
 
     scores: Any
     components: Mapping[str, Any] = field(default_factory=dict)
     info: Sequence[Mapping[str, Any]] | None = None
+    segments: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,12 +218,14 @@ class RewardResult:
         scores: fp64, NaN where the reward abstained.
         valid: where it did not.
         components, info: as in `RewardOutput`.
+        segments: by the segment's name, NaN where the reward abstained; empty where only the episode has a score.
     """
 
     scores: NDArray[np.float64]
     valid: NDArray[np.bool_]
     components: dict[str, NDArray[np.float64]]
     info: list[dict[str, Any]]
+    segments: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def mean(self) -> float | None:
@@ -156,6 +240,7 @@ class RewardResult:
             self.valid[rows] if rows else self.valid[:0],
             {name: values[rows] if rows else values[:0] for name, values in self.components.items()},
             [self.info[k] for k in rows],
+            [self.segments[k] for k in rows] if self.segments else [],
         )
 
     @classmethod
@@ -169,6 +254,7 @@ class RewardResult:
             np.concatenate([np.zeros(0, bool), *(p.valid for p in parts)]),
             {n: np.concatenate([p.components.get(n, np.full(len(p.scores), np.nan)) for p in parts]) for n in names},
             [row for p in parts for row in p.info],
+            [row for p in parts for row in p.segments],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -178,6 +264,7 @@ class RewardResult:
             "valid": self.valid.tolist(),
             "components": {name: values.tolist() for name, values in self.components.items()},
             "info": self.info,
+            "segments": self.segments,
         }
 
     @classmethod
@@ -189,7 +276,42 @@ class RewardResult:
             np.asarray(row["valid"], dtype=bool),
             {name: np.asarray(values, dtype=np.float64) for name, values in row["components"].items()},
             row["info"],
+            row["segments"],
         )
+
+
+def rounds_of(segments: Sequence[Mapping[str, float]]) -> dict[str, NDArray[np.float64]]:
+    """Scores by round and text of episodes of several rounds, one number per episode; nothing for one round.
+
+    `round_k` is the score of the picture that stands after round k: an episode that stopped before keeps its last one.
+    `text_k` is that of the k-th text, NaN where there is none.
+
+    Args:
+        segments: `RewardResult.segments`.
+    """
+    import numpy as np
+
+    names = list(dict.fromkeys(name for row in segments for name in row))
+    pictures = sorted((n for n in names if n.startswith("image_")), key=lambda n: int(n.partition("_")[2]))
+    found: dict[str, list[float]] = {}
+    standing = [math.nan] * len(segments)
+    for name in pictures if len(pictures) > 1 else ():
+        standing = [row.get(name, before) for row, before in zip(segments, standing, strict=True)]
+        found[name.replace("image_", "round_")] = standing
+    for name in (n for n in names if n.startswith("text_")):
+        found[name] = [row.get(name, math.nan) for row in segments]
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+
+def segments_row(k: int, scored: Mapping[str, RewardResult]) -> dict[str, Any]:
+    """The scores of an episode's segments by reward and name, under `segments`; nothing where none has any."""
+    rows = {n: s.segments[k] for n, s in scored.items() if s.segments and s.segments[k]}
+    found = {n: {name: x if x == x else None for name, x in row.items()} for n, row in rows.items()}
+    return {"segments": found} if found else {}
+
+
+def _no_rewards(name: str) -> Any:
+    raise LookupError(f"no rewards are known here, so {name!r} cannot be made")
 
 
 @dataclass(frozen=True)
@@ -199,6 +321,7 @@ class RewardContext:
     Args:
         embedded: True when the policy is the embedded model: rewards with small weights of their own use them.
         shared: models that several rewards use, each loaded once.
+        other_reward: makes another reward, named as in `--reward`; it is not set up yet.
     """
 
     device: str
@@ -206,3 +329,4 @@ class RewardContext:
     embedded: bool
     offline: bool
     shared: Shared = field(default_factory=Shared)
+    other_reward: Callable[[str], Any] = field(default=_no_rewards, repr=False)

@@ -6,7 +6,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -21,7 +21,9 @@ from unigrpo_cli.rewards.loaded import LoadedReward, RewardLimits
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry, message_of
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
+from unigrpo_cli.toy.edits import edit_target, scene_of, target_picture, train_edits
 from unigrpo_cli.toy.prompts import corrupt_plan, draw_scene, held_out_prompts
+from unigrpo_cli.toy.reflect import reflection_text
 from unigrpo_cli.toy.render import render
 from unigrpo_cli.toy.world import THINK_CLOSE, THINK_OPEN, plan_text
 
@@ -76,6 +78,46 @@ def contrasting_samples(seed: int = 0) -> list[Sample]:
     return samples
 
 
+def several_round_samples(seed: int = 0) -> list[Sample]:
+    """The contrasting samples as episodes of two rounds with a source: a first picture with a fault, and words on both.
+
+    Half of the second words are not true of the first picture, and ask for a wrong one.
+    """
+    rng = np.random.default_rng(seed)
+    samples = []
+    for k, last in enumerate(contrasting_samples(seed)):
+        scene = draw_scene(dict(last.metadata), rng)
+        shown = corrupt_plan(scene, dict(last.metadata), rng)
+        second = reflection_text(shown, scene) if k % 4 < 2 else reflection_text(scene, shown)
+        first = reflection_text(shown, scene)
+        segments = (first, render(shown, rng), second, last.pixels)
+        words = "\n\n".join(part for part in segments if isinstance(part, str))
+        samples.append(replace(last, reasoning=words, source=render(shown, rng), segments=segments))
+    return samples
+
+
+def edit_samples(seed: int = 0) -> list[Sample]:
+    """Four edits, each carried out and left undone, with plans; the first undone one is noise."""
+    rng = np.random.default_rng(seed)
+    samples: list[Sample] = []
+    for k, row in enumerate(train_edits(4, seed)):
+        source = row.pop("image")
+        noise = rng.integers(0, 256, source.shape, dtype=np.uint8)
+        text = reflection_text(scene_of(row["source"]), edit_target(row))
+        for pixels in (target_picture(row), source if k else noise):
+            samples.append(Sample(row["prompt"], pixels, text, row, str(len(samples)), str(k), source))
+    return samples
+
+
+def fitting_samples(needs: Collection[str], segments: Collection[str]) -> list[Sample]:
+    """Samples that have what a reward needs and the segments that it scores."""
+    if "metadata:target" in needs:
+        return edit_samples()
+    return (
+        several_round_samples() if segments or {"texts", "pictures", "source"} & set(needs) else contrasting_samples()
+    )
+
+
 def check_reward(
     reward: Any,
     *,
@@ -91,7 +133,7 @@ def check_reward(
         reward: a name as in `--reward`, a reward class, or a function decorated with `@reward`.
         plugin: the file or module with the name, if it is not installed.
         options: as `@key=value` gives them.
-        samples: what to score, `contrasting_samples` by default.
+        samples: what to score, `fitting_samples` by default.
         max_seconds: limit of the time per sample; None for no limit.
 
     Raises:
@@ -101,13 +143,14 @@ def check_reward(
         plugins = Plugins()
         plugins.load([plugin] if plugin else None)
     spec = _spec_of(reward, options or {}, plugins)
-    given = list(samples if samples is not None else contrasting_samples())
     context = RewardContext(device="cpu", seed=0, embedded=True, offline=False)
     scorer = Scorer([spec], plugins, context, RewardLimits(max_abstain=1.0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with scorer:
-            checks = _checks(scorer, given, max_seconds)
+            loaded = scorer.rewards[0]
+            fitting = fitting_samples(getattr(loaded.reward, "needs", ()), loaded.segments)
+            checks = _checks(scorer, fitting if samples is None else list(samples), max_seconds)
     failed = [str(w.message) for w in caught if "failed in teardown" in str(w.message)]
     for other in [w for w in caught if str(w.message) not in failed]:
         warnings.warn(other.message, other.category, stacklevel=2)
@@ -135,7 +178,7 @@ def _checks(scorer: Scorer, samples: Sequence[Sample], max_seconds: float | None
         return scorer.score(rows)[loaded.alias]
 
     try:
-        scorer.check_needs([s.metadata for s in samples], has_reasoning=True, split="train")
+        scorer.check_needs([s.metadata for s in samples], has_reasoning=True, has_source=True, split="train")
         began = time.perf_counter()
         first = score(samples)
         seconds = (time.perf_counter() - began) / max(1, len(samples))
@@ -143,6 +186,8 @@ def _checks(scorer: Scorer, samples: Sequence[Sample], max_seconds: float | None
         return [Check("answers with one number per sample", False, str(error))]
     checks = [Check("answers with one number per sample", True, f"{len(samples)} scores")]
     checks += _of_answer(first, loaded, seconds, max_seconds)
+    if loaded.segments:
+        checks.append(_segments(first, loaded))
     try:
         checks += _repeated(score, first, samples, alone=loaded.scores_alone)
     except RewardError as error:
@@ -170,6 +215,13 @@ def _of_answer(first: RewardResult, loaded: LoadedReward, seconds: float, max_se
             f"{1000 * seconds:.1f} ms per sample{limit}",
         ),
     ]
+
+
+def _segments(first: RewardResult, loaded: LoadedReward) -> Check:
+    """A reward that declares segments scores some of them. Undeclared ones are refused when the answer is read."""
+    known = [x for row in first.segments for x in row.values() if x == x]
+    seen = f"{len(known)} scores of {', '.join(sorted(loaded.segments))} segments in {len(first.segments)} samples"
+    return Check("scores the segments that it declares", bool(known), seen)
 
 
 def _distinct(first: RewardResult, loaded: LoadedReward) -> Check:
@@ -209,10 +261,14 @@ def _repeated(
 
 
 def _same(name: str, a: RewardResult, b: RewardResult) -> Check:
-    both = a.valid & b.valid
-    gap = float(np.abs(a.scores[both] - b.scores[both]).max()) if both.any() else 0.0
-    agree = bool((a.valid == b.valid).all())
-    scale = max(1.0, float(np.abs(a.scores[both]).max())) if both.any() else 1.0
+    named = [list(row) for row in a.segments] == [list(row) for row in b.segments]
+    x, y = (np.array([*r.scores, *(x for row in r.segments for x in row.values())]) for r in (a, b))
+    if not named:
+        return Check(name, False, "other segments are scored")
+    both = np.isfinite(x) & np.isfinite(y)
+    gap = float(np.abs(x[both] - y[both]).max()) if both.any() else 0.0
+    agree = bool((np.isfinite(x) == np.isfinite(y)).all())
+    scale = max(1.0, float(np.abs(x[both]).max())) if both.any() else 1.0
     return Check(name, agree and gap <= TOLERANCE * scale, f"largest difference {gap:.2g}")
 
 

@@ -30,6 +30,7 @@ def reward(
     range: tuple[float, float] = (float("-inf"), float("inf")),
     summary: str = "",
     batch_size: int | None = None,
+    segments: tuple[str, ...] = (),
 ) -> Callable[[Callable], Callable]:
     """Make a function a reward.
 
@@ -37,21 +38,22 @@ def reward(
         def brightness(images):
             return [sum(image.convert("L").getdata()) / 255 / image.width / image.height for image in images]
 
-    Parameters named like a column (images, pixels, tensors, prompts, reasoning, metadata, ids, group_ids, step,
-    split, batch) get it; parameters with a default are options (`brightness@gamma=2`). It may be async. It returns
-    one number per sample; None or NaN abstains.
+    Parameters named like a column (images, pixels, tensors, prompts, reasoning, texts, pictures, sources, metadata,
+    ids, group_ids, step, split, batch) get it; parameters with a default are options (`brightness@gamma=2`). It may
+    be async. It returns one number per sample; None or NaN abstains.
 
     Args:
         range: limits of the scores, for checks and for `advantage.combine=auto`.
         summary: one line for listings; by default the docstring's first line.
         batch_size: largest batch per call; None for the whole rollout.
+        segments: kinds of segments, "text" or "image", that it scores by themselves in `RewardOutput.segments`.
     """
 
     if not re.fullmatch(NAME, name):
         raise RewardError(f"reward {name!r} has a name that --reward cannot read: use letters, digits and _ . -")
 
     def decorate(function: Callable) -> Callable:
-        setattr(function, MARK, _as_class(function, name, range, summary, batch_size))
+        setattr(function, MARK, _as_class(function, name, range, summary, batch_size, segments))
         return function
 
     return decorate
@@ -65,6 +67,7 @@ class FunctionReward:
     range: ClassVar[tuple[float, float]]
     needs: ClassVar[frozenset[str]]
     batch_size: ClassVar[int | None]
+    segments: ClassVar[tuple[str, ...]]
     licence = "that of its file"
     Options: ClassVar[type[BaseModel]]
     columns: ClassVar[tuple[str, ...]]
@@ -80,7 +83,12 @@ class FunctionReward:
 
 
 def _as_class(
-    function: Callable, name: str, range_: tuple[float, float], summary: str, batch_size: int | None
+    function: Callable,
+    name: str,
+    range_: tuple[float, float],
+    summary: str,
+    batch_size: int | None,
+    segments: tuple[str, ...],
 ) -> type[FunctionReward]:
     parameters = inspect.signature(function).parameters.values()
     columns = tuple(p.name for p in parameters if p.name in COLUMNS)
@@ -101,15 +109,19 @@ def _as_class(
         annotated = p.annotation is not inspect.Parameter.empty and not isinstance(p.annotation, str)
         kind = p.annotation if annotated else type(p.default) if p.default is not None else Any
         options[p.name] = (kind, p.default)
-    pictures = {"images", "pixels", "tensors"} & set(columns)
+    read = set(columns)
+    needs: set[str] = {name for name in ("reasoning", "texts", "pictures") if name in read}
+    needs |= {"image"} if read & {"images", "pixels", "tensors"} else set()
+    needs |= {"source"} if "sources" in read else set()
     attributes = {
         "__doc__": function.__doc__,
         "__module__": function.__module__,
         "name": name,
         "summary": summary or (inspect.getdoc(function) or "").split("\n")[0],
         "range": range_,
-        "needs": frozenset({"reasoning"} & set(columns) | ({"image"} if pictures else set())),
+        "needs": frozenset(needs),
         "batch_size": batch_size,
+        "segments": segments,
         "Options": create_model(f"{function.__name__}_options", __base__=Options, **options),
         "columns": columns,
         "function": staticmethod(function),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unigrpo_cli.errors import RewardError
 from unigrpo_cli.parallel.ranks import Ranks
@@ -25,26 +26,37 @@ def samples_of_all(own: Sequence[Sample], ranks: Ranks, parts: int | None) -> li
     """
     rows = [
         {"prompt": s.prompt, "reasoning": s.reasoning, "metadata": s.metadata, "id": s.id, "group_id": s.group_id}
-        | {"shape": s.pixels.shape}
+        | {"segments": [t if isinstance(t, str) else None for t in s.segments], "has_source": s.source is not None}
+        | {"shapes": [picture.shape for picture in _arrays(s)]}
         for s in own
     ]
     with ranks.together():
         for sample in own:
             _check_metadata(sample)
-    pixels = [np.ascontiguousarray(s.pixels).reshape(-1) for s in own]
+    pixels = [np.ascontiguousarray(picture).reshape(-1) for s in own for picture in _arrays(s)]
     flat = np.concatenate(pixels) if pixels else np.zeros(0, dtype=np.uint8)
     data = ranks.to_first(torch.from_numpy(flat))
     texts = ranks.gather(rows)
     return _merge([_unpack(*share) for share in zip(texts, data, strict=False)], ranks, parts)
 
 
+def _arrays(sample: Sample) -> list[NDArray[np.uint8]]:
+    """The source where there is one, then every picture."""
+    return [*([] if sample.source is None else [sample.source]), *sample.pictures]
+
+
 def _unpack(rows: list[dict[str, Any]], data: torch.Tensor) -> list[Sample]:
     samples, at = [], 0
     for row in rows:
-        shape = tuple(row.pop("shape"))
-        size = int(np.prod(shape))
-        samples.append(Sample(pixels=data[at : at + size].numpy().reshape(shape), **row))
-        at += size
+        arrays: list[NDArray[np.uint8]] = []
+        for shape in row.pop("shapes"):
+            size = int(np.prod(shape))
+            arrays.append(data[at : at + size].numpy().reshape(shape))
+            at += size
+        source = arrays.pop(0) if row.pop("has_source") else None
+        pictures = iter(arrays)
+        segments = tuple(next(pictures) if text is None else text for text in row.pop("segments"))
+        samples.append(Sample(pixels=arrays[-1], source=source, segments=segments, **row))
     return samples
 
 
@@ -78,6 +90,8 @@ def results_of_all(own: dict[str, RewardResult], ranks: Ranks, parts: int | None
 
 def _joined(rows: Sequence[dict[str, Any]], ranks: Ranks, parts: int | None) -> RewardResult:
     whole = {key: _merge([row[key] for row in rows], ranks, parts) for key in ("scores", "valid", "info")}
+    by_segment = [row["segments"] or [{}] * len(row["scores"]) for row in rows]
+    whole["segments"] = _merge(by_segment, ranks, parts) if any(row["segments"] for row in rows) else []
     components = {}
     for name in dict.fromkeys(name for row in rows for name in row["components"]):  # a rank may lack one
         known = [row["components"].get(name, [float("nan")] * len(row["scores"])) for row in rows]

@@ -4,10 +4,12 @@ Protocol 1, JSON both ways (docs/rewards.md):
 
     GET  /v1/info   what the reward is and which columns to send
     POST /v1/check  {"metadata": [...], "has_reasoning": true}: do these prompts carry what it needs?
-    POST /v1/score  {"samples": [{"prompt", "image", "reasoning", "metadata", "id", "group_id"}], "step", "split"}
+    POST /v1/score  {"samples": [{"prompt", "image", "reasoning", "metadata", "id", "group_id", "source", "segments"}],
+                     "step", "split"}
 
-Images travel as base64 PNG, which keeps every pixel; a score of null is no opinion. Nothing that is sent is run: only
-JSON and PNG are read, and a request has a largest size in bytes and in pixels.
+`segments` are texts and pictures in order, {"text": ...} or {"image": ...}. Only what the reward reads is sent. Images
+travel as base64 PNG, which keeps every pixel; a score of null is no opinion. Nothing that is sent is run: only JSON and
+PNG are read, and a request has a largest size in bytes and in pixels.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from unigrpo_cli.rewards.registry import message_of
 from unigrpo_cli.rewards.scorer import Scorer
 
 PROTOCOL = 1
-COLUMNS_SENT = ("image", "reasoning", "metadata")
+COLUMNS_SENT = ("image", "reasoning", "texts", "pictures", "source", "metadata")
 MAX_BYTES = 256 * 2**20
 """Of a request: 64 pictures of 1024 x 1024 are about 100 MiB as PNG."""
 BYTES_PER_PIXEL = 2
@@ -145,7 +147,7 @@ class RewardServer(ThreadingHTTPServer):
             raise HttpError(400, "`has_reasoning` must be true or false")
         with self._exclusive() as rewards:
             try:
-                rewards.check_needs(rows, has_reasoning=has_reasoning, split="train")
+                rewards.check_needs(rows, has_reasoning=has_reasoning, has_source=True, split="train")
             except RewardError as error:
                 raise HttpError(422, str(error), "needs") from error
         return {"protocol": PROTOCOL, "ok": True}
@@ -174,6 +176,7 @@ class RewardServer(ThreadingHTTPServer):
             "scores": scored.scores,
             "components": scored.components,
             "info": scored.info,
+            "segments": scored.segments,
         }
 
 
@@ -314,6 +317,7 @@ def facts_of(opened: LoadedReward, version: str) -> dict[str, Any]:
         "sends": columns_sent(reward),
         "scope": str(getattr(reward, "scope", "sample")),
         "batch_size": getattr(reward, "batch_size", None),
+        "segments": sorted(opened.segments),
         "higher_is_better": opened.sign > 0,
     }
 
@@ -340,8 +344,8 @@ def read_samples(body: Mapping[str, Any], max_pixels: int) -> list[Sample]:
         raise HttpError(400, "`samples` must be a list of objects")
     pixels = 0
     for k, row in enumerate(rows):
-        if isinstance(row, dict) and row.get("image") is not None:
-            with _picture(k, row["image"]) as image:
+        for text in _images_in(k, row):
+            with _picture(k, text) as image:
                 pixels += image.width * image.height
             if pixels > max_pixels:
                 raise HttpError(
@@ -350,24 +354,48 @@ def read_samples(body: Mapping[str, Any], max_pixels: int) -> list[Sample]:
     return [_sample(k, row) for k, row in enumerate(rows)]
 
 
-def _sample(k: int, row: Any) -> Sample:
+def _images_in(k: int, row: Any) -> list[Any]:
+    """Every picture that a sample brings, as base64 text."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise HttpError(400, f"samples[{k}] must be an object with a text `prompt`")
+    segments = row.get("segments") or []
+    if not isinstance(segments, list) or not all(_is_segment(part) for part in segments):
+        raise HttpError(400, f'samples[{k}]: `segments` must be a list of {{"text": ...}} and {{"image": ...}}')
+    found = [row.get("image"), row.get("source"), *(part.get("image") for part in segments)]
+    return [text for text in found if text is not None]
+
+
+def _is_segment(part: Any) -> bool:
+    return isinstance(part, dict) and (part.keys() == {"image"} or isinstance(part.get("text"), str))
+
+
+def _sample(k: int, row: dict[str, Any]) -> Sample:
     reasoning, metadata = row.get("reasoning"), row.get("metadata") or {}
     if not isinstance(reasoning, str | None) or not isinstance(metadata, dict):
         raise HttpError(400, f"samples[{k}]: `reasoning` is text or null, `metadata` an object")
+    # A picture that was not sent has no pixels, so a reward that reads it all the same fails.
+    segments = tuple(
+        part["text"] if "text" in part else _pixels(k, part["image"]) for part in row.get("segments") or ()
+    )
+    pictures = [part for part in segments if not isinstance(part, str)]
+    if segments and not pictures:
+        raise HttpError(400, f"samples[{k}]: `segments` has no picture; one that is not sent is null")
+    source = row.get("source")
     return Sample(
         row["prompt"],
-        # a picture that was not sent has no pixels, so a reward that reads it all the same fails
-        np.zeros((0, 0, 3), np.uint8) if row.get("image") is None else _pixels(k, row["image"]),
+        pictures[-1] if pictures and row.get("image") is None else _pixels(k, row.get("image")),
         reasoning,
         metadata,
         str(row.get("id", "")),
         str(row.get("group_id", "")),
+        None if source is None else _pixels(k, source),
+        segments,
     )
 
 
 def _pixels(k: int, text: Any) -> NDArray[np.uint8]:
+    if text is None:
+        return np.zeros((0, 0, 3), np.uint8)
     with _picture(k, text) as image:
         if image.mode != "RGB":
             raise HttpError(400, f"samples[{k}]: the picture is {image.mode}; send RGB")

@@ -27,13 +27,12 @@ from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.io.secrets import from_environment, names_secret
 from unigrpo_cli.parallel.workers import Worker
-from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardOutput, RewardResult
+from unigrpo_cli.rewards.answers import Names, abstained, numbers_of, segment_scores
+from unigrpo_cli.rewards.batch import SEGMENT_KINDS, RewardBatch, RewardContext, RewardOutput, RewardResult
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry, WorkingDirectory, message_of
 from unigrpo_cli.rewards.spec import RewardSpec
 
-LARGEST = 1e30
-"""Largest magnitude of a score: its square, and sums of squares, stay far inside fp64."""
 SMALLEST_SPREAD = 1e-5
 """Ten times what is added to a group's deviation before it divides (`algo.advantage.EPS`)."""
 STANDING = ("abstained", "spread")
@@ -41,8 +40,8 @@ STANDING = ("abstained", "spread")
 RECENT = 512
 """Samples over which the share of abstentions is taken."""
 
-Call = tuple[int, Future]
-"""A call of `score` under way, with its number of samples."""
+Call = tuple[list[Names], Future]
+"""A call of `score` under way, with the names of each sample's segments."""
 
 
 class FailedCallError(RewardError):
@@ -124,6 +123,11 @@ class LoadedReward:
         """Whether each sample is scored by itself, not against the others of its group."""
         return getattr(self.reward, "scope", "sample") == "sample"
 
+    @property
+    def segments(self) -> frozenset[str]:
+        """Kinds of segments that the reward scores by themselves; empty for a reward of whole episodes."""
+        return frozenset(self._declared("segments", ()))
+
     def begins_early(self, overlap: str) -> bool:
         """Whether it may be given a part of a rollout while the rest is sampled.
 
@@ -176,7 +180,7 @@ class LoadedReward:
         own = replace(batch, samples=tuple(replace(s, metadata=copy.deepcopy(s.metadata)) for s in batch.samples))
         step = size or max(1, len(own))
         pieces = [own[at : at + step] for at in range(0, len(own), step)]
-        return [(len(piece), self._start(self.reward.score, piece)) for piece in pieces]
+        return [([s.names for s in piece.samples], self._start(self.reward.score, piece)) for piece in pieces]
 
     def collect(self, calls: Sequence[Call]) -> RewardResult:
         """The checked answers of submitted calls.
@@ -184,7 +188,8 @@ class LoadedReward:
         Raises:
             RewardError: when a call failed, came late or broke the contract.
         """
-        return RewardResult.join([self._checked(self._wait(call, "score", count), count) for count, call in calls])
+        answers = [(self._wait(call, "score", names), names) for names, call in calls]
+        return RewardResult.join([self._checked(answer, names) for answer, names in answers])
 
     def raw_score(self, batch: RewardBatch, timeout_s: float | None = None) -> Any:
         """The unchecked answer of `score`, or its exception, returned.
@@ -208,8 +213,8 @@ class LoadedReward:
 
         return self.worker.submit(call)
 
-    def _wait(self, call: Future, what: str, count: int | None = None) -> Any:
-        """The answer of a call; `count` NaN for a failed scoring that may abstain."""
+    def _wait(self, call: Future, what: str, names: list[Names] | None = None) -> Any:
+        """The answer of a call; for a failed scoring of samples with these segments that may abstain, NaN."""
         option = "setup_timeout_s" if what == "setup" else "timeout_s"
         limit = getattr(self.limits, option)
         try:
@@ -222,8 +227,8 @@ class LoadedReward:
             return call.result()
         if isinstance(error, RewardError):
             raise error
-        if count is not None and self.limits.on_error == "abstain":
-            return [math.nan] * count
+        if names is not None and self.limits.on_error == "abstain":
+            return abstained(names, self.segments)
         remedy = (
             f"try it alone with `unigrpo rewards test {self.spec.name}`, "
             "or let failures abstain with --set reward.on_error=abstain"
@@ -234,14 +239,14 @@ class LoadedReward:
 
     # ----- answers
 
-    def _checked(self, answer: Any, count: int) -> RewardResult:
-        """An answer as a result.
+    def _checked(self, answer: Any, names: list[Names]) -> RewardResult:
+        """An answer as a result, for samples with segments of these names.
 
         Raises:
             RewardError: naming the reward, when it is not one number per sample.
         """
         try:
-            return self._read(answer, count)
+            return self._read(answer, names)
         except RewardError:
             raise
         except Exception as error:
@@ -250,12 +255,13 @@ class LoadedReward:
                 "it must give one number per sample, or a RewardOutput"
             ) from error
 
-    def _read(self, answer: Any, count: int) -> RewardResult:
+    def _read(self, answer: Any, names: list[Names]) -> RewardResult:
+        count = len(names)
         output = answer if isinstance(answer, RewardOutput) else RewardOutput(answer)
-        scores = _numbers(output.scores, count, f"{self.label} gave")
+        scores = numbers_of(output.scores, count, f"{self.label} gave")
         valid = np.isfinite(scores)
         components = {
-            self._component_name(name): _numbers(values, count, f"{self.label} component {name!r} has")
+            self._component_name(name): numbers_of(values, count, f"{self.label} component {name!r} has")
             for name, values in output.components.items()
         }
         rows = list(output.info or ()) or [{}] * count
@@ -263,7 +269,9 @@ class LoadedReward:
             raise RewardError(f"{self.label} gave {len(rows)} info rows for {count} samples")
         info = [json.loads(to_json(dict(row))) if row else {} for row in rows]
         self._check_range(scores[valid])
-        return RewardResult(np.where(valid, scores, math.nan), valid, components, info)
+        segments = segment_scores(output.segments, names, self.segments, self.label)
+        self._check_range(np.array([x for row in segments for x in row.values() if x == x]))
+        return RewardResult(np.where(valid, scores, math.nan), valid, components, info, segments)
 
     def _component_name(self, name: Any) -> str:
         if not isinstance(name, str) or not name.isprintable() or not name.strip():
@@ -334,6 +342,9 @@ class LoadedReward:
         needs = self._declared("needs", ())
         if not isinstance(needs, set | frozenset | list | tuple) or not all(isinstance(n, str) for n in needs):
             self._refuse("needs", needs, 'a set of texts, e.g. {"image"}')
+        segments = self._declared("segments", ())
+        if not isinstance(segments, set | frozenset | list | tuple) or not set(segments) <= set(SEGMENT_KINDS):
+            self._refuse("segments", segments, 'kinds of segments that it scores, e.g. {"text"}; kinds: text, image')
         declared = self._declared("range", (-math.inf, math.inf))
         try:
             low, high = map(float, declared)
@@ -351,6 +362,16 @@ class LoadedReward:
 
 
 def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> LoadedReward:
+    """A reward of a run, not set up yet.
+
+    Raises:
+        RewardError: on an unknown reward, a wrong option or a wrong declaration.
+    """
+    entry, reward = make_reward(spec, plugins)
+    return LoadedReward(spec, entry, reward, limits)
+
+
+def make_reward(spec: RewardSpec, plugins: Plugins) -> tuple[RewardEntry, Any]:
     """Find a reward's class and construct it with its validated options.
 
     Raises:
@@ -377,8 +398,7 @@ def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> Loa
         ) from (None if secret else error)
     try:
         with WorkingDirectory().entered():
-            reward = factory(options)
-        return LoadedReward(spec, entry, reward, limits)
+            return entry, factory(options)
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
@@ -408,48 +428,3 @@ def _version_of(version: str, reward: Any) -> str:
     if version != "-" or file is None:
         return version
     return "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
-
-
-def _numbers(values: Any, count: int, what: str) -> NDArray[np.float64]:
-    """One fp64 number per sample; None becomes NaN."""
-    needed = f"it must give a list of {count} numbers"
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-    single = isinstance(values, str | bytes | dict | set | frozenset) or not hasattr(values, "__len__")
-    if single or getattr(values, "ndim", 1) == 0:
-        raise RewardError(f"{what} one {type(values).__name__}; {needed}")
-    if getattr(values, "ndim", 1) > 1:
-        raise RewardError(f"{what} shape {list(values.shape)} scores for {count} samples; {needed}")
-    if len(values) != count:
-        raise RewardError(f"{what} {len(values)} scores for {count} samples; it must give one number per sample")
-    numbers = np.empty(count)
-    for k, value in enumerate(values):
-        if isinstance(value, str | bytes):
-            raise RewardError(f"{what} the text {value!r}; {needed}")
-        if isinstance(value, list | tuple):
-            raise RewardError(f"{what} shape [{count}, {len(value)}] scores for {count} samples; {needed}")
-        try:
-            numbers[k] = _number(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RewardError(f"{what} something that is not a number: {error}; {needed}") from error
-    large = numbers[np.isfinite(numbers) & (np.abs(numbers) > LARGEST)]
-    if len(large):
-        raise RewardError(f"{what} {large[0]:g}; scores must lie between {-LARGEST:g} and {LARGEST:g}: rescale them")
-    return numbers
-
-
-def _number(value: Any) -> float:
-    """A real number as float. Complex numbers, dates and durations would lose a part."""
-    if value is None:
-        return math.nan
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if value.is_complex():
-            raise TypeError("a complex number")
-    elif getattr(getattr(value, "dtype", None), "kind", "f") not in "biuf":
-        raise TypeError(f"a {value.dtype}")
-    if getattr(value, "ndim", 0):
-        raise TypeError(f"an array of shape {list(value.shape)}")
-    if not hasattr(value, "__float__"):
-        raise TypeError(f"a {type(value).__name__}")
-    return float(value)

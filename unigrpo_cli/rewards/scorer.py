@@ -20,9 +20,17 @@ from unigrpo_cli.errors import RewardError
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.batch import RewardBatch, RewardContext, RewardResult, Sample
 from unigrpo_cli.rewards.gather import results_of_all, results_of_first, samples_of_all
-from unigrpo_cli.rewards.loaded import DEFAULT_LIMITS, Call, LoadedReward, RewardIdentity, RewardLimits, load_reward
+from unigrpo_cli.rewards.loaded import (
+    DEFAULT_LIMITS,
+    Call,
+    LoadedReward,
+    RewardIdentity,
+    RewardLimits,
+    load_reward,
+    make_reward,
+)
 from unigrpo_cli.rewards.registry import Plugins
-from unigrpo_cli.rewards.spec import RewardSpec
+from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 
 
 class Scorer:
@@ -47,7 +55,8 @@ class Scorer:
         Raises:
             RewardError: on an unknown reward, a wrong option, or a failed setup.
         """
-        self.plugins, self.context, self.limits = plugins, context, limits
+        self.plugins, self.limits = plugins, limits
+        self.context = context = replace(context, other_reward=self._other_reward)
         self.first_rank_only, self.local = first_rank_only, local
         self.rewards: list[LoadedReward] = []
         self._offloaded = False
@@ -79,6 +88,13 @@ class Scorer:
                 with _warned():
                     loaded.teardown()
             loaded.close()
+
+    def _other_reward(self, text: str) -> Any:
+        """A reward for another one's use, by a text as in `--reward`."""
+        specs = parse_rewards([text])
+        if len(specs) != 1:
+            raise RewardError(f"{text!r} names {len(specs)} rewards; give one")
+        return make_reward(specs[0], self.plugins)[1]
 
     # ----- which rewards
 
@@ -113,8 +129,13 @@ class Scorer:
         for loaded in self.rewards:
             loaded.recent.extend(abstentions.get(loaded.alias, ()))
 
-    def check_needs(self, metadata: Sequence[Any], *, has_reasoning: bool, split: str) -> None:
+    def check_needs(self, metadata: Sequence[Any], *, has_reasoning: bool, has_source: bool, split: str) -> None:
         """Check, before sampling, that every prompt carries what the rewards of a split need.
+
+        Args:
+            metadata: of each prompt.
+            has_reasoning: whether the policy writes text.
+            has_source: whether every prompt has a picture.
 
         Raises:
             RewardError: naming the reward, what it needs and how many prompts lack it.
@@ -122,7 +143,7 @@ class Scorer:
         for loaded in self.active(split):
             for need in sorted(getattr(loaded.reward, "needs", ())):
                 kind, _, key = need.partition(":")
-                if kind == "metadata":
+                if kind == "metadata" and key:
                     lacking = [k for k, row in enumerate(metadata) if key not in row]
                     if lacking:
                         raise RewardError(
@@ -130,7 +151,12 @@ class Scorer:
                             f"{len(metadata)} prompts lack, the first of them {_shown(metadata[lacking[0]])}; "
                             "give a .jsonl file with it in every row"
                         )
-                elif kind == "reasoning" and not has_reasoning:
+                elif kind == "source" and not has_source:
+                    raise RewardError(
+                        f"reward {loaded.alias!r} needs the picture that an episode starts from, but some prompts have "
+                        "none; give prompts with an `image`, and a program that reads it, e.g. sampling.program=edit"
+                    )
+                elif kind in ("reasoning", "texts") and not has_reasoning:
                     raise RewardError(
                         f"reward {loaded.alias!r} needs reasoning, but the policy does not think "
                         "(sampling.think is false)"
@@ -141,24 +167,44 @@ class Scorer:
     # ----- scoring
 
     def score(
-        self, samples: Sequence[Sample], *, step: int = 0, split: str = "train", ranks: Ranks = ALONE
+        self,
+        samples: Sequence[Sample],
+        *,
+        step: int = 0,
+        split: str = "train",
+        ranks: Ranks = ALONE,
+        every_picture: bool = False,
     ) -> dict[str, RewardResult]:
         """Results by alias, of all ranks' samples in the order of the ranks. All ranks must call this.
+
+        Args:
+            every_picture: as in `start`.
 
         Raises:
             RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
         """
-        pending = self.start(step=step, split=split, ranks=ranks)
+        pending = self.start(step=step, split=split, ranks=ranks, every_picture=every_picture)
         with pending.together():
             pending.add(samples)
         pending.submit()
         return pending.finish()
 
     def start(
-        self, *, step: int = 0, split: str = "train", overlap: str = "auto", ranks: Ranks = ALONE
+        self,
+        *,
+        step: int = 0,
+        split: str = "train",
+        overlap: str = "auto",
+        ranks: Ranks = ALONE,
+        every_picture: bool = False,
     ) -> PendingScores:
-        """Begin the scoring of one rollout."""
-        return PendingScores(self, step, split, overlap, ranks)
+        """Begin the scoring of one rollout.
+
+        Args:
+            every_picture: a reward that scores whole episodes also scores each episode up to each earlier picture;
+                `RewardResult.segments` then has the scores of all its pictures.
+        """
+        return PendingScores(self, step, split, overlap, ranks, every_picture)
 
     def prepare(self, samples: Sequence[Sample], *, step: int, split: str) -> RewardBatch:
         """Samples as rewards get them: after `unigrpo_before_score`."""
@@ -206,15 +252,16 @@ class Scorer:
 class PendingScores:
     """The scoring of one rollout: `add` samples as they come, `submit` when all are there, `finish` to get results."""
 
-    def __init__(self, scorer: Scorer, step: int, split: str, overlap: str, ranks: Ranks):
+    def __init__(self, scorer: Scorer, step: int, split: str, overlap: str, ranks: Ranks, every_picture: bool):
         self._scorer, self._step, self._split, self._ranks = scorer, step, split, ranks
+        self._every_picture = every_picture
         self._elsewhere = scorer.first_rank_only and ranks.world > 1
         self._active = scorer.active(split)
         usable = [] if self._elsewhere else self._active
         self._early = {r.alias for r in usable if r.begins_early(overlap)}
         self._remote = {r.alias for r in usable if r.is_remote and overlap != "none"}
         self._samples: list[Sample] = []
-        self._batches: list[RewardBatch] = []
+        self._rows: list[tuple[Sample, ...]] = []  # of each sample, what rewards see: by picture, the whole one last
         self._order: list[int] | None = None
         self._parts: int | None = None
         self._calls: dict[str, list[Call]] = {r.alias: [] for r in self._active}
@@ -234,13 +281,16 @@ class PendingScores:
         self._samples += samples
         if self._elsewhere or not samples:
             return
-        batch = self._scorer.prepare(samples, step=self._step, split=self._split)
-        self._batches.append(batch)
+        rows = [sample.by_round() if self._every_picture else (sample,) for sample in samples]
+        flat = self._scorer.prepare([row for own in rows for row in own], step=self._step, split=self._split)
+        prepared = iter(flat.samples)
+        new = [tuple(next(prepared) for _ in own) for own in rows]
+        self._rows += new
         if self._early - self._remote:  # local rewards that begin early; otherwise the device is the rollout's
             self._scorer.reload()
         for loaded in self._active:
             if loaded.alias in self._early:
-                self._calls[loaded.alias] += loaded.submit(batch)
+                self._calls[loaded.alias] += loaded.submit(self._seen_by(loaded, new))
 
     def submit(self, ids: Sequence[str] | None = None, parts: int | None = None) -> None:
         """All samples are there: score them with local rewards, and start the remote ones that have not begun.
@@ -260,15 +310,15 @@ class PendingScores:
             return
         with self.together():
             self._scorer.reload()
-            whole = self._whole()
+            ordered = [self._rows[k] for k in self._order]
             begun = set(self._early)
             for loaded in self._active:
                 if loaded.alias in self._remote - begun:
-                    self._calls[loaded.alias] = loaded.submit(whole)
+                    self._calls[loaded.alias] = loaded.submit(self._seen_by(loaded, ordered))
             for loaded in self._active:
                 if loaded.alias not in self._remote:
                     if loaded.alias not in begun:
-                        self._calls[loaded.alias] = loaded.submit(whole)
+                        self._calls[loaded.alias] = loaded.submit(self._seen_by(loaded, ordered))
                     self._results[loaded.alias] = self._collect(loaded)
             self._scorer.offload([r for r in self._scorer.rewards if r.alias not in self._remote])
 
@@ -288,8 +338,8 @@ class PendingScores:
                 if loaded.alias in self._remote:
                     self._results[loaded.alias] = self._collect(loaded)
             results = {r.alias: self._results[r.alias] for r in self._active}
-            if self._batches:
-                self._scorer.notify(self._whole(), results)
+            if self._rows:
+                self._scorer.notify(self._batch([self._rows[k][-1] for k in self._order]), results)
             self._scorer.offload([r for r in self._scorer.rewards if r.alias in self._remote])
         if self._ranks.world > 1:
             results = results_of_all(results, self._ranks, self._parts)
@@ -302,21 +352,38 @@ class PendingScores:
         results: dict[str, RewardResult] = {}
         with self.together():
             if samples:
-                results = self._scorer.score(samples, step=self._step, split=self._split)
+                results = self._scorer.score(
+                    samples, step=self._step, split=self._split, every_picture=self._every_picture
+                )
         self._results = results_of_first(results, self._ranks)
 
-    def _whole(self) -> RewardBatch:
-        """All samples as rewards see them, in the order of the results."""
-        assert self._order is not None
-        added = [sample for batch in self._batches for sample in batch.samples]
-        first = self._batches[0] if self._batches else RewardBatch(())
-        return replace(first, samples=tuple(added[k] for k in self._order))
+    def _batch(self, samples: Sequence[Sample]) -> RewardBatch:
+        return RewardBatch(tuple(samples), self._step, self._split, self._scorer.context.device)
+
+    def _seen_by(self, loaded: LoadedReward, rows: Sequence[tuple[Sample, ...]]) -> RewardBatch:
+        """What a reward scores of some samples: each picture, or the episode once if it scores segments itself."""
+        return self._batch([row for own in rows for row in (own[-1:] if loaded.segments else own)])
 
     def _collect(self, loaded: LoadedReward) -> RewardResult:
         """A reward's results in their order; early batches were in the order of sampling."""
         assert self._order is not None
+        early = loaded.alias in self._early
         result = loaded.collect(self._calls[loaded.alias])
-        return result.select(self._order) if loaded.alias in self._early else result
+        if self._every_picture and not loaded.segments:
+            result = _by_episode(
+                result, [len(self._rows[k]) for k in (range(len(self._rows)) if early else self._order)]
+            )
+        return result.select(self._order) if early else result
+
+
+def _by_episode(result: RewardResult, pictures: Sequence[int]) -> RewardResult:
+    """The results of episodes from those of their pictures: the last picture's, with the scores of all by name."""
+    ends = np.cumsum(pictures, dtype=int).tolist()
+    segments = [
+        {f"image_{k + 1}": float(result.scores[end - count + k]) for k in range(count)}
+        for end, count in zip(ends, pictures, strict=True)
+    ]
+    return replace(result.select([end - 1 for end in ends]), segments=segments)
 
 
 @contextmanager
@@ -330,10 +397,21 @@ def _warned() -> Iterator[None]:
 
 def _frozen(batch: RewardBatch) -> RewardBatch:
     """Pixels that no reward can make writable: they lie in immutable bytes."""
-    return replace(batch, samples=tuple(replace(s, pixels=_immutable(s.pixels)) for s in batch.samples))
+
+    def frozen(s: Sample) -> Sample:
+        segments = tuple(part if isinstance(part, str) else _immutable(part) for part in s.segments)
+        source = None if s.source is None else _immutable(s.source)
+        return replace(s, pixels=_immutable(s.pixels), source=source, segments=segments)
+
+    return replace(batch, samples=tuple(map(frozen, batch.samples)))
 
 
 def _immutable(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    owner: Any = pixels
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, bytes):
+        return pixels
     return np.frombuffer(pixels.tobytes(), pixels.dtype).reshape(pixels.shape) if pixels.size else pixels
 
 

@@ -40,7 +40,7 @@ _LEARNED = (
     "sampling.window_range sampling.window_period objective.text_weight objective.image_weight objective.text_clip "
     "objective.image_clip objective.text_kl objective.trust_region objective.penalty objective.penalty_weight "
     "objective.grad_through_context objective.grad_through_images "
-    "advantage.normalize advantage.clamp advantage.combine advantage.shuffle "
+    "advantage.credit advantage.discount advantage.normalize advantage.clamp advantage.combine advantage.shuffle "
     "train.prompts_per_step "
     "train.group_size train.minibatches train.epochs train.lr_text train.lr_image train.betas train.weight_decay "
     "train.grad_clip train.warmup reward.names reward.options reward.on_error monitor.explosion"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from unigrpo_cli.config import Config, load_config, with_values
-from unigrpo_cli.episode import Prompt
+from unigrpo_cli.episode import Prompt, all_have_pictures
 from unigrpo_cli.errors import UsageError, suggest
 from unigrpo_cli.evaluate import limited
 from unigrpo_cli.programs import PROGRAMS
@@ -112,4 +112,9 @@ def _check_rewards(
     context = RewardContext(device="cpu", seed=config.seed, embedded=False, offline=True)
     with Scorer(rewards, plugins, context, local=False) as scorer:
         for split, asked in (("train", prompts), ("eval", suite)):
-            scorer.check_needs([p.metadata for p in asked], has_reasoning=config.sampling.think, split=split)
+            scorer.check_needs(
+                [p.metadata for p in asked],
+                has_source=all_have_pictures(asked),
+                has_reasoning=config.sampling.think,
+                split=split,
+            )

@@ -15,7 +15,7 @@ from unigrpo_cli.episode import Group
 from unigrpo_cli.io.atomic import new_directory
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.parallel.ranks import Ranks
-from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.rewards.batch import RewardResult, segments_row
 from unigrpo_cli.run.episode_files import BAD_STEP, packed, save_episodes, unpacked
 
 WORDS = "json"
@@ -44,6 +44,7 @@ def reward_rows(groups: Sequence[Group], scored: dict[str, RewardResult]) -> lis
                     },
                     "info": {n: s.info[k] for n, s in scored.items() if s.info[k]},
                 }
+                | segments_row(k, scored)
             )
     return rows
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config, with_values
-from unigrpo_cli.episode import Prompt
+from unigrpo_cli.episode import Prompt, all_have_pictures
 from unigrpo_cli.errors import DiskError, UsageError, quoted
 from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
@@ -196,8 +196,12 @@ def _prepared(
     embedded, thinks = is_embedded(state.policy), config.sampling.think
     rewards = held.enter_context(open_rewards(inputs.rewards, plugins, config, embedded=embedded, ranks=ranks))
     with ranks.together():
-        rewards.check_needs([p.metadata for p in prompts], has_reasoning=thinks, split="train")
-        rewards.check_needs([p.metadata for p in suite], has_reasoning=thinks, split="eval")
+        rewards.check_needs(
+            [p.metadata for p in prompts], has_source=all_have_pictures(prompts), has_reasoning=thinks, split="train"
+        )
+        rewards.check_needs(
+            [p.metadata for p in suite], has_source=all_have_pictures(suite), has_reasoning=thinks, split="eval"
+        )
     rewards.restore_abstentions(state.record.abstained)
     state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
     for line in [] if content is None else not_comparable(content, state.origin):

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo.advantage import combined_advantage
-from unigrpo_cli.algo.credit import IMAGE, NONE, TEXT, terminal
+from unigrpo_cli.algo.credit import (
+    IMAGE,
+    NONE,
+    TEXT,
+    reward_to_go,
+    same_segment,
+    segment_advantages,
+    shuffled,
+    terminal,
+)
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Group, ImageActions, TextActions, flatten
@@ -36,22 +45,50 @@ def advantages(
     scored: dict[str, RewardResult], kind_BS: Tensor, rewards: Scorer, config: Config, prompts: int, seed: int
 ) -> Tensor:
     """One advantage per acted segment, fp32 [B, S], from all rewards of its group (eq 1)."""
-    reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
-    valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
-    advantage_PG = plugin_advantages(rewards, reward_PG, valid_PG)
-    if advantage_PG is None:
-        how, a = combination(rewards, config), config.advantage
+    a = config.advantage
+
+    def of_groups(reward_PG: dict[str, Tensor], valid_PG: dict[str, Tensor]) -> Tensor:
+        own_PG = plugin_advantages(rewards, reward_PG, valid_PG)
+        if own_PG is not None:
+            return own_PG
+        how = combination(rewards, config)
         for loaded in rewards.active("train") if how != "rank" else ():  # ranks have no scale
+            known_PG = reward_PG[loaded.alias].masked_fill(~valid_PG[loaded.alias], torch.nan)
             weight = abs(loaded.spec.weight)
-            loaded.check_spread(reward_PG[loaded.alias].numpy(), weight if how == "sum" else float(weight > 0))
-        advantage_PG = combined_advantage(
+            loaded.check_spread(known_PG.numpy(), weight if how == "sum" else float(weight > 0))
+        return combined_advantage(
             reward_PG, rewards.weights, valid_PG, how=how, normalize=a.normalize, clamp=a.clamp or None
         )
-    advantage_B = advantage_PG.flatten().float()
-    if config.advantage.shuffle:  # a control: nothing can be learnt
-        generator = torch.Generator().manual_seed(derive(seed, "shuffle"))
-        advantage_B = advantage_B[torch.randperm(len(advantage_B), generator=generator)]
-    return terminal(advantage_B, kind_BS)
+
+    if credit_of(config) == "terminal":
+        reward_PG = {n: torch.from_numpy(s.scores).view(prompts, -1) for n, s in scored.items()}
+        valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
+        advantage_BS = terminal(of_groups(reward_PG, valid_PG).flatten().float(), kind_BS)
+    else:
+        rounds = config.sampling.rounds
+        own = {n: segment_rewards(s, kind_BS) for n, s in scored.items()}
+        found = {n: reward_to_go(*r, kind_BS, discount=a.discount, rounds=rounds) for n, r in own.items()}
+        returns, known = ({n: pair[k] for n, pair in found.items()} for k in range(2))
+        advantage_BS = segment_advantages(returns, known, kind_BS, of_groups, prompts=prompts).float()
+    return shuffled(advantage_BS, kind_BS, derive(seed, "shuffle")) if a.shuffle else advantage_BS
+
+
+def credit_of(config: Config) -> str:
+    """How rewards are credited: as configured, or reward-to-go where episodes have several rounds."""
+    if config.advantage.credit != "auto":
+        return config.advantage.credit
+    return "reward-to-go" if config.sampling.rounds > 1 else "terminal"
+
+
+def segment_rewards(result: RewardResult, kind_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """A reward of each acted segment, fp64 [B, S], NaN where it abstained, and where it speaks of the segment."""
+    reward_BS = torch.full(kind_BS.shape, torch.nan, dtype=torch.float64)
+    given_BS = torch.zeros(kind_BS.shape, dtype=torch.bool)
+    for name, at_BS in same_segment(kind_BS).items():
+        for b, s in at_BS.nonzero().tolist():
+            if name in result.segments[b]:
+                reward_BS[b, s], given_BS[b, s] = result.segments[b][name], True
+    return reward_BS, given_BS
 
 
 def combination(rewards: Scorer, config: Config) -> str:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.credit import NONE
+from unigrpo_cli.algo.credit import NONE, same_segment
 from unigrpo_cli.algo.objective import Loss, Scores, step_densities
 from unigrpo_cli.episode import Episode, Group, ImageActions, TextActions, flatten
 from unigrpo_cli.replay import Batch
-from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.rewards.batch import RewardResult, rounds_of
 
 GIB = 2**30
 PENALTIES = ("image/velocity-mse", "image/latent-kl")
@@ -47,10 +47,16 @@ def rollout_metrics(
         for part, values in own.components.items():
             known = values[own.valid & np.isfinite(values)]  # a part may be about some prompts only
             metrics[f"reward/{name}/{part}"] = float(known.mean()) if len(known) else math.nan
+        for part, values in rounds_of(own.segments).items():
+            metrics[f"reward/{name}/{part}"] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
     zero_B = (advantage_BS == 0).all(dim=1)
     metrics["advantage/zero_groups"] = float(zero_B.view(-1, len(groups[0].episodes)).all(dim=1).float().mean())
     metrics["advantage/zero"] = float(zero_B.float().mean())
     metrics["advantage/std"] = float(advantage_BS[kind_BS != NONE].std(correction=0))
+    by_name = same_segment(kind_BS)
+    for name, at_BS in by_name.items() if len(by_name) > 2 else ():
+        metrics[f"advantage/std/{name}"] = float(advantage_BS[at_BS].std(correction=0))
+        metrics[f"advantage/zero/{name}"] = float((advantage_BS[at_BS] == 0).float().mean())
     episodes = flatten(groups)
     texts = [s for e in episodes for s in e.segments if isinstance(s, TextActions)]
     if texts:

@@ -28,7 +28,8 @@ def record_rollout(
 ) -> tuple[RecordedRollout, dict]:
     """The first half of a training step; in a thorough examination also a second rollout with the same seed."""
     seed = derive(config.seed, "doctor", step)
-    pending = rewards.start(step=step, overlap=config.reward.overlap)
+    every_picture = train.credit_of(config) == "reward-to-go"
+    pending = rewards.start(step=step, overlap=config.reward.overlap, every_picture=every_picture)
 
     def sampled(**more: Any) -> list[Group]:
         sampling, window = train.train_sampling(config), train.window_of(config, step)
