@@ -353,7 +353,7 @@ def test_memory_that_does_not_suffice_names_the_smaller_number(monkeypatch: pyte
         asked.append(arguments)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("unigrpo_cli.rollout._think_paint", too_much)
+    monkeypatch.setattr("unigrpo_cli.rollout._draw", too_much)
     config = load_config(overrides=["sampling.batch_size=6"])
     model = load_model("embedded")
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
+from tests import small
 from tools.toy_model import build_model
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.objective import Objective
 from unigrpo_cli.algo.rng import derive, normal
-from unigrpo_cli.config import load_config
+from unigrpo_cli.cli import app
+from unigrpo_cli.config import load_config, with_values
 from unigrpo_cli.episode import (
     PAINTED,
     Episode,
@@ -29,14 +35,19 @@ from unigrpo_cli.episode import (
     flatten,
 )
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.policy import Finetune, NoisyImage
 from unigrpo_cli.programs import PROGRAMS, Program, ProgramRegistry, Rows, says
 from unigrpo_cli.replay import Batch, collate, micro_batches, replay, replayed_tokens
-from unigrpo_cli.rollout import Sampling, rollout
+from unigrpo_cli.rollout import Sampling, UnconditionalContexts, read_given, read_images, rollout, sample_image
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
+from unigrpo_cli.run.memory.flops import step_seconds
+from unigrpo_cli.run.memory.workload import Workload
+from unigrpo_cli.suites import training_prompts
 from unigrpo_cli.training.metrics import drift
 
+ROOT = Path(__file__).parents[1]
 SOURCE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 ASKED = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green heart")]
 EDITS = [replace(prompt, image=SOURCE) for prompt in ASKED]
@@ -310,6 +321,51 @@ def test_files_give_back_rounds_and_pictures(tiny: MoTPolicy, tmp_path: Path) ->
         assert torch.equal(a.segments[-3].latent, b.segments[-3].latent)
 
 
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_the_dry_run_counts_the_tokens_of_rounds(tiny: MoTPolicy, rounds: int) -> None:
+    """Of an episode whose texts all have their full length: contexts of each round, and all that is replayed."""
+    sampling = replace(ROUNDS, rounds=rounds, round_max_new_tokens=(8, 3))
+    episodes = draw(tiny, sampling, prompts=ASKED[:1], members=8)
+    full = next(e for e in episodes if not any(s.finished for s in e.segments if isinstance(s, TextActions)))
+    config = load_config(
+        overrides=[
+            *small.SETTINGS,
+            "sampling.program=reflect",
+            f"sampling.rounds={rounds}",
+            "sampling.round_max_new_tokens=[8, 3]",
+            "train.group_size=2",
+            "train.minibatches=1",
+            "train.micro_batch_size=2",
+        ]
+    )
+    work = Workload(tiny.network.config, None, config, prompt_tokens=len(full.segments[0].ids))
+    images = rounds * WINDOW.size * work.image_tokens
+    assert replayed_tokens(full) == work.last_context_tokens + images
+    assert work.replayed_image_tokens == 2 * images
+    before = [k for k, s in enumerate(full.segments) if isinstance(s, ImageActions)]
+    for k, at in enumerate(before):
+        part = replace(full, segments=tuple(s for s in full.segments[:at] if not isinstance(s, ImageActions)))
+        assert replayed_tokens(part) == work.context_tokens(k)
+    assert work.sampled_tokens == 8 + 3 * (rounds - 1)
+    once = with_values(config, {"sampling.rounds": 1})
+    assert step_seconds(work) > step_seconds(replace(work, config=once))
+
+
+def test_generate_shows_every_round(small_model: Path, tmp_path: Path) -> None:
+    """`--rounds 3` makes a program that paints once reflect; all texts and pictures are in files."""
+    few = ["--set", "eval.steps=3", "--set", "sampling.max_new_tokens=6", "--set", "sampling.stop_phrase="]
+    told = ["a red circle", "--model", str(small_model), "--rounds", "3", *few, "--json", "--out", str(tmp_path / "g")]
+    done = CliRunner().invoke(app, ["generate", *told])
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads(done.stdout)["images"]
+    assert len(image["rounds"]) == 3
+    assert image["reasoning"] == "\n\n".join(r["text"] for r in image["rounds"])
+    assert image["rounds"][-1]["path"] == image["path"]
+    pictures = [Image.open(r["path"]).tobytes() for r in image["rounds"]]
+    assert len(set(pictures)) == 3
+    assert Image.open(tmp_path / "g" / "sheet.png").width > 3 * 192
+
+
 # ----- a program of somebody else
 
 
@@ -341,6 +397,29 @@ def test_any_order_of_segments_is_a_program(tiny: MoTPolicy, own: Callable) -> N
         found = drift([(batch, replay(tiny, batch))])
     assert found["text/drift_max"] < 1e-6
     assert found["image/drift_max"] < 1e-6
+
+
+def test_the_program_of_the_docs_is_the_example_and_runs(small_model: Path, tmp_path: Path) -> None:
+    path = ROOT / "examples" / "own_program" / "draft_twice.py"
+    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "interleaved.md").read_text(), re.DOTALL)
+    body = [line for line in shown.splitlines() if line.startswith("    ")]
+    assert [line for line in path.read_text().splitlines() if line.startswith("    ") and '"""' not in line] == body
+    few = ["--set", "eval.steps=3", "--set", "sampling.max_new_tokens=4", "--set", "sampling.program=draft-twice"]
+    told = [
+        "a red circle",
+        "--plugin",
+        str(path),
+        "--model",
+        str(small_model),
+        *few,
+        "--json",
+        "--out",
+        str(tmp_path / "g"),
+    ]
+    done = CliRunner().invoke(app, ["generate", *told])
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads(done.stdout)["images"]
+    assert [bool(r["text"]) for r in image["rounds"]] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -376,6 +455,15 @@ def test_settings_that_contradict_each_other(why: str) -> None:
         load_config(overrides=list(REFUSED[why]))
 
 
+@pytest.mark.parametrize(("program", "prompts"), [("edit", "shapes-edit"), ("critique-edit", "shapes-restore")])
+def test_a_program_has_prompts_that_fit(program: str, prompts: str) -> None:
+    """Their pictures are there; prompts of one's own are kept."""
+    chosen = f"sampling.program={program}"
+    assert load_config(overrides=[chosen]).prompts == prompts
+    assert load_config(overrides=[chosen, "prompts=mine.jsonl"]).prompts == "mine.jsonl"
+    assert all(prompt.image is not None for prompt in training_prompts(prompts)[:20])
+
+
 def test_what_a_program_needs_is_said(tiny: MoTPolicy) -> None:
     with pytest.raises(UsageError, match=r"unknown program sampling.program=reflekt: did you mean reflect"):
         draw(tiny, replace(ROUNDS, program="reflekt"))
@@ -392,3 +480,56 @@ def test_guidance_in_a_later_round_is_against_what_was_seen(tiny: MoTPolicy) -> 
 
     guided = replace(ROUNDS, guidance=Guidance(text=4.0, above=-1.0, renorm_least=1.0))
     assert not torch.allclose(later(guided), later(ROUNDS), atol=1e-3)
+
+
+# ----- BAGEL
+
+
+@pytest.fixture(scope="module")
+def bagel() -> MoTPolicy:
+    return load_model(str(ROOT / "tests" / "golden" / "bagel_tiny"))
+
+
+WAYS = {"latents": (True, False), "pixels": (True, False), "tower": (False, True), "pixels+tower": (True, True)}
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_how_a_picture_is_looked_at(bagel: MoTPolicy, how: str) -> None:
+    """Not square, and of two rounds; replay of each way has no drift, and ratio exactly 1."""
+    sampling = replace(ROUNDS, height=32, width=48, show_images=how)
+    episodes = draw(bagel, sampling, 1)
+    for episode in episodes:
+        image, look = episode.segments[-4:-2]
+        assert (len(look.latent) > 0, look.view is not None) == WAYS[how]
+        encoded = bagel.encode_pixels(image.pixels[None])[0]
+        if how == "latents":
+            assert torch.equal(look.latent, image.latent)
+        elif WAYS[how][0]:
+            torch.testing.assert_close(look.latent, encoded)
+            assert not torch.allclose(look.latent, image.latent, atol=1e-2), "the picture was decoded and encoded"
+        assert look.view is None or torch.equal(look.view, bagel.resize_to_see(image.pixels))
+        assert look.grid == image.grid == (2, 3)
+    batch = collate(episodes)
+    with torch.no_grad():
+        old, again = replay(bagel, batch), replay(bagel, batch)
+    found = drift([(batch, old)])
+    assert found["text/drift_max"] < 1e-4
+    assert found["image/drift_max"] < 1e-5
+    assert torch.equal(old.log_prob_BL, again.log_prob_BL)
+
+
+@torch.no_grad()
+def test_later_guidance_compares_with_everything_up_to_the_picture(bagel: MoTPolicy) -> None:
+    """The second image by hand: the context after the look and the text, against the one after the look."""
+    guidance = Guidance(text=3.0, above=-1.0, renorm_least=1.0)
+    sampling = replace(ROUNDS, guidance=guidance, height=32, width=48, steps=3)
+    (episode,) = flatten(rollout(bagel, ASKED[:1], 1, sampling, flow.Window(0, 0), 0))
+    *given, text, image = episode.segments
+    system, prompt, first, _, look = given
+    before = read_given(bagel, [(system, prompt)])
+    seen = read_images(bagel, bagel.forward(before, spoken(first)[None]).context, [look])
+    said = bagel.forward(seen, spoken(text)[None]).context
+    seed = derive(episode.seed, "round", 1)
+    contexts = UnconditionalContexts(less_text=seen, less_image=before)
+    wanted = sample_image(bagel, said, sampling, flow.Window(0, 0), [seed], image.grid, contexts)[0]
+    torch.testing.assert_close(image.latent, wanted.latent, atol=1e-4, rtol=0)

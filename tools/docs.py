@@ -153,6 +153,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "monitor": monitor,
     "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
     "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),
+    "dry_run_bagel_reflect": partial(dry_run, "bagel_reflect"),
 }
 
 

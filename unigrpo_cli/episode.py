@@ -147,6 +147,19 @@ class Episode:
         return tuple(s for s in self.segments if isinstance(s, ImageActions))
 
     @property
+    def rounds(self) -> list[tuple[str, ImageActions | None]]:
+        """Each image with the text before it; a text that ended the episode has none."""
+        found: list[tuple[str, ImageActions | None]] = []
+        texts: list[str] = []
+        for segment in self.segments:
+            if isinstance(segment, TextActions):
+                texts.append(segment.text)
+            elif isinstance(segment, ImageActions):
+                found.append(("\n\n".join(texts), segment))
+                texts = []
+        return [*found, ("\n\n".join(texts), None)] if texts else found
+
+    @property
     def pixels(self) -> Tensor:
         """The last image: the input of the terminal reward."""
         return self.images[-1].pixels

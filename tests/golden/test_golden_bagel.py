@@ -21,13 +21,14 @@ from torch import Tensor
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import GivenImage, GivenText
+from unigrpo_cli.episode import PAINTED, Episode, GivenImage, GivenText, ImageActions, Prompt, Segment, TextActions
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.context import MoTContext
 from unigrpo_cli.models.mot.policy import PLAN_FIRST, MoTPolicy
 from unigrpo_cli.models.mot.resize import Resize
 from unigrpo_cli.models.mot.vision import patchify
 from unigrpo_cli.models.policy import NoisyImage
+from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.rollout import (
     Sampling,
     UnconditionalContexts,
@@ -37,7 +38,7 @@ from unigrpo_cli.rollout import (
     velocity,
 )
 
-TEXT, VELOCITY, PATH, GUIDED, EDIT, ANSWER, PACKED = 2e-5, 1e-5, 2e-5, 3e-5, 2e-5, 2e-5, 1e-5
+TEXT, VELOCITY, PATH, GUIDED, EDIT, ANSWER, PACKED, ROUNDS = 2e-5, 1e-5, 2e-5, 3e-5, 2e-5, 2e-5, 1e-5, 2e-5
 
 
 @dataclass(frozen=True)
@@ -356,3 +357,56 @@ def test_the_packed_pass_is_the_official_training_forward(bagel: Golden) -> None
     assert off(logits[-1], g["packed.context_logits_last"]) < TEXT
     scored = token(logits[:-1], temperature=1.0, id=ids[0, 1:])
     assert off(-scored.log_prob, g["packed.train_ce"]) < TEXT
+
+
+@pytest.fixture(scope="module")
+def rounds(request: pytest.FixtureRequest, bagel: Golden) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    directory = directory_of(request.config)
+    if directory is None or not (directory / "rounds.json").is_file():
+        pytest.skip("no rounds in this golden directory")
+    return load_file(directory / "rounds.safetensors"), json.loads((directory / "rounds.json").read_text())
+
+
+@torch.no_grad()
+def test_rounds_are_the_official_contexts(bagel: Golden, rounds: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    """A finished picture, a text about it, the next picture, twice: counters, logits at every position, velocities."""
+    (g, says), model = rounds, bagel.model
+    context = bagel.read(*bagel.text("system", "prompt", "think"))
+    counters = {c["after"]: (c["kv"], c["rope"]) for c in says["counters"]}
+    for k, told in enumerate(says["rounds"], start=1):
+        context = model.encode_image(context, g[f"rounds.{k}.latent"][None], bagel.grid(*told["seen_hw"]))
+        assert (context.used, int(context.position_B)) == counters[f"latent {k}"]
+        assert g[f"rounds.{k}.ids"].tolist() == model.given("given", told["text"]).ids.tolist()
+        out = model.forward(context, g[f"rounds.{k}.ids"][None])
+        context = out.context
+        assert (context.used, int(context.position_B)) == counters[f"text {k}"]
+        assert off(model.network.logits(out.hidden_BLC)[0], g[f"rounds.{k}.logits"]) < ROUNDS
+        image = NoisyImage(g[f"rounds.{k}.x_t"][None], torch.tensor([says["times"]]), bagel.grid(*told["painted_hw"]))
+        assert off(model.forward(context, image=image).velocity_BKND[0], g[f"rounds.{k}.v"]) < ROUNDS
+
+
+@torch.no_grad()
+def test_replayed_rounds_are_the_official_ones(bagel: Golden, rounds: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    """The same as an episode: its texts are actions, its pictures were looked at."""
+    (g, says), model = rounds, bagel.model
+    segments: list[Segment] = list(bagel.text("system", "prompt", "think"))
+    times = torch.tensor([*says["times"], 0.0])
+    for k, told in enumerate(says["rounds"], start=1):
+        blank = torch.zeros(*told["seen_hw"], 3, dtype=torch.uint8)
+        segments.append(GivenImage(PAINTED, bagel.grid(*told["seen_hw"]), g[f"rounds.{k}.latent"], blank))
+        first, *ids = g[f"rounds.{k}.ids"].tolist()
+        said = torch.tensor(ids)
+        segments.append(TextActions(said, torch.zeros(len(ids)), True, 1.0, (first,), (), told["text"]))
+        x = g[f"rounds.{k}.x_t"]
+        window = flow.Window(0, len(x))
+        grid = bagel.grid(*told["painted_hw"])
+        segments.append(ImageActions(grid, times, window, "flow", 1.0, x, x, torch.zeros(len(x)), x[-1], blank))
+    batch = collate([Episode(Prompt("rounds", ""), 0, 0, tuple(segments))])
+    scores = replay(model, batch)
+    for k, velocities in enumerate(scores.velocities, start=1):
+        assert off(velocities[0], g[f"rounds.{k}.v"]) < ROUNDS
+    wanted = []
+    for k in range(1, len(says["rounds"]) + 1):
+        logits = g[f"rounds.{k}.logits"][:-1].index_fill(-1, model._padding_ids, -torch.inf)
+        wanted.append(logits.log_softmax(-1).gather(1, g[f"rounds.{k}.ids"][1:, None])[:, 0])
+    assert off(scores.log_prob_BL[0], torch.cat(wanted)) < 2 * ROUNDS

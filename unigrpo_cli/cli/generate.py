@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from unigrpo_cli.config import Config
-    from unigrpo_cli.episode import Group, Prompt
+    from unigrpo_cli.episode import Episode, Group, Prompt
     from unigrpo_cli.models.policy import Policy
     from unigrpo_cli.run.console import Display
 
@@ -40,6 +40,12 @@ def generate(
     think: Annotated[
         bool | None, typer.Option("--think/--no-think", help="Reason before painting (sampling.think).")
     ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds", min=1, help="Images per sample, each painted after a look at the last (sampling.rounds)."
+        ),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0, help="Temperature of the reasoning; 0: greedy.")
     ] = None,
@@ -56,7 +62,7 @@ def generate(
     """Reason about prompts and paint them, edit an image, or answer a question about one.
 
     Writes to --out: one PNG per image, with the prompt and the reasoning inside and in a .json file next to it, and
-    sheet.png; with --answer, answers.json.
+    sheet.png; of several rounds the images before the last too; with --answer, answers.json.
     """
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.directory import new_directory
@@ -65,6 +71,8 @@ def generate(
     display = Display(json=json, quiet=quiet)
     common.load_plugins(plugin, plugins_dir, display)
     settings = common.resolve_config(context, {"think": "sampling.think", "temperature": "eval.temperature"})
+    if rounds is not None:
+        settings = _with_rounds(settings, rounds)
     prompts = _prompts(texts or [], prompts_file, image)
     policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
     if answer and any(prompt.image is not None for prompt in prompts):
@@ -79,6 +87,19 @@ def generate(
         images = _save(_sample(policy, prompts, samples, settings, display), settings, directory, display)
         if json:
             common.print_json({"run": str(directory), "images": images})
+
+
+def _with_rounds(settings: Config, rounds: int) -> Config:
+    """The settings with that many rounds; a program that paints once becomes one that reflects, and the reverse."""
+    from unigrpo_cli.config import with_values
+    from unigrpo_cli.errors import UsageError
+    from unigrpo_cli.programs import REFLECT, THINK_PAINT
+
+    if rounds > 1 and not settings.sampling.think:
+        raise UsageError(f"--rounds {rounds} needs text between the images: leave out --no-think")
+    other = {THINK_PAINT: REFLECT} if rounds > 1 else {REFLECT: THINK_PAINT}
+    program = settings.sampling.program
+    return with_values(settings, {"sampling.rounds": rounds, "sampling.program": other.get(program, program)})
 
 
 def _prompts(texts: list[str], file: Path | None, image: Path | None) -> list[Prompt]:
@@ -129,7 +150,8 @@ def _sample(policy: Policy, prompts: Sequence[Prompt], samples: int, settings: C
 
 def _save(groups: Sequence[Group], settings: Config, directory: Path, display: Display) -> list[dict[str, Any]]:
     """Write every image with its record, and the sheet; returns the records."""
-    from unigrpo_cli.io.pictures import Tile, in_terminal, save_png, sheet
+    from unigrpo_cli.io.pictures import in_terminal, save_png, sheet
+    from unigrpo_cli.run.samples import sheet_rows, tiles_of
 
     images, tiles = [], []
     for g, group in enumerate(groups):
@@ -145,18 +167,33 @@ def _save(groups: Sequence[Group], settings: Config, directory: Path, display: D
                 "seed": settings.seed,
                 "sample": episode.member,
             }
+            if len(episode.rounds) > 1:
+                record["rounds"] = _save_rounds(episode, path, record)
             save_png(pixels, path, record)
             images.append({"path": str(path)} | record)
-            tiles.append(Tile(pixels, group.prompt.text, (episode.reasoning,) if episode.reasoning else ()))
+            tiles.append(tiles_of(episode))
             display.say(group.prompt.text, style="bold")
             if episode.reasoning:
                 display.say(f"  {episode.reasoning}")
             if display.console.is_terminal and not display.quiet:
                 display.console.print(in_terminal(pixels))
             display.say(f"  {path}")
-    sheet([tiles[k : k + 4] for k in range(0, len(tiles), 4)]).save(directory / "sheet.png")
+    sheet(sheet_rows(tiles)).save(directory / "sheet.png")
     display.say(f"all images: {directory / 'sheet.png'}")
     return images
+
+
+def _save_rounds(episode: Episode, last: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write the images before the last; each round's text and image."""
+    from unigrpo_cli.io.pictures import save_png
+
+    rounds: list[dict[str, Any]] = []
+    for k, (text, image) in enumerate(episode.rounds):
+        path = last if image is episode.images[-1] else last.with_stem(f"{last.stem}_round_{k + 1}")
+        rounds.append({"text": text, "path": str(path) if image is not None else None})
+        if image is not None and path != last:
+            save_png(image.pixels.numpy(), path, record | {"round": k + 1, "reasoning": text})
+    return rounds
 
 
 def _answers(
@@ -174,7 +211,12 @@ def _answers(
             advance(1)
             refuse_non_finite_actions("logits", text.log_prob, prompt)
             answers.append(
-                {"prompt": prompt.text, "source": prompt.image, "answer": text.text, "finished": text.finished}
+                {
+                    "prompt": prompt.text,
+                    "source": prompt.image,
+                    "answer": text.text,
+                    "finished": text.finished,
+                }
             )
     for row in answers:
         display.say(row["prompt"], style="bold")

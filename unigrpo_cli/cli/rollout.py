@@ -182,7 +182,10 @@ def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult]) 
     rows = reward_rows(groups, scored)
     run.write_json("rewards.json", rows)
     for row, episode in zip(rows, flatten(groups), strict=True):
-        save_png(episode.pixels.numpy(), run.directory / "images" / row["image"], row)
+        path = run.directory / "images" / row["image"]
+        save_png(episode.pixels.numpy(), path, row)
+        for k, image in enumerate(episode.images[:-1]):
+            save_png(image.pixels.numpy(), path.with_stem(f"{path.stem}_round_{k + 1}"), row | {"round": k + 1})
     return {
         "run": str(run.directory),
         "episodes": len(rows),

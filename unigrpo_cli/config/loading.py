@@ -46,6 +46,10 @@ REMOVED = {
 """Keys of version 0.1 that no longer exist, and why."""
 
 
+PROMPTS_OF = {"edit": "shapes-edit", "critique-edit": "shapes-restore"}
+"""Prompts that bring the pictures a program starts from, where none are given."""
+
+
 def load_config(
     *,
     preset: str | None = None,
@@ -90,6 +94,9 @@ def load_config(
         _merge(values, own)
     _merge(values, given)
     values["preset"] = chosen
+    sampling = values.get("sampling")
+    if isinstance(sampling, dict) and sampling.get("program") in PROMPTS_OF:
+        values.setdefault("prompts", PROMPTS_OF[sampling["program"]])
     _check_keys(values, Config, "")
     for key, value in values.items():
         try:

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from unigrpo_cli.episode import Group
+from unigrpo_cli.episode import PAINTED, Episode, GivenImage, Group
 from unigrpo_cli.io.atomic import new_directory, new_file
 from unigrpo_cli.io.pictures import Tile, save_png, sheet
 from unigrpo_cli.rewards.batch import RewardResult
 
 SHOWN = 8
 MOST_COLUMNS = 8
+
+
+def tiles_of(episode: Episode, lines: Sequence[str] = ()) -> list[Tile]:
+    """What an episode was given and painted, a tile per picture: its text below it, `lines` below the last."""
+    sources = [s for s in episode.segments if isinstance(s, GivenImage) and s.role != PAINTED]
+    tiles = [Tile(source.pixels.numpy(), "source") for source in sources]
+    for k, (text, image) in enumerate(episode.rounds):
+        if image is None:
+            tiles[-1] = replace(tiles[-1], lines=(*tiles[-1].lines, f"then: {text}"))
+        else:
+            title = episode.prompt.text if k == 0 else f"round {k + 1}"
+            tiles.append(Tile(image.pixels.numpy(), title, (text,) if text else ()))
+    tiles[-1] = replace(tiles[-1], lines=(*tiles[-1].lines, *lines))
+    return tiles
+
+
+def sheet_rows(episodes: Sequence[list[Tile]]) -> list[list[Tile]]:
+    """Four episodes of one picture in a row, or one of several."""
+    if any(len(tiles) > 1 for tiles in episodes):
+        return [*episodes]
+    single = [tile for tiles in episodes for tile in tiles]
+    return [single[k : k + 4] for k in range(0, len(single), 4)]
 
 
 def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int) -> Path:
@@ -36,8 +59,8 @@ def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folde
             pixels = episode.pixels.numpy()
             save_png(pixels, pictures / f"{k}.png", story)
             words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-            tiles.append(Tile(pixels, group.prompt.text, tuple(filter(None, (episode.reasoning, words)))))
-    page = sheet([tiles[:4], tiles[4:]] if len(tiles) > 4 else [tiles], f"step {step}")
+            tiles.append(tiles_of(episode, [words] if words else []))
+    page = sheet(sheet_rows(tiles), f"step {step}")
     _save_sheet(page, path := folder / f"{name}.png")
     return path
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from unigrpo_cli.models.mot.config import LAYERS, TIME_WAVES, MoTConfig
-from unigrpo_cli.run.memory.workload import FP32, IMAGE, TEXT, Workload, old_share
+from unigrpo_cli.run.memory.workload import FP32, IMAGE, TEXT, Workload, budgets_of, old_share
 
 BOUNDARY = 2  # boundary tokens around an image; the text expert computes them
 ATTENTION_BACKWARD = 2.5  # of the forward pass: four products, and the scores once more
@@ -118,30 +118,44 @@ def step_seconds(work: Workload) -> float:
     A lower bound. Every text has its full length; decoding pixels, rewards, evaluations, communication, the disk and
     the launch of kernels cost nothing.
     """
-    model, batch, words = work.model, work.batch, work.sampled_tokens
+    model, batch = work.model, work.batch
     rate = FLOPS if work.config.dtype == "bfloat16" else FLOPS_FP32
     rank = work.rank if work.lora else 0
-    copies = work.sde_steps if work.replays_images else 0
-    episode = Pass(1, text=work.text_tokens, copies=copies, image=work.latent_tokens, scored=words, rank=rank)
-    noisy = Pass(1, past=work.text_tokens, copies=1, image=work.latent_tokens, rank=rank)
-    forward = forward_flops(model, episode)
+    episode, noisy, looks = _passes(work, rank)
+    forward = sum(forward_flops(model, p) for p in (*episode, *looks))
     trained = tuple(expert for expert in (TEXT, IMAGE) if work.trains(expert))
-    update = forward + backward_flops(model, episode, trained)
+    update = forward + sum(backward_flops(model, p, trained) for p in episode)
     if work.config.train.activation_checkpointing:
-        update += layers_flops(model, episode)
-    each = (
-        batch.denoise_calls * forward_flops(model, noisy) + old_share(work.config) * forward + batch.backwards * update
-    )
+        update += sum(layers_flops(model, p) for p in episode)
+    painting = work.config.sampling.steps * sum(forward_flops(model, p) for p in noisy)
+    each = painting + old_share(work.config) * forward + batch.backwards * update
     seconds = batch.episodes * each / rate
-    if words:
-        past = work.prompt_tokens + words // 2
+    for k, budget in enumerate(budgets_of(work.config)):
+        past = work.context_tokens(k) - 2 - budget + budget // 2
         token = forward_flops(model, Pass(1, text=1, past=past, scored=1, rank=rank))
         read = decode_bytes(model, work.batch_size, past, work.dtype_bytes, rank)
-        seconds += words * max(batch.episodes * token / rate, batch.rollouts * read / MEMORY)
+        seconds += budget * max(batch.episodes * token / rate, batch.rollouts * read / MEMORY)
     if work.needs_reference:
-        arithmetic = batch.episodes * forward_flops(model, replace(episode, rank=0)) / rate
+        plain = sum(forward_flops(model, replace(p, rank=0)) for p in (*episode, *looks))
+        arithmetic = batch.episodes * plain / rate
         seconds += max(arithmetic, _reference_from_host(work) / FROM_HOST)
     return seconds
+
+
+def _passes(work: Workload, rank: int) -> tuple[list[Pass], list[Pass], list[Pass]]:
+    """By round: an episode's packed pass in replay, one noisy image in sampling; and the looks between rounds.
+
+    A look is counted as a pass of the image expert; the vision tower is not counted.
+    """
+    copies, latents = work.sde_steps if work.replays_images else 0, work.latent_tokens
+    budgets = budgets_of(work.config) or [0] * work.rounds
+    episode, noisy = [], []
+    for k, budget in enumerate(budgets):
+        own = (budget + 2 if budget else 0) + (0 if k else work.prompt_tokens)
+        context = work.context_tokens(k)
+        episode.append(Pass(1, text=own, past=context - own, copies=copies, image=latents, scored=budget, rank=rank))
+        noisy.append(Pass(1, past=context, copies=1, image=latents, rank=rank))
+    return episode, noisy, noisy[:-1]
 
 
 def _reference_from_host(work: Workload) -> int:

@@ -203,19 +203,22 @@ def _sampling_text(work: Workload) -> tuple[Item | None, ...]:
     logits = item("logits", "3 in fp32, 2 in fp64", rows=rows, vocabulary=work.model.vocab_size, bytes=28)
     note = "when a half and then a quarter is unfinished"
     fewer = rows // 2 + rows // 4
-    smaller = item("smaller batches", note, rows=fewer, tokens=work.text_tokens, bytes=work.cached_token)
+    smaller = item("smaller batches", note, rows=fewer, tokens=work.last_context_tokens, bytes=work.cached_token)
+    before = work.prompt_tokens if work.rounds == 1 else work.context_tokens(work.rounds - 2) + work.looked_at_tokens
     return (
-        _kv_cache(work, work.text_tokens + work.prompt_tokens, "text, and the prompt once more"),
+        _kv_cache(work, work.last_context_tokens + before, "context, and what came before its last text"),
         max(logits, smaller, key=lambda item: item.bytes),
         _cast_matrix(work),
     )
 
 
 def _sampling_image(work: Workload, adapted: bool) -> tuple[Item | None, ...]:
-    guided = work.config.eval.guidance_text > 1
-    tokens = work.text_tokens + (2 * work.prompt_tokens if guided else 0)
+    guided, tokens = work.config.eval.guidance_text > 1, work.last_context_tokens
+    if guided:  # the one lacks the last text alone, or in the first round the prompt too; the other has the prompt
+        without = work.prompt_tokens if work.rounds == 1 else tokens
+        tokens += without + work.prompt_tokens
     return (
-        _kv_cache(work, tokens, "text, and two contexts of guidance" if guided else "text"),
+        _kv_cache(work, tokens, "context, and two contexts of guidance" if guided else "context"),
         _one_layer(work, work.batch_size * work.image_tokens, adapted),
         item(
             "latents",
@@ -253,7 +256,7 @@ def _sampling_pixels(work: Workload, autoencoder: AutoencoderConfig) -> tuple[It
     s = work.config.sampling
     pixels, rows = s.height * s.width, work.batch_size
     return (
-        _kv_cache(work, work.text_tokens, "text"),
+        _kv_cache(work, work.last_context_tokens, "context"),
         _decoder(autoencoder, s.height, s.width, s.vae_tile_rows),
         item("pictures", "twice 3 channels in fp32", rows=rows, pixels=pixels, bytes=2 * 3 * FP32),
     )
@@ -296,14 +299,15 @@ def _recorded_steps(work: Workload) -> Item | None:
         "recorded steps",
         "before, after and velocities of each step; the last; in fp32",
         episodes=work.batch.episodes,
-        latents=(3 + work.needs_reference) * work.sde_steps + 1,
+        latents=work.rounds * ((3 + work.needs_reference) * work.sde_steps + 1),
         tokens=work.latent_tokens,
         bytes=FP32 * work.model.token_dim,
     )
 
 
 def _text_cache(work: Workload) -> Item:
-    return item("text's keys and values", tokens=work.replayed_text_tokens, bytes=work.cached_token)
+    tokens = work.micro_batch * work.last_context_tokens
+    return item("context's keys and values", tokens=tokens, bytes=work.cached_token)
 
 
 def _logits(work: Workload) -> Item | None:
@@ -359,7 +363,7 @@ def _saved_per_layer(work: Workload) -> int:
     b, images, text = work.dtype_bytes, work.replayed_image_tokens, work.replayed_text_tokens
     saved = images * saved_per_token(work, IMAGE) + (text * saved_per_token(work, TEXT) if work.trains(TEXT) else 0)
     if images:
-        saved += 2 * work.key_width * b * text * work.sde_steps  # each noisy image's copy of the context
+        saved += 2 * work.key_width * b * work.replayed_contexts  # each noisy image's copy of the context
     return saved + _saved_casts(work)
 
 

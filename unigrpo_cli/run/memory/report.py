@@ -57,9 +57,13 @@ def assumptions(plan: Plan) -> list[str]:
     work = plan.work
     sizes = "published ones; the model is not on this machine" if plan.published else "from the headers of its files"
     tokens = f"{work.prompt_tokens} tokens of prompt and system prompt"
+    if work.sampled_tokens:
+        tokens += f"; every text has its full length, {work.sampled_tokens} tokens"
+    if work.rounds > 1:
+        tokens += f" in {work.rounds} rounds; none stops early; a look takes {work.looked_at_tokens} tokens"
     return [
         f"sizes: {sizes}",
-        f"{tokens}; every text has its full length, {work.sampled_tokens} tokens" if work.sampled_tokens else tokens,
+        tokens,
         "not counted in memory: models of rewards, pictures that prompts bring, fragmentation of the allocator",
     ]
 

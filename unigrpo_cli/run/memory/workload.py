@@ -94,11 +94,18 @@ def batch_of(config: Config) -> BatchCounts:
         micro_batches=-(-each // t.micro_batch_size),
         at_least=t.max_tokens_per_micro_batch > 0,
         rollouts=-(-episodes // s.batch_size),
-        word_calls=s.max_new_tokens + 2 if s.think else 0,
-        denoise_calls=s.steps,
+        word_calls=sum(budget + 2 for budget in budgets_of(config)),
+        denoise_calls=s.steps * s.rounds,
         replays=old_share(config) + needs_reference(config),
         backwards=t.epochs,
     )
+
+
+def budgets_of(config: Config) -> list[int]:
+    """Most tokens of the text of each round; none without thinking."""
+    s = config.sampling
+    budgets = s.round_max_new_tokens or (s.max_new_tokens,)
+    return [budgets[min(k, len(budgets) - 1)] for k in range(s.rounds)] if s.think else []
 
 
 def config_of_rank(config: Config, world: int) -> Config:
@@ -218,14 +225,38 @@ class Workload:
     # ----- tokens
 
     @property
+    def rounds(self) -> int:
+        return self.config.sampling.rounds
+
+    @property
     def sampled_tokens(self) -> int:
         """Most tokens that an episode samples."""
-        return self.config.sampling.max_new_tokens if self.config.sampling.think else 0
+        return sum(budgets_of(self.config))
 
     @property
     def text_tokens(self) -> int:
-        """An episode's text: prompt, and with thinking an opening token, the sampled ones and a forced stop."""
-        return self.prompt_tokens + (self.sampled_tokens + 2 if self.sampled_tokens else 0)
+        """An episode's text: prompt, and for each text an opening token, the sampled ones and a forced stop."""
+        return self.prompt_tokens + sum(budget + 2 for budget in budgets_of(self.config))
+
+    @property
+    def looked_at_tokens(self) -> int:
+        """Tokens of an image that is looked at: its latents, the tower's view of it, or both, with boundary tokens."""
+        how, vision = self.config.sampling.show_images, self.model.vision
+        count = 0 if how == "tower" else self.image_tokens
+        if "tower" in how and vision is not None:
+            s = self.config.sampling
+            sides = (min(vision.side, round(side / vision.patch_size)) for side in (s.height, s.width))
+            count += prod(sides) + 2
+        return count
+
+    def context_tokens(self, k: int) -> int:
+        """Most tokens in the context when the image of round k is painted."""
+        texts = budgets_of(self.config)[: k + 1]
+        return self.prompt_tokens + sum(budget + 2 for budget in texts) + k * self.looked_at_tokens
+
+    @property
+    def last_context_tokens(self) -> int:
+        return self.context_tokens(self.rounds - 1)
 
     @property
     def latent_tokens(self) -> int:
@@ -284,7 +315,8 @@ class Workload:
         most = min(self.config.train.micro_batch_size, self.batch.each)
         if not self.config.train.max_tokens_per_micro_batch:
             return most
-        longest = self.text_tokens + (self.sde_steps * self.image_tokens if self.replays_images else 0)
+        images = self.rounds * self.sde_steps * self.image_tokens if self.replays_images else 0
+        longest = self.last_context_tokens + images
         return max(1, min(most, self.config.train.max_tokens_per_micro_batch // longest))
 
     @property
@@ -294,10 +326,17 @@ class Workload:
 
     @property
     def replayed_image_tokens(self) -> int:
-        """Image tokens of a micro-batch."""
-        return self.micro_batch * self.sde_steps * self.image_tokens if self.replays_images else 0
+        """Image tokens of a micro-batch that a gradient passes; those of looks only where it is asked for."""
+        looks = (self.rounds - 1) * self.looked_at_tokens if self.config.objective.grad_through_images else 0
+        noisy = self.rounds * self.sde_steps * self.image_tokens if self.replays_images else 0
+        return self.micro_batch * (noisy + looks)
 
     @property
     def replayed_text_tokens(self) -> int:
         """Text tokens of a micro-batch."""
         return self.micro_batch * self.text_tokens
+
+    @property
+    def replayed_contexts(self) -> int:
+        """Tokens of the contexts that all noisy images of a micro-batch see, each its own copy."""
+        return self.micro_batch * self.sde_steps * sum(self.context_tokens(k) for k in range(self.rounds))
