@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     ("__main__",),
     ("cli", "testing"),
+    ("report",),
     ("run",),
     ("train",),
     ("evaluate", "training"),

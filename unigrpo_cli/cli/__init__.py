@@ -11,7 +11,7 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, models, rewards, rollout, sweep, train
+from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, models, report, rewards, rollout, sweep, train
 from unigrpo_cli.errors import UsageError, one_line
 from unigrpo_cli.io.stdout import keep_running_without_output
 from unigrpo_cli.run.signals import NUMBERS
@@ -34,6 +34,7 @@ app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.command("examples")(examples.examples)
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(models.app, name="models")

@@ -60,7 +60,7 @@ def serve(
     try:
         with (
             common.rewards_alone(choices, plugins, device, timeout_s) as rewards,
-            _until_stopped(server.stop),
+            until_stopped(server.stop),
         ):
             server.listen(rewards, entry.version)
             display.say(f"serving {name} ({entry.address} {entry.version}) at {server.url}")
@@ -95,7 +95,7 @@ def read_token(path: Path | None) -> str | None:
 
 
 @contextmanager
-def _until_stopped(stop: Callable[[], None]) -> Iterator[None]:
+def until_stopped(stop: Callable[[], None]) -> Iterator[None]:
     """SIGINT and SIGTERM call `stop` inside. While a model loads they interrupt it."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # signals can only be set there

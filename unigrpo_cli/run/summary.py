@@ -96,6 +96,7 @@ def show(summary: dict[str, Any], config: Config, prompts: int, display: Display
     run = summary["run"]
     display.say(
         f"checkpoint {summary['checkpoint']}\npictures   {Path(run) / 'samples' / 'progress.png'}\n"
+        f"report     unigrpo report {quoted(run)}\n"
         f'try        unigrpo generate --model {quoted(run)} "a red circle above a blue square"'
     )
 

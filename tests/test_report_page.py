@@ -1,0 +1,192 @@
+"""The page of `unigrpo report` in Chromium, opened from disk with the network blocked."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Page, chromium, needs_browser
+from made_run import DENOMINATOR, HOSTILE, LENGTH, made_run, made_trace
+
+from unigrpo_cli.report.build import write_report
+from unigrpo_cli.report.runs import read_runs
+
+pytestmark = needs_browser
+PICTURES = os.environ.get("UNIGRPO_PICTURES")
+"""A directory for screenshots, to look at."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of one setting and a run of another."""
+    directory = tmp_path_factory.mktemp("runs")
+    warnings = {k: ["entropy text"] for k in (3, 4)}
+    made_run(directory / "a", seed=0, warnings=warnings)
+    made_run(directory / "b", seed=1)
+    made_run(directory / "rounds", rounds=2, settings=("train.lr_text=1e-3",))
+    write_report(read_runs([directory]), directory / "report.html")
+    return directory / "report.html"
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Any]:
+    pages = []
+
+    def page(hash: str = "", **options: Any) -> Page:
+        pages.append(Page(browser, report, hash=hash, **options))
+        return pages[-1]
+
+    yield page
+    for own in pages:
+        assert own.trouble == []
+        own.close()
+
+
+def test_the_way_through_all_four_levels(opened: Any) -> None:
+    """Search, overlay, step, sort, episode, token, denoising step, formula: by clicks, as a user would."""
+    own = opened()
+    page = own.page
+    assert page.locator("#runs tbody tr").count() == 3
+    page.fill("#search", "entropy")
+    assert page.locator(".chart").count() == 1
+    page.wait_for_selector(".chart .plot canvas, .chart .plot .bk-Figure")
+    page.click('#runs a:has-text("3 steps") >> nth=0')
+    own.level("step")
+    assert own.text("h1") == "Step 6"
+    page.click('.ticks a:has-text("3")')
+    page.wait_for_selector('h1:has-text("Step 3")')
+    page.click('button:has-text("spread")')
+    page.wait_for_selector('button[aria-pressed="true"]:has-text("spread")')
+    spreads = page.locator(".group header .chip .num").all_inner_texts()
+    assert [float(s) for s in spreads] == sorted(map(float, spreads), reverse=True)
+    page.click('[data-group="0"] [data-member="2"]')
+    own.level("episode")
+    page.hover('[data-segment="1"] [data-action="3"]')
+    assert own.text("#side h3") == "“ b2”"
+    page.click('[data-segment="2"] [data-action="1"]')
+    page.wait_for_selector('[data-large="1"] canvas')
+    page.click("#to-formula")
+    own.level("formula")
+    assert own.text("h1") == "Denoising step 2"
+
+
+def test_numbers_of_a_token_and_of_a_step(opened: Any) -> None:
+    """What the page shows is what the trace holds, and its own arithmetic ends at the recorded share of the loss."""
+    episode = made_trace(3).groups[0].episodes[1]
+    text, image = episode.segments[1], episode.segments[2]
+    own = opened("#run=a&step=3&group=0&member=1&segment=1&action=2")
+    assert own.number('[data-number="ratio"]') == pytest.approx(float(text.ratio_L[2]), rel=1e-6)
+    assert own.number('[data-number="change"]') == pytest.approx(float(text.change_L[2]), rel=1e-5)
+    assert own.number('[data-number="push"]') == pytest.approx(float(text.change_L[2]) * episode.advantage, rel=1e-5)
+    own.page.click("#to-formula")
+    own.level("formula")
+    excess = math.expm1(float(text.log_ratio_L[2]))
+    gain = min(excess * episode.advantage, max(-0.2, min(0.2, excess)) * episode.advantage)
+    assert own.number("#recomputed") == pytest.approx(-gain / (DENOMINATOR * LENGTH), rel=1e-5)
+    assert own.number("#recomputed") == pytest.approx(own.number("#recorded"), rel=1e-4)
+
+    own = opened("#run=a&step=3&group=0&member=1&segment=2&action=1")
+    assert own.number('[data-number="update_log_ratio"]') == pytest.approx(float(image.update.log_ratio_K[1]), rel=1e-6)
+    largest = float(np.abs(image.after.log_ratio_KN).max())
+    assert own.number("#map-mean") == pytest.approx(float(image.after.log_ratio_KN[1].mean()), abs=largest / 2**16)
+    own.page.select_option("#map", "update_velocity_change")
+    own.page.wait_for_selector('[data-map="update_velocity_change"]')
+    assert own.number("#map-mean") == pytest.approx(float(image.update.velocity_change_KN[1].mean()), rel=1e-3)
+    own.page.click("#to-formula")
+    own.level("formula")
+    assert own.number("#recomputed") == pytest.approx(float(image.loss_K[1]), rel=1e-4)
+
+
+def test_keys_and_links(opened: Any) -> None:
+    own = opened("#run=a&step=3&group=1&member=3")
+    page = own.page
+
+    def at() -> dict[str, str]:
+        return dict(part.split("=") for part in page.evaluate("location.hash.slice(1)").split("&") if part)
+
+    page.keyboard.press("ArrowRight")  # the last member of a group: the next group follows
+    page.wait_for_function("location.hash.includes('group=2')")
+    assert at() == {"run": "a", "step": "3", "group": "2", "member": "0"}
+    page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_function("location.hash.includes('step=6')")
+    page.reload()
+    own.level("episode")
+    assert "Step 6" in own.text(".soft")
+    assert at() == {"run": "a", "step": "6", "group": "2", "member": "0"}
+    page.keyboard.press("Enter")
+    own.level("formula")
+    page.keyboard.press("Escape")
+    own.level("episode")
+    page.keyboard.press("Escape")
+    own.level("step")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("location.hash.includes('step=3')")
+    page.keyboard.press("Escape")
+    own.level("runs")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+
+
+def test_text_of_prompts_stays_text(opened: Any) -> None:
+    """No element, no alert (the fixture would see it), no hidden control character."""
+    for hash in ("#run=a&step=3", "#run=a&step=3&group=1&member=0"):
+        own = opened(hash)
+        shown = own.page.locator("#main").inner_text()
+        assert "<img src=x onerror=alert(1)> \\x1b[31mred\\x1b[0m \\u202eltr </script>" in shown
+        assert own.page.locator('img[src="x"]').count() == 0
+        assert not set("\x1b\u202e") & set(shown)
+    assert HOSTILE not in shown
+    assert own.text('[data-segment="1"] .tokens') == "a star <b> b2■"
+
+
+def test_rounds_are_shown_in_order(opened: Any) -> None:
+    own = opened("#run=rounds&step=3&group=0&member=0")
+    kinds = own.page.locator(".segment[data-segment] h2").all_inner_texts()
+    assert kinds == ["Given", "Text", "Image"] * 2
+    own.page.click('[data-segment="5"] [data-action="0"]')
+    own.page.click("#to-formula")
+    own.level("formula")
+    assert own.number("#recomputed") == pytest.approx(own.number("#recorded"), rel=1e-4)  # the mean is over both rounds
+
+
+def test_seeds_become_a_band_and_differences_are_listed(opened: Any) -> None:
+    own = opened()
+    assert own.page.locator(".legend span").all_inner_texts() == ["setting 1: 2 seeds", "rounds"]
+    assert "mean of 2 seeds" in own.text("#scores")
+    keys = own.page.locator("#differences table >> nth=0").locator("td:first-child").all_inner_texts()
+    assert keys == ["seed", "train.lr_text"]
+    assert "entropy text" in own.text("#warnings")
+    own.page.click('#warnings a:has-text("3")')
+    own.level("step")
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_every_level_fits_and_every_picture_has_words(opened: Any, width: int, theme: str) -> None:
+    place = "#run=a&step=3&group=0&member=1&segment=2&action=1"
+    own = opened(place, width=width, theme=theme)
+    page = own.page
+    for name, hash in {
+        "episode": place,
+        "formula": f"{place}&view=formula",
+        "step": "#run=a&step=3",
+        "runs": "#",
+    }.items():
+        page.evaluate(f"location.hash = {hash!r}")
+        own.level(name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+        assert page.evaluate("[...document.images].every((image) => image.alt)")
+        assert page.evaluate("[...document.querySelectorAll('canvas, svg')].every((c) => c.closest('[aria-label]'))")
+        if PICTURES:
+            page.screenshot(path=Path(PICTURES) / f"{name}_{width}_{theme}.png", full_page=True)

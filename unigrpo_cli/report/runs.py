@@ -1,0 +1,231 @@
+"""Directories of runs as a report reads them: settings, curves, warnings, held-out scores. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.io.limits import parse_json, read_text
+from unigrpo_cli.run.config_diff import Effect, effect_of, flat
+
+MOST_POINTS = 2_000
+"""Points of a curve on a page; of longer runs every second, third, ... step is shown."""
+TRAIN, ROLLOUT, EVAL = "train", "rollout", "eval"
+FILES = {ROLLOUT: "episodes.json", EVAL: "eval.json", TRAIN: "config.toml"}
+"""The file that shows what a directory is; a rollout has a config.toml too, so the order matters."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A warning of the monitor, from its first step to its last."""
+
+    text: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Metrics by step: `values` has a list per metric, None where a step did not measure it.
+
+    `stride` is above 1 where only every stride-th step is kept. `times` are seconds since the first line.
+    """
+
+    steps: tuple[int, ...] = ()
+    times: tuple[float | None, ...] = ()
+    values: dict[str, tuple[float | None, ...]] | None = None
+    warnings: tuple[Span, ...] = ()
+    skipped: tuple[tuple[int, str], ...] = ()
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation: by reward its mean, interval and n, and, against `against`, the paired difference."""
+
+    label: str
+    scores: dict[str, dict[str, Any]]
+    n: int
+    against: str | None = None
+    difference: dict[str, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """A directory that is shown. `settings` are its configuration by dotted keys."""
+
+    name: str
+    directory: Path
+    kind: str
+    settings: dict[str, Any]
+    curves: Curves
+    scores: tuple[Scores, ...]
+
+    @property
+    def same_setting(self) -> str:
+        """Equal for runs that differ by nothing that changes a result but the seed."""
+        kept = {k: v for k, v in self.settings.items() if k != "seed" and _changes_results(k)}
+        return json.dumps([self.kind, kept], sort_keys=True, default=str)
+
+
+def read_runs(paths: Sequence[Path]) -> list[ReportRun]:
+    """The runs of all directories; a directory of runs stands for each of them.
+
+    Raises:
+        UsageError: for a directory that is not one of a run, and a run that cannot be read.
+    """
+    found = [own for path in paths for own in _expanded(path)]
+    distinct = list({path.resolve(): path for path in found}.values())
+    return [_read(path, name) for path, name in zip(distinct, _names(distinct), strict=True)]
+
+
+def kind_of(directory: Path) -> str | None:
+    """What a directory is: train, rollout or eval; None for something else."""
+    return next((kind for kind, name in FILES.items() if (directory / name).is_file()), None)
+
+
+def _expanded(path: Path) -> list[Path]:
+    if kind_of(path):
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"no directory {path}: give a run, e.g. `unigrpo report runs/NAME`")
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and kind_of(p))
+    if not inside:
+        raise UsageError(
+            f"{path} is no run: give the --out directory of train, rollout or eval, or a directory of such directories"
+        )
+    return inside
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that are different."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(directory: Path, name: str) -> ReportRun:
+    kind = kind_of(directory)
+    assert kind is not None
+    curves = read_curves(directory / "metrics.jsonl") if kind == TRAIN else Curves()
+    return ReportRun(name, directory, kind, _settings(directory), curves, tuple(_scores(directory, name)))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "config.toml"
+    if not path.is_file():
+        return {}
+    try:
+        return flat(tomllib.loads(read_text(path)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not readable: {error}; copy it from another run of this setting") from error
+
+
+def _changes_results(key: str) -> bool:
+    try:
+        return effect_of(key) not in (Effect.NONE, Effect.ROUNDING)
+    except KeyError:  # a key of another version
+        return True
+
+
+def read_curves(path: Path) -> Curves:
+    """All lines of a metrics.jsonl. The last one may be half written: the run may still train.
+
+    Raises:
+        UsageError: when another line is not readable.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for row in _lines(path):
+        step = row.get("step")
+        if isinstance(step, int):
+            rows.setdefault(step, {}).update({k: v for k, v in row.items() if k != "step"})
+    steps = sorted(rows)
+    warnings = _spans((step, rows[step].get("warnings") or ()) for step in steps)
+    skipped = tuple((step, str(rows[step]["skipped"])) for step in steps if rows[step].get("skipped"))
+    stride = max(1, math.ceil(len(steps) / MOST_POINTS))
+    kept = [s for k, s in enumerate(steps) if (len(steps) - 1 - k) % stride == 0 or _is_sparse(rows[s])]
+    names = dict.fromkeys(k for s in kept for k, v in rows[s].items() if k != "time" and _is_number(v))
+    values = {name: tuple(_number(rows[s].get(name)) for s in kept) for name in names}
+    times = [_number(rows[s].get("time")) for s in kept]
+    start = next((t for t in times if t is not None), 0.0)
+    since = tuple(None if t is None else t - start for t in times)
+    return Curves(tuple(kept), since, values, tuple(warnings), skipped, stride)
+
+
+def _is_sparse(row: dict[str, Any]) -> bool:
+    """Whether a step has an evaluation, which few have."""
+    return any(key.startswith("eval/") for key in row)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = read_text(path, 2**32)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not readable: {error}") from error
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: {error}; `unigrpo train --resume` repairs it") from error
+        if isinstance(row, dict):
+            yield row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+def _spans(current: Iterator[tuple[int, Sequence[str]]]) -> Iterator[Span]:
+    """Warnings from the lists of those that hold at each step."""
+    begun: dict[str, int] = {}
+    before = 0
+    for step, texts in current:
+        for text in [text for text in begun if text not in texts]:
+            yield Span(text, begun.pop(text), before)
+        for text in texts:
+            begun.setdefault(str(text), step)
+        before = step
+    for text, first in begun.items():
+        yield Span(text, first, before)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run; {} where there is no such file."""
+    try:
+        found = parse_json(read_text(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not readable: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _scores(directory: Path, name: str) -> Iterator[Scores]:
+    """Evaluations in a directory: of a run before and after it, of `unigrpo eval` one for each model."""
+    difference = _json(directory / "summary.json").get("difference")
+    for file, label in (("eval_before.json", "before"), ("eval_after.json", "after")):
+        if (report := _json(directory / file)).get("scores"):
+            paired = difference if label == "after" and difference else None
+            yield Scores(label, report["scores"], report["n"], "before" if paired else None, paired)
+    if (report := _json(directory / "eval.json")).get("scores"):
+        model = str(report.get("model", name))
+        yield Scores(model, report["scores"], report["n"])
+        compared = report.get("compare") or []
+        for other in compared if isinstance(compared, list) else [compared]:
+            paired = other.get("difference") or report.get("difference")
+            yield Scores(str(other["model"]), other["scores"], other.get("n", report["n"]), model, paired)
