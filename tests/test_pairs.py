@@ -272,6 +272,19 @@ def test_adapters_load_in_peft_and_weights_in_diffusers(
             )
 
 
+@each_kind
+def test_merged_adapters_are_a_pipeline_that_computes_the_same(
+    kind: str, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    policy, ids = moved(_load(directories[kind]).finetune(_finetune(False)), 0.1), torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        own = policy.reasoner.network(ids, output_hidden_states=True).hidden_states[-2]
+        policy.merged().save(tmp_path / "m", "base")
+        states = _pipeline(kind, tmp_path / "m").text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    assert policy.adapter is None
+    torch.testing.assert_close(states, own, atol=1e-6, rtol=1e-5)
+
+
 def test_options_are_saved_with_the_weights(directories: dict[str, Path], tmp_path: Path) -> None:
     policy = _load(directories["z-image"], conditioning="re-encoded", instruction="describe it")
     policy.finetune(_finetune(True)).save(tmp_path / "full", "base")

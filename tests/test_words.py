@@ -78,7 +78,9 @@ def test_no_old_key_or_sentence_is_written(what: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "rollout", "sweep", "generate", "doctor", "inspect", "rewards"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "rollout", "sweep", "export", "push", "generate", "doctor", "inspect", "rewards"]
+)
 def test_help_has_no_old_sentence(command: str) -> None:
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, [command, "--help"]).output)
     assert "Usage" in shown

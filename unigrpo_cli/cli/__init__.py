@@ -11,7 +11,20 @@ import sys
 import typer
 
 from unigrpo_cli import __version__
-from unigrpo_cli.cli import doctor, eval, examples, generate, inspect, models, report, rewards, rollout, sweep, train
+from unigrpo_cli.cli import (
+    doctor,
+    eval,
+    examples,
+    export,
+    generate,
+    inspect,
+    models,
+    report,
+    rewards,
+    rollout,
+    sweep,
+    train,
+)
 from unigrpo_cli.errors import UsageError, one_line
 from unigrpo_cli.io.stdout import keep_running_without_output
 from unigrpo_cli.run.signals import NUMBERS
@@ -32,6 +45,8 @@ app.command("sweep")(sweep.sweep)
 app.command("rollout")(rollout.rollout)
 app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
+app.command("push")(export.push)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)

@@ -74,6 +74,7 @@ SETTINGS = {
     "logging_steps": LOGS,
     "wandb": "--report-to wandb",
     "tensorboard": "--report-to tensorboard",
+    "push_to_hub": "`unigrpo push RUN --repo ORG/NAME` after training",
     "num_processes": "torchrun or accelerate launch (docs/scaling.md)",
     "gpus": "torchrun or accelerate launch (docs/scaling.md)",
 }
@@ -90,6 +91,8 @@ COMMANDS = {
     "list": "unigrpo rewards list",
     "test": "unigrpo rewards test",
     "check": "unigrpo doctor",
+    "upload": "unigrpo push",
+    "merge": "unigrpo export",
     "resume": "unigrpo train --resume RUN",
 }
 PARAMETERS = {

@@ -70,13 +70,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_directory(path: Path, *, sums: bool) -> Iterator[Path]:
+def new_directory(path: Path, *, sums: bool, unsummed: Collection[str] = ()) -> Iterator[Path]:
     """A temporary directory to write to. On success it becomes `path`; on an exception it is removed.
 
     An existing directory of that name is renamed first, so at every moment one of the two is there.
 
     Args:
         sums: write `SHA256SUMS` of its files as the last one.
+        unsummed: files that it leaves out, because they may be edited.
 
     Raises:
         DiskError: when the disk refuses it.
@@ -93,7 +94,7 @@ def new_directory(path: Path, *, sums: bool) -> Iterator[Path]:
             for name in files_in(partial):
                 sync(partial / name)
             if sums:
-                write_text(partial / SUMS, _sums_of(partial))
+                write_text(partial / SUMS, _sums_of(partial, unsummed))
             sync(partial)
             aside = path.with_name(REPLACED + path.name)
             if path.exists():
@@ -243,9 +244,10 @@ def is_inside(name: str) -> bool:
     )
 
 
-def _sums_of(directory: Path) -> str:
+def _sums_of(directory: Path, unsummed: Collection[str]) -> str:
     """In the format of `sha256sum -c`."""
-    return "".join(f"{digest_of(directory / name)}  {name}\n" for name in files_in(directory))
+    names = [name for name in files_in(directory) if name not in unsummed]
+    return "".join(f"{digest_of(directory / name)}  {name}\n" for name in names)
 
 
 @contextmanager

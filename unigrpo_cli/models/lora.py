@@ -167,6 +167,21 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
+@torch.no_grad()
+def merge_adapters(network: nn.Module) -> None:
+    """Add the adapters to the base's weights and remove them. Weights that change become fp32: see `add_adapters`."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+            total = widen(base.weight.data)
+            for adapter in layer.active_adapters:
+                total = total + widen(layer.get_delta_weight(adapter))
+            base.weight = nn.Parameter(total, requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, base)
+    del network.adapter_config
+
+
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
     """The network without its adapters, i.e. the base it started from."""

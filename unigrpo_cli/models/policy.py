@@ -245,6 +245,10 @@ class TrainablePolicy(Policy, Protocol):
 
     def load_adapter(self, directory: Path) -> None: ...
 
+    def merged(self) -> Self:
+        """The policy with its adapter added to its weights; it has none afterwards."""
+        ...
+
     def restore(self, directory: Path) -> None:
         """Replace the weights by those that `save` wrote."""
         ...

@@ -27,6 +27,7 @@ from unigrpo_cli.training.state import RunRecord, TrainState
 
 FORMAT = 3
 STATE, MOMENTS, GENERATORS = "state.json", "optimizer.safetensors", "generators.safetensors"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ def _schema() -> TypeAdapter[StateFile]:
 # ----- write
 
 
-def save_checkpoint(state: TrainState, directory: Path) -> None:
+def save_checkpoint(state: TrainState, directory: Path, card: str | None = None) -> None:
     """Write a checkpoint: model directory or adapter, optimizer, generators, `state.json`, and checksums of all.
+
+    `card` is the text of its README.md, which has no checksum: people may edit it.
 
     With several ranks all gather sharded weights and the first writes; the others make an empty directory. The files
     are the same for any number of ranks.
@@ -86,7 +89,7 @@ def save_checkpoint(state: TrainState, directory: Path) -> None:
     gathered = _gather(state)
     with state.ranks.together():
         if state.ranks.first:
-            _write(gathered, directory)
+            _write(gathered, directory, card)
         else:
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -105,11 +108,11 @@ def _gather(state: TrainState) -> TrainState:
     return replace(state, policy=policy, optimizer=optimizer)
 
 
-def _write(state: TrainState, directory: Path) -> None:
+def _write(state: TrainState, directory: Path, card: str | None) -> None:
     origin, generators = state.origin, state.generators
     assert origin is not None and generators is not None
     config = origin.config
-    with new_directory(directory, sums=True) as partial, _full_disk_is_a_disk_error(directory):
+    with new_directory(directory, sums=True, unsummed=(CARD,)) as partial, _full_disk_is_a_disk_error(directory):
         state.policy.save(partial, origin.reference.base)
         moments = {
             f"{name}|{key}": value.detach().cpu().contiguous()
@@ -134,6 +137,8 @@ def _write(state: TrainState, directory: Path) -> None:
             files={name: (partial / name).stat().st_size for name in files_in(partial)},
         )
         (partial / STATE).write_text(json.dumps(asdict(content), indent=1) + "\n", encoding="utf-8", newline="\n")
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8", newline="\n")
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, UnigrpoError, quoted
 from unigrpo_cli.evaluate import NO_NOISE, Evaluation, eval_sampling, evaluate, samples_of
-from unigrpo_cli.io.atomic import update_symlink
+from unigrpo_cli.io.atomic import update_symlink, write_text
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.run import summary
-from unigrpo_cli.run.checkpoint import checkpoints, prune_checkpoints, save_checkpoint
+from unigrpo_cli.run.card import Trained, card_of, evaluation_of, metrics_until
+from unigrpo_cli.run.checkpoint import CARD, checkpoints, prune_checkpoints, save_checkpoint
 from unigrpo_cli.run.console import Display, TrainingView
 from unigrpo_cli.run.directory import Run
 from unigrpo_cli.run.first_ratio import ratio_limits
@@ -94,6 +95,8 @@ class Trainer:
     def _finish(self, after: Evaluation | None, train_seconds: float) -> dict[str, Any]:
         """Write and show the summary; `after` is None for a run that was interrupted."""
         config, files, say = self.config, self.files, self.display.say
+        if after is not None and (card := self._card(after)):  # the checkpoint is older than its evaluation
+            write_text(files.checkpoint(self.state.step) / CARD, card)
         content = summary.of_run(self.state, files, after, config.eval.seed, self.display.warn)
         content |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - self.began}
         files.write_json("summary.json", content)
@@ -308,6 +311,18 @@ class Trainer:
 
     # ----- checkpoints and interrupts
 
+    def _card(self, after: Evaluation | None = None) -> str | None:
+        """The model card of the present weights, on the first rank."""
+        state, files = self.state, self.files
+        if not self.ranks.first or state.origin is None:
+            return None
+        kind = "adapter" if self.config.train.finetune == "lora" else "weights"
+        before, lines = evaluation_of(files, "before"), metrics_until(files, state.step)
+        origin = state.origin
+        return card_of(
+            Trained(origin.config, origin.reference.base, kind, state.step, origin.rewards, lines, before, after)
+        )
+
     def save_checkpoint(self) -> None:
         """Save the state, update the links, and remove checkpoints that are not kept."""
         t, best = self.config.train, self.state.record.best
@@ -315,7 +330,7 @@ class Trainer:
         with self.interrupts.shield():
             self.files.sync_metrics()
             path = self.files.checkpoint(self.state.step)
-            save_checkpoint(self.state, path)
+            save_checkpoint(self.state, path, self._card())
             update_symlink(folder / "last", path.name)
             if best is None or not self.files.checkpoint(best.step).exists():
                 (folder / "best").unlink(missing_ok=True)

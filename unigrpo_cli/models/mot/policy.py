@@ -449,6 +449,12 @@ class MoTPolicy:
 
     # ----- files
 
+    def merged(self) -> MoTPolicy:
+        """The policy with its adapter added to the weights, which are this policy's own."""
+        if self.adapter is not None:
+            lora.merge_adapters(self.network)
+        return self
+
     def save(self, directory: Path, base: str, dtype: torch.dtype | None = None) -> None:
         """Write the adapter on `base` where there is one, else a complete model directory (see `weights.save_model`).
 

@@ -300,6 +300,13 @@ class PairPolicy:
         """Write both adapters in PEFT's format, or a pipeline that diffusers loads."""
         weights.save(self.networks, self.pipeline, self.options, directory, base)
 
+    def merged(self) -> PairPolicy:
+        """The policy with its adapters added to the weights, which are this policy's own."""
+        for network in self.networks.values():
+            if lora.adapter_of(network) is not None:
+                lora.merge_adapters(network)
+        return self
+
     def load_adapter(self, directory: Path) -> None:
         weights.load_adapters(self.networks, self.options, directory)
 

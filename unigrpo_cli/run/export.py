@@ -1,0 +1,140 @@
+"""A trained model for others: an adapter or whole weights with a model card, without what only resuming needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.errors import UnigrpoError, UsageError
+from unigrpo_cli.io.atomic import SUMS, files_in, new_directory, write_text
+from unigrpo_cli.models.hub import first_line
+from unigrpo_cli.run.card import CURVES, PICTURES, Trained, card_of, evaluation_of, metrics_until
+from unigrpo_cli.run.checkpoint import (
+    CARD,
+    GENERATORS,
+    MOMENTS,
+    STATE,
+    StateFile,
+    missing_part,
+    newest_checkpoint,
+    read_state,
+)
+from unigrpo_cli.run.directory import Run
+from unigrpo_cli.run.setup import load_policy, refuse_changed
+
+FOR_RESUMING = {STATE, MOMENTS, GENERATORS, SUMS, CARD}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export holds; `kind` as in `card.Trained`."""
+
+    directory: str
+    kind: str
+    base: str
+    step: int
+    files: list[str]
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is a run or a checkpoint of one."""
+    return os.path.isdir(directory / "checkpoints") or os.path.isfile(directory / STATE)
+
+
+def export(source: Path, out: Path, merge: bool, base: str | None, warn: Callable[[str], None]) -> Exported:
+    """Write the model of a run's newest checkpoint, or of a checkpoint, to a new directory.
+
+    Args:
+        merge: add an adapter to its base; the changed weights are in fp32, as bf16 would round small updates away.
+        base: hub id of the base, where the run started from a copy of it.
+
+    Raises:
+        UsageError: when there is no checkpoint, or `out` is there already.
+        WeightsError: when files are damaged.
+    """
+    if not is_run(source):
+        raise UsageError(f"{source} is no run and no checkpoint: give a directory that `unigrpo train` wrote")
+    checkpoint = newest_checkpoint(source) if os.path.isdir(source / "checkpoints") else source
+    content = read_state(checkpoint)
+    if (lacking := missing_part(checkpoint)) is not None:
+        raise UsageError(f"{checkpoint} is not complete: {lacking}; give another checkpoint of that run")
+    refuse_changed(checkpoint)
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty: choose another --out")
+    is_adapter = content.finetune == "lora"
+    base = base or content.base
+    if is_adapter and not merge and os.path.isabs(base):
+        warn(f"the adapter names its base as {base}, which others do not have; give its hub id with --base")
+    kind = "adapter" if is_adapter and not merge else "merged" if is_adapter else "weights"
+    with new_directory(out, sums=False) as partial:
+        if kind == "merged":
+            config = Config.model_validate(content.config).model_copy(update={"device": "cpu"})
+            load_policy(str(checkpoint), None, config).merged().save(partial, content.base)
+        else:
+            for name in files_in(checkpoint):
+                if name not in FOR_RESUMING:
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(checkpoint / name, partial / name)
+        if kind == "adapter":
+            for path in partial.rglob("adapter_config.json"):
+                _name_base(path, base)
+        _write_card(partial, _described(content, checkpoint, kind, base), checkpoint.resolve().parent.parent)
+    return Exported(str(out), kind, base, content.step, files_in(out))
+
+
+def _described(content: StateFile, checkpoint: Path, kind: str, base: str) -> Trained:
+    """What the card says: the run's files where they are there."""
+    files = Run(checkpoint.resolve().parent.parent)
+    summary = files.summary()
+    is_last = summary is not None and summary.get("steps") == content.step
+    return Trained(
+        config=Config.model_validate(content.config),
+        base=base,
+        kind=kind,
+        step=content.step,
+        rewards=content.rewards,
+        metrics=metrics_until(files, content.step),
+        before=evaluation_of(files, "before"),
+        after=evaluation_of(files, "after") if is_last else None,
+    )
+
+
+def _write_card(directory: Path, trained: Trained, run: Path) -> None:
+    for source, name in ((run / CURVES, CURVES), (run / "samples" / "progress.png", PICTURES)):
+        if source.is_file():
+            shutil.copyfile(source, directory / name)
+    write_text(directory / CARD, card_of(trained, directory))
+
+
+def _name_base(path: Path, base: str) -> None:
+    """PEFT finds an adapter's base by this name."""
+    facts = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    write_text(path, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def push(directory: Path, repo: str, private: bool) -> str:
+    """Upload a directory to a model repository of the hub, which is made where there is none; its address.
+
+    Raises:
+        UsageError: for a name that no repository can have.
+        UnigrpoError: when the hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi(library_name="unigrpo")
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=directory, commit_message="Upload by unigrpo")
+    except HFValidationError as error:
+        raise UsageError(f"--repo {repo}: {first_line(error)}; write it as ORG/NAME") from error
+    except Exception as error:  # of the hub's client, its transport and the file system
+        raise UnigrpoError(
+            f"cannot push to {repo} ({first_line(error)}); log in with `hf auth login` as one who may write there"
+        ) from error
+    return str(url)
