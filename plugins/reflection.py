@@ -36,7 +36,7 @@ class ReflectionReward:
     name = "reflection"
     summary = "share of what a text says of its picture that is true (shapes world)"
     range = (0.0, 1.0)
-    needs = frozenset({"texts", "pictures", "source", "metadata"})
+    needs = frozenset({"texts", "pictures", "metadata"})
     segments = frozenset({"text"})
     batch_size = None
     licence = "ours"

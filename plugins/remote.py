@@ -143,7 +143,7 @@ class RemoteReward:
     def _shown(self, sample: Sample) -> int:
         """The pixels of a sample that are sent."""
         sent = [sample.pixels] if "image" in self.sends else []
-        sent += [sample.source] if "source" in self.sends and sample.source is not None else []
+        sent += [sample.source] if self.sends & {"source", "pictures"} and sample.source is not None else []
         sent += sample.pictures if "pictures" in self.sends else ()
         return sum(math.prod(pixels.shape[:2]) for pixels in sent)
 
@@ -151,7 +151,7 @@ class RemoteReward:
         row: dict[str, Any] = {"prompt": sample.prompt, "id": sample.id, "group_id": sample.group_id}
         if "image" in self.sends:
             row["image"] = _png(sample.pixels)
-        if "source" in self.sends and sample.source is not None:
+        if self.sends & {"source", "pictures"} and sample.source is not None:
             row["source"] = _png(sample.source)
         if self.sends & {"texts", "pictures"}:
             row["segments"] = [self._segment(part) for part in sample.acted]

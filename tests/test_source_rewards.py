@@ -227,3 +227,9 @@ def test_samples_of_two_rounds_have_words_on_their_picture() -> None:
     """Half of the words that `rewards test` scores are true."""
     shares = [row["text_2"] for row in _scored("reflection", several_round_samples()).segments]
     assert [share == 1 for share in shares] == [True, True, False, False] * 2
+
+
+def test_reflections_need_no_source() -> None:
+    """A program that looks at its own picture starts from none."""
+    with Scorer(parse_rewards(["reflection"]), _plugins(), RewardContext("cpu", 0, True, True)) as rewards:
+        rewards.check_needs([{}], has_reasoning=True, has_source=False, split="train")
