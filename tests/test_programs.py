@@ -443,7 +443,7 @@ def test_two_programs_of_one_name() -> None:
 
 
 REFUSED = {
-    "think-paint paints once": ("sampling.rounds=2",),
+    "think-paint paints once": ("sampling.program=think-paint", "sampling.rounds=2"),
     "takes two rounds or more": ("sampling.program=reflect",),
     "nothing to say of its picture": ("sampling.program=reflect", "sampling.rounds=2", "sampling.think=false"),
 }
@@ -460,8 +460,18 @@ def test_a_program_has_prompts_that_fit(program: str, prompts: str) -> None:
     """Their pictures are there; prompts of one's own are kept."""
     chosen = f"sampling.program={program}"
     assert load_config(overrides=[chosen]).prompts == prompts
+    assert load_config(overrides=[chosen]).sampling.max_new_tokens == 48
     assert load_config(overrides=[chosen, "prompts=mine.jsonl"]).prompts == "mine.jsonl"
     assert all(prompt.image is not None for prompt in training_prompts(prompts)[:20])
+
+
+def test_rounds_alone_reflect_with_the_presets_budgets() -> None:
+    """A text budget that is typed holds for every round."""
+    own = load_config(overrides=["sampling.rounds=3"]).sampling
+    assert (own.program, own.round_max_new_tokens) == ("reflect", (20, 48))
+    typed = load_config(overrides=["sampling.rounds=3", "sampling.max_new_tokens=6"]).sampling
+    assert (typed.max_new_tokens, typed.round_max_new_tokens) == (6, ())
+    assert load_config().sampling.round_max_new_tokens == ()
 
 
 def test_what_a_program_needs_is_said(tiny: MoTPolicy) -> None:

@@ -70,9 +70,8 @@ def generate(
 
     display = Display(json=json, quiet=quiet)
     common.load_plugins(plugin, plugins_dir, display)
-    settings = common.resolve_config(context, {"think": "sampling.think", "temperature": "eval.temperature"})
-    if rounds is not None:
-        settings = _with_rounds(settings, rounds)
+    own = {"think": "sampling.think", "temperature": "eval.temperature", "rounds": "sampling.rounds"}
+    settings = common.resolve_config(context, own)
     prompts = _prompts(texts or [], prompts_file, image)
     policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
     if answer and any(prompt.image is not None for prompt in prompts):
@@ -87,19 +86,6 @@ def generate(
         images = _save(_sample(policy, prompts, samples, settings, display), settings, directory, display)
         if json:
             common.print_json({"run": str(directory), "images": images})
-
-
-def _with_rounds(settings: Config, rounds: int) -> Config:
-    """The settings with that many rounds; a program that paints once becomes one that reflects, and the reverse."""
-    from unigrpo_cli.config import with_values
-    from unigrpo_cli.errors import UsageError
-    from unigrpo_cli.programs import REFLECT, THINK_PAINT
-
-    if rounds > 1 and not settings.sampling.think:
-        raise UsageError(f"--rounds {rounds} needs text between the images: leave out --no-think")
-    other = {THINK_PAINT: REFLECT} if rounds > 1 else {REFLECT: THINK_PAINT}
-    program = settings.sampling.program
-    return with_values(settings, {"sampling.rounds": rounds, "sampling.program": other.get(program, program)})
 
 
 def _prompts(texts: list[str], file: Path | None, image: Path | None) -> list[Prompt]:

@@ -46,10 +46,6 @@ REMOVED = {
 """Keys of version 0.1 that no longer exist, and why."""
 
 
-PROMPTS_OF = {"edit": "shapes-edit", "critique-edit": "shapes-restore"}
-"""Prompts that bring the pictures a program starts from, where none are given."""
-
-
 def load_config(
     *,
     preset: str | None = None,
@@ -90,13 +86,11 @@ def load_config(
     if chosen not in PRESETS:
         raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
     values = tomllib.loads((files("unigrpo_cli") / "config" / "presets" / f"{chosen}.toml").read_text("utf-8"))
-    if own.get("preset") == chosen:
-        _merge(values, own)
+    own = own if own.get("preset") == chosen else {}
+    _merge(values, _of_program(values.pop("program", {}), own.get("sampling", {}), given.get("sampling")))
+    _merge(values, own)
     _merge(values, given)
     values["preset"] = chosen
-    sampling = values.get("sampling")
-    if isinstance(sampling, dict) and sampling.get("program") in PROMPTS_OF:
-        values.setdefault("prompts", PROMPTS_OF[sampling["program"]])
     _check_keys(values, Config, "")
     for key, value in values.items():
         try:
@@ -107,6 +101,26 @@ def load_config(
         return Config.model_validate(values)
     except ValidationError as error:
         raise UsageError(_one_line(error)) from error
+
+
+def _of_program(programs: dict[str, dict], own: dict, given: Any) -> dict:
+    """What a preset sets for the chosen program; several rounds without a program are those of `reflect`.
+
+    A text budget that is typed replaces the preset's budgets by round.
+
+    Args:
+        own, given: the model's own sampling, and what is typed.
+    """
+    typed = given if isinstance(given, dict) else {}
+    chosen = own | typed
+    rounds = chosen.get("rounds", 1)
+    several = isinstance(rounds, int) and rounds > 1
+    program = chosen.get("program", "reflect" if several else "think-paint")
+    found: dict[str, Any] = {"sampling": {"program": program}}
+    _merge(found, programs.get(program, {}) if isinstance(program, str) else {})
+    if "max_new_tokens" in typed:
+        found["sampling"].pop("round_max_new_tokens", None)
+    return found
 
 
 def _refuse_old_keys(given: dict[str, Any]) -> None:
