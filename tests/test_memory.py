@@ -41,6 +41,7 @@ from unigrpo_cli.models.mot.config import (
     computes_wide,
     expert_of,
 )
+from unigrpo_cli.models.mot.family import MoTSizes
 from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.policy import NoisyImage
 from unigrpo_cli.replay import collate, replay
@@ -580,10 +581,10 @@ def test_the_host_takes_the_reference_off_the_device() -> None:
 
 
 def test_needs_are_those_of_the_standard_settings() -> None:
-    found = needs(BAGEL_NETWORK, BAGEL_AUTOENCODER)
+    found = needs(MoTSizes(BAGEL_NETWORK, BAGEL_AUTOENCODER))
     assert list(found) == ["generate", "LoRA", "full fine-tuning"]
     assert 28 < found["generate"] < found["LoRA"] < 45 < 200 < found["full fine-tuning"]
-    tiny = needs(SMALL, AutoencoderConfig((8, 16), 1, 4))
+    tiny = needs(MoTSizes(SMALL, AutoencoderConfig((8, 16), 1, 4)))
     assert max(tiny.values()) < 1.2
 
 

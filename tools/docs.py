@@ -154,6 +154,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
     "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),
     "dry_run_bagel_reflect": partial(dry_run, "bagel_reflect"),
+    "dry_run_zimage_one_gpu": partial(dry_run, "zimage_one_gpu"),
+    "dry_run_klein_one_gpu": partial(dry_run, "klein_one_gpu"),
 }
 
 

@@ -38,7 +38,7 @@ def inspect(
     found = MODELS.find(base)
     audit = found.family.audit(found.directory, weights_file or found.weights_file)
     sizes = audit.sizes
-    memory = {} if sizes is None else needs(sizes.network, sizes.autoencoder)
+    memory = {} if sizes is None else needs(sizes)
     if json:
         common.print_json(audit.facts | {"family": found.family.name, "memory_gib": memory})
     else:

@@ -34,7 +34,7 @@ class PainterFacts:
         padded_to: tokens that a shorter text is padded to; 0 where the painter takes ragged rows.
         patch: latent pixels along a token's side.
         targets: trained matrices, as a regular expression of module names.
-        steps: network calls per image of the usual checkpoint.
+        saved: what autograd saves of a token in a layer: widths and MLP widths in the network's dtype, widths in fp32.
     """
 
     name: str
@@ -46,7 +46,7 @@ class PainterFacts:
     padded_to: int
     patch: int
     targets: str
-    steps: int
+    saved: tuple[int, int, int]
 
 
 Z_IMAGE = PainterFacts(
@@ -59,7 +59,7 @@ Z_IMAGE = PainterFacts(
     padded_to=0,
     patch=2,
     targets=r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.to_([qkv]|out\.0)|feed_forward\.w[123])",
-    steps=8,
+    saved=(12, 4, 11),
 )
 KLEIN = PainterFacts(
     name="flux2-klein",
@@ -72,7 +72,7 @@ KLEIN = PainterFacts(
     patch=2,
     targets=r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
-    steps=4,
+    saved=(9, 4, 6),
 )
 PAINTERS = {facts.pipeline: facts for facts in (Z_IMAGE, KLEIN)}
 

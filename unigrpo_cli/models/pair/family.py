@@ -9,6 +9,7 @@ from unigrpo_cli.models.family import Audit
 from unigrpo_cli.models.pair.facts import INDEX
 from unigrpo_cli.models.pair.options import PairOptions
 from unigrpo_cli.models.pair.pipeline import Pipeline, read_pipeline, reject
+from unigrpo_cli.models.pair.sizes import PUBLISHED, PairSizes, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,15 +46,18 @@ class PairFamily:
 
     def audit(self, directory: Path, weights_file: str | None) -> Audit:
         pipeline = read_pipeline(directory)
-        return Audit(_facts(pipeline), _lines(pipeline), pipeline.problems)
+        return Audit(
+            _facts(pipeline), _lines(pipeline), pipeline.problems, None if pipeline.problems else sizes_of(pipeline)
+        )
 
     def digest(self, directory: Path, weights_file: str | None) -> str:
         return read_pipeline(directory).digest()
 
-    def sizes(self, directory: Path, weights_file: str | None) -> Any:
-        read_pipeline(directory).refuse_problems()
+    def sizes(self, directory: Path, weights_file: str | None) -> PairSizes:
+        return sizes_of(read_pipeline(directory).refuse_problems())
 
-    def published(self, model: str) -> Any: ...
+    def published(self, model: str) -> PairSizes | None:
+        return next((sizes for name, sizes in PUBLISHED.items() if name in model.lower()), None)
 
     def defaults(self, sizes: Any) -> dict[str, Any]:
         sampling = {"height": SIDE, "width": SIDE, "shift": 0.0}

@@ -1,6 +1,7 @@
 """What a run needs before anything is loaded: memory by formula, batch sizes that fit, hours. Imports no torch."""
 
-from unigrpo_cli.run.memory.formulas import Item, Memory, Phase, needs, sampling_memory, training_memory
+from unigrpo_cli.run.memory.formulas import Item, Memory, Phase
+from unigrpo_cli.run.memory.kinds import needs, sampling_memory, training_memory
 from unigrpo_cli.run.memory.sizes import BATCH_SIZE, left_open, sampling_batch_size, training_sizes
 from unigrpo_cli.run.memory.workload import BatchCounts, Workload, batch_of, config_of_rank
 

@@ -7,11 +7,12 @@ fragmentation of the allocator, models of rewards, pictures that prompts bring.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from unigrpo_cli.config import Config, SamplingConfig, TrainConfig
-from unigrpo_cli.models.mot.config import LAYERS, AutoencoderConfig, MoTConfig, autoencoder_shapes
+from unigrpo_cli.models.mot.config import LAYERS, AutoencoderConfig, autoencoder_shapes
 from unigrpo_cli.run.memory.workload import FP32, IMAGE, TEXT, Workload
 
 GIB = 2**30
@@ -80,8 +81,8 @@ def training_memory(work: Workload) -> Memory:
     always = (*_weights(work), _reference(work, on_host=False), moments, *_surroundings(work))
     phases = (*sampling_phases(work, adapted=work.lora), *replay_phases(work), _optimizer_step(work))
     if work.cpu:  # there device memory is host memory
-        return Memory(_present(*always, on_host), phases)
-    return Memory(_present(*always), phases, _present(on_host))
+        return Memory(present(*always, on_host), phases)
+    return Memory(present(*always), phases, present(on_host))
 
 
 def sampling_memory(work: Workload, adapted: bool) -> Memory:
@@ -94,39 +95,28 @@ def sampling_memory(work: Workload, adapted: bool) -> Memory:
     work = replace(work, config=work.config.model_copy(update={"train": frozen}))
     weights, _, adapters = _weights(work)
     always = (weights, *([adapters] if adapted else []), *_surroundings(work))
-    return Memory(_present(*always), sampling_phases(work, adapted))
+    return Memory(present(*always), sampling_phases(work, adapted))
 
 
-def needs(model: MoTConfig, autoencoder: AutoencoderConfig | None) -> dict[str, float]:
-    """GiB to generate, to train adapters, and to train all weights of the layers, at standard settings.
-
-    These are 512 px (or the model's largest size), bf16, one image at a time, texts of up to 1024 tokens; in training
-    adapters of rank 64, three stochastic steps, micro-batches of one episode, activation checkpointing, and the
-    reference of full fine-tuning on the device.
-    """
-    side = min(512 // model.pixels_per_token, model.max_latent_size) * model.pixels_per_token
+def standard_settings(side: int) -> tuple[Config, Config]:
+    """Settings of adapters and of full fine-tuning by which models are compared; see `kinds.needs`."""
     sampling = SamplingConfig(height=side, width=side, batch_size=1)
     small = TrainConfig(micro_batch_size=1, activation_checkpointing=True, prompts_per_step=2, group_size=2)
-    lora, full = (
-        Workload(model, autoencoder, Config(dtype="bfloat16", sampling=sampling, train=train))
-        for train in (small.model_copy(update={"finetune": "lora"}), small)
+    lora = small.model_copy(update={"finetune": "lora"})
+    return Config(dtype="bfloat16", sampling=sampling, train=lora), Config(
+        dtype="bfloat16", sampling=sampling, train=small
     )
-    return {
-        "generate": sampling_memory(lora, adapted=False).need,
-        "LoRA": training_memory(lora).need,
-        "full fine-tuning": training_memory(full).need,
-    }
 
 
-def _present(*items: Item | None) -> tuple[Item, ...]:
+def present(*items: Item | None) -> tuple[Item, ...]:
     return tuple(item for item in items if item is not None and item.bytes)
 
 
-def _concurrent(count: int, *items: Item | None) -> tuple[Item, ...]:
+def concurrent_items(count: int, *items: Item | None) -> tuple[Item, ...]:
     """The items of one batch, for `count` batches that are computed at the same time."""
     return tuple(
         item if count == 1 else Item(item.name, count * item.bytes, f"{count} at once x {item.formula}")
-        for item in _present(*items)
+        for item in present(*items)
     )
 
 
@@ -189,7 +179,7 @@ def sampling_phases(work: Workload, adapted: bool) -> tuple[Phase, ...]:
     }
     count = work.concurrent_batches
     return tuple(
-        Phase(name, (*_present(gathered), *_concurrent(count, *items))) for name, items in found.items() if items
+        Phase(name, (*present(gathered), *concurrent_items(count, *items))) for name, items in found.items() if items
     )
 
 
@@ -257,14 +247,14 @@ def _sampling_pixels(work: Workload, autoencoder: AutoencoderConfig) -> tuple[It
     pixels, rows = s.height * s.width, work.batch_size
     return (
         _kv_cache(work, work.last_context_tokens, "context"),
-        _decoder(autoencoder, s.height, s.width, s.vae_tile_rows),
+        decoder_item(autoencoder.widths, s.height, s.width, s.vae_tile_rows),
         item("pictures", "twice 3 channels in fp32", rows=rows, pixels=pixels, bytes=2 * 3 * FP32),
     )
 
 
-def _decoder(autoencoder: AutoencoderConfig, height: int, width: int, tile_rows: int) -> Item:
+def decoder_item(widths: Sequence[int], height: int, width: int, tile_rows: int) -> Item:
     """Whole: three of the widest maps. In tiles: a block's input, its output of half the width, and three tiles."""
-    widths, last = autoencoder.widths, len(autoencoder.widths) - 1
+    last = len(widths) - 1
     numbers = max(widths[min(level + 1, last)] * height * width // 4**level for level in range(last + 1))
     if not tile_rows:
         return item("decoder", "one picture at a time", maps=3, numbers=numbers, bytes=FP32)
@@ -283,12 +273,16 @@ def replay_phases(work: Workload) -> tuple[Phase, ...]:
     layer = (cache, _one_layer(work, tokens, work.lora), _cast_matrix(work))
     gathered, learning = _gathered_layers(work, 2), (recorded, _gradients(work), _concurrent_gradients(work))
     phases = {
-        "replay, layers": (recorded, *_concurrent(count, *layer), gathered, _streamed_layer(work)),
-        "replay, logits": (recorded, *_concurrent(count, cache, logits), gathered),
-        "update, logits": (*learning, *_concurrent(count, *saved, cache, logits), gathered),
-        "update, layers": (*learning, *_concurrent(count, *saved, *_backward(work, tokens)), _gathered_layers(work, 3)),
+        "replay, layers": (recorded, *concurrent_items(count, *layer), gathered, _streamed_layer(work)),
+        "replay, logits": (recorded, *concurrent_items(count, cache, logits), gathered),
+        "update, logits": (*learning, *concurrent_items(count, *saved, cache, logits), gathered),
+        "update, layers": (
+            *learning,
+            *concurrent_items(count, *saved, *_backward(work, tokens)),
+            _gathered_layers(work, 3),
+        ),
     }
-    return tuple(Phase(name, _present(*own)) for name, own in phases.items() if logits or not name.endswith("logits"))
+    return tuple(Phase(name, present(*own)) for name, own in phases.items() if logits or not name.endswith("logits"))
 
 
 def _recorded_steps(work: Workload) -> Item | None:
@@ -393,7 +387,7 @@ def _saved_for_backward(work: Workload) -> tuple[Item, ...]:
 def _backward(work: Workload, tokens: int) -> tuple[Item, ...]:
     """What the backward pass of one layer adds."""
     b, largest, inner = work.dtype_bytes, _largest_trained_matrix(work), 2 * work.model.intermediate_size
-    return _present(
+    return present(
         item("recomputed layer", "as saved without checkpointing", bytes=_saved_per_layer(work))
         if work.config.train.activation_checkpointing
         else None,
@@ -405,4 +399,4 @@ def _backward(work: Workload, tokens: int) -> tuple[Item, ...]:
 def _optimizer_step(work: Workload) -> Phase:
     """AdamW. On an accelerator it handles all tensors at once, with one copy of them."""
     denominators = item("denominators", trained_weights=0 if work.cpu else work.trained_on_rank, bytes=FP32)
-    return Phase("optimizer step", _present(_recorded_steps(work), _gradients(work), denominators))
+    return Phase("optimizer step", present(_recorded_steps(work), _gradients(work), denominators))

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import TooLargeError, UsageError
 from unigrpo_cli.models.family import MODELS
-from unigrpo_cli.models.mot.config import AutoencoderConfig, MoTConfig
 from unigrpo_cli.parallel.launch import launched
-from unigrpo_cli.run.memory.formulas import GIB, Memory, training_memory
+from unigrpo_cli.run.memory.formulas import GIB, Memory
+from unigrpo_cli.run.memory.kinds import training_memory, workload
+from unigrpo_cli.run.memory.pair import PairWorkload
 from unigrpo_cli.run.memory.sizes import BATCH_SIZE, sampling_batch_size, training_sizes
 from unigrpo_cli.run.memory.workload import Workload, config_of_rank
 from unigrpo_cli.run.setup import device_of, find_adapter, find_checkpoint, model_of
@@ -73,8 +74,7 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
         WeightsError: when the model cannot be loaded.
         UsageError: when it cannot paint that size, or the device is not there.
     """
-    network, autoencoder, published = _model_sizes(base, fetch=not elsewhere)
-    _refuse_image_size(network, config)
+    sizes, published = _model_sizes(base, fetch=not elsewhere)
     if elsewhere and config.memory_gb:
         cpu, free, device = config.device == "cpu", None, "a CPU" if config.device == "cpu" else "an accelerator"
         concurrent = (config.threads or 1) if cpu else 1
@@ -85,19 +85,19 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
     available = config.memory_gb or free
     assert available is not None
     world = launched()[1]
-    work = Workload(
-        network,
-        autoencoder,
+    work = workload(
+        sizes,
         config_of_rank(config, world),
         cpu=cpu,
         adapter_rank=_adapter_rank(adapter),
         world=world,
         concurrent=concurrent,
     )
-    sizes = training_sizes(_with_pictures(work) if pictures else work, TIGHT * available)
-    work = changed(work, sizes)
+    _refuse_image_size(work)
+    chosen = training_sizes(_with_pictures(work) if pictures else work, TIGHT * available)
+    work = changed(work, chosen)
     where = f"{device} with {available:.1f} GiB ({'memory_gb' if config.memory_gb else 'free now'})"
-    return Plan(base, work, training_memory(work), available, where, free, published, sizes)
+    return Plan(base, work, training_memory(work), available, where, free, published, chosen)
 
 
 def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say: Callable[[str], None]) -> Config:
@@ -115,19 +115,18 @@ def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say
         return config
     base, own_adapter = find_checkpoint(model_of(config))
     adapter = find_adapter(config.adapter) if config.adapter else own_adapter
-    network, autoencoder, _ = _model_sizes(base, fetch=True)
-    _refuse_image_size(network, config)
+    sizes, _ = _model_sizes(base, fetch=True)
     device = device_of(config)
     available = config.memory_gb or free_gib(device)
-    work = Workload(
-        network,
-        autoencoder,
+    work = workload(
+        sizes,
         config,
         cpu=device.type == "cpu",
         adapter_rank=_adapter_rank(adapter),
         concurrent=_concurrent_batches(config, device),
         samples=len(prompts) * samples,
     )
+    _refuse_image_size(work)
     if any(prompt.image is not None for prompt in prompts):
         work = _with_pictures(work)
     adapted = adapter is not None
@@ -164,38 +163,45 @@ def _concurrent_batches(config: Config, device: torch.device) -> int:
     return (config.threads or torch.get_num_threads()) if device.type == "cpu" else 1
 
 
-def _refuse_image_size(network: MoTConfig, config: Config) -> None:
+def _refuse_image_size(work: Workload) -> None:
     try:
-        network.grid(config.sampling.height, config.sampling.width)
+        work.refuse_size()
     except ValueError as error:
         raise UsageError(f"sampling.height, sampling.width: {error}") from error
 
 
 def _with_pictures(work: Workload) -> Workload:
     """The same work on prompts that bring pictures of the largest size, which edits then have too."""
+    if isinstance(work, PairWorkload):
+        raise UsageError("a pair of a language model and a painter cannot be given pictures; give prompts without them")
     side, vision = work.model.largest_side, work.model.vision
     encoded = work.model.max_latent_size**2 + (0 if vision is None else vision.side**2) + BOUNDARY
     work = changed(work, {"sampling.height": side, "sampling.width": side})
     return replace(work, prompt_tokens=work.prompt_tokens + encoded)
 
 
-def _model_sizes(base: str, fetch: bool) -> tuple[MoTConfig, AutoencoderConfig | None, bool]:
-    """Network, autoencoder, and whether these are only the published sizes of a model that is not here."""
+def _model_sizes(base: str, fetch: bool) -> tuple[Any, bool]:
+    """The family's sizes of a model, and whether these are only the published sizes of a model that is not here."""
     family, sizes, published = MODELS.sizes(base, fetch=fetch)
     if sizes is None:
         raise UsageError(
             f"the memory of models of family {family.name} is not estimated; give sampling.batch_size and "
             "train.micro_batch_size, and leave out --dry-run"
         )
-    return sizes.network, sizes.autoencoder, published
+    return sizes, published
 
 
 def _adapter_rank(adapter: str | None) -> int | None:
     """Rank of adapters on disk, or None where their files cannot be read, which loading them reports."""
     try:
-        return int(json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]) if adapter else None
+        return int(json.loads(_adapter_config(Path(adapter)).read_text())["r"]) if adapter else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _adapter_config(adapter: Path) -> Path:
+    """Of adapters of several networks, the first one's."""
+    return next(iter(sorted(adapter.glob("*/adapter_config.json"))), adapter / "adapter_config.json")
 
 
 # ----- what does not fit
@@ -259,15 +265,16 @@ def _changes(work: Workload) -> Iterator[Change]:
         yield {"sampling.batch_size": max(1, s.batch_size // 4)}
     if work.autoencoder is not None and not s.vae_tile_rows:
         yield {"sampling.vae_tile_rows": 64}
-    if work.world > 1 and not work.lora and not work.sharded:
+    pair = isinstance(work, PairWorkload)
+    if work.world > 1 and not work.lora and not work.sharded and not pair:
         yield {"ranks.weights": "shard"}
-    if t.finetune == "full" and t.reference_device == "device" and not work.cpu:
+    if t.finetune == "full" and t.reference_device == "device" and not work.cpu and not pair:
         yield {"train.reference_device": "host"}
     if work.config.dtype == "float32":
         yield {"dtype": "bfloat16"}
     if t.finetune == "full":
         yield {"train.finetune": "lora", "train.extra_modules": ()}
-    if s.height == s.width and s.height > 512 and 512 % work.model.pixels_per_token == 0:
+    if s.height == s.width and s.height > 512 and 512 % work.pixels_per_token == 0:
         yield {"sampling.height": 512, "sampling.width": 512}
     if s.think and s.max_new_tokens > 256:
         yield {"sampling.max_new_tokens": 256}

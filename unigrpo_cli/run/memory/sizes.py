@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from unigrpo_cli.config import Config, with_values
-from unigrpo_cli.run.memory.formulas import GIB, Phase, replay_phases, sampling_memory, sampling_phases, training_memory
+from unigrpo_cli.run.memory.formulas import GIB, Phase
+from unigrpo_cli.run.memory.kinds import replay_phases, sampling_memory, sampling_phases, training_memory
 from unigrpo_cli.run.memory.workload import Workload
 
 BATCH_SIZE, MICRO_BATCH_SIZE = "sampling.batch_size", "train.micro_batch_size"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
+from typing import Any, ClassVar
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.models.mot.config import (
@@ -124,6 +125,7 @@ class Workload:
     """What one rank computes.
 
     Args:
+        model: the network's sizes, a `MoTConfig`; None for other kinds, which have sizes of their own.
         config: of this rank's share; see `config_of_rank`.
         cpu: the device is a CPU. There text attention is fp64, the MLP saves less, and the optimizer goes tensor by
             tensor.
@@ -134,7 +136,7 @@ class Workload:
         samples: pictures to sample where nothing is trained; None in training, which also evaluates.
     """
 
-    model: MoTConfig
+    model: Any
     autoencoder: AutoencoderConfig | None
     config: Config
     cpu: bool = False
@@ -143,6 +145,21 @@ class Workload:
     world: int = 1
     concurrent: int = 1
     samples: int | None = None
+
+    timed: ClassVar[bool] = True
+    """Whether operations are counted (`flops.py`)."""
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels along a token's side."""
+        return self.model.pixels_per_token
+
+    def refuse_size(self) -> None:
+        """
+        Raises:
+            ValueError: when the model cannot paint the configured size.
+        """
+        self.model.grid(self.config.sampling.height, self.config.sampling.width)
 
     # ----- weights
 
