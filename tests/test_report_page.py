@@ -10,11 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import Page, chromium, needs_browser
+from commands import unigrpo
 from made_run import DENOMINATOR, HOSTILE, LENGTH, made_run, made_trace
 
+from unigrpo_cli.algo.rng import derive
+from unigrpo_cli.config import load_config
+from unigrpo_cli.evaluate import train_sampling
+from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.report.build import write_report
 from unigrpo_cli.report.runs import read_runs
+from unigrpo_cli.rollout import rollout
+from unigrpo_cli.run.setup import load_policy
+from unigrpo_cli.suites import training_prompts
+from unigrpo_cli.training.schedule import prompts_for, window_of
 
 pytestmark = needs_browser
 PICTURES = os.environ.get("UNIGRPO_PICTURES")
@@ -106,6 +116,46 @@ def test_numbers_of_a_token_and_of_a_step(opened: Any) -> None:
     own.page.click("#to-formula")
     own.level("formula")
     assert own.number("#recomputed") == pytest.approx(float(image.loss_K[1]), rel=1e-4)
+
+
+def test_the_page_equals_the_weights_of_the_checkpoint(browser: Any, tmp_path: Path) -> None:
+    """One training step by the command; then its episodes drawn again and scored by the weights that it saved."""
+    small = ["train.prompts_per_step=2", "train.group_size=3", "train.minibatches=1", "eval.limit=1", "threads=1"]
+    small += ["doctor.at_start=off", "train.trace_every=1", "train.lr_image=1e-3", "reward.names=['clean']"]
+    settings = [part for setting in small for part in ("--set", setting)]
+    trained = unigrpo("train", "--steps", 1, *settings, "--out", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output
+    assert f"unigrpo report {tmp_path / 'run'}" in trained.output
+    assert unigrpo("report", tmp_path / "run", "--out", tmp_path / "r.html").exit_code == 0
+
+    config = load_config(overrides=small)
+    before, after = load_policy("embedded", None, config), load_policy(str(tmp_path / "run"), None, config)
+    prompts = prompts_for(training_prompts(config.prompts), config, 0)
+    seed, window = derive(config.seed, "step", 0), window_of(config, 0)
+    groups = rollout(before, prompts, 3, train_sampling(config), window, seed)
+    batch = collate([groups[1].episodes[2]], before.device)
+    with torch.no_grad():
+        old, new = (replay(policy, batch) for policy in (before, after))
+    length = int(batch.actions.mask_BL.sum())
+    change_L = (new.log_prob_BL - old.log_prob_BL)[batch.actions.mask_BL]
+    steps = batch.actions.images[0]
+    x, x_next, t, t_next = (v[0, 1].double() for v in (steps.x_BKND, steps.x_next_BKND, steps.t_BK, steps.t_next_BK))
+    sigma = config.sampling.noise_level * (t / (1 - t)).sqrt()  # by hand: eq 3, eq 4 and 5
+    drift, pull = sigma**2 / (2 * t) * (t_next - t), (1 + sigma**2 * (1 - t) / (2 * t)) * (t_next - t)
+    mean, mean_old = (x * (1 + drift) + p.velocities[0][0, 1].double() * pull for p in (new, old))
+    log_ratio_N = ((x_next - mean_old) / (sigma * (t - t_next).sqrt()) * (mean - mean_old)).mean(dim=-1)
+
+    own = Page(browser, tmp_path / "r.html", hash="#step=1&group=1&member=2&segment=1&action=1")
+    assert own.page.locator('[data-segment="1"] .token').count() == length
+    assert own.number('[data-number="change"]') == pytest.approx(float(change_L[1]), rel=1e-3, abs=1e-6)
+    assert own.number('[data-number="ratio"]') == 1.0  # of the only update
+    own.page.evaluate("location.hash = '#step=1&group=1&member=2&segment=2&action=1'")
+    own.page.wait_for_selector('[data-large="1"]')
+    assert own.number('[data-number="after_log_ratio"]') == pytest.approx(float(log_ratio_N.mean()), rel=1e-3)
+    tolerance = float(log_ratio_N.abs().max()) / 2**14
+    assert own.number("#map-mean") == pytest.approx(float(log_ratio_N.mean()), abs=tolerance)
+    assert own.trouble == []
+    own.close()
 
 
 def test_keys_and_links(opened: Any) -> None:

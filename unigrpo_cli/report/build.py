@@ -13,8 +13,8 @@ from unigrpo_cli.report.runs import ReportRun
 from unigrpo_cli.report.steps import step_content
 from unigrpo_cli.report.traced import load_step, traced_steps
 
-LARGEST_PAGE = 36 * 2**20
-"""Bytes of traces in a page; a browser opens more, but mail and code hosts refuse it."""
+LARGEST_PAGE = 38 * 2**20
+"""Bytes of a page; a browser opens more, but mail and code hosts refuse it."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Report:
 
 
 def write_report(runs: Sequence[ReportRun], out: Path, largest: int = LARGEST_PAGE) -> Report:
-    """Write the page of all runs. Traces that would exceed `largest` bytes are thinned out evenly."""
+    """Write the page of all runs. Traces with which it would exceed `largest` bytes are thinned out evenly."""
     available = [traced_steps(run) for run in runs]
     blocks: dict[tuple[int, int], str] = {}
-    size = 0
+    size = sum(map(len, document("", [block("data-runs", runs_content(runs, available, []))])))
     for k, step in _in_turn(available):
         content = block(f"data-step-{k}-{step}", step_content(load_step(runs[k], step)))
         if blocks and size + len(content) > largest:
@@ -38,7 +38,7 @@ def write_report(runs: Sequence[ReportRun], out: Path, largest: int = LARGEST_PA
         blocks[k, step] = content
         size += len(content)
     kept = [[step for step in steps if (k, step) in blocks] for k, steps in enumerate(available)]
-    notes = tuple(_left_out(*three) for three in zip(runs, available, kept, strict=True) if three[1] != three[2])
+    notes = _left_out(runs, len(blocks), sum(map(len, available)), largest)
     first = block("data-runs", runs_content(runs, kept, notes))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     written = write(out, document(f"{title} · unigrpo", [first, *(blocks[key] for key in sorted(blocks))]))
@@ -69,8 +69,11 @@ def spread_out(steps: Sequence[int]) -> list[int]:
     return [steps[k] for k in order]
 
 
-def _left_out(run: ReportRun, available: Sequence[int], kept: Sequence[int]) -> str:
+def _left_out(runs: Sequence[ReportRun], kept: int, available: int, largest: int) -> tuple[str, ...]:
+    if kept == available:
+        return ()
+    whose = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return (
-        f"Traces of {len(kept)} of {len(available)} steps of {run.name} are in this page, evenly spread, to keep it "
-        f"under {LARGEST_PAGE // 2**20} MiB; `unigrpo report --serve` shows all."
+        f"Traces of {kept} of {available} steps of {whose} are in this page, evenly spread, to keep it under "
+        f"{largest / 2**20:.3g} MiB; `unigrpo report --serve` shows all.",
     )
