@@ -261,6 +261,12 @@ def test_a_rollout_is_read_as_step_0(twice: tuple, tmp_path: Path) -> None:
     text, image = episode.segments[-2:]
     assert np.array_equal(text.log_prob_rollout_L, result.groups[1].episodes[2].segments[-2].log_prob)
     assert (trace.step, trace.objective, text.log_prob_new_L, text.tokens, image.update) == (0, None, None, None, None)
+    rows = reward_rows(result.groups, result.scored)
+    rows[5]["segments"] = {"bright": {"image_1": 0.25, "text_1": None}, "other": {"image_2": 1.0}}
+    (tmp_path / "rewards.json").write_text(json.dumps(rows))
+    (trace,) = load_traces(tmp_path)
+    own = [s.rewards for s in trace.groups[1].episodes[2].segments if s.kind in ("text", "image")]
+    assert own == [{"bright": None}, {"bright": 0.25}]
     (tmp_path / "rewards.json").write_text("[]")
     with pytest.raises(UsageError, match="0 rows for 6 episodes"):
         load_traces(tmp_path)

@@ -14,7 +14,7 @@ from unigrpo_cli.algo.objective import (
     Actions,
     Objective,
     Scores,
-    element_log_ratios,
+    log_ratio_of,
     step_densities,
     step_log_ratios,
     step_penalties,
@@ -117,16 +117,17 @@ def image_terms(
 def moves(actions: Actions, new: Scores, old: Scores, objective: Objective) -> tuple[Move, ...]:
     """How far `new` is from `old` on every image segment."""
     found = []
-    elements = element_log_ratios(actions, new, old, objective)
-    for steps, ratio_BKND, v, v_old in zip(actions.images, elements, new.velocities, old.velocities, strict=True):
-        mean_change = step_densities(steps, v).mean - step_densities(steps, v_old).mean
+    for steps, v, v_old in zip(actions.images, new.velocities, old.velocities, strict=True):
+        p, p_old = step_densities(steps, v), step_densities(steps, v_old)
+        ratio_BKND = log_ratio_of(steps, p, p_old, objective)
+        square_BKND = (v - v_old).square()
         found.append(
             Move(
                 ratio_BKND.mean(dim=(-2, -1)),
                 ratio_BKND.mean(dim=-1),
-                mean_change.square().mean(dim=(-2, -1)).sqrt(),
-                (v - v_old).square().mean(dim=(-2, -1)).sqrt(),
-                (v - v_old).square().mean(dim=-1).sqrt(),
+                (p.mean - p_old.mean).square().mean(dim=(-2, -1)).sqrt(),
+                square_BKND.mean(dim=(-2, -1)).sqrt(),
+                square_BKND.mean(dim=-1).sqrt(),
             )
         )
     return tuple(found)

@@ -202,14 +202,15 @@ def token_kls(actions: Actions, new: Scores, reference: Scores) -> Tensor:
 
 def element_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objective) -> tuple[Tensor, ...]:
     """Log-ratio of every element of the latent that a step led to: [B, K, N, D] of each image segment."""
-    ratios = []
-    for steps, v, v_old in zip(actions.images, new.velocities, old.velocities, strict=True):
-        p, p_old = step_densities(steps, v), step_densities(steps, v_old)
-        if objective.trust_region == "ratio-norm":
-            ratios.append(flow.ratio_norm(steps.x_next_BKND, p, p_old))
-        else:
-            ratios.append(flow.log_ratio(steps.sde, steps.x_next_BKND, p, p_old))
-    return tuple(ratios)
+    pairs = zip(actions.images, new.velocities, old.velocities, strict=True)
+    return tuple(log_ratio_of(s, step_densities(s, v), step_densities(s, v_old), objective) for s, v, v_old in pairs)
+
+
+def log_ratio_of(steps: ImageSteps, new: flow.Transition, old: flow.Transition, objective: Objective) -> Tensor:
+    """The configured log-ratio of two densities of an image's steps, per element: [B, K, N, D]."""
+    if objective.trust_region == "ratio-norm":
+        return flow.ratio_norm(steps.x_next_BKND, new, old)
+    return flow.log_ratio(steps.sde, steps.x_next_BKND, new, old)
 
 
 def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objective) -> Tensor:

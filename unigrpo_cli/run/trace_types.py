@@ -76,7 +76,7 @@ class TextTrace(_Checked):
     """Sampled text.
 
     Args:
-        rewards: scores of this segment alone, by name; {} where a reward judges the episode.
+        rewards: scores of this segment alone, by name; {} where all judge the episode.
         ids_L, tokens: of each token the id and its piece of the text; pieces joined are the text.
         log_prob_rollout_L: as it was sampled.
         log_prob_old_L, log_prob_new_L, log_prob_reference_L: replayed before the updates, as the last update of these
@@ -203,16 +203,24 @@ SegmentTrace = Annotated[GivenTextTrace | GivenImageTrace | TextTrace | ImageTra
 
 @dataclass(frozen=True)
 class RewardRow:
-    """Raw scores of an episode by name, None where a reward abstained; parts of them; their reasons."""
+    """Raw scores of an episode by name, None where a reward abstained; parts of them; their reasons.
+
+    `segments` are scores of its texts and images (`text_1`, `image_1`, `text_2`, ...), by reward.
+    """
 
     rewards: Rewards
     components: dict[str, dict[str, FiniteFloat]]
     info: dict[str, Any]
+    segments: dict[str, Rewards] = field(default_factory=dict)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> RewardRow:
         """From a row of rewards.json."""
-        return cls(row["rewards"], row["components"], row["info"])
+        return cls(row["rewards"], row["components"], row["info"], row.get("segments", {}))
+
+    def of_segment(self, name: str) -> Rewards:
+        """Scores of one segment alone, by reward."""
+        return {reward: own[name] for reward, own in self.segments.items() if name in own}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ weights did and not rounding. docs/files.md describes the fields.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -157,8 +158,15 @@ def _group(group: Group, update: int | None, episodes: Sequence[EpisodeTrace]) -
 def _episode(
     episode: Episode, row: RewardRow, advantage: float | None, segments: tuple[SegmentTrace, ...]
 ) -> EpisodeTrace:
+    counts: Counter[str] = Counter()
+    scored: list[SegmentTrace] = []
+    for segment in segments:
+        counts[segment.kind] += 1
+        if isinstance(segment, TextTrace | ImageTrace):
+            segment = replace(segment, rewards=row.of_segment(f"{segment.kind}_{counts[segment.kind]}"))
+        scored.append(segment)
     info = _as_data(row.info)
-    return EpisodeTrace(episode.member, episode.seed, row.rewards, row.components, info, advantage, segments)
+    return EpisodeTrace(episode.member, episode.seed, row.rewards, row.components, info, advantage, tuple(scored))
 
 
 def _last(advantage_S: Tensor, episode: Episode) -> float:
