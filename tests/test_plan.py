@@ -219,7 +219,7 @@ def test_the_verdict_is_printed_when_quiet(bagel: Path, unread: Path, gib: int, 
     result = unigrpo("train", "--quiet", "--model", bagel, "--dry-run", *sets)
     assert result.exit_code == code
     assert result.stdout.startswith(says) and result.stdout.count("\n") == 1
-    assert "no reward is chosen yet, which training needs: give --reward" in result.stdout
+    assert "no reward is chosen: training needs --reward" in result.stdout
 
 
 def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
