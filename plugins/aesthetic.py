@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -51,6 +52,11 @@ class AestheticReward:
         self.options = options
         self.batch_size = options.batch_size
 
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to start without a head."""
+        if self.options.head is None:
+            self._head_file(context, self._model(context))
+
     def setup(self, context: RewardContext) -> None:
         """Load the head and the encoder, which other rewards may share.
 
@@ -58,11 +64,11 @@ class AestheticReward:
             RewardError: when one cannot be loaded, or they do not fit.
         """
         from unigrpo_cli.errors import RewardError
-        from unigrpo_plugins.encoders import EMBEDDED, shared_encoder
+        from unigrpo_plugins.encoders import shared_encoder
         from unigrpo_plugins.weights import load_state
 
         o = self.options
-        model = o.model or (EMBEDDED if context.embedded and o.head is None else MODEL)
+        model = self._model(context)
         pretrained = o.pretrained or (PRETRAINED if model == MODEL else None)
         path = self._head_file(context, model)
         self.head: Head = folded(
@@ -77,6 +83,11 @@ class AestheticReward:
                 f"reward {self.name!r}: {path.name} takes embeddings of {self.head.width} numbers, and {model} "
                 f"gives {width}; give the model that the head was trained on with @model=... (768: {MODEL})"
             )
+
+    def _model(self, context: RewardContext) -> str:
+        from unigrpo_plugins.encoders import EMBEDDED
+
+        return self.options.model or (EMBEDDED if context.embedded and self.options.head is None else MODEL)
 
     def _head_file(self, context: RewardContext, model: str) -> Path:
         from unigrpo_cli.errors import RewardError

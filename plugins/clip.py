@@ -42,6 +42,12 @@ class ClipReward:
         self.range = RANGES[options.scale]
         self.batch_size = options.batch_size
 
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to start without a model."""
+        from unigrpo_plugins.encoders import named_model
+
+        named_model(context, self.name, self.options.model, "model")
+
     def setup(self, context: RewardContext) -> None:
         """Load the model, or share it with other rewards.
 

@@ -144,12 +144,7 @@ def shared_encoder(
     Raises:
         RewardError: when no model is named, or its weights cannot be loaded.
     """
-    name = model or (EMBEDDED if context.embedded else None)
-    if name is None:
-        raise RewardError(
-            f"reward {reward!r}: say which model, e.g. {reward}@{option}=ViT-B-32@pretrained=laion2b_s34b_b79k "
-            f"or {reward}@{option}=local-dir:/path"
-        )
+    name = named_model(context, reward, model, option)
     for given in (name, pretrained) if name != EMBEDDED else ():
         if given and ":" not in given and _is_directory(given, name):
             raise RewardError(f"reward {reward!r}: {given} is a directory; write @{option}=local-dir:{given}")
@@ -162,6 +157,20 @@ def shared_encoder(
         )
     key = key_of(name, pretrained, precision, resize)
     return context.shared.get(key, lambda: load_encoder(context, reward, name, pretrained, precision, resize)), key
+
+
+def named_model(context: RewardContext, reward: str, model: str | None, option: str) -> str:
+    """The model that is meant: the named one, else the toy model's own CLIP for the toy model.
+
+    Raises:
+        RewardError: when no model is named.
+    """
+    if model is None and not context.embedded:
+        raise RewardError(
+            f"reward {reward!r}: say which model, e.g. {reward}@{option}=ViT-B-32@pretrained=laion2b_s34b_b79k "
+            f"or {reward}@{option}=local-dir:/path"
+        )
+    return model or EMBEDDED
 
 
 def _is_directory(given: str, model: str) -> bool:

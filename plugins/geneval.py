@@ -65,18 +65,25 @@ class GenEvalReward:
         self.detector: Any = None
         self.keys: list[tuple] = []
 
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse options without effect, and prompts about things that only another detector can see."""
+        o = self.options
+        if o.detector in ("auto", "shapes") and (o.weights or o.size):
+            raise RewardError(
+                f"reward 'geneval': @{'weights' if o.weights else 'size'} has no effect with detector {o.detector!r}; "
+                "name one with weights: @detector=mask2former, rfdetr or boxes"
+            )
+        if o.detector == "auto" and not context.embedded:
+            self._need_shapes(metadata)
+
     def setup(self, context: RewardContext) -> None:
         """Load the detector and the CLIP for colours; with `auto` the prompts may decide later.
 
         Raises:
             RewardError: when weights or a package are missing, or an option has no effect.
         """
+        self.check_options(context, ())
         self.context, o = context, self.options
-        if o.detector in ("auto", "shapes") and (o.weights or o.size):
-            raise RewardError(
-                f"reward 'geneval': @{'weights' if o.weights else 'size'} has no effect with detector {o.detector!r}; "
-                "name one with weights: @detector=mask2former, rfdetr or boxes"
-            )
         if o.detector != "auto":
             self._open(o.detector)
         elif context.embedded:
@@ -126,17 +133,20 @@ class GenEvalReward:
 
     def _need_detector(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Open `shapes` if no detector is open and all prompts are about its shapes."""
+        if self.detector is None:
+            self._need_shapes(metadata)
+            self._open("shapes")
+
+    def _need_shapes(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Without a named detector, prompts must be about shapes."""
         from unigrpo_cli.toy.world import SHAPES
 
-        if self.detector is not None:
-            return
         unseen = _unseen(metadata, SHAPES)
         if unseen:
             raise RewardError(
                 f"reward 'geneval': no detector was named, and the detector 'shapes' cannot see "
                 f"{_some(unseen)}. {_remedy()}"
             )
-        self._open("shapes")
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         self._need_detector(batch.metadata)

@@ -69,18 +69,23 @@ class OcrReward:
         self.options = options
         self.batch_size = options.batch_size
 
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to start without a recogniser."""
+        if self.options.recogniser is None:
+            raise RewardError(
+                "reward 'ocr': name a recogniser, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
+                "or ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf"
+            )
+
     def setup(self, context: RewardContext) -> None:
         """Load the recogniser.
 
         Raises:
             RewardError: when none is named, or it cannot be loaded or is of another kind.
         """
+        self.check_options(context, ())
         name = self.options.recogniser
-        if name is None:
-            raise RewardError(
-                "reward 'ocr': name a recogniser, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
-                "or ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf"
-            )
+        assert name is not None
         self.shared = context.shared
         self.key = ("ocr", name, self.options.precision)
         self.recogniser: Recogniser | None = context.shared.get(

@@ -146,22 +146,29 @@ class HPSv2Reward:
         self.options = options
         self.batch_size = options.batch_size
 
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to start without weights."""
+        from unigrpo_cli.errors import RewardError
+        from unigrpo_plugins.weights import conversion
+
+        if self.options.weights is None:
+            raise RewardError(
+                f"reward {self.name!r}: name its weights with @weights=FILE; fetch them with `hf download "
+                f"xswu/HPSv2 {HPS}.pt --local-dir .` and convert them with: {conversion(f'{HPS}.pt')}"
+            )
+
     def setup(self, context: RewardContext) -> None:
         """Load the model.
 
         Raises:
             RewardError: when no weights are named, or they cannot be loaded or are of another architecture.
         """
-        from unigrpo_cli.errors import RewardError
         from unigrpo_plugins.encoders import shared_encoder
-        from unigrpo_plugins.weights import conversion, find_weights
+        from unigrpo_plugins.weights import find_weights
 
         o = self.options
-        if o.weights is None:
-            raise RewardError(
-                f"reward {self.name!r}: name its weights with @weights=FILE; fetch them with `hf download "
-                f"xswu/HPSv2 {HPS}.pt --local-dir .` and convert them with: {conversion(f'{HPS}.pt')}"
-            )
+        self.check_options(context, ())
+        assert o.weights is not None
         path = find_weights(context, self.name, "weights", o.weights)
         self.shared = context.shared
         # It was trained on whole pictures, padded to a square.

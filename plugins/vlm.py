@@ -107,25 +107,29 @@ class VlmReward:
     def __repr__(self) -> str:
         return f"VlmReward(mode={self.mode!r}, model={self.options.model!r})"
 
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to start without a judge."""
+        if self.options.url is None and self.options.model is None and not context.embedded:
+            raise RewardError(
+                "reward 'vlm': no judge was named; write vlm@url=http://localhost:8000/v1@model=NAME, or "
+                "vlm@model=DIRECTORY for a model on this machine"
+            )
+
     def setup(self, context: RewardContext) -> None:
         """Open the judge and find the way to ask it.
 
         Raises:
             RewardError: without a judge, or when it cannot answer in this mode.
         """
+        self.check_options(context, ())
         o = self.options
         try:
             if o.url is not None:
                 self._open_endpoint(o.url)
             elif o.model is not None:
                 self._open_local(context, o.model)
-            elif context.embedded:
-                self._open_shapes()
             else:
-                raise RewardError(
-                    "reward 'vlm': no judge was named; write vlm@url=http://localhost:8000/v1@model=NAME, or "
-                    "vlm@model=DIRECTORY for a model on this machine"
-                )
+                self._open_shapes()
         except BaseException:
             self.teardown()
             raise

@@ -95,6 +95,13 @@ UNCHECKED = (
     (["--reward", "jpeg", "--set", "eval.every=1", "--set", "eval.best=clip"], 2, ("eval.best=clip",)),
     (["--reward", "length", "--set", "sampling.think=false"], 3, ("needs reasoning",)),
     (["--reward", "jpeg:0"], 2, ("weight 0",)),
+    (["--reward", "clip"], 3, ("'clip'", "say which model")),
+    (["--reward", "jpeg,ocr:0"], 3, ("'ocr'", "name a recogniser")),
+    (["--reward", "hpsv2"], 3, ("'hpsv2'", "@weights=FILE")),
+    (["--reward", "aesthetic"], 3, ("'aesthetic'", "no head for")),
+    (["--reward", "vlm"], 3, ("'vlm'", "no judge was named")),
+    (["--reward", "geneval", "--prompts", "dogs.jsonl"], 3, ("'geneval'", "no detector was named", "dog")),
+    (["--reward", "geneval@weights=x"], 3, ("'geneval'", "@weights has no effect")),
 )
 
 
@@ -116,10 +123,11 @@ def test_what_needs_no_weights_is_checked_before_anything_is_fetched(
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a red circle\na blue heart\na green star\nan elephant\n")
+    (tmp_path / "dogs.jsonl").write_text('{"prompt": "a dog", "include": [{"class": "dog", "count": 1}]}\n')
     more = ["--dry-run"] if dry_run else []
     result = _run("train", "--model", BAGEL, "--set", "memory_gb=80", *arguments, *more)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.exit_code == code, line
     assert all(words in line for words in says), line
     assert result.stdout == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".txt", ".jsonl")] == []

@@ -7,6 +7,7 @@ model is the embedded architecture with a few thousand weights to train.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Sequence
 from itertools import count
@@ -88,8 +89,11 @@ NUMBERS = [
 ]
 
 
-ALONE = ("advantage.shuffle=true", "sampling.compile=true")
-"""Of what is combined one learns nothing, and one takes ten seconds and is `test_compiled.py`'s concern."""
+COMPILED = "sampling.compile=true"
+LONG = bool(os.environ.get("UNIGRPO_LONG_TESTS"))
+"""Compiling takes eighteen seconds, and `test_compiled.py` is about it."""
+ALONE = ("advantage.shuffle=true", COMPILED)
+"""Not combined: a run that learns nothing, and a slow one."""
 
 
 def _combinations(wanted: int) -> list[tuple[str, ...]]:
@@ -116,7 +120,8 @@ def _config(*settings: str) -> Config:
     return load_config(overrides=[*SMALL, *settings])
 
 
-NAMED = [s for own in FIELDS.values() for s in own if s not in TOWER and _config(s) != _config()]
+LEFT_OUT = TOWER if LONG else (*TOWER, COMPILED)
+NAMED = [s for own in FIELDS.values() for s in own if s not in LEFT_OUT and _config(s) != _config()]
 
 
 @reward("vowels", range=(0, 1))

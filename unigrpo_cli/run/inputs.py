@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from unigrpo_cli.config import Config, load_config, with_values
 from unigrpo_cli.episode import Prompt, all_have_pictures
 from unigrpo_cli.errors import UsageError, suggest
 from unigrpo_cli.evaluate import limited
+from unigrpo_cli.models.hub import EMBEDDED
 from unigrpo_cli.programs import PROGRAMS
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.registry import Plugins
@@ -109,12 +111,15 @@ def _check_rewards(
     suite: Sequence[Prompt],
 ) -> None:
     """Find every reward, check its options and what it needs of each prompt; set up nothing."""
-    context = RewardContext(device="cpu", seed=config.seed, embedded=False, offline=True)
+    embedded = config.model == EMBEDDED or Path(config.model).exists()  # a model of the hub is not; a directory may be
+    context = RewardContext(device="cpu", seed=config.seed, embedded=embedded, offline=True)
     with Scorer(rewards, plugins, context, local=False) as scorer:
         for split, asked in (("train", prompts), ("eval", suite)):
+            rows = [p.metadata for p in asked]
             scorer.check_needs(
-                [p.metadata for p in asked],
+                rows,
                 has_source=all_have_pictures(asked),
                 has_reasoning=config.sampling.think,
                 split=split,
             )
+            scorer.check_options(context, rows, split)
