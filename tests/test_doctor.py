@@ -314,8 +314,8 @@ def schedule_with_a_call_missing(monkeypatch: MonkeyPatch) -> None:
 def schedule_off_by_one_in_replay(monkeypatch: MonkeyPatch) -> None:
     image_steps = replay._image_steps
 
-    def faulty(painted: list[ImageActions]) -> objective.ImageSteps:
-        steps = image_steps(painted)
+    def faulty(painted: list[ImageActions], segment: int) -> objective.ImageSteps:
+        steps = image_steps(painted, segment)
         return replace(steps, t_BK=steps.t_next_BK)
 
     monkeypatch.setattr(replay, "_image_steps", faulty)
