@@ -148,12 +148,16 @@ class GenEvalReward:
                 f"{_some(unseen)}. {_remedy()}"
             )
 
-    def score(self, batch: RewardBatch) -> RewardOutput:
+    def objects(self, batch: RewardBatch) -> list[dict[str, list[DetectedObject]]]:
+        """The confident objects of each picture by class, best first; with colours where the prompt names one."""
         self._need_detector(batch.metadata)
+        return self._detect(batch)
+
+    def score(self, batch: RewardBatch) -> RewardOutput:
         mode = self.options.mode
         if mode == "auto":
             mode = "partial" if batch.split == "train" else "official"
-        pictures = self._detect(batch)
+        pictures = self.objects(batch)
         verdicts = [judge(seen, m) for seen, m in zip(pictures, batch.metadata, strict=True)]
         components = {m: [_value(v, m) for v in verdicts] for m in MODES}
         for kind in KINDS:
@@ -180,7 +184,6 @@ class GenEvalReward:
         return next((row for label in _coloured(metadata) if (row := self.colors.cut.get(label))), {})
 
     def _detect(self, batch: RewardBatch) -> list[dict[str, list[DetectedObject]]]:
-        """The confident objects of each picture by class, best first; with colours where the prompt names one."""
         from unigrpo_plugins.colors import Coloured, named
 
         found = self.detector.detect(batch.pixels, min(self.threshold, self.counting_threshold))

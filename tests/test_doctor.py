@@ -32,6 +32,7 @@ from unigrpo_cli.run.doctor import CHECKS, FAULT, Finding, examine
 from unigrpo_cli.run.doctor.probe_step import _rows_of
 from unigrpo_cli.run.doctor.recorder import Recorder
 from unigrpo_cli.run.first_ratio import IMAGE_ROUNDING, TEXT_ROUNDING, AttentionKernels, ratio_limits
+from unigrpo_cli.training import advantages as training_advantages
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.state import TrainState
 
@@ -463,6 +464,15 @@ def _advantages(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Mon
     return plant
 
 
+def rewards_credited_one_segment_earlier(monkeypatch: MonkeyPatch) -> None:
+    own = training_advantages.reward_to_go
+
+    def earlier(reward_BS, given_BS, *given, **more):
+        return own(reward_BS.roll(-1, 1), given_BS.roll(-1, 1), *given, **more)
+
+    monkeypatch.setattr(training_advantages, "reward_to_go", earlier)
+
+
 def advantages_counted_within_micro_batches(monkeypatch: MonkeyPatch) -> None:
     own = train.with_advantages
 
@@ -502,6 +512,8 @@ def token_left_out_of_the_loss(monkeypatch: MonkeyPatch) -> None:
 
 LONG, SHORT = ["sampling.max_new_tokens=40"], ["sampling.max_new_tokens=2"]
 WARM, LORA = ["sampling.temperature=0.7"], ["train.finetune=lora"]
+TWO = ["sampling.program=reflect", "sampling.rounds=2", "sampling.show_images=latents"]
+AT_END, TO_GO = ([*TWO, f"advantage.credit={credit}"] for credit in ("terminal", "reward-to-go"))
 NO_CONTEXT = ["objective.grad_through_context=false"]
 OTHERS = "by another advantage than their own"
 NO_TEXT = "the text term gives the text expert no gradient"
@@ -530,6 +542,9 @@ NO_TEXT = "the text term gives the text expert no gradient"
         (_advantages_in_the_loss(lambda a: a.flip(0)), "advantages", OTHERS, []),
         (_advantages_in_the_loss(lambda a: -a), "advantages", OTHERS, []),
         (_advantages_in_the_loss(lambda a: a[[2, 1, 0, 3]]), "advantages", OTHERS, []),  # two of one sign
+        (rewards_credited_one_segment_earlier, "advantages", "a reward is credited to another segment", TO_GO),
+        (_advantages(lambda a: a.roll(1, 1)), "advantages", "a reward is credited to another segment", TO_GO),
+        (_advantages(lambda a: a * torch.arange(4)), "advantages", "segments of a/0 have different advantages", AT_END),
         (one_term_with_the_advantages_of_others, "advantages", "the image actions of a/", []),
         (token_left_out_of_the_loss, "advantages", "the text actions of a/", []),
     ],
@@ -790,3 +805,8 @@ def test_rows_of_a_micro_batch_are_known_by_their_actions(tiny: MoTPolicy) -> No
 def test_every_check_is_documented() -> None:
     text = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()
     assert all(f"| `{check.name}` |" in text and check.means and check.remedy for check in CHECKS)
+
+
+@pytest.mark.parametrize("settings", [AT_END, TO_GO, [*TO_GO, "advantage.discount=0.5", "sampling.stop_phrase=red"]])
+def test_credit_of_several_rounds_passes(settings: list[str]) -> None:
+    assert "advantages" not in _faults(_examine(*settings))

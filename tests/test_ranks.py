@@ -34,6 +34,7 @@ SCENES = (
     "lora",
     "replicated",
     "sharded",
+    "two_rounds",
     "checkpointed",
     "whole_control",
     "judged_on_first",
@@ -43,7 +44,7 @@ SCENES = (
     "abstaining_judge",
     *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
 )
-CONTROLS = (*SCENES[:3], "abstaining_judge", *RESUMED)
+CONTROLS = (*SCENES[:4], "abstaining_judge", *RESUMED)
 STEPS = 3
 TOLERANCE = 1e-5
 """Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
@@ -246,7 +247,7 @@ def test_ranks_that_share_a_gpu(other: list | None, shared: bool) -> None:
 # ----- two are one
 
 
-@pytest.mark.parametrize("scene", SCENES[:3])
+@pytest.mark.parametrize("scene", SCENES[:4])
 def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None:
     """The same episodes, advantages and, to the rounding of sums, the same weights; to the bit on both ranks."""
     one = told(played, scene, 1, 0)["steps"]

@@ -145,6 +145,12 @@ def sharded(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.finetune=full", 'train.extra_modules=["embeddings"]')
 
 
+def two_rounds(ranks: Ranks, _out: Path) -> Found:
+    """A look at the first picture, and every segment's own returns."""
+    rounds = ("sampling.program=reflect", "sampling.rounds=2", "sampling.show_images=latents")
+    return trained(ranks, "train.finetune=lora", *rounds, "advantage.credit=reward-to-go")
+
+
 def judged_on_first(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.finetune=lora", "reward.scoring_rank=first")
 
@@ -286,6 +292,7 @@ SCENES = {
         lora,
         replicated,
         sharded,
+        two_rounds,
         checkpointed,
         whole_control,
         judged_on_first,

@@ -34,6 +34,7 @@ from unigrpo_cli.training import metrics as step_metrics
 from unigrpo_cli.training import update_guard
 from unigrpo_cli.training.advantages import advantages, credit_of, kinds_of_all
 from unigrpo_cli.training.backward import backward, replay_workers
+from unigrpo_cli.training.maps import advantage_maps
 from unigrpo_cli.training.metrics import timed
 from unigrpo_cli.training.micro_batch import MicroBatch, marked, with_advantages
 from unigrpo_cli.training.optimizer import optimizer_step
@@ -116,7 +117,9 @@ def training_step(
     advantage_BS = advantages(scored, kind_BS, rewards, config, len(prompts_P), seed)
     own = ranks.share(range(len(advantage_BS)), t.minibatches)
     metrics = step_metrics.rollout_metrics(groups, scored, advantage_BS, kind_BS)
-    minibatches = with_advantages(minibatches, advantage_BS[own])
+    with timed(seconds, "reward"), ranks.together():
+        maps = advantage_maps(flatten(groups), samples_of(groups, step), rewards, config)
+    minibatches = with_advantages(minibatches, advantage_BS[own], maps)
     minibatches = marked(minibatches, traced_groups(config, step, len(groups)), t.group_size)
 
     updates: list[UpdateResult] = []

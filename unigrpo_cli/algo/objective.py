@@ -61,16 +61,19 @@ class Advantages:
     Args:
         text_BL: of each text action; anything off-mask.
         images: of each image segment, [B, K], one number for each stochastic step.
+        maps: of each image segment, M_BN >= 0 with mean 1 over its positions: A_bkn = M_bn A_bk (ViPO, arXiv
+            2511.18719). Empty for one advantage at all positions.
     """
 
     text_BL: Tensor
     images: tuple[Tensor, ...]
+    maps: tuple[Tensor, ...] = ()
 
 
-def per_action(advantage_BS: Tensor, actions: Actions) -> Advantages:
+def per_action(advantage_BS: Tensor, actions: Actions, maps: tuple[Tensor, ...] = ()) -> Advantages:
     """Every action gets the advantage of the acted segment s that it is in: A_bl = A_b,s(l), A_bk = A_b,s(k)."""
     images = tuple(advantage_BS[:, s.segment, None].expand(s.t_BK.shape) for s in actions.images)
-    return Advantages(advantage_BS.gather(1, actions.segment_BL), images)
+    return Advantages(advantage_BS.gather(1, actions.segment_BL), images, maps)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Objective:
         text_kl: weight of the k3 estimate of KL to the reference on text; the paper has 0.
         trust_region: "ratio-norm" (the paper) or "ratio", the plain log-ratio of Flow-GRPO.
         penalty, penalty_weight: what holds the image policy near the reference, and how strongly.
+        map_ratio: with advantage maps, whether ratio and clip are of a "step" or of each "position" in it.
     """
 
     text_weight: float
@@ -113,6 +117,7 @@ class Objective:
     trust_region: str
     penalty: str
     penalty_weight: float
+    map_ratio: str = "step"
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,10 @@ def text_term(
 def image_term(
     log_ratio_BK: Tensor, advantage_BK: Tensor, *, clip: float, episodes: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq 6: per episode the mean over its K stochastic steps, then the sum over episodes / `episodes`."""
+    """Eq 6: per episode the mean over its K stochastic steps, then the sum over episodes / `episodes`.
+
+    With a ratio for each position, K counts positions of steps.
+    """
     surrogate = clipped_surrogate(log_ratio_BK, advantage_BK, clip)
     return surrogate.gain.mean(dim=1).sum() / episodes, {
         "image/clip_fraction": surrogate.clipped.float().mean(dim=1).sum() / episodes,
@@ -219,6 +227,31 @@ def step_log_ratios(actions: Actions, new: Scores, old: Scores, objective: Objec
     return torch.cat([ratio_BKND.mean(dim=(-2, -1)) for ratio_BKND in ratios], dim=1)
 
 
+def mapped_log_ratios(
+    actions: Actions, new: Scores, old: Scores, advantages: Advantages, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Log-ratios and advantages of image actions under advantage maps M, [B, K] both, or [B, K * N] by position.
+
+    "position" (ViPO): ratio, clip and advantage of each position, log r_p = mean over D, A_p = M_p A. "step": one ratio
+    and one clip for the step, log r = mean over positions of M_p log r_p. Both have the gradient
+    A mean(M_p d log r_p) at the old policy; an all-ones map with "step" is the plain objective to the bit.
+    """
+    dtype = new.log_prob_BL.dtype
+    if not advantages.maps:
+        return step_log_ratios(actions, new, old, objective), torch.cat(advantages.images, dim=1).to(dtype)
+    ratios, own = [], []
+    elements = element_log_ratios(actions, new, old, objective)
+    for ratio_BKND, advantage_BK, map_BN in zip(elements, advantages.images, advantages.maps, strict=True):
+        map_B1N = map_BN[:, None].to(dtype)
+        if objective.map_ratio == "position":
+            ratios.append(ratio_BKND.mean(dim=-1).flatten(1))
+            own.append((advantage_BK[..., None].to(dtype) * map_B1N).flatten(1))
+        else:
+            ratios.append((ratio_BKND * map_B1N[..., None]).mean(dim=(-2, -1)))
+            own.append(advantage_BK.to(dtype))
+    return torch.cat(ratios, dim=1), torch.cat(own, dim=1)
+
+
 def step_penalties(actions: Actions, new: Scores, reference: Scores, objective: Objective) -> Tensor:
     """Distance from the reference at every image step of an episode: [B, K]."""
     penalties = []
@@ -284,8 +317,7 @@ def unigrpo_loss(
             total = total + objective.text_weight * objective.text_kl * kl
             means["text/kl"] = kl
     if objective.image_weight and any(steps.x_BKND.shape[1] for steps in actions.images):
-        log_ratio_BK = step_log_ratios(actions, new, old, objective)
-        advantage_BK = torch.cat(advantages.images, dim=1).to(dtype)
+        log_ratio_BK, advantage_BK = mapped_log_ratios(actions, new, old, advantages, objective)
         gain, stats = image_term(log_ratio_BK, advantage_BK, clip=objective.image_clip, episodes=episodes)
         total = total - objective.image_weight * gain
         means |= stats | {"image/loss": -gain}

@@ -134,6 +134,16 @@ class AdvantageConfig(Section):
     combine: Literal["auto", "sum", "gdpo", "rank"] = Field(
         "auto", description="how several rewards are combined; auto: gdpo when their ranges differ, else sum"
     )
+    map: str = Field(
+        "none",
+        description="weights of a picture's positions: none, uniform, detector, features, or a plugin's, with options "
+        "as of rewards, e.g. features@model=facebook/dinov2-base (docs/interleaved.md)",
+    )
+    map_ratio: Literal["step", "position"] = Field(
+        "step",
+        description="with a map: one ratio and clip for a step, of the weighted mean, or one for each position [ViPO: "
+        "position, with an objective.image_clip of its own]",
+    )
     shuffle: bool = Field(
         False, description="control experiment: permute advantages over the batch, so nothing is learnt"
     )

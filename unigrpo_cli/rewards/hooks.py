@@ -6,6 +6,7 @@ its own options and device. An implementation may take fewer arguments than the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -75,6 +76,20 @@ class Hooks:
 
         With several ranks it is called on the first, with the groups of that rank. An exception here is a warning and
         does not stop a run.
+        """
+
+    @hookspec(firstresult=True)
+    def unigrpo_advantage_map(
+        self,
+        name: str,
+        options: dict[str, Any],
+        batch: RewardBatch,
+        grids: list[tuple[int, int]],
+        context: RewardContext,
+    ) -> Sequence[Any] | None:
+        """Weights of the positions of each picture, for `advantage.map=name`; None when the name is another's.
+
+        One array [rows, columns] >= 0 per sample, of that picture's token grid; it is divided by its mean.
         """
 
     @hookspec

@@ -8,12 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 from unigrpo_cli.episode import PAINTED, Episode, GivenImage, Group
 from unigrpo_cli.io.atomic import new_directory, new_file
 from unigrpo_cli.io.pictures import Tile, save_png, sheet
 from unigrpo_cli.rewards.batch import RewardResult
+from unigrpo_cli.training.maps import Maps
 
 SHOWN = 8
 MOST_COLUMNS = 8
@@ -41,9 +45,17 @@ def sheet_rows(episodes: Sequence[list[Tile]]) -> list[list[Tile]]:
     return [single[k : k + 4] for k in range(0, len(single), 4)]
 
 
-def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int) -> Path:
-    """A PNG with its metadata per prompt in `step_NNNNNN/`, and a sheet of them, `step_NNNNNN.png`, returned."""
+def save_samples(
+    groups: Sequence[Group], scored: dict[str, RewardResult], folder: Path, step: int, maps: Sequence[Maps] = ()
+) -> Path:
+    """A PNG with its metadata per prompt in `step_NNNNNN/`, and a sheet of them, `step_NNNNNN.png`, returned.
+
+    Args:
+        maps: advantage maps of each prompt's images; where there are any, `maps/` has them as grey pictures, and
+            `maps.safetensors` their values [rows, columns] by prompt and image, e.g. `0_1` for the first one's first.
+    """
     tiles = []
+    weights: dict[str, Tensor] = {}
     name = f"step_{step:06d}"
     with new_directory(folder / name, sums=False) as pictures:
         for k, group in enumerate(groups):
@@ -60,9 +72,24 @@ def save_samples(groups: Sequence[Group], scored: dict[str, RewardResult], folde
             save_png(pixels, pictures / f"{k}.png", story)
             words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             tiles.append(tiles_of(episode, [words] if words else []))
+            weights |= _save_maps(maps[k] if maps else (), episode, k, pictures)
+        if weights:
+            save_file(weights, pictures / "maps.safetensors")
     page = sheet(sheet_rows(tiles), f"step {step}")
     _save_sheet(page, path := folder / f"{name}.png")
     return path
+
+
+def _save_maps(maps: Maps, episode: Episode, prompt: int, folder: Path) -> dict[str, Tensor]:
+    """The maps of one episode as pictures, in which white is the largest weight; returns them by name."""
+    found: dict[str, Tensor] = {}
+    for k, (weights, image) in enumerate(zip(maps, episode.images, strict=True), start=1):
+        (folder / "maps").mkdir(exist_ok=True)
+        found[f"{prompt}_{k}"] = own = weights.view(image.grid)
+        height, width = image.pixels.shape[:2]
+        grey = Image.fromarray((own / own.max() * 255).to(torch.uint8).numpy())
+        grey.resize((width, height), Image.Resampling.NEAREST).save(folder / "maps" / f"{prompt}_{k}.png")
+    return found
 
 
 def save_progress(folder: Path) -> None:

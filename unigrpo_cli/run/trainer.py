@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.config import Config
-from unigrpo_cli.episode import Prompt
+from unigrpo_cli.episode import Prompt, flatten
 from unigrpo_cli.errors import DiskError, UnigrpoError, quoted
 from unigrpo_cli.evaluate import NO_NOISE, Evaluation, eval_sampling, evaluate, samples_of
 from unigrpo_cli.io.atomic import update_symlink, write_text
@@ -35,6 +35,7 @@ from unigrpo_cli.run.traces import score_again, step_trace
 from unigrpo_cli.run.trackers import Trackers
 from unigrpo_cli.suites import task_of
 from unigrpo_cli.train import StepResult, train
+from unigrpo_cli.training.maps import advantage_maps
 from unigrpo_cli.training.rng_state import put_generators, read_generators
 from unigrpo_cli.training.state import Best, Job, TrainState
 
@@ -302,10 +303,12 @@ class Trainer:
     def _draw(self, sampler: Policy) -> None:
         config, step = self.config, self.state.step
         groups = rollout(sampler, self.shown, 1, eval_sampling(config), NO_NOISE, config.eval.seed)
-        scored = self.rewards.score(samples_of(groups), step=step, split="eval")
+        samples = samples_of(groups)
+        scored = self.rewards.score(samples, step=step, split="eval")
+        maps = advantage_maps(flatten(groups), samples, self.rewards, config)
         folder = self.files.directory / "samples"
         with self.interrupts.shield():
-            sheet = save_samples(groups, scored, folder, step)
+            sheet = save_samples(groups, scored, folder, step, maps)
             save_progress(folder)
             self.trackers.show(sheet, step)
 

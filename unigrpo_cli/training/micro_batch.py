@@ -46,12 +46,17 @@ class MicroBatch:
         return replace(self, old=self.old or new, new=new if self.traced else None)
 
 
-def with_advantages(minibatches: Sequence[Sequence[MicroBatch]], advantage_BS: Tensor) -> list[list[MicroBatch]]:
-    """Each micro-batch with the advantages of its episodes."""
+def with_advantages(
+    minibatches: Sequence[Sequence[MicroBatch]], advantage_BS: Tensor, maps: Sequence[tuple[Tensor, ...]] = ()
+) -> list[list[MicroBatch]]:
+    """Each micro-batch with the advantages of its episodes, and the maps of their images where there are any."""
 
     def completed(m: MicroBatch) -> MicroBatch:
         actions = m.batch.actions
-        return replace(m, advantages=per_action(advantage_BS[m.rows].to(actions.mask_BL.device), actions))
+        device = actions.mask_BL.device
+        own = zip(*(maps[row] for row in m.rows), strict=True) if maps else ()
+        maps_BN = tuple(torch.stack(image).to(device) for image in own)
+        return replace(m, advantages=per_action(advantage_BS[m.rows].to(device), actions, maps_BN))
 
     return [[completed(m) for m in share] for share in minibatches]
 

@@ -78,4 +78,5 @@ def objective_of(config: Config) -> Objective:
         trust_region=o.trust_region,
         penalty=o.penalty if o.penalty_weight else "none",
         penalty_weight=o.penalty_weight,
+        map_ratio=config.advantage.map_ratio,
     )

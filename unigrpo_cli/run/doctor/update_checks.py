@@ -9,6 +9,7 @@ from itertools import islice
 
 from unigrpo_cli.algo.credit import IMAGE
 from unigrpo_cli.episode import Episode, ImageActions, TextActions
+from unigrpo_cli.run.doctor.credit_checks import credited
 from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
 from unigrpo_cli.run.doctor.probe_step import difference
 from unigrpo_cli.run.doctor.recording import Recording, label
@@ -40,7 +41,7 @@ def advantages(r: Recording) -> Outcome:
                 return fault(
                     f"{seen} than their own (relative error {float(error_B[b]):.2g})", float(error_B[b]), WEIGHT
                 )
-    return _order(r)
+    return credited(r) or _order(r)
 
 
 def _used(m: MicroBatch, row: int, episode: Episode) -> list[list[float]]:

@@ -1,0 +1,67 @@
+"""Advantage maps: how much each position of a picture answers for its reward (ViPO, arXiv 2511.18719)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unigrpo_cli.config import Config
+from unigrpo_cli.episode import Episode
+from unigrpo_cli.errors import RewardError, UsageError
+from unigrpo_cli.rewards.batch import Sample
+from unigrpo_cli.rewards.scorer import Scorer
+from unigrpo_cli.rewards.spec import parse_rewards
+
+NONE = "none"
+Maps = tuple[Tensor, ...]
+"""The maps of one episode's images, fp32 [N] each with mean 1."""
+
+
+def advantage_maps(
+    episodes: Sequence[Episode], samples: Sequence[Sample], rewards: Scorer, config: Config
+) -> list[Maps]:
+    """The maps of every episode's images; an empty tuple each without `advantage.map`.
+
+    Args:
+        samples: the same episodes as rewards see them.
+
+    Raises:
+        UsageError: when no plugin knows the map.
+        RewardError: when a plugin's map has another shape, or is negative, not finite or 0 everywhere.
+    """
+    if config.advantage.map == NONE:
+        return [() for _ in episodes]
+    (spec,) = parse_rewards([config.advantage.map])
+    grids = [image.grid for episode in episodes for image in episode.images]
+    pictures = [row for sample in samples for row in sample.by_round()]
+    found = rewards.plugins.call(
+        "unigrpo_advantage_map",
+        name=spec.name,
+        options=spec.options,
+        batch=rewards.prepare(pictures, step=0, split="train"),
+        grids=grids,
+        context=rewards.context,
+    )
+    if found is None:
+        raise UsageError(
+            f"advantage.map={spec.name} is no map that a plugin knows; built in: none, uniform, detector, features"
+        )
+    if len(found) != len(grids):
+        raise RewardError(f"advantage.map={spec.name} gave {len(found)} maps for {len(grids)} pictures")
+    each = iter(
+        [_checked(np.asarray(own, np.float64), grid, spec.name) for own, grid in zip(found, grids, strict=True)]
+    )
+    return [tuple(next(each) for _ in episode.images) for episode in episodes]
+
+
+def _checked(weights: NDArray[np.float64], grid: tuple[int, int], name: str) -> Tensor:
+    """A map over its mean, [N]."""
+    if weights.shape != grid:
+        raise RewardError(f"advantage.map={name} gave shape {list(weights.shape)} for a grid of {list(grid)}")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise RewardError(f"advantage.map={name}: weights must be finite, at least 0, and not all 0")
+    return torch.from_numpy((weights / weights.mean()).astype(np.float32).reshape(-1))
