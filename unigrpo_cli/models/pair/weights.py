@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ def load_networks(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) 
     def loaded(part: str, kind: Any, dtype: torch.dtype, key: str) -> Any:
         directory = pipeline.networks[part].directory
         options = {key: dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        if part == REASONER:
+            options["ignore_mismatched_sizes"] = True  # they are reported below, in one line
         try:
-            network, seen = kind.from_pretrained(str(directory), **options)
+            with _quiet():
+                network, seen = kind.from_pretrained(str(directory), **options)
         except Exception as error:  # the libraries raise of everything
             raise WeightsError(f"{directory}: it cannot be loaded ({first_line(error)})") from error
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -57,6 +61,21 @@ def load_networks(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) 
         loaded(PAINTER, getattr(diffusers, facts.painter), dtype, "torch_dtype"),
         loaded(AUTOENCODER, getattr(diffusers, facts.autoencoder), torch.float32, "torch_dtype"),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report and progress bar of loading."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def make_trainable(network: nn.Module, targets: str) -> None:
