@@ -7,9 +7,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.chaos import SETTINGS, write_inputs
@@ -33,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of adapters on the tiny BAGEL, in bf16."""
     place = tmp_path_factory.mktemp("exported")
     plugin, base = write_inputs(place), place / "BAGEL"
-    shutil.copytree(BAGEL, base, ignore=shutil.ignore_patterns("golden*", "README.md"))
+    shutil.copytree(BAGEL, base, ignore=shutil.ignore_patterns("golden*", "rounds*", "README.md"))
     files = (f"model={base}", f"prompts={place / 'prompts.txt'}", f"eval.suite={place / 'prompts.txt'}")
     words = [word for setting in (*SETTINGS, *TINY, *files) for word in ("--set", setting)]
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +77,7 @@ def test_an_adapter_loads_in_peft_and_names_its_base(run: Path, tmp_path: Path) 
     done = unigrpo("export", run / "checkpoints" / "last", "--out", tmp_path / "a", *named)
     assert done.exit_code == 0 and "warning" not in done.stderr, done.output
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "samples.png"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "samples.png", "curves.png"}
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "ByteDance-Seed/BAGEL-7B-MoT"
     base = load_model(run.parent / "BAGEL")
@@ -109,7 +111,9 @@ def test_the_card_has_scores_intervals_curve_rewards_and_settings(run: Path, tmp
         assert str(run.parent) not in card.content, "no path of the machine"
         assert "PeftModel.from_pretrained" in card.text
     assert (card.data.base_model, card.data.license) == ("ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0")
-    assert "(samples.png)" in card.text
+    assert "(samples.png)" in card.text and "(curves.png)" in card.text
+    with Image.open(tmp_path / "a" / "curves.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 1, "something is drawn"
     copy = tmp_path / "edited"
     shutil.copytree(run, copy, symlinks=True)
     (copy / "checkpoints" / "step_000003" / "README.md").write_text("mine")

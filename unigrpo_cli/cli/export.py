@@ -41,7 +41,7 @@ def export(
 
     display = Display(json=json, quiet=quiet)
     common.load_plugins(plugin, plugins_dir, display)
-    found = write(run, out, merge, base, display.warn)
+    found = write(run, out, merge, base, _draw, display.warn)
     display.say(f"{found.kind} of step {found.step} written to {found.directory}: {', '.join(found.files)}")
     if json:
         common.print_json(asdict(found))
@@ -70,7 +70,7 @@ def push(
     with TemporaryDirectory(prefix="unigrpo-push-") as temporary:
         if is_run(directory):
             place = Path(temporary) / "model"
-            write(directory, place, False, base, display.warn)
+            write(directory, place, False, base, _draw, display.warn)
         elif (directory / "README.md").is_file() and any(directory.rglob("*.safetensors")):
             place = directory
         else:
@@ -82,3 +82,11 @@ def push(
     display.say(f"pushed {', '.join(files)} to {url}")
     if json:
         common.print_json({"repo": repo, "url": url, "files": files})
+
+
+def _draw(run: Path, path: Path) -> None:
+    """The curves of a run as a picture."""
+    from unigrpo_cli.report.curves import save_curves
+    from unigrpo_cli.report.runs import read_runs
+
+    save_curves(read_runs([run]), path)

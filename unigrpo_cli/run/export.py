@@ -46,12 +46,20 @@ def is_run(directory: Path) -> bool:
     return os.path.isdir(directory / "checkpoints") or os.path.isfile(directory / STATE)
 
 
-def export(source: Path, out: Path, merge: bool, base: str | None, warn: Callable[[str], None]) -> Exported:
+def export(
+    source: Path,
+    out: Path,
+    merge: bool,
+    base: str | None,
+    draw: Callable[[Path, Path], object],
+    warn: Callable[[str], None],
+) -> Exported:
     """Write the model of a run's newest checkpoint, or of a checkpoint, to a new directory.
 
     Args:
         merge: add an adapter to its base; the changed weights are in fp32, as bf16 would round small updates away.
         base: hub id of the base, where the run started from a copy of it.
+        draw: draws the curves of a run to a file.
 
     Raises:
         UsageError: when there is no checkpoint, or `out` is there already.
@@ -83,13 +91,18 @@ def export(source: Path, out: Path, merge: bool, base: str | None, warn: Callabl
         if kind == "adapter":
             for path in partial.rglob("adapter_config.json"):
                 _name_base(path, base)
-        _write_card(partial, _described(content, checkpoint, kind, base), checkpoint.resolve().parent.parent)
+        run = checkpoint.resolve().parent.parent
+        if (run / "samples" / "progress.png").is_file():
+            shutil.copyfile(run / "samples" / "progress.png", partial / PICTURES)
+        if Run(run).metrics.is_file():
+            draw(run, partial / CURVES)
+        write_text(partial / CARD, card_of(_described(content, run, kind, base), partial))
     return Exported(str(out), kind, base, content.step, files_in(out))
 
 
-def _described(content: StateFile, checkpoint: Path, kind: str, base: str) -> Trained:
+def _described(content: StateFile, run: Path, kind: str, base: str) -> Trained:
     """What the card says: the run's files where they are there."""
-    files = Run(checkpoint.resolve().parent.parent)
+    files = Run(run)
     summary = files.summary()
     is_last = summary is not None and summary.get("steps") == content.step
     return Trained(
@@ -102,13 +115,6 @@ def _described(content: StateFile, checkpoint: Path, kind: str, base: str) -> Tr
         before=evaluation_of(files, "before"),
         after=evaluation_of(files, "after") if is_last else None,
     )
-
-
-def _write_card(directory: Path, trained: Trained, run: Path) -> None:
-    for source, name in ((run / CURVES, CURVES), (run / "samples" / "progress.png", PICTURES)):
-        if source.is_file():
-            shutil.copyfile(source, directory / name)
-    write_text(directory / CARD, card_of(trained, directory))
 
 
 def _name_base(path: Path, base: str) -> None:

@@ -147,9 +147,10 @@ def sweep_directory(out: Path | None, base: Config) -> Path:
         write_text(directory / SETTINGS, to_toml(base))
         return directory
     before = load_config(file=out / SETTINGS).model_dump(mode="json")
+    begun = any(path.is_dir() and path.name != CLAIMS for path in out.iterdir())
     harmless = (Effect.NONE, Effect.ROUNDING)
     changed = [str(change) for change in changes(before, base) if change.effect not in harmless]
-    if changed:
+    if changed and begun:
         raise UsageError(f"{out} holds a sweep with other settings ({'; '.join(changed)}); choose another --out")
     write_text(out / SETTINGS, to_toml(base))
     return out
