@@ -1,7 +1,7 @@
 "use strict";
 /* Curves, drawn by BokehJS when they come into view. */
 
-const CHARTS = { observer: null, bokeh: null };
+const CHARTS = { observer: null, bokeh: null, waiting: [], drawing: false };
 
 /** BokehJS, made to run when the first chart needs it: the rest of the page opens without waiting. */
 function bokeh() {
@@ -129,11 +129,24 @@ function chartCard(metric, options, tap) {
   CHARTS.observer ||= new IntersectionObserver((entries) => {
     for (const entry of entries.filter((e) => e.isIntersecting)) {
       CHARTS.observer.unobserve(entry.target);
-      entry.target.draw();
+      CHARTS.waiting.push(entry.target);
     }
+    drawWaiting();
   }, { rootMargin: "120px" });
   CHARTS.observer.observe(plot);
   return card;
+}
+
+/** Draw charts one after the other, each in a task of its own: the page answers in between. */
+async function drawWaiting() {
+  if (CHARTS.drawing) return;
+  CHARTS.drawing = true;
+  while (CHARTS.waiting.length) {
+    await new Promise((resolve) => { setTimeout(resolve, 20); });
+    const plot = CHARTS.waiting.shift();
+    if (plot.isConnected) await plot.draw();
+  }
+  CHARTS.drawing = false;
 }
 
 function latest(metric, options) {

@@ -22,6 +22,7 @@ async function show({ keep = false } = {}) {
   const { scrollX, scrollY } = window;
   main.replaceChildren(body);
   main.dataset.level = level;
+  performance.mark("drawn");
   if (keep) window.scrollTo(scrollX, scrollY);
   else { window.scrollTo(0, 0); main.focus({ preventScroll: true }); }
   return undefined;
