@@ -731,10 +731,10 @@ PICTURES = [
     picture("edit-bomb", lambda p: p.write_bytes(png(60_000, 60_000)), "pixels", command=GENERATE),
     picture("edit-animated", _animated, "2 pictures", command=GENERATE),
     Bad(
-        "edit-with-a-model-that-cannot-see",
-        [*GENERATE, "--image", "i.png"],
+        "asking-a-model-that-cannot-see",
+        [*GENERATE, "--image", "i.png", "--answer"],
         2,
-        ("no vision tower", "cannot be given pictures"),
+        ("no vision tower", "as latents alone"),
         with_picture,
     ),
     Bad("score-nothing", ["rewards", "score", "jpeg"], 2, ("--image", "--prompts")),
