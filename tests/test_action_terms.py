@@ -16,17 +16,21 @@ from unigrpo_cli.algo.objective import Advantages, unigrpo_loss
 
 
 @pytest.mark.parametrize("trust_region", ["ratio-norm", "ratio"])
+@pytest.mark.parametrize("map_ratio", ["none", "step", "position"])
 @pytest.mark.parametrize(("penalty", "text_kl"), [("velocity-mse", 0.3), ("latent-kl", 0.0), ("none", 0.0)])
-def test_shares_add_up_to_the_loss(trust_region: str, penalty: str, text_kl: float) -> None:
+def test_shares_add_up_to_the_loss(trust_region: str, penalty: str, text_kl: float, map_ratio: str) -> None:
     """Two images, an advantage per action, a mean over four episodes more than are here, weights that are not 1."""
     actions, new, old, _ = _case(images=2)
     own = Advantages(_random(B, L, seed=1), (_random(B, K, seed=2), _random(B, K, seed=3)))
+    if map_ratio != "none":
+        own = replace(own, maps=(_random(B, N, seed=4).abs(), _random(B, N, seed=5).abs()))
     reference = replace(old, velocities=tuple(v + 0.1 for v in old.velocities))
     wanted = replace(PAPER, text_weight=0.7, image_weight=1.3, penalty_weight=0.2)
     wanted = replace(wanted, trust_region=trust_region, penalty=penalty, text_kl=text_kl)
+    wanted = replace(wanted, map_ratio=map_ratio, image_clip=1e-4)
     total = unigrpo_loss(actions, new, old, reference, own, wanted, episodes=B + 4).total
     text = text_terms(actions, new, old, reference, own.text_BL, wanted, episodes=B + 4)
-    image = image_terms(actions, new, old, reference, torch.cat(own.images, dim=1), wanted, episodes=B + 4)
+    image = image_terms(actions, new, old, reference, own, wanted, episodes=B + 4)
     torch.testing.assert_close(text.loss.sum() + image.loss.sum(), total)
     assert text.loss.shape == actions.mask_BL.shape and image.loss.shape == (B, 2 * K)
     assert (text.loss[~actions.mask_BL] == 0).all()
@@ -45,7 +49,8 @@ def test_sides_are_those_on_which_the_gradient_is_cut() -> None:
     mask = actions.mask_BL
     assert ((leaf.log_prob_BL.grad[mask] == 0) == (text.clipped[mask] != 0)).all()
     assert (text.clipped[~mask] == 0).all() and set(text.clipped.unique().tolist()) == {-1, 0, 1}
-    image = image_terms(actions, new, old, None, advantage_B[:, None].expand(B, K), wanted, episodes=B)
+    own = Advantages(torch.zeros(B, L), (advantage_B[:, None].expand(B, K),))
+    image = image_terms(actions, new, old, None, own, wanted, episodes=B)
     for terms, clip in ((text, 0.02), (image, 1e-4)):
         ratio = terms.log_ratio.exp()
         side = (ratio > 1 + clip).int() - (ratio < 1 - clip).int()

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from unigrpo_cli.algo.objective import (
     Actions,
+    Advantages,
     Objective,
     Scores,
     log_ratio_of,
+    mapped_log_ratios,
     step_densities,
     step_log_ratios,
     step_penalties,
@@ -93,21 +95,33 @@ def image_terms(
     new: Scores,
     old: Scores,
     reference: Scores | None,
-    advantage_BK: Tensor,
+    advantages: Advantages,
     objective: Objective,
     *,
     episodes: int,
 ) -> ActionTerms:
-    """Eq 6 and 8 per step: lambda (-(min(r A, clip(r) A) - A) + penalty_weight * penalty), over K and `episodes`."""
-    log_ratio_BK = step_log_ratios(actions, new, old, objective)
+    """Eq 6 and 8 per step: lambda (-(min(r A, clip(r) A) - A) + penalty_weight * penalty), over K and `episodes`.
+
+    With a ratio for each position, a step's gain is the mean over positions, and its side that of most clipped ones.
+    """
+    log_ratio_BK, advantage_BK = mapped_log_ratios(actions, new, old, advantages, objective)
     surrogate = clipped_surrogate(log_ratio_BK, advantage_BK, objective.image_clip)
-    penalty_BK, loss_BK = None, -surrogate.gain
+    sides_BK, gain_BK = _sides(log_ratio_BK, surrogate.clipped), surrogate.gain
+    if advantages.maps and objective.map_ratio == "position":
+        sizes = [(s.t_BK.shape[1], s.x_BKND.shape[2]) for s in actions.images]
+        steps, whole = sum(k for k, _ in sizes), sum(k * n for k, n in sizes)
+        parts = [gain_BK.split([k * n for k, n in sizes], dim=1), sides_BK.split([k * n for k, n in sizes], dim=1)]
+        gains, sides = ([p.unflatten(1, size) for p, size in zip(part, sizes, strict=True)] for part in parts)
+        gain_BK = torch.cat([own.sum(dim=-1) for own in gains], dim=1) * steps / whole
+        sides_BK = torch.cat([own.sum(dim=-1).sign() for own in sides], dim=1).to(torch.int8)
+        log_ratio_BK = step_log_ratios(actions, new, old, objective)
+    penalty_BK, loss_BK = None, -gain_BK
     if objective.penalty != "none" and reference is not None:
         penalty_BK = step_penalties(actions, new, reference, objective)
         loss_BK = loss_BK + objective.penalty_weight * penalty_BK
     return ActionTerms(
         log_ratio_BK,
-        _sides(log_ratio_BK, surrogate.clipped),
+        sides_BK,
         penalty_BK,
         objective.image_weight * shares_of_mean(loss_BK, torch.ones_like(loss_BK, dtype=torch.bool), episodes),
     )

@@ -268,6 +268,7 @@ class ObjectiveTrace:
     trust_region: str
     penalty: str
     penalty_weight: FiniteFloat
+    map_ratio: str = "step"
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,8 @@ class _Seen:
             elif isinstance(plain, ImageTrace):
                 end = step + len(plain.log_prob_rollout_K)
                 own = {name: value[self.b, step:end] for name, value in self.steps.items()}
+                if maps := self.m.advantages.maps:
+                    own["advantage_KN"] = own["advantage_K"][:, None] * _on_host(maps[image][self.b])
                 update, after = (self._move(moved, image) for moved in (self.update, self.after))
                 x0 = self._data_estimates(image, plain.grid, policy)
                 plain, step = replace(plain, x0_KHWC=x0, update=update, after=after, **own), end
@@ -304,14 +306,13 @@ def _step_values(m: MicroBatch, objective: Objective, denominator: int) -> Value
     actions = m.batch.actions
     if not actions.images:
         return {}
-    advantage_BK = torch.cat(m.advantages.images, dim=1)
-    found = {"advantage_K": advantage_BK}
+    found = {"advantage_K": torch.cat(m.advantages.images, dim=1)}
     if m.old is not None and m.old.velocities:
         pairs = zip(actions.images, m.old.velocities, strict=True)
         deviations = [step_densities(s, v).std.expand(*s.t_BK.shape, 1, 1)[..., 0, 0] for s, v in pairs]
         found["std_K"] = torch.cat(deviations, dim=1)
     if m.new is not None and objective.image_weight:
-        terms = image_terms(actions, m.new, m.old_scores, m.reference, advantage_BK, objective, episodes=denominator)
+        terms = image_terms(actions, m.new, m.old_scores, m.reference, m.advantages, objective, episodes=denominator)
         found |= {"clipped_K": terms.clipped, "loss_K": terms.loss}
         found |= {} if terms.penalty is None else {"penalty_K": terms.penalty}
     return {name: _on_host(value) for name, value in found.items()}
