@@ -23,15 +23,14 @@ KEEP, WRONG, EXTRA, MISSING, CORRECT = "keep", "wrong", "extra", "missing", "cor
 
 @dataclass(frozen=True)
 class Reflection:
-    """What a text says: the scene that is seen, and the scene that it should be; both in the order of the cells."""
+    """What a text says: the scene that is seen, the scene that it should be, and whether it ends with `correct`.
+
+    Scenes are in the order of the cells. A text may contradict itself: `correct` after a change, none without it.
+    """
 
     seen: Scene
     target: Scene
-
-    @property
-    def correct(self) -> bool:
-        """Whether it says that nothing has to change."""
-        return self.seen == self.target
+    correct: bool
 
 
 def by_cell(scene: Scene) -> Scene:
@@ -59,7 +58,7 @@ def reflection_text(seen: Scene, target: Scene) -> str:
 
 
 def parse_reflection(text: str) -> Reflection | None:
-    """What a text says, or None when it is not in the grammar: also when `correct` contradicts its verdicts."""
+    """What a text says, or None when it is not in the grammar."""
     words = text.split()
     if len(words) < 3 or words[0] != THINK_OPEN or words[-1] != THINK_CLOSE:
         return None
@@ -91,8 +90,7 @@ def parse_reflection(text: str) -> Reflection | None:
                 return None
     if len({thing.cell for thing in seen + missing}) < len(seen + missing):
         return None
-    found = Reflection(by_cell(tuple(seen)), by_cell(tuple(target + missing)))
-    return found if found.correct == verdict else None
+    return Reflection(by_cell(tuple(seen)), by_cell(tuple(target + missing)), verdict)
 
 
 def _is_thing(color: str, shape: str, cell: str) -> bool:

@@ -6,7 +6,7 @@ detector its templates (`plugins/detector_shapes.py`), so "a star" means one thi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,7 @@ class Canvas:
         radius: pixels, [9].
         tint: added to a thing's colour, [9, 3].
         grain: added to all pixels, [SIZE, SIZE, 3].
+        outlines: coverages of shapes in cells that were painted before.
     """
 
     background: float
@@ -110,6 +111,7 @@ class Canvas:
     radius: Array
     tint: Array
     grain: Array
+    outlines: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False)
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Canvas:
@@ -129,8 +131,10 @@ class Canvas:
             at = CELLS.index(thing.cell)
             column, row = thing.column_row
             tile = image[CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)]
-            cx, cy = CELL / 2 + self.offset[at]
-            alpha = coverage(thing.shape, cx, cy, self.radius[at], CELL)[..., None]
+            if (thing.shape, at) not in self.outlines:
+                cx, cy = CELL / 2 + self.offset[at]
+                self.outlines[thing.shape, at] = coverage(thing.shape, cx, cy, self.radius[at], CELL)[..., None]
+            alpha = self.outlines[thing.shape, at]
             color = np.clip(np.asarray(COLORS[thing.color], np.float32) / 255 + self.tint[at], 0, 1)
             tile[:] = tile * (1 - alpha) + color.astype(np.float32) * alpha
         return (np.clip(image + self.grain, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -102,7 +102,8 @@ def degrade(
                 column, row = "abc".index(cell[0]), "123".index(cell[1])
                 tile = x[CELL * row : CELL * (row + 1), CELL * column : CELL * (column + 1)]
                 behind = np.median(border, axis=0)
-                tile[:] = behind + rng.uniform(0.14, 0.2) * (tile - behind)
+                trace = rng.uniform(20, 26) / 255  # largest contrast that is left; a detector needs 30
+                tile[:] = behind + trace / np.abs(tile - behind).max() * (tile - behind)
         case _:
             raise ValueError(f"unknown fault {fault!r}; the faults are {', '.join(FAULTS)}")
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
