@@ -31,7 +31,7 @@ from unigrpo_cli.toy.world import CELLS, Scene, Thing, parse_plan, satisfies
 from unigrpo_plugins.colors import name_color
 from unigrpo_plugins.detector_shapes import ShapesDetector
 
-WEIGHTS = Path("/work/toy/a")
+WEIGHTS = Path(__file__).parent.parent / "unigrpo_cli/toy/weights/model"
 
 
 def seen_in(image: np.ndarray) -> Scene:

@@ -1,12 +1,13 @@
-"""Pre-train the embedded model: `python -m tools.toy_model --out DIR`, an hour on one core.
+"""Pre-train the embedded model: `python -m tools.toy_model --out DIR`, two hours on one core.
 
-A supervised warm-up on the shapes world: next-token loss on plans, flow matching on pictures, one network, in three
-phases. First it learns to plan and paint well. While the learning rate falls it sees some mistakes: plans that do not
-answer the prompt, and pictures that leave out things of the plan. Last it sees many, so that it is imperfect in modes
-that it can sample around, which GRPO then sharpens. Leaving things out is one habit, whatever the plan, and the
-gradient of a hundred episodes shows it; recoloured or misplaced things are many habits (docs/log.md).
+A supervised warm-up on the shapes world: next-token loss on texts, flow matching on pictures, one network. First it
+learns to plan and paint; then, with words appended, to look at pictures, its own and given ones, to say what is wrong
+with them, and to paint again. Until then all that it is taught is true. Last it is taught mistakes: plans that do not
+answer the prompt, pictures that leave things out, verdicts that overlook. So it is imperfect in modes that it can
+sample around, which GRPO then sharpens. Leaving things out is one habit, whatever the plan, and the gradient of a
+hundred episodes shows it; recoloured or misplaced things are many habits (docs/log.md).
 
-`curve.jsonl` beside the weights is the training curve. `--start DIR` begins with the last phase.
+`curve.jsonl` beside the weights is the training curve. `--start DIR` continues from a model that can paint.
 """
 
 from __future__ import annotations
@@ -286,7 +287,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", help="a model directory to continue from: it can paint already")
-    parser.add_argument("--chapters", nargs="*", default=[c.name for c in (PAINT, LEARN, READ, SLIP, BALANCE)])
+    parser.add_argument(
+        "--only", nargs="*", default=[c.name for c in (PAINT, LEARN, READ, SLIP, BALANCE)], metavar="CHAPTER"
+    )
     parser.add_argument("--steps", type=int, help="of every chapter, for a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=WIDTH)
@@ -303,7 +306,7 @@ def main() -> None:
     for k, chapter in enumerate((PAINT, LEARN, READ, SLIP, BALANCE)):
         if chapter is LEARN:
             model = extended(model)
-        if chapter.name in args.chapters and not (chapter is PAINT and args.start):
+        if chapter.name in args.only and not (chapter is PAINT and args.start):
             steps = args.steps or chapter.steps
             model = train(model, replace(chapter, steps=steps), args.seed + k, args.out, args.report_every)
 
