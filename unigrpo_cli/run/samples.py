@@ -72,7 +72,8 @@ def save_samples(
             save_png(pixels, pictures / f"{k}.png", story)
             words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             tiles.append(tiles_of(episode, [words] if words else []))
-            weights |= _save_maps(maps[k] if maps else (), episode, k, pictures)
+            if maps:
+                weights |= _save_maps(maps[k], episode, k, pictures)
         if weights:
             save_file(weights, pictures / "maps.safetensors")
     page = sheet(sheet_rows(tiles), f"step {step}")
