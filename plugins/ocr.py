@@ -40,11 +40,14 @@ _SINGLE = re.compile(
 KINDS = {"vision-encoder-decoder": "TrOCR", "got_ocr2": "GOT-OCR2"}
 """Recognisers by `model_type`: those that read without a prompt."""
 STOP = "<|im_end|>"
+RAPID = "rapidocr"
 
 
 class OcrOptions(Options):
     recogniser: str | None = Field(
-        None, description="directory or hub id of a transformers model: TrOCR (one line of text) or GOT-OCR2 (a page)"
+        None,
+        description="`rapidocr` (its own models, on the CPU), or directory or hub id of a transformers model: TrOCR "
+        "(one line of text) or GOT-OCR2 (a page)",
     )
     precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="of the weights")
     target: Literal["first", "last", "all"] = Field("first", description="which of several quoted texts must be there")
@@ -74,7 +77,7 @@ class OcrReward:
         if self.options.recogniser is None:
             raise RewardError(
                 "reward 'ocr': name a recogniser, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
-                "or ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf"
+                "or ocr@recogniser=stepfun-ai/GOT-OCR-2.0-hf, or ocr@recogniser=rapidocr, which has its models with it"
             )
 
     def setup(self, context: RewardContext) -> None:
@@ -88,7 +91,7 @@ class OcrReward:
         assert name is not None
         self.shared = context.shared
         self.key = ("ocr", name, self.options.precision)
-        self.recogniser: Recogniser | None = context.shared.get(
+        self.recogniser: Recogniser | RapidRecogniser | None = context.shared.get(
             self.key, lambda: load_recogniser(context, name, self.options.precision)
         )
 
@@ -211,8 +214,37 @@ class Recogniser:
         return [*ends, *({turn} - {None, *ends})] or None
 
 
-def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser:
+class RapidRecogniser:
+    """PP-OCR's detection and recognition of the package rapidocr, by onnxruntime on the CPU."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def to(self, device: str) -> None:
+        """It stays on the CPU."""
+
+    def read(self, images: Sequence[Image], max_new_tokens: int) -> list[str]:
+        """The text in each picture, its lines joined by spaces."""
+        import numpy as np
+
+        found = [self.engine(np.asarray(image.convert("RGB"))[:, :, ::-1]) for image in images]  # it takes BGR
+        return [" ".join(seen.txts or ()) for seen in found]
+
+
+def _rapid() -> RapidRecogniser:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise RewardError(
+            "reward 'ocr': recogniser=rapidocr needs its package; pip install 'unigrpo-cli[ocr]'"
+        ) from error
+    return RapidRecogniser(RapidOCR(params={"Global.log_level": "error"}))  # else it reports each empty picture
+
+
+def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser | RapidRecogniser:
     """Load a recogniser of a supported kind."""
+    if name == RAPID:
+        return _rapid()
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from unigrpo_plugins.weights import cannot, dtype_of, load_processing, load_transformer

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -344,3 +346,42 @@ def test_wrong_recognisers(tmp_path: Path, trocr: Path) -> None:
         (broken / file.name).write_bytes(file.read_bytes()[: 2000 if file.suffix == ".safetensors" else None])
     with pytest.raises(RewardError, match="broken cannot be loaded"):
         OcrReward(OcrReward.Options(recogniser=str(broken))).setup(CONTEXT)
+
+
+# ----- released weights, where their package is installed
+
+
+def _rendered(text: str, blur: float = 0.0) -> Image.Image:
+    picture = Image.new("RGB", (420, 120), "white")
+    ImageDraw.Draw(picture).text((30, 30), text, font=ImageFont.load_default(44), fill="black")
+    return picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
+
+
+def test_rapidocr_scores_rendered_words_as_asked() -> None:
+    """Right, misspelt, another word, blurred beyond reading, none."""
+    pytest.importorskip("rapidocr", reason="needs the extra unigrpo-cli[ocr]")
+    reward = OcrReward(OcrReward.Options(recogniser="rapidocr"))
+    reward.setup(CONTEXT)
+    pictures = [
+        _rendered("OPENING"),
+        _rendered("OPEMING"),
+        _rendered("CLOSED"),
+        _rendered("OPENING", 14),
+        _rendered(""),
+    ]
+    samples = [
+        Sample(prompt='a sign that says "OPENING"', pixels=np.asarray(p), reasoning=None, metadata={}, id=str(k))
+        for k, p in enumerate(pictures)
+    ]
+    right, misspelt, other, blurred, none = reward.score(RewardBatch(tuple(samples))).scores
+    reward.teardown()
+    assert right == 1
+    assert 0.7 < misspelt < 1
+    assert other < 0.5
+    assert (blurred, none) == (0, 0)
+
+
+def test_a_recogniser_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(RewardError, match=r"pip install 'unigrpo-cli\[ocr\]'"):
+        OcrReward(OcrReward.Options(recogniser="rapidocr")).setup(CONTEXT)
