@@ -72,7 +72,7 @@ def save_samples(
             save_png(pixels, pictures / f"{k}.png", story)
             words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             tiles.append(tiles_of(episode, [words] if words else []))
-            if maps:
+            if maps and maps[k]:  # empty for an episode that no reward maps
                 weights |= _save_maps(maps[k], episode, k, pictures)
         if weights:
             save_file(weights, pictures / "maps.safetensors")
