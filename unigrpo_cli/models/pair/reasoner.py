@@ -180,7 +180,7 @@ class Reasoner:
         w, turns = self.words, []
         for ids, valid in zip(context.ids_BS, context.valid_BS, strict=True):
             own = ids[valid].tolist()
-            if own and w.open_id not in own:
+            if own and (w.open_id not in own or own[-len(w.after) :] == [*w.after]):  # its end may have empty thoughts
                 turns.append(own)
                 continue
             written = own[len(own) - own[::-1].index(w.open_id) :] if own else []
