@@ -144,7 +144,7 @@ def test_no_file_runs_code_when_it_is_read() -> None:
     """No pickle, no torch.load, no eval anywhere."""
     banned = ("pickle", "torch.load", "torch.save", "yaml.load(", "eval(", "exec(")
     for path in [*ROOT.glob("unigrpo_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
-        text = path.read_text().replace("network.eval()", "").replace("model.eval()", "").replace("exec_module(", "")
+        text = path.read_text().replace(".eval()", "").replace("exec_module(", "")
         assert not [word for word in banned if word in text], path
 
 
