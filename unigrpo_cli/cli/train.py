@@ -81,7 +81,7 @@ def train(
         from unigrpo_cli.run import prepare
         from unigrpo_cli.run.inputs import read_inputs
         from unigrpo_cli.run.resume import checkpoint_to_plan, run_to_resume
-        from unigrpo_cli.run.start import run_training
+        from unigrpo_cli.run.start import opened_run
 
         if dry_run:
             configuration, run, wanted = chosen()
@@ -92,7 +92,8 @@ def train(
         with join_ranks() as ranks:
             with ranks.together():
                 configuration, run, wanted = chosen()
-            summary = run_training(configuration, plugins, display, out, run, wanted, listener, ranks)
+            with opened_run(configuration, plugins, display, out, run, wanted, listener, ranks) as trainer:
+                summary = trainer.run()
     if json and rank == 0:
         common.print_json(summary)
     if summary["interrupted"]:

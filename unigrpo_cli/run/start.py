@@ -69,7 +69,8 @@ class FinishedRun:
         return self.summary
 
 
-def run_training(
+@contextmanager
+def opened_run(
     config: Config,
     plugins: Plugins,
     display: Display,
@@ -78,13 +79,14 @@ def run_training(
     wanted: Path | None,
     interrupts: Interrupts,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Train a new run in `out`, or resume the one in `directory`; the content of its summary.json."""
+) -> Iterator[Trainer | FinishedRun]:
+    """The trainer of a new run in `out`, or of the one that is resumed in `directory`."""
     if directory is None:
-        with new_run(config, plugins, display, out, interrupts, ranks) as trainer:
-            return trainer.run()
-    with resumed_run(config, plugins, display, directory, wanted, interrupts, ranks) as resumed:
-        return resumed.run()
+        opened: Any = new_run(config, plugins, display, out, interrupts, ranks)
+    else:
+        opened = resumed_run(config, plugins, display, directory, wanted, interrupts, ranks)
+    with opened as trainer:
+        yield trainer
 
 
 @contextmanager

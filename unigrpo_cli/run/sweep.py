@@ -28,7 +28,7 @@ from unigrpo_cli.run.config_diff import Effect, changes, flat
 from unigrpo_cli.run.console import Display
 from unigrpo_cli.run.directory import Run, fresh_directory, is_begun
 from unigrpo_cli.run.signals import interrupts
-from unigrpo_cli.run.start import run_training
+from unigrpo_cli.run.start import opened_run
 
 SETTINGS, ROWS, TABLE, CLAIMS = "sweep.toml", "sweep.json", "sweep.csv", ".claims"
 LONGEST_NAME = 120
@@ -237,7 +237,8 @@ def train_all(
             try:
                 with interrupts() as listener:
                     resumed = place if begun else None
-                    summary = run_training(run.config, plugins, display, place, resumed, None, listener, ranks)
+                    with opened_run(run.config, plugins, display, place, resumed, None, listener, ranks) as trainer:
+                        summary = trainer.run()
                 interrupted = summary["interrupted"]
             except (DivergedError, TooLargeError) as error:
                 if not (ranks.alone or error.everywhere):
