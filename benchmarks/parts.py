@@ -343,12 +343,12 @@ def updates(
     if bench.state is None:
         bench.state = TrainState(bench.policy, make_optimizer(bench.policy, config))
     state, objective = bench.state, objective_of(config)
-    advantage_B = torch.ones(len(episodes))
-    advantage_B[::2] = -1.0
+    advantage_BS = torch.ones(len(episodes), 2)  # of the text and the image
+    advantage_BS[::2] = -1.0
     began = clock.now()
     fixed = score_old_and_reference(bench.policy, episodes, config, objective)
     fixed_s = clock.now() - began
-    shares = with_advantages(fixed, advantage_B)
+    shares = with_advantages(fixed, advantage_BS)
     steps: list[tuple[float, float]] = []
     try:
         while len(steps) < 2 and (not steps or steps[-1][0] < clock.left_s):

@@ -18,7 +18,7 @@ from benchmarks.cases import Cases, Comparison
 from benchmarks.clock import NotMeasuredError
 from benchmarks.report import RELATIVE, Goal, Row
 from benchmarks.shapes import Size, made_up_tokenizer, random_policy
-from unigrpo_cli.algo.objective import Actions, Scores, unigrpo_loss
+from unigrpo_cli.algo.objective import Scores, per_action, unigrpo_loss
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Episode, Prompt, TextActions
@@ -110,7 +110,7 @@ class OwnSteps:
         spread = reward_PG.std(dim=1, keepdim=True) + 1e-4
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / spread).flatten()
         fixed = score_old_and_reference(self.policy, episodes, self.config, self.objective, rescore=False)
-        shares = with_advantages(fixed, advantage_B)
+        shares = with_advantages(fixed, advantage_B[:, None])
         replayed = self.clock.now()
         update(self.state, shares[0], self.objective, self.config)
         ended = self.clock.now()
@@ -300,7 +300,8 @@ def compare_losses(bench: Comparison, own: OwnSteps, theirs: TrlSteps) -> None:
 
     new = replay(own.policy, batch, image=False)
     old = Scores(old_BL, torch.zeros(shape), ())
-    loss = unigrpo_loss(Actions(mask_BL, ()), new, old, None, advantage_B, own.objective, episodes=len(episodes))
+    advantages = per_action(advantage_B[:, None], batch.actions)
+    loss = unigrpo_loss(batch.actions, new, old, None, advantages, own.objective, episodes=len(episodes))
     assert 0.05 < float(loss.means["text/clip_fraction"]) < 0.95, "the clip range must be seen at work"
     loss.total.backward()
     mine = norm_of(own.policy.network)

@@ -46,7 +46,7 @@ def test_the_embedded_model_and_our_rewards_are_sound(arguments: list) -> None:
     found = json.loads(done.stdout)
     assert [f["name"] for f in found] == [check.name for check in CHECKS]
     assert all(set(f) == {"name", "verdict", "value", "limit", "seen", "means", "remedy"} for f in found)
-    assert not [f["name"] for f in found if f["verdict"] == "skipped"]
+    assert [f["name"] for f in found if f["verdict"] == "skipped"] == ["looks"]  # one round looks at nothing
 
 
 def _flip(monkeypatch: pytest.MonkeyPatch) -> None:

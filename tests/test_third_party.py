@@ -161,4 +161,4 @@ def test_new_files_of_every_kind_pass_their_own_tests(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout

@@ -204,8 +204,8 @@ def test_the_list_is_the_configurations_own() -> None:
     assert {"sampling.sde=dance", "sampling.window=all", "train.finetune=lora"} <= set(NAMED)
     everything = [s for own in FIELDS.values() for s in own]
     assert len(everything) == len(set(everything)) > 35
-    assert sum(_config(s) == _config() for s in everything) == len(FIELDS) - 1, (
-        "train.extra_modules names none by default"
+    assert sum(_config(s) == _config() for s in everything) == len(FIELDS) - 2, (
+        "train.extra_modules and train.report_to name none by default"
     )
 
 

@@ -30,13 +30,15 @@ __all__ = [
     "reward",
 ]
 
-_READERS = {"load_episodes": "unigrpo_cli.run.episode_files", "load_traces": "unigrpo_cli.run.trace_files"}
-
 
 def __getattr__(name: str) -> Any:
     """Functions that need numpy or torch, imported when they are first asked for."""
-    if name not in _READERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    if name == "load_episodes":
+        from unigrpo_cli.run.episode_files import load_episodes
 
-    return getattr(import_module(_READERS[name]), name)
+        return load_episodes
+    if name == "load_traces":
+        from unigrpo_cli.run.trace_files import load_traces
+
+        return load_traces
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,8 +27,17 @@ from unigrpo_cli.errors import RewardError, suggest
 from unigrpo_cli.io.json import to_json
 from unigrpo_cli.io.secrets import from_environment, names_secret
 from unigrpo_cli.parallel.workers import Worker
-from unigrpo_cli.rewards.answers import Names, abstained, numbers_of, segment_scores
-from unigrpo_cli.rewards.batch import SEGMENT_KINDS, RewardBatch, RewardContext, RewardOutput, RewardResult
+from unigrpo_cli.rewards.batch import (
+    SEGMENT_KINDS,
+    Names,
+    RewardBatch,
+    RewardContext,
+    RewardOutput,
+    RewardResult,
+    abstained,
+    numbers_of,
+    segment_scores,
+)
 from unigrpo_cli.rewards.function import Options
 from unigrpo_cli.rewards.registry import Plugins, RewardEntry, WorkingDirectory, message_of
 from unigrpo_cli.rewards.spec import RewardSpec

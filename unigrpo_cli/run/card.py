@@ -36,7 +36,7 @@ USE_ADAPTER = """\
 With unigrpo (`pip install unigrpo-cli`):
 
 ```
-unigrpo generate --model {base} --adapter DIR "a red circle above a blue square"
+unigrpo generate --adapter DIR --model {base} "a red circle above a blue square"
 ```
 
 With PEFT, on the model that the base's own code builds (BAGEL: https://github.com/ByteDance-Seed/Bagel), whose names
