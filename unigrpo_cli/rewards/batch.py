@@ -1,4 +1,4 @@
-"""What a reward gets and returns, and how its answer is read as numbers. Torch is imported only when a reward uses tensors."""
+"""What a reward gets and returns, and its answer read as numbers. Torch is imported only when a reward uses tensors."""
 
 from __future__ import annotations
 
