@@ -62,6 +62,12 @@ def test_what_auto_stands_for(tmp_path: Path) -> None:
     assert len(training_prompts(chosen.prompts, chosen.eval.suite)) == 30
 
 
+def test_built_in_prompts_have_a_suite_of_their_own() -> None:
+    done = _run("train", "--reward", "edit", "--dry-run", sets=("sampling.program=edit",))
+    assert done.exit_code == 0, done.output
+    assert "too few prompts" not in done.output
+
+
 @pytest.mark.parametrize(
     ("count", "evaluated", "says"),
     [(20, 2, "18 prompts to train on, 2 held out"), (5, 5, "too few prompts to hold some out")],

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from functools import cache, partial
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -246,8 +246,14 @@ def _itself(value: Any) -> Any:
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
-    dist = point.dist
-    return (dist.name, dist.version) if dist is not None else ("unknown", "-")
+    return ("unknown", "-") if point.dist is None else _name_and_version(point.dist)
+
+
+@cache
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """Read once: each look at a distribution parses its metadata anew."""
+    metadata = distribution.metadata
+    return metadata["Name"], metadata["Version"]
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -19,6 +19,7 @@ from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.setup import reward_choices
 from unigrpo_cli.run.trackers import refuse_missing
 from unigrpo_cli.suites import SHAPES, SuiteRegistry, default_suite, training_prompts
+from unigrpo_cli.suites.prompts import TRAINING
 
 AUTO = "auto"
 
@@ -64,7 +65,7 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
     for prompt in (*prompts, *suite):
         program.refuse_missing(prompt.text, prompt.image)
     _check_rewards(config, rewards, plugins, prompts, suite)
-    if automatic and config.eval.suite != SHAPES:
+    if automatic and config.prompts not in TRAINING:
         say(_held_out_line(config, len(prompts), len(suite)))
     return Inputs(config, rewards, prompts, suite)
 
