@@ -123,7 +123,7 @@ def test_the_package_imports_no_tool() -> None:
     "arguments", [["--help"], ["train", "--help"], ["rewards", "list"], ["models", "list"], ["--version"]]
 )
 def test_help_and_listing_import_no_torch_and_take_half_a_second(arguments: list[str]) -> None:
-    """CPU seconds of a fresh process, the least of three: half a second when idle, half as much again when busy."""
+    """CPU seconds of a fresh process, the least of three: a busy machine must not decide."""
     code = (
         "import sys, time\n"
         f"sys.argv = ['unigrpo', *{arguments!r}]\n"
@@ -137,7 +137,7 @@ def test_help_and_listing_import_no_torch_and_take_half_a_second(arguments: list
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert "HEAVY []" in done.stdout, done.stdout
         seconds.append(float(done.stdout.split("SECONDS")[1]))
-    assert min(seconds) < 0.75
+    assert min(seconds) < 0.5
 
 
 def test_no_file_runs_code_when_it_is_read() -> None:

@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
@@ -17,6 +16,7 @@ import typer
 
 from unigrpo_cli.cli import completion
 from unigrpo_cli.errors import EndedElsewhereError, RewardError, UnigrpoError, UsageError, one_line
+from unigrpo_cli.io.entry_points import OURS, distribution, installed
 from unigrpo_cli.io.secrets import redacted
 from unigrpo_cli.io.stdout import stdout_to_stderr
 from unigrpo_cli.programs import PROGRAMS
@@ -294,9 +294,9 @@ def print_json(content: Any) -> None:
 
 def plugin_commands(app: typer.Typer) -> list[str]:
     """Add commands of installed plugins; returns problems, which must not stop `--help`."""
-    from unigrpo_cli.rewards.registry import NO_AUTOLOAD, PLUGIN_GROUP
+    from unigrpo_cli.rewards.registry import PLUGIN_GROUP
 
-    if not entry_points(group=PLUGIN_GROUP) or os.environ.get(NO_AUTOLOAD, "") not in ("", "0"):
+    if all(distribution(point)[0] == OURS for point in installed(PLUGIN_GROUP)):  # ours add none
         return []
     from unigrpo_cli.rewards.registry import Plugins
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache
+from importlib.metadata import Distribution, EntryPoint, entry_points
 
 OURS = "unigrpo-cli"
 NO_AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
@@ -17,7 +18,14 @@ def only_ours() -> bool:
 
 def distribution(point: EntryPoint) -> tuple[str, str]:
     """Name and version of the distribution that an entry point comes from."""
-    return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown", "-")
+    return ("unknown", "-") if point.dist is None else _name_and_version(point.dist)
+
+
+@cache
+def _name_and_version(found: Distribution) -> tuple[str, str]:
+    """Read once: each look at a distribution's name or version parses its metadata anew."""
+    metadata = found.metadata
+    return metadata["Name"], metadata["Version"]
 
 
 def installed(group: str) -> Iterator[EntryPoint]:

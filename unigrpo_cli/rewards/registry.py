@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import pluggy
 
 from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, one_line, suggest
-from unigrpo_cli.io.entry_points import NO_AUTOLOAD, OURS
+from unigrpo_cli.io.entry_points import OURS, distribution, only_ours
 from unigrpo_cli.io.secrets import redacted
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.programs import PROGRAMS
@@ -169,15 +169,15 @@ class Plugins:
 
     def load_installed(self, blocked: Set[str] = frozenset()) -> None:
         """Load installed plugins except those blocked by name; errors are kept in `rewards.problems`."""
-        only = None if os.environ.get(NO_AUTOLOAD, "") in ("", "0") else OURS
+        only = OURS if only_ours() else None
         known = {OURS}
         for point in entry_points(group=REWARD_GROUP):
-            origin, number = _distribution(point)
+            origin, number = distribution(point)
             known |= {point.name, origin, f"{origin}/{point.name}"}
             if not blocked & {point.name, origin, f"{origin}/{point.name}"} and only in (None, origin):
                 self.rewards.add_entry(RewardEntry(point.name, origin, number, load=point.load))
         for point in entry_points(group=PLUGIN_GROUP):
-            origin, number = _distribution(point)
+            origin, number = distribution(point)
             known |= {point.name, origin}
             if blocked & {point.name, origin} or only not in (None, origin):
                 continue
@@ -243,17 +243,6 @@ def message_of(error: BaseException) -> str:
 
 def _itself(value: Any) -> Any:
     return value
-
-
-def _distribution(point: EntryPoint) -> tuple[str, str]:
-    return ("unknown", "-") if point.dist is None else _name_and_version(point.dist)
-
-
-@cache
-def _name_and_version(distribution: Distribution) -> tuple[str, str]:
-    """Read once: each look at a distribution parses its metadata anew."""
-    metadata = distribution.metadata
-    return metadata["Name"], metadata["Version"]
 
 
 def _from_file(path: Path) -> ModuleType:
