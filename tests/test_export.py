@@ -146,6 +146,46 @@ def test_a_run_is_exported_and_pushed(run: Path, tmp_path: Path, standin: Hub) -
 
 
 @pytest.mark.parametrize(
+    ("more", "options", "said"),
+    [
+        (".env", [], r"\.env is no file of an export"),
+        ("credentials.json", [], r"credentials\.json is no file of an export"),
+        ("deep/er/model.safetensors", [], r"model\.safetensors is no file of an export"),
+        (".git/config.json", [], r"config\.json is no file of an export"),
+        ("reasoner/tokenizer.json", ["--base", "a/b"], "--base a/b: .* names its base"),
+    ],
+)
+def test_only_files_of_an_export_are_pushed(
+    run: Path, tmp_path: Path, standin: Hub, more: str, options: list[str], said: str
+) -> None:
+    (tmp_path / "card").mkdir()
+    unigrpo("export", run, "--out", tmp_path / "card")
+    (tmp_path / "card" / more).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "card" / more).write_text("hf_secret")
+    done = unigrpo("push", tmp_path / "card", "--repo", "me/drawn", *options)
+    assert done.exit_code == 2, done.output
+    assert re.search(said, "".join(done.stderr.splitlines()))
+    assert not standin.files
+
+
+def test_an_early_checkpoint_shows_nothing_of_later_steps(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 0.5, "reward/moody": 0.9}\n')
+    (copy / "samples" / "step_000004").mkdir()
+    drawn: list = []
+    monkeypatch.setattr("unigrpo_cli.report.curves.save_curves", lambda runs, path: drawn.extend(runs))
+    done = unigrpo("export", copy, "--out", tmp_path / "a", "--json")
+    assert done.exit_code == 0, done.output
+    assert "samples.png" not in json.loads(done.stdout)["files"]
+    assert drawn[0].curves.steps == (1, 2, 3) and [s.label for s in drawn[0].scores] == ["before"]
+    assert len(drawn[0].curves.values["reward/moody"]) == 3
+
+
+@pytest.mark.parametrize(
     ("where", "repo", "token", "code", "said"),
     [
         ("run", "me/drawn", "hf_wrong", 1, "cannot push to me/drawn .* log in with `hf auth login`"),

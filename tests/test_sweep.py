@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from tools.toy_model import build_model
 from unigrpo_cli.config import Config, load_config, to_toml
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.atomic import locked
-from unigrpo_cli.run.sweep import CLAIMS, cells_of, runs_of
+from unigrpo_cli.run.sweep import CLAIMS, cells_of, row_of, runs_of
 
 KILLER = """
     import os, signal
@@ -89,6 +90,40 @@ def test_what_cannot_be_swept(vary: list[str], seeds: list[int], said: str) -> N
         runs_of(vary, seeds, _configured)
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "names"),
+    [
+        ("advantage.discount", ["0.5"], ["discount=0.5_seed=0"]),
+        ("reward.options.moody.gain", ["-1", "1"], ["gain=-1_seed=0", "gain=1_seed=0"]),
+        ("prompts", ["a/b", "a b"], ["prompts=a-b_seed=0", r"prompts=a-b_[0-9a-f]{8}_seed=0"]),
+        ("prompts", ["a", "A"], ["prompts=a_seed=0", r"prompts=A_[0-9a-f]{8}_seed=0"]),
+        ("prompts", ["ж" * 130], [r"prompts=ж+_[0-9a-f]{8}"]),
+    ],
+)
+def test_names_keep_signs_differ_and_fit_a_file_system(key: str, values: list[str], names: list[str]) -> None:
+    runs = runs_of([f"{key}={value}" for value in values], [], _configured)
+    for run, name in zip(runs, names, strict=True):
+        assert re.fullmatch(name, run.name) and len(run.name.encode()) < 200, run.name
+    assert len({run.cell for run in runs}) == len(runs), "other values are other cells"
+
+
+@pytest.mark.parametrize("summary", [{"steps": None}, {"steps": "2"}, {"steps": 10**6, "eval_after": 3}])
+def test_a_damaged_summary_ends_no_sweep(tmp_path: Path, summary: dict) -> None:
+    (run,) = runs_of([], [], _configured)
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / "summary.json").write_text(json.dumps({"interrupted": False} | summary))
+    row = row_of(run, tmp_path)
+    assert row["state"] == ("finished" if summary["steps"] == 10**6 else "unfinished")
+    assert cells_of([row])[0]["scores"] == {}
+
+
+def test_an_unknown_program_is_found_before_the_first_run(place: Path, tmp_path: Path) -> None:
+    vary = ["--vary", "sampling.program=once", "--vary", "sampling.program=reflekt"]
+    done = unigrpo(*_sweep(place, tmp_path / "s"), *vary)
+    assert done.exit_code == 2 and "reflect" in done.stderr, done.output
+    assert not (tmp_path / "s").exists()
+
+
 def test_cells_have_mean_and_deviation_over_finished_seeds() -> None:
     rows = [{"cell": "a", "state": "finished", "eval_after": {"r": value}} for value in (0.2, 0.4, 0.9)]
     cells = cells_of([*rows, {"cell": "a", "state": "unfinished"}, {"cell": "b", "state": "failed"}])
@@ -122,6 +157,11 @@ def test_a_killed_sweep_that_is_resumed_ends_as_an_undisturbed_one(place: Path, 
     assert [line["cell"] for line in lines] == ["lr_image=0.001"] * SEEDS + ["lr_image=0.0001"] * SEEDS
     assert [int(line["seed"]) for line in lines] == [*range(SEEDS)] * 2
     assert float(lines[-1]["after/moody"]) == content["runs"][-1]["eval_after"]["moody"]
+    (killed / "lr_image=0.0001_seed=0").rename(tmp_path / "removed")
+    other = unigrpo(*_sweep(place, killed), *VARY[:2], "--seeds", "0", "--json")
+    kept = [row for row in content["runs"] if row["run"] != "lr_image=0.0001_seed=0"]
+    assert json.loads(other.stdout)["runs"] == kept, "runs of other commands stay while their directories do"
+    (tmp_path / "removed").rename(killed / "lr_image=0.0001_seed=0")
     before = {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.jsonl")}
     unigrpo(*_sweep(place, killed), *VARY)  # a finished sweep trains nothing again
     assert before == {path: path.stat().st_mtime_ns for path in killed.glob("*/metrics.jsonl")}

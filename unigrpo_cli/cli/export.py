@@ -63,7 +63,7 @@ def push(
     from unigrpo_cli.io.atomic import files_in
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.export import export as write
-    from unigrpo_cli.run.export import is_run
+    from unigrpo_cli.run.export import exported, is_run
     from unigrpo_cli.run.export import push as upload
 
     display = Display(json=json, quiet=quiet)
@@ -71,22 +71,20 @@ def push(
         if is_run(directory):
             place = Path(temporary) / "model"
             write(directory, place, False, base, _draw, display.warn)
-        elif (directory / "README.md").is_file() and any(directory.rglob("*.safetensors")):
-            place = directory
+            files = files_in(place)
         else:
-            raise UsageError(
-                f"{directory} is no run and no exported model: make one with `unigrpo export RUN --out DIR`"
-            )
+            place, files = directory, exported(directory)
+            if base is not None:
+                raise UsageError(f"--base {base}: {directory} names its base; give --base to `unigrpo export`")
         url = upload(place, repo, private)
-        files = files_in(place)
     display.say(f"pushed {', '.join(files)} to {url}")
     if json:
         common.print_json({"repo": repo, "url": url, "files": files})
 
 
-def _draw(run: Path, path: Path) -> None:
-    """The curves of a run as a picture."""
+def _draw(run: Path, path: Path, step: int) -> None:
+    """The curves of a run up to a step as a picture."""
     from unigrpo_cli.report.curves import save_curves
     from unigrpo_cli.report.runs import read_runs
 
-    save_curves(read_runs([run]), path)
+    save_curves([own.until(step) for own in read_runs([run])], path)

@@ -11,6 +11,7 @@ from unigrpo_cli.cli import common, completion
 from unigrpo_cli.cli.common import one_error_line
 from unigrpo_cli.errors import UnigrpoError
 from unigrpo_cli.parallel.launch import launched
+from unigrpo_cli.programs import PROGRAMS
 
 if TYPE_CHECKING:
     from unigrpo_cli.config import Config
@@ -52,13 +53,15 @@ def sweep(
     from unigrpo_cli.run.sweep import runs_of, seeds_of, show, sweep_directory, train_all
 
     def configured(more: list[str], seed: int | None) -> Config:
-        return load_config(
+        found = load_config(
             preset=preset,
             file=config,
             overrides=[*(overrides or []), *more],
             named={"seed": seed},
             model_defaults=model_defaults,
         )
+        PROGRAMS.find(found.sampling.program)
+        return found
 
     rank, _, _ = launched()
     display = Display(json=json, quiet=quiet, rank=rank)
@@ -75,11 +78,12 @@ def sweep(
     display.say(f"written to {directory}")
     if json:
         common.print_json(content)
-    states = [row["state"] for row in content["runs"]]
+    own = {run.name for run in runs}
+    states = [row["state"] for row in content["runs"] if row["run"] in own]
     if interrupted:
         display.say("interrupted; the same command with this --out resumes the sweep")
         raise typer.Exit(130)
     if failed := states.count("failed"):
         raise UnigrpoError(f"{failed} of {len(runs)} runs failed: see `error` in {directory / 'sweep.json'}")
     if waiting := states.count("unfinished"):
-        display.say(f"{waiting} of {len(runs)} runs are being trained by other processes")
+        display.say(f"{waiting} of {len(runs)} runs are not finished here: another process trains them, or was stopped")

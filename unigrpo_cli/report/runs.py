@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,21 @@ class ReportRun:
     settings: dict[str, Any]
     curves: Curves
     scores: tuple[Scores, ...]
+
+    def until(self, step: int) -> ReportRun:
+        """The run as it was at a step: without later points, and without scores after later ones."""
+        if not self.curves.steps or self.curves.steps[-1] <= step:
+            return self
+        count = sum(own <= step for own in self.curves.steps)
+        curves = replace(
+            self.curves,
+            steps=self.curves.steps[:count],
+            times=self.curves.times[:count],
+            values={name: values[:count] for name, values in (self.curves.values or {}).items()},
+            warnings=tuple(replace(w, last=min(w.last, step)) for w in self.curves.warnings if w.first <= step),
+            skipped=tuple(own for own in self.curves.skipped if own[0] <= step),
+        )
+        return replace(self, curves=curves, scores=tuple(s for s in self.scores if s.label != "after"))
 
     @property
     def same_setting(self) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from unigrpo_cli.config import Config
@@ -27,6 +28,12 @@ from unigrpo_cli.run.checkpoint import (
 from unigrpo_cli.run.directory import Run
 from unigrpo_cli.run.setup import load_policy, refuse_changed
 
+EXPORTED = (
+    *(CARD, CURVES, PICTURES, "*.safetensors", "*.safetensors.index.json", "*config.json", "model_index.json"),
+    *("unigrpo.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+"""Names of the files that an export has, at its top and in the folders of its networks."""
 FOR_RESUMING = {STATE, MOMENTS, GENERATORS, SUMS, CARD}
 
 
@@ -51,7 +58,7 @@ def export(
     out: Path,
     merge: bool,
     base: str | None,
-    draw: Callable[[Path, Path], object],
+    draw: Callable[[Path, Path, int], object],
     warn: Callable[[str], None],
 ) -> Exported:
     """Write the model of a run's newest checkpoint, or of a checkpoint, to a new directory.
@@ -59,7 +66,7 @@ def export(
     Args:
         merge: add an adapter to its base; the changed weights are in fp32, as bf16 would round small updates away.
         base: hub id of the base, where the run started from a copy of it.
-        draw: draws the curves of a run to a file.
+        draw: draws the curves of a run to a file, up to a step.
 
     Raises:
         UsageError: when there is no checkpoint, or `out` is there already.
@@ -92,12 +99,18 @@ def export(
             for path in partial.rglob("adapter_config.json"):
                 _name_base(path, base)
         run = checkpoint.resolve().parent.parent
-        if (run / "samples" / "progress.png").is_file():
+        if (run / "samples" / "progress.png").is_file() and _newest_samples(run) <= content.step:
             shutil.copyfile(run / "samples" / "progress.png", partial / PICTURES)
         if Run(run).metrics.is_file():
-            draw(run, partial / CURVES)
+            draw(run, partial / CURVES, content.step)
         write_text(partial / CARD, card_of(_described(content, run, kind, base), partial))
     return Exported(str(out), kind, base, content.step, files_in(out))
+
+
+def _newest_samples(run: Path) -> int:
+    """The last step whose samples `samples/progress.png` shows."""
+    names = (path.stem.removeprefix("step_") for path in (run / "samples").glob("step_*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _described(content: StateFile, run: Path, kind: str, base: str) -> Trained:
@@ -121,6 +134,26 @@ def _name_base(path: Path, base: str) -> None:
     """PEFT finds an adapter's base by this name."""
     facts = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     write_text(path, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def exported(directory: Path) -> list[str]:
+    """The files of a directory that `export` wrote.
+
+    Raises:
+        UsageError: when it is not one, or holds a file that no export has: nobody uploads a secret by mistake.
+    """
+    names = files_in(directory)
+    if CARD not in names or not any(_is_exported(name) and name.endswith(".safetensors") for name in names):
+        raise UsageError(f"{directory} is no run and no exported model: make one with `unigrpo export RUN --out DIR`")
+    if unexpected := next((name for name in names if not _is_exported(name)), None):
+        raise UsageError(f"{directory / unexpected} is no file of an export: move it elsewhere, then push again")
+    return names
+
+
+def _is_exported(name: str) -> bool:
+    *folders, last = name.split("/")
+    hidden = any(folder.startswith(".") or folder in ("runs", "checkpoints") for folder in folders)
+    return len(folders) <= 1 and not hidden and any(fnmatchcase(last, own) for own in EXPORTED)
 
 
 def push(directory: Path, repo: str, private: bool) -> str:

@@ -12,8 +12,9 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from unigrpo_cli.config import Config, load_config, to_toml
 from unigrpo_cli.errors import DivergedError, TooLargeError, UnigrpoError, UsageError, one_line, quoted
 from unigrpo_cli.io.atomic import locked, write_text
 from unigrpo_cli.io.json import to_json
+from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.parallel.ranks import Ranks
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.run.config_diff import Effect, changes, flat
@@ -32,6 +34,9 @@ from unigrpo_cli.run.start import opened_run
 
 SETTINGS, ROWS, TABLE, CLAIMS = "sweep.toml", "sweep.json", "sweep.csv", ".claims"
 LONGEST_NAME = 120
+"""Bytes of a run's name; file systems take 255."""
+LONGEST_WRITE_S = 30.0
+"""Seconds until another process has written its rows."""
 SCORES = ("eval_before", "eval_after", "intervals", "difference")
 """What a row takes over from a run's summary.json."""
 
@@ -74,6 +79,7 @@ def runs_of(
         raise UsageError(f"--seeds {','.join(map(str, seeds))}: give each seed once")
     labels = _labels(list(values))
     runs: list[SweepRun] = []
+    cells: dict[str, dict[str, Any]] = {}
     for combination in itertools.product(*values.values()):
         texts = [f"{key}={value}" for key, value in zip(values, combination, strict=True)]
         for seed in seeds or (None,):
@@ -81,6 +87,8 @@ def runs_of(
             plain = flat(config.model_dump(mode="json"))
             settings = {key: plain.get(key, text) for key, text in zip(values, combination, strict=True)}
             cell = "_".join(f"{labels[key]}={_readable(value)}" for key, value in settings.items())
+            if cells.setdefault(cell.casefold(), settings) != settings:  # other values that read alike
+                cell = f"{cell}_{_digest(to_json(settings))}"
             name = _short("_".join(filter(None, (cell, f"seed={config.seed}"))))
             runs.append(SweepRun(name, cell or "all", config.seed, settings, config))
     names = [run.name for run in runs]
@@ -123,14 +131,19 @@ def _readable(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "-".join(map(_readable, value))
-    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-") or "none"
+    return "-".join(re.sub(r"[^\w.+-]+", " ", str(value)).split()) or "none"
 
 
 def _short(name: str) -> str:
     """The name, or for one that is too long for a file system its beginning and a digest."""
-    if len(name) <= LONGEST_NAME:
+    content = name.encode()
+    if len(content) <= LONGEST_NAME:
         return name
-    return f"{name[:LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{content[:LONGEST_NAME].decode(errors='ignore')}_{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 # ----- the directory
@@ -140,12 +153,13 @@ def sweep_directory(out: Path | None, base: Config) -> Path:
     """The directory of a new sweep, or of one that is resumed.
 
     Raises:
-        UsageError: when it holds something else, or a sweep with other settings.
+        UsageError: when it holds something else, a sweep with other settings, or a damaged sweep.json.
     """
     if out is None or not (out / SETTINGS).is_file():
         directory = fresh_directory(out, "sweep")
         write_text(directory / SETTINGS, to_toml(base))
         return directory
+    _rows_in(out)
     before = load_config(file=out / SETTINGS).model_dump(mode="json")
     begun = any(path.is_dir() and path.name != CLAIMS for path in out.iterdir())
     harmless = (Effect.NONE, Effect.ROUNDING)
@@ -159,11 +173,38 @@ def sweep_directory(out: Path | None, base: Config) -> Path:
 def row_of(run: SweepRun, directory: Path, error: str | None = None) -> dict[str, Any]:
     """What `sweep.json` says of a run: its settings, its state and, once it is finished, its scores."""
     summary = Run(directory / run.name).summary()
-    finished = summary is not None and summary.get("steps", 0) >= run.config.train.steps
+    steps = None if summary is None else summary.get("steps")
+    finished = isinstance(steps, int) and steps >= run.config.train.steps
     state = "failed" if error else "finished" if finished else "unfinished"
     row = {"run": run.name, "cell": run.cell, "seed": run.seed, "settings": run.settings, "state": state}
-    scores = {key: summary.get(key) or {} for key in SCORES} if summary is not None and finished else {}
+    scores = {key: _table(summary.get(key)) for key in SCORES} if summary is not None and finished else {}
     return row | scores | ({"error": error} if error else {})
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _rows_in(directory: Path) -> list[dict[str, Any]]:
+    """The rows of `sweep.json` whose run directories are there.
+
+    Raises:
+        UsageError: when it is damaged.
+    """
+    path = directory / ROWS
+    try:
+        rows = parse_json(read_text(path))["runs"]
+        for row in rows:
+            scores = [row[key] for key in SCORES[:2]] if row["state"] == "finished" else []
+            if not all(isinstance(table, dict) for table in (row["settings"], *scores)):
+                raise ValueError(f"the row of {row['run']} has no table of settings or scores")
+            if not (isinstance(row["run"], str) and isinstance(row["cell"], str) and isinstance(row["seed"], int)):
+                raise ValueError(f"the row of {row['run']} has no name, cell and seed")
+        return [row for row in rows if (directory / row["run"]).is_dir()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error}); remove it, and the same command writes it again") from error
 
 
 def cells_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -173,7 +214,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         finished = [row for row in rows if row["cell"] == name and row["state"] == "finished"]
         scores = {}
         for reward in dict.fromkeys(reward for row in finished for reward in row["eval_after"]):
-            values = [row["eval_after"][reward] for row in finished if row["eval_after"].get(reward) is not None]
+            values = [v for row in finished if isinstance(v := row["eval_after"].get(reward), int | float)]
             if values:
                 deviation = statistics.stdev(values) if len(values) > 1 else None
                 scores[reward] = {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
@@ -192,7 +233,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         values = [row.get(f"eval_{when}", {}).get(name) for when in ("before", "after") for name in names]
         lines.writerow(
-            [row["cell"], row["seed"], row["run"], row["state"], *(row["settings"][k] for k in keys), *values]
+            [row["cell"], row["seed"], row["run"], row["state"], *(row["settings"].get(k) for k in keys), *values]
         )
     return text.getvalue()
 
@@ -273,11 +314,33 @@ def _claimed(run: SweepRun, directory: Path, ranks: Ranks, held: ExitStack) -> b
 
 
 def _write(runs: Sequence[SweepRun], directory: Path, failed: dict[str, str], ranks: Ranks) -> dict[str, Any]:
-    """Write `sweep.json` and `sweep.csv`, on the first rank."""
-    rows = [row_of(run, directory, failed.get(run.name)) for run in runs]
-    content = {"directory": str(directory), "runs": rows, "cells": cells_of(rows)}
+    """Write `sweep.json` and `sweep.csv`, on the first rank: the rows of these runs, and of those of other commands."""
+    content: dict[str, Any] = {}
     with ranks.together():
         if ranks.first:
-            write_text(directory / ROWS, to_json(content, indent=1) + "\n")
-            write_text(directory / TABLE, to_csv(rows))
+            with _writing(directory):
+                own = {run.name for run in runs}
+                earlier = [row for row in _rows_in(directory) if row["run"] not in own]
+                rows = [*earlier, *(row_of(run, directory, failed.get(run.name)) for run in runs)]
+                content = {"directory": str(directory), "runs": rows, "cells": cells_of(rows)}
+                write_text(directory / ROWS, to_json(content, indent=1) + "\n")
+                write_text(directory / TABLE, to_csv(rows))
     return content
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Hold `sweep.json` from its reading to its writing: another process may add its rows."""
+    place = directory / CLAIMS / ROWS
+    place.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + LONGEST_WRITE_S
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(place))
+                break
+            except UsageError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        yield
