@@ -239,7 +239,7 @@ def _coloured(metadata: Mapping[str, Any]) -> dict[str, int]:
     wanted: dict[str, int] = {}
     for item in metadata["include"]:
         if "color" in item:
-            wanted[item["class"]] = max(item["count"], wanted.get(item["class"], 0))
+            wanted[item["class"]] = wanted.get(item["class"], 0) + item["count"]
     return wanted
 
 

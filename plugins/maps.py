@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -27,7 +28,11 @@ class DetectorMapOptions(Options):
         "auto", description="the detector, as of `geneval`"
     )
     weights: str | None = Field(None, description="its weights, as of `geneval`")
-    wrong: float = Field(4.0, ge=0, description="weight where a thing is wrong, too many or missing")
+    wrong: float = Field(
+        4.0,
+        ge=0,
+        description="weight of wrong and surplus things; in the shapes world of missing ones too",
+    )
     thing: float = Field(2.0, ge=0, description="weight of other things; the rest has weight 1")
 
 
@@ -80,7 +85,8 @@ def _detector_maps(
         return judge
 
     judge = context.shared.get(("detector map", o.detector, o.weights), load)
-    seen = judge.objects(batch)
+    asked = tuple(replace(s, metadata={"include": ()} | dict(s.metadata)) for s in batch.samples)
+    seen = judge.objects(replace(batch, samples=asked))
     return [
         _painted(grid, sample.pixels.shape[:2], _marks(objects, sample, judge.detector_name == "shapes"), o)
         for grid, sample, objects in zip(grids, batch.samples, seen, strict=True)
@@ -97,10 +103,10 @@ def _marks(objects: Mapping[str, Sequence[DetectedObject]], sample: Sample, shap
     marks: list[Mark] = []
     right: set[int] = set()
     for item in wanted:
-        chosen = list(objects.get(item["class"], ()))[: item["count"]]
-        right |= {id(o) for o in chosen if "color" not in item or o.color == item["color"]}
-    for own in objects.values():
-        marks += [(o.box, id(o) not in right) for o in own]
+        own = [o for o in objects.get(item["class"], ()) if item.get("color") in (None, o.color) and id(o) not in right]
+        right |= {id(o) for o in own[: item["count"]]}
+    for own in map(list, objects.values()):
+        marks += [(o.box, bool(wanted) and id(o) not in right) for o in own]
     return marks + (_differences(sample) if shapes else [])
 
 

@@ -108,6 +108,7 @@ class PlanReward:
 
 def _right(text: str | None, metadata: Mapping[str, Any]) -> bool:
     from unigrpo_cli.toy.edits import edit_targets
+    from unigrpo_cli.toy.reflect import by_cell
     from unigrpo_cli.toy.restores import parse_critique, true_critique
     from unigrpo_cli.toy.world import satisfies
 
@@ -115,7 +116,7 @@ def _right(text: str | None, metadata: Mapping[str, Any]) -> bool:
     if said is None:
         return False
     if "target" in metadata:
-        return said in edit_targets(metadata)
+        return by_cell(said) in edit_targets(metadata)
     if "scene" in metadata:
         return parse_critique(text or "") == true_critique(metadata)
     return satisfies(said, metadata)

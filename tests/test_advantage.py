@@ -117,3 +117,17 @@ def test_mid_ranks() -> None:
     reward = torch.tensor([[1.0, 5.0, 5.0, 100.0]])
     ranks = group_rank(reward, torch.ones(1, 4, dtype=torch.bool))
     assert ranks.tolist() == [[0.5, 2.0, 2.0, 3.5]]  # ties, oneself included, count one half
+
+
+@pytest.mark.parametrize("how", ["gdpo", "rank"])
+@pytest.mark.parametrize("left", [2, 4, 8])
+def test_members_that_nothing_counts_do_not_inflate_the_others(how: str, left: int) -> None:
+    """As in later rounds, which only some episodes reach: those have deviation 1, however few they are."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = {name: torch.rand(4, 8, generator=generator) for name in ("a", "b")}
+    valid = {name: (torch.arange(8) < left).expand(4, 8) for name in rewards}
+    found = combined_advantage(rewards, dict.fromkeys(rewards, 1.0), valid, how=how)
+    assert found[valid["a"]].square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-4)
+    assert not found[~valid["a"]].any()
+    nobody = {name: torch.zeros(4, 8, dtype=torch.bool) for name in rewards}
+    assert not combined_advantage(rewards, dict.fromkeys(rewards, 1.0), nobody, how=how).any()

@@ -30,6 +30,7 @@ from unigrpo_cli.toy.world import Thing, plan_text
 from unigrpo_cli.train import training_step
 from unigrpo_cli.training.maps import advantage_maps
 from unigrpo_plugins import maps
+from unigrpo_plugins.geneval_rules import DetectedObject
 from unigrpo_plugins.maps import resized, salience, smoothed, unigrpo_advantage_map
 
 CONTEXT = RewardContext("cpu", 0, True, True)
@@ -216,7 +217,7 @@ def test_maps_have_mean_one_and_are_saved_with_samples(tmp_path: Path) -> None:
         prompts = [Prompt("a", "a red circle", {"include": [{"class": "circle", "color": "red", "count": 1}]})]
         done = training_step(small.state_of(config), prompts * 2, rewards, config)
         groups = done.groups[:1]
-        found = advantage_maps(flatten(groups), samples_of(groups), rewards, config)
+        found = advantage_maps(flatten(groups), samples_of(groups), rewards, config, step=0, split="train")
     for own in found:
         assert own[0].mean().item() == pytest.approx(1.0)
         assert own[0].min() >= 0
@@ -224,3 +225,23 @@ def test_maps_have_mean_one_and_are_saved_with_samples(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "step_000003" / "maps.safetensors")
     assert saved["0_1"].shape == groups[0].episodes[0].images[0].grid
     assert (tmp_path / "step_000003" / "maps" / "0_1.png").is_file()
+
+
+def _object(color: str, x: float) -> DetectedObject:
+    return DetectedObject(0.9, (x, 0.0, x + 8.0, 8.0), color, {})
+
+
+@pytest.mark.parametrize(
+    ("include", "wrong"),
+    [
+        ([{"class": "circle", "color": "red", "count": 1}, {"class": "circle", "color": "blue", "count": 1}], []),
+        ([{"class": "circle", "color": "blue", "count": 2}], [0.0]),
+        ([{"class": "circle", "count": 1}], [16.0]),  # the second is one too many
+        ([], []),  # nothing was asked for, so nothing is wrong
+    ],
+)
+def test_marks_of_the_detector_map(include: list, wrong: list[float]) -> None:
+    sample = Sample("p", np.zeros((24, 24, 3), np.uint8), None, {"include": include})
+    marks = maps._marks({"circle": [_object("red", 0.0), _object("blue", 16.0)]}, sample, False)
+    assert [box[0] for box, is_wrong in marks if is_wrong] == wrong
+    assert len(marks) == 2

@@ -388,6 +388,15 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Rows], None]], s
     return added
 
 
+def test_rows_are_stopped_by_one_value_each(tiny: MoTPolicy, own: Callable) -> None:
+    def early(rows: Rows) -> None:
+        rows.sample_image()
+        rows.stop([True])
+
+    with pytest.raises(UsageError, match="rows.stop with 1 values for"):
+        draw(tiny, replace(ROUNDS, program=own(early), rounds=1))
+
+
 def test_any_order_of_segments_is_a_program(tiny: MoTPolicy, own: Callable) -> None:
     episodes = draw(tiny, replace(ROUNDS, program=own(twice), rounds=1))
     assert {kinds(e) for e in episodes} == {(GIVEN, TEXT, TEXT, IMAGE, LOOK, IMAGE)}

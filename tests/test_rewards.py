@@ -232,6 +232,8 @@ def _faulty(answer):
         (RewardOutput([1.0] * 4, components={"part": [1e308] * 4}), "component 'part' has 1e"),
         (RewardOutput([1.0] * 4, components={"spread": [1.0] * 4}), "reward/faulty/spread is the metric of all"),
         (RewardOutput([1.0] * 4, components={"abstained": [1.0] * 4}), "choose another name"),
+        (RewardOutput([1.0] * 4, components={"round_2": [1.0] * 4}), "reward/faulty/round_2 is the metric of all"),
+        (RewardOutput([1.0] * 4, components={"text_1": [1.0] * 4}), "choose another name"),
         (RewardOutput([1.0] * 4, components={"\x1b[2J": [1.0] * 4}), "printable text"),
         (RewardOutput([1.0] * 4, components={3: [1.0] * 4}), "printable text"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from unigrpo_cli.parallel.ranks import Ranks
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.conformance import check_reward, several_round_samples
 from unigrpo_cli.rewards.gather import _arrays, _joined, _unpack
+from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 
@@ -244,3 +246,29 @@ def test_the_contract_of_a_segment_reward() -> None:
         return RewardOutput([len(own[-1]) for own in texts], segments=[{"text_1": float(shift)}] * len(texts))
 
     assert "gives the same twice" in {c.name for c in check_reward(restless) if not c.ok}
+
+
+def test_an_abstention_on_an_earlier_picture_counts() -> None:
+    """A judge without an opinion on first drafts must not leave them untrained in silence."""
+
+    @reward("drafts", range=(0, 255))
+    def drafts(pixels):
+        return [None if own[0, 0, 0] == 10 else float(own[0, 0, 0]) for own in pixels]
+
+    samples = [replace(TWO, id=f"p/{k}") for k in range(16)]
+    limits = RewardLimits(max_abstain=0.4)
+    with Scorer(parse_rewards(["drafts"]), _plugins(drafts), CONTEXT, limits) as rewards:
+        pending = rewards.start(step=0, overlap="none", every_picture=True)
+        pending.add(samples)
+        pending.submit()
+        with pytest.raises(RewardError, match="abstain"):
+            pending.finish()
+
+
+def test_a_server_that_declares_segments_must_give_them() -> None:
+    with _served("truth", truth) as server, _remote(server.url) as rewards:
+        remote = rewards.rewards[0].reward
+        ask = remote._ask
+        remote._ask = lambda *given: {k: v for k, v in ask(*given).items() if k != "segments"}
+        with pytest.raises(RewardError, match="one score, component and info row"):
+            rewards.score(EPISODES, split="train")

@@ -233,3 +233,11 @@ def test_reflections_need_no_source() -> None:
     """A program that looks at its own picture starts from none."""
     with Scorer(parse_rewards(["reflection"]), _plugins(), RewardContext("cpu", 0, True, True)) as rewards:
         rewards.check_needs([{}], has_reasoning=True, has_source=False, split="train")
+
+
+def test_an_edit_plan_may_name_things_in_any_order() -> None:
+    row = next(row for row in train_edits(40) if len(row["target"]) > 1)
+    pixels, metadata = row["image"], {key: value for key, value in row.items() if key != "image"}
+    plans = [plan_text(scene) for scene in (edit_target(row), edit_target(row)[::-1])]
+    samples = [Sample("p", pixels, plan, metadata, segments=(plan, pixels)) for plan in plans]
+    assert _scored("plan", samples).scores.tolist() == [1.0, 1.0]

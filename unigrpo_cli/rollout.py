@@ -275,6 +275,11 @@ class _Rows:
             self._append(shown)
 
     def stop(self, done: Sequence[bool]) -> None:
+        if len(done) != len(self.active):
+            raise UsageError(
+                f"sampling.program={self.sampling.program} calls rows.stop with {len(done)} values for "
+                f"{len(self.active)} rows: give one for each text of the last `rows.sample_text`"
+            )
         left = [k for k, gone in enumerate(done) if not gone]
         if len(left) < len(self.active):
             self.active = [self.active[k] for k in left]

@@ -118,7 +118,7 @@ def training_step(
     own = ranks.share(range(len(advantage_BS)), t.minibatches)
     metrics = step_metrics.rollout_metrics(groups, scored, advantage_BS, kind_BS)
     with timed(seconds, "reward"), ranks.together():
-        maps = advantage_maps(flatten(groups), samples_of(groups, step), rewards, config)
+        maps = advantage_maps(flatten(groups), samples_of(groups, step), rewards, config, step=step, split="train")
     minibatches = with_advantages(minibatches, advantage_BS[own], maps)
     minibatches = marked(minibatches, traced_groups(config, step, len(groups)), t.group_size)
 

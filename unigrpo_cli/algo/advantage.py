@@ -64,7 +64,8 @@ def combined_advantage(
 
     "sum": weighted sum of raw rewards, then `group_advantage`; right when scales are alike. A member counts
     only where every weighted reward is valid.
-    "gdpo": `group_advantage` of each reward, weighted, added, divided by the batch deviation; a reward's
+    "gdpo": `group_advantage` of each reward, weighted, added, divided by the batch deviation (root mean square over
+    members that some weighted reward counts); a reward's
     scale no longer decides its influence (so here normalize "none" means "batch").
     A member that abstains in one reward keeps the others.
     "rank": as "gdpo" with each reward first replaced by its mid-rank inside the group; immune to outliers.
@@ -87,7 +88,8 @@ def combined_advantage(
         own = group_advantage(reward, valid[name], normalize="batch" if normalize == "none" else normalize)
         terms.append(weights[name] * own)
     added = torch.stack(terms).sum(dim=0)
-    total = added / (added.square().mean().sqrt() + EPS)
+    counted = torch.stack([valid[n] for n in names]).any(dim=0)
+    total = added / (added[counted].square().mean().nan_to_num().sqrt() + EPS)
     return total if clamp is None else total.clamp(-clamp, clamp)
 
 

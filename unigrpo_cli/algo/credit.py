@@ -37,7 +37,7 @@ def reward_to_go(
         reward_BS: r of each acted segment; NaN where the reward abstained.
         given_BS: where the reward speaks of the segment at all; elsewhere r is 0.
         discount: in [0, 1].
-        rounds: R, the pictures of an episode that does not stop.
+        rounds: R, the pictures of an episode that does not stop: the most of any in the step.
     """
     picture_BS = kind_BS == IMAGE
     reward_BS = torch.where(given_BS, reward_BS.double(), 0.0)

@@ -273,9 +273,9 @@ def step_kls(actions: Actions, new: Scores, old: Scores) -> Tensor:
     )
 
 
-def _by_step(name: str, value_BK: Tensor, episodes: int) -> dict[str, Tensor]:
-    """A mean over episodes for each stochastic step, `name/step_0` being the first of the window."""
-    sums = value_BK.detach().sum(dim=0) / episodes
+def _by_step(name: str, value_BK: Tensor, actions: Actions, episodes: int) -> dict[str, Tensor]:
+    """A mean over episodes for each stochastic step of the first image, which all have; `name/step_0` is the first."""
+    sums = value_BK[:, : actions.images[0].t_BK.shape[1]].detach().sum(dim=0) / episodes
     return {f"{name}/step_{k}": value for k, value in enumerate(sums)}
 
 
@@ -323,13 +323,14 @@ def unigrpo_loss(
         means |= stats | {"image/loss": -gain}
         maxima["image/max_abs_log_ratio"] = log_ratio_BK.abs().max()
         kl_BK = step_kls(actions, new, old)
-        means |= {"image/kl_old": kl_BK.mean(dim=1).sum() / episodes} | _by_step("image/kl_old", kl_BK, episodes)
+        means["image/kl_old"] = kl_BK.mean(dim=1).sum() / episodes
+        means |= _by_step("image/kl_old", kl_BK, actions, episodes)
         if objective.penalty != "none":
             assert reference is not None
             penalty_BK = step_penalties(actions, new, reference, objective)
             penalty = penalty_BK.mean(dim=1).sum() / episodes
             total = total + objective.image_weight * objective.penalty_weight * penalty
             name = f"image/{objective.penalty}"
-            means |= {name: penalty} | _by_step(name, penalty_BK, episodes)
+            means |= {name: penalty} | _by_step(name, penalty_BK, actions, episodes)
     detached = {name: value.detach() for name, value in means.items()}
     return Loss(total, detached, {name: value.detach() for name, value in maxima.items()})

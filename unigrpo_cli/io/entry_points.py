@@ -24,8 +24,7 @@ def distribution(point: EntryPoint) -> tuple[str, str]:
 @cache
 def _name_and_version(found: Distribution) -> tuple[str, str]:
     """Read once: each look at a distribution's name or version parses its metadata anew."""
-    metadata = found.metadata
-    return metadata["Name"], metadata["Version"]
+    return found.name, found.version
 
 
 def installed(group: str) -> Iterator[EntryPoint]:

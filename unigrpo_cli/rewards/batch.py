@@ -229,6 +229,14 @@ class RewardResult:
     segments: list[dict[str, float]] = field(default_factory=list)
 
     @property
+    def opinions(self) -> NDArray[np.bool_]:
+        """Where the reward did not abstain: of each sample, or of each picture where it scored every one."""
+        import numpy as np
+
+        pictures = [x for row in self.segments for name, x in row.items() if name.startswith("image_")]
+        return np.isfinite(pictures) if pictures else self.valid
+
+    @property
     def mean(self) -> float | None:
         """Mean over valid samples; None when there is none."""
         return float(self.scores[self.valid].mean()) if self.valid.any() else None
@@ -282,7 +290,7 @@ class RewardResult:
 
 
 def rounds_of(segments: Sequence[Mapping[str, float]]) -> dict[str, NDArray[np.float64]]:
-    """Scores by round and text of episodes of several rounds, one number per episode; nothing for one round.
+    """Scores by round and text, one number per episode; no rounds where every episode has one picture.
 
     `round_k` is the score of the picture that stands after round k: an episode that stopped before keeps its last one.
     `text_k` is that of the k-th text, NaN where there is none.

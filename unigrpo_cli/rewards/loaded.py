@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 import sys
 import warnings
 from collections import deque
@@ -44,7 +45,7 @@ from unigrpo_cli.rewards.spec import RewardSpec
 
 SMALLEST_SPREAD = 1e-5
 """Ten times what is added to a group's deviation before it divides (`algo.advantage.EPS`)."""
-STANDING = ("abstained", "spread")
+STANDING = re.compile(r"abstained|spread|(round|text|image)_\d+")
 """Metrics of every reward, `reward/NAME/...`, which no component may replace."""
 RECENT = 512
 """Samples over which the share of abstentions is taken."""
@@ -285,7 +286,7 @@ class LoadedReward:
     def _component_name(self, name: Any) -> str:
         if not isinstance(name, str) or not name.isprintable() or not name.strip():
             raise RewardError(f"{self.label} has a component named {name!r}; give it a printable text as its name")
-        if name in STANDING:
+        if STANDING.fullmatch(name):
             raise RewardError(
                 f"{self.label} has a component named {name!r}, but reward/{self.alias}/{name} is the metric of all "
                 "rewards; choose another name"

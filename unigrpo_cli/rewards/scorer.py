@@ -349,7 +349,7 @@ class PendingScores:
         if self._ranks.world > 1:
             results = results_of_all(results, self._ranks, self._parts)
         with self.together():
-            self._scorer.record_abstentions({alias: result.valid for alias, result in results.items()})
+            self._scorer.record_abstentions({alias: result.opinions for alias, result in results.items()})
         return results
 
     def _score_on_first(self, own: Sequence[Sample]) -> None:

@@ -20,6 +20,7 @@ from unigrpo_cli.run.setup import reward_choices
 from unigrpo_cli.run.trackers import refuse_missing
 from unigrpo_cli.suites import SHAPES, SuiteRegistry, default_suite, training_prompts
 from unigrpo_cli.suites.prompts import TRAINING
+from unigrpo_cli.training.maps import check_map
 
 AUTO = "auto"
 
@@ -111,7 +112,8 @@ def _check_rewards(
     prompts: Sequence[Prompt],
     suite: Sequence[Prompt],
 ) -> None:
-    """Find every reward, check its options and what it needs of each prompt; set up nothing."""
+    """Find every reward and map, check options and what a reward needs of each prompt; set up nothing."""
+    check_map(config, plugins)
     embedded = config.model == EMBEDDED or Path(config.model).exists()  # a model of the hub is not; a directory may be
     context = RewardContext(device="cpu", seed=config.seed, embedded=embedded, offline=True)
     with Scorer(rewards, plugins, context, local=False) as scorer:

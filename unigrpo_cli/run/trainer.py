@@ -305,7 +305,7 @@ class Trainer:
         groups = rollout(sampler, self.shown, 1, eval_sampling(config), NO_NOISE, config.eval.seed)
         samples = samples_of(groups)
         scored = self.rewards.score(samples, step=step, split="eval")
-        maps = advantage_maps(flatten(groups), samples, self.rewards, config)
+        maps = advantage_maps(flatten(groups), samples, self.rewards, config, step=step, split="eval")
         folder = self.files.directory / "samples"
         with self.interrupts.shield():
             sheet = save_samples(groups, scored, folder, step, maps)

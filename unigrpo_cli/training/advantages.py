@@ -65,7 +65,7 @@ def advantages(
         valid_PG = {n: torch.from_numpy(s.valid).view(prompts, -1) for n, s in scored.items()}
         advantage_BS = terminal(of_groups(reward_PG, valid_PG).flatten().float(), kind_BS)
     else:
-        rounds = config.sampling.rounds
+        rounds = int((kind_BS == IMAGE).sum(dim=1).max())
         own = {n: segment_rewards(s, kind_BS) for n, s in scored.items()}
         found = {n: reward_to_go(*r, kind_BS, discount=a.discount, rounds=rounds) for n, r in own.items()}
         returns, known = ({n: pair[k] for n, pair in found.items()} for k in range(2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from unigrpo_cli.algo.credit import same_segment
+from unigrpo_cli.algo.credit import IMAGE, same_segment
 from unigrpo_cli.run.doctor.findings import Outcome, fault
 from unigrpo_cli.run.doctor.recording import Recording, label
 from unigrpo_cli.training.advantages import credit_of
@@ -69,7 +69,8 @@ def _returns(r: Recording, b: int, names: Sequence[str], s: int) -> list[float]:
     for alias, weight in r.rewards.weights.items():
         if weight:
             scores, discount = r.scores.scored[alias].segments[b], r.config.advantage.discount
-            own = return_of(scores, names, s, discount, r.config.sampling.rounds)
+            rounds = max(row.count(IMAGE) for row in r.scores.kind_BS.tolist())
+            own = return_of(scores, names, s, discount, rounds)
             found.append(own if weight > 0 else -own)
     return found
 

@@ -14,6 +14,7 @@ from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, sk
 from unigrpo_cli.run.doctor.probe_step import difference
 from unigrpo_cli.run.doctor.recording import Recording, label
 from unigrpo_cli.run.doctor.replay_checks import NO_REPLAY, no_update
+from unigrpo_cli.training.advantages import credit_of
 from unigrpo_cli.training.micro_batch import MicroBatch
 
 RESCORED = 1e-4  # a network's scores change this much with the batch they are in
@@ -80,8 +81,9 @@ def _better(r: Recording) -> Iterator[tuple[int, int]]:
     Scores of episodes scored one by one are used where there are any.
     """
     columns, resolutions = [], []
+    by_segment = {own.alias for own in r.rewards.rewards if own.segments and credit_of(r.config) == "reward-to-go"}
     for name, weight in r.rewards.weights.items():
-        if weight:
+        if weight and name not in by_segment:  # those are compared segment by segment
             scores = r.scores.alone.get(name) or r.scores.scored[name].scores.tolist()
             columns.append([weight * s for s in scores])
             resolutions.append(abs(weight) * _resolution(scores, r.scores.again.get(name)))
