@@ -98,7 +98,7 @@ class RemoteReward:
             remarks = answer.get("info") or [{}] * len(rows)
             shaped = isinstance(parts, dict) and (not scores or parts.keys() == components.keys())
             lists = [answer.get("scores"), remarks, *(parts.values() if shaped else [None])]
-            by_segment = answer.get("segments") if self.segments else [{}] * len(rows)
+            by_segment: Any = answer.get("segments") if self.segments else [{}] * len(rows)
             lists.append(by_segment)
             if not all(isinstance(values, list) and len(values) == len(rows) for values in lists):
                 raise self._malformed(f"not one score, component and info row for each of {len(rows)} samples")
