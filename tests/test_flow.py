@@ -56,6 +56,29 @@ def test_coefficients_of_the_papers_first_steps() -> None:
         assert flow.transition("flow", zero, one, t[k], t[k + 1], **at).mean.item() == pytest.approx(on_v, abs=1e-6)
 
 
+def test_the_path_that_is_learnt_is_the_one_that_is_sampled() -> None:
+    """Noise at t = 1, data at t = 0; Euler steps with its velocity stay on it, and each sees the same data."""
+    x_0, _, noise = _latents()
+    v = flow.path_velocity(x_0, noise)
+    for t, t_next in pairwise(flow.time_grid(6, shift=3.0, dtype=torch.float64)):
+        x = flow.noised(x_0, noise, t)
+        torch.testing.assert_close(flow.euler(x, v, t, t_next), flow.noised(x_0, noise, t_next))
+        torch.testing.assert_close(flow.data_estimate(x, v, t), x_0)
+    assert torch.equal(flow.noised(x_0, noise, torch.ones(())), noise)
+    assert torch.equal(flow.noised(x_0, noise, torch.zeros(())), x_0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_times_to_learn_are_logit_normal_on_the_samplers_grid(shift: float) -> None:
+    """The grid's shift of a time is the time of the shifted number: ln(t / (1 - t)) = z + ln shift."""
+    z = _latents()[0]
+    t, u = flow.logit_normal_times(z, shift), torch.sigmoid(z)
+    torch.testing.assert_close(t, shift * u / (1 + (shift - 1) * u))
+    torch.testing.assert_close(torch.logit(t) - z, torch.full_like(z, math.log(shift)))
+    with pytest.raises(ValueError, match="shift > 0"):
+        flow.logit_normal_times(z, 0.0)
+
+
 @pytest.mark.parametrize("sde", ["flow", "dance"])
 def test_log_prob_is_torchs_normal(sde: str) -> None:
     x, v, noise = _latents()

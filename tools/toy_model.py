@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tools.toy_rows import Mistakes, Mix, RowBatch, Rows
+from unigrpo_cli.algo import flow
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.codec import PixelCodec
 from unigrpo_cli.models.mot.config import MoTConfig
@@ -150,13 +151,13 @@ def losses(model: MoTPolicy, step: list[RowBatch], generator: torch.Generator) -
             t_BK = torch.sigmoid(1 + torch.randn(x_0.shape[:2], generator=generator)).clamp(0.02, 1)
             noise = torch.randn(x_0.shape, generator=generator)
             t = t_BK[..., None, None]
-            image = NoisyImage((1 - t) * x_0 + t * noise, t_BK, model.grid(*one.picture.shape[1:3]))
+            image = NoisyImage(flow.noised(x_0, noise, t), t_BK, model.grid(*one.picture.shape[1:3]))
             out = model.forward(context, one.ids, one.lengths, image)
             assert out.hidden_BLC is not None and out.velocity_BKND is not None
             logits = model.logits(out.hidden_BLC[:, :-1][one.mask])
             sums.ce = sums.ce + F.cross_entropy(logits, one.ids[:, 1:][one.mask], reduction="sum")
             sums.tokens += int(one.mask.sum())
-            sums.error = sums.error + F.mse_loss(out.velocity_BKND, noise - x_0, reduction="sum")
+            sums.error = sums.error + F.mse_loss(out.velocity_BKND, flow.path_velocity(x_0, noise), reduction="sum")
             sums.elements += x_0.numel()
             if one.kept is not None:
                 context = shown(model, out.context, one.kept, generator)

@@ -34,6 +34,31 @@ def time_grid(steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32
     return (shift * u / (1 + (shift - 1) * u)).to(dtype)
 
 
+def noised(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The straight path of flow matching (arXiv 2210.02747, 2209.03003): x_t = (1 - t) x_0 + t noise."""
+    return (1 - t) * x_0 + t * noise
+
+
+def path_velocity(x_0: Tensor, noise: Tensor) -> Tensor:
+    """The velocity of that path at any t, dx_t/dt = noise - x_0: what a network learns to predict at x_t."""
+    return noise - x_0
+
+
+def logit_normal_times(normal: Tensor, shift: float) -> Tensor:
+    """Times from standard normal numbers z: t = sigmoid(z), then the shift of the sampler's grid.
+
+    Logit-normal times teach the middle of the path, where velocities are hardest to predict, and the shift moves them
+    to where the sampler spends its steps (arXiv 2403.03206, sections 3.1 and 5.3.2). Shift s of sigmoid(z) is
+    s u / (1 + (s - 1) u) = sigmoid(z + ln s).
+
+    Raises:
+        ValueError: when `shift` <= 0.
+    """
+    if shift <= 0:
+        raise ValueError(f"logit_normal_times needs shift > 0, got {shift}")
+    return torch.sigmoid(normal + math.log(shift))
+
+
 @dataclass(frozen=True)
 class Window:
     """The contiguous steps that are stochastic, `start .. start + size - 1`; all others are Euler steps."""

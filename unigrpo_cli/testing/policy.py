@@ -289,12 +289,11 @@ def _direction(trial: Trial) -> tuple[bool, str]:
     x_BND = torch.stack([e.images[-1].latent for e in episodes]).to(policy.device)
     noise_BND = normal(1, *x_BND.shape).to(policy.device)
     t = 0.7
-    image = NoisyImage(
-        (t * noise_BND + (1 - t) * x_BND)[:, None], torch.full((len(x_BND), 1), t, device=x_BND.device), grid
-    )
+    t_B1 = torch.full((len(x_BND), 1), t, device=x_BND.device)
+    image = NoisyImage(flow.noised(x_BND, noise_BND, t_B1[..., None])[:, None], t_B1, grid)
     v = policy.forward(context, image=image).velocity_BKND
     assert v is not None
-    wanted = noise_BND - x_BND
+    wanted = flow.path_velocity(x_BND, noise_BND)
     error = float((v[:, 0] - wanted).square().mean() / wanted.square().mean())
     return error < 0.5, f"relative square error of v at t = {t}: {error:.2g}; 1 is no better than 0 everywhere"
 
