@@ -33,10 +33,13 @@ def chromium() -> Iterator[Any]:
 
 
 class Page:
-    """A page opened from disk in its own context. `trouble` are errors and requests that it made."""
+    """A page in its own context, opened from disk or at an address. `trouble` are errors and requests that it made."""
 
-    def __init__(self, browser: Any, path: Path, *, width: int = 1280, theme: str = "light", hash: str = ""):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, offline=True)
+    def __init__(self, browser: Any, page: Path | str, *, width: int = 1280, theme: str = "light", hash: str = ""):
+        address = page.as_uri() if isinstance(page, Path) else page
+        offline = isinstance(page, Path)
+        size = {"width": width, "height": 900}
+        self.context = browser.new_context(viewport=size, color_scheme=theme, offline=offline)
         self.page = self.context.new_page()
         self.page.set_default_timeout(20_000)
         self.trouble: list[str] = []
@@ -44,9 +47,9 @@ class Page:
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.trouble.append(f"alert {dialog.message}"), dialog.dismiss()))
         self.page.on(
-            "request", lambda r: self.trouble.append(r.url) if not r.url.startswith(("file:", "data:")) else None
+            "request", lambda r: self.trouble.append(r.url) if not r.url.startswith((address, "data:")) else None
         )
-        self.page.goto(f"{path.as_uri()}{hash}")
+        self.page.goto(f"{address}{hash}")
         self.level("runs" if not hash else None)
 
     def level(self, name: str | None = None) -> None:

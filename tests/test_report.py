@@ -7,18 +7,22 @@ import hashlib
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 from commands import unigrpo
 from made_run import DENOMINATOR, GROUPS, HOSTILE, LENGTH, MEMBERS, made_run, made_trace
+from matplotlib.figure import Figure
 from PIL import Image
 
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.report.build import spread_out, write_report
+from unigrpo_cli.report.curves import _draw
 from unigrpo_cli.report.page import block, document
 from unigrpo_cli.report.pictures import packed_map
 from unigrpo_cli.report.runs import MOST_POINTS, read_curves, read_runs
@@ -71,6 +75,56 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_curves(path)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "most_points", "lines", "shared"),
+    [(4000, 3999, MOST_POINTS, 1, 1999), (4001, 3999, MOST_POINTS, 1, 666), (1, 0, MOST_POINTS, 1, 0), (3, 7, 1, 2, 0)],
+)
+def test_seeds_of_other_lengths_share_steps(
+    tmp_path: Path, first: int, second: int, most_points: int, lines: int, shared: int
+) -> None:
+    members = []
+    for seed, steps in enumerate((first, second)):
+        run = made_run(tmp_path / str(seed), seed=seed, traced=(), steps=1)
+        rows = [{"step": s, "reward/clip": s} for s in range(1, steps + 1)] or [{"step": 1, "reward/clip": 0}]
+        curves = read_curves(_lines(run / "metrics.jsonl", rows), most_points)
+        members.append(replace(read_runs([run])[0], curves=curves))
+    steps = [set(run.curves.steps) for run in members]
+    assert len(steps[0] & steps[1]) >= shared
+    axes = Figure().add_subplot()
+    _draw(axes, members, "reward/clip", "#000000")
+    curves_drawn = [line for line in axes.lines if len(line.get_xdata()) and line.get_label()[0] != "_"]
+    assert len(curves_drawn) == lines, "a line and a band, or a line for each seed"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.toml", "[train]\nsteps = '5'\n"),
+        ("config.toml", "[train]\nlr_text = nan\n"),
+        ("config.toml", "[train]\nlr_text = [1.0, inf]\n"),
+        ("config.toml", "model = 1979-05-27\n"),
+        ("metrics.jsonl", '{"step": 1, "warnings": 3}\n'),
+        ("metrics.jsonl", '{"step": 1, "warnings": [["x"]]}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": 1%s}\n' % ("0" * 400)),
+        ("metrics.jsonl", '{"step": 1%s}\n' % ("0" * 400)),
+        ("metrics.jsonl", '{"step": "1"}\n'),
+        ("metrics.jsonl", "[]\n"),
+        ("eval_after.json", '{"scores": {"r": {"mean": 1, "ci95": [0, 1]}}}'),
+        ("eval_after.json", '{"n": 3, "scores": {"r": {"mean": 1, "ci95": null}}}'),
+        ("eval_after.json", '{"n": 3, "scores": {"r": 0.5}}'),
+        ("eval_after.json", '{"n": 3, "scores": {"r": {"mean": "1", "ci95": [0, 1]}}}'),
+        ("eval_after.json", "[]"),
+        ("summary.json", '{"difference": {"r": 3}}'),
+        ("eval.json", '{"n": 3, "scores": {"r": {"mean": 1, "ci95": [0, 1]}}, "compare": ["x"]}'),
+        ("eval.json", '{"n": 3, "scores": {"r": {"mean": 1, "ci95": [0, 1%s]}}}' % ("0" * 400)),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+    (made_run(tmp_path / "run", traced=()) / file).write_text(content)
+    with pytest.raises(UsageError, match=file):
+        write_report(read_runs([tmp_path / "run"]), tmp_path / "r.html")
+
+
 def test_seeds_of_one_setting_belong_together(tmp_path: Path) -> None:
     """What changes no result, and the seed, do not split; a learning rate does."""
     for name, seed, own in (("a", 0, ()), ("b", 1, ("device=cpu",)), ("c", 0, ("train.lr_text=1e-3",))):
@@ -88,7 +142,7 @@ def test_names_of_runs_are_different(tmp_path: Path) -> None:
 def test_evaluations_are_read_with_all_comparisons(tmp_path: Path) -> None:
     score = {"geneval": {"mean": 0.5, "ci95": [0.4, 0.6], "task_mean": 0.5, "n": 9}}
     difference = {"geneval": {"mean": 0.1, "ci95": [0.0, 0.2]}}
-    compare = [{"model": name, "scores": score, "difference": difference} for name in ("second", "third")]
+    compare = [{"model": name, "scores": score, "n": 9, "difference": difference} for name in ("second", "third")]
     report = {"model": "first", "scores": score, "n": 9, "compare": compare}
     (tmp_path / "eval.json").write_text(json.dumps(report))
     (run,) = read_runs([tmp_path])
@@ -234,14 +288,30 @@ def test_a_served_page_follows_the_run(server: ReportServer, tmp_path: Path) -> 
         file.write('{"step": 4, "loss": 1.0}\n')
     (run,) = json.loads(_get(server, "runs.json"))["runs"]
     assert run["curves"]["steps"] == [1, 2, 3, 4]
-    assert json.loads(_get(server, "step.json?run=0&step=1"))["step"] == 1
+    assert json.loads(_get(server, "step.json?run=run&step=1"))["step"] == 1
+
+
+def test_a_served_page_names_what_it_cannot_read_and_finds_new_runs(tmp_path: Path, server: ReportServer) -> None:
+    assert b"connect-src" in _get(server, "", Host="localhost"), "a name without a port"
+    server.paths = [tmp_path]
+    made_run(tmp_path / "жук", steps=2, traced=(2,))
+    found = json.loads(_get(server, "runs.json"))["runs"]
+    assert [run["name"] for run in found] == ["run", "жук"]
+    assert json.loads(_get(server, f"step.json?run={quote('жук')}&step=2"))["step"] == 2
+    (tmp_path / "жук" / "config.toml").write_text("[train]\nsteps = '5'\n")
+    with pytest.raises(HTTPError) as refused:
+        _get(server, "runs.json")
+    assert refused.value.code == 500
+    assert "жук/config.toml" in refused.value.read().decode()
 
 
 @pytest.mark.parametrize(
     ("path", "headers", "code"),
     [
-        ("step.json?run=0&step=2", {}, 404),
+        ("step.json?run=run&step=2", {}, 404),
         ("step.json?run=9&step=1", {}, 404),
+        ("step.json?run=-1&step=1", {}, 404),
+        ("step.json?run=0&step=1", {}, 404),
         ("step.json?run=..%2F..&step=1", {}, 404),
         ("config.toml", {}, 404),
         ("", {"Host": "evil.example"}, 403),
@@ -286,6 +356,36 @@ def test_unipo_reads_the_export(tmp_path: Path) -> None:
     assert np.exp(np.subtract(tokens["log_probs"], tokens["old_log_probs"])) == pytest.approx(trace.ratio_L, rel=1e-5)
     assert tokens["token_objective"] == pytest.approx(list(-trace.loss_L * DENOMINATOR), rel=1e-5)
     assert responses[2]["response_length"] == LENGTH
+
+
+def test_unipo_gets_every_step_of_a_long_run_and_no_reward_that_was_not_given(tmp_path: Path) -> None:
+    steps = 2 * MOST_POINTS + 1
+    run = made_run(tmp_path / "run", steps=3, traced=(1, 2, 3))
+    rows = [{"step": s, "reward/clip": 0.5, "reward/geneval": 0.1, "text/loss": 0.0} for s in range(1, steps + 1)]
+    rows[1]["reward/clip"] = None
+    rows.append({"step": steps + 1, "eval/geneval": 0.5})
+    _lines(run / "metrics.jsonl", rows)
+    done = unigrpo("report", run, "--export", "unipo", tmp_path / "data")
+    assert done.exit_code == 0, done.output
+    assert "1 steps are left out" in " ".join(done.output.split())
+    header, *entries = map(json.loads, (tmp_path / "data" / "run.jsonl").read_text().splitlines())
+    assert header["totalSteps"] == len(entries) == steps - 1
+    assert [entry["step"] for entry in entries if "prompts" in entry] == [1, 3]
+    assert {entry["metrics"]["reward"] for entry in entries} == {0.6}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--serve", "--out", "r.html"], "--out writes files"),
+        (["--serve", "--export", "unipo", "data"], "--export writes files"),
+        (["--port", "0"], "add --serve"),
+    ],
+)
+def test_options_that_exclude_each_other(tmp_path: Path, options: list[str], said: str) -> None:
+    done = unigrpo("report", made_run(tmp_path / "run", traced=()), *options)
+    assert done.exit_code == 2
+    assert said in done.output
 
 
 @pytest.mark.parametrize(("viewer", "runs", "said"), [("unipo2", 1, "unipo"), ("unipo", 2, "one run, not 2")])

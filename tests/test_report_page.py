@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.report.build import write_report
 from unigrpo_cli.report.runs import read_runs
+from unigrpo_cli.report.serve import ReportServer
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.run.setup import load_policy
 from unigrpo_cli.suites import training_prompts
@@ -99,12 +102,15 @@ def test_numbers_of_a_token_and_of_a_step(opened: Any) -> None:
     assert own.number('[data-number="ratio"]') == pytest.approx(float(text.ratio_L[2]), rel=1e-6)
     assert own.number('[data-number="change"]') == pytest.approx(float(text.change_L[2]), rel=1e-5)
     assert own.number('[data-number="push"]') == pytest.approx(float(text.change_L[2]) * episode.advantage, rel=1e-5)
-    own.page.click("#to-formula")
-    own.level("formula")
-    excess = math.expm1(float(text.log_ratio_L[2]))
-    gain = min(excess * episode.advantage, max(-0.2, min(0.2, excess)) * episode.advantage)
-    assert own.number("#recomputed") == pytest.approx(-gain / (DENOMINATOR * LENGTH), rel=1e-5)
-    assert own.number("#recomputed") == pytest.approx(own.number("#recorded"), rel=1e-4)
+    (cut,) = np.flatnonzero(text.clipped_L)
+    for k in (2, cut):
+        own.page.evaluate(f"go({{ ...place(), segment: 1, action: {k}, view: 'formula' }})")
+        own.page.wait_for_selector(f'#main[data-level="formula"] .soft:has-text("token {k} of")')
+        excess = math.expm1(float(text.log_ratio_L[k]))
+        gain = min(excess * episode.advantage, max(-0.2, min(0.2, excess)) * episode.advantage)
+        assert (gain != excess * episode.advantage) == (k == cut), "the clip binds for one of them"
+        assert own.number("#recomputed") == pytest.approx(-gain / (DENOMINATOR * LENGTH), rel=1e-5)
+        assert own.number("#recomputed") == pytest.approx(own.number("#recorded"), rel=1e-4)
 
     own = opened("#run=a&step=3&group=0&member=1&segment=2&action=1")
     assert own.number('[data-number="update_log_ratio"]') == pytest.approx(float(image.update.log_ratio_K[1]), rel=1e-6)
@@ -219,6 +225,33 @@ def test_seeds_become_a_band_and_differences_are_listed(opened: Any) -> None:
     assert "entropy text" in own.text("#warnings")
     own.page.click('#warnings a:has-text("3")')
     own.level("step")
+
+
+def test_a_served_page_says_why_it_cannot_be_drawn_and_recovers(browser: Any, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", traced=(1,))
+    metrics = (run / "metrics.jsonl").read_text()
+    server = ReportServer([tmp_path])
+    with server, ThreadPoolExecutor(1) as thread, ExitStack() as at_end:
+        at_end.callback(server.stop)
+        thread.submit(server.serve_forever, 0.02)
+        own = Page(browser, server.url, hash="#run=run&step=1")
+        followed = own.text("#footer")
+        (run / "metrics.jsonl").write_text("rubbish\n")
+        own.page.evaluate("follow()")
+        assert "metrics.jsonl, line 1" in own.text("#footer")
+        (run / "metrics.jsonl").write_text(metrics)
+        made_run(tmp_path / "later", traced=(2,))
+        damaged = tmp_path / "later" / "traces" / "step_000002" / "trace.json"
+        trace = damaged.read_text()
+        damaged.write_text("{}")
+        own.page.evaluate("follow()")
+        assert own.text("#footer") == followed
+        own.page.evaluate("go({ run: 'later', step: 2 })")
+        own.page.wait_for_selector('.note:has-text("damaged trace")')
+        damaged.write_text(trace)
+        own.page.evaluate("show()")
+        own.page.wait_for_selector('h1:has-text("Step 2")')
+        own.close()
 
 
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])

@@ -24,13 +24,16 @@ def report(
         list[Path],
         typer.Argument(metavar="RUN...", help="Directories of train, rollout or eval, or one that holds them."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The page; curves.png is written beside it.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page, report.html by default; curves.png is written beside it."),
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page to this machine instead; it follows runs that still train.")
     ] = False,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="With --serve; 0 takes a free one.")] = 0,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="With --serve; a free one by default.")
+    ] = None,
     export: Annotated[
         tuple[str, Path] | None,
         typer.Option("--export", metavar="VIEWER DIR", help="Write the text of one run for another viewer: unipo."),
@@ -46,17 +49,24 @@ def report(
 
     display = Display(json=json)
     if serve:
-        _serve(runs, port, display, json)
+        if given := [name for name, value in (("--out", out), ("--export", export)) if value is not None]:
+            raise UsageError(f"{given[0]} writes files and --serve writes none: give one of them")
+        _serve(runs, port or 0, display, json)
         return
+    if port is not None:
+        raise UsageError(f"--port {port} is for a served page: add --serve")
     from unigrpo_cli.report.runs import read_runs
 
     found = read_runs(runs)
     if export is not None:
+        if out is not None:
+            raise UsageError(f"--out {out} is for the page: --export writes into its own directory; give one of them")
         _export(found, *export, display, json)
         return
     from unigrpo_cli.report.build import write_report
     from unigrpo_cli.report.curves import save_curves
 
+    out = out or Path("report.html")
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory: give a file, e.g. --out {out / 'report.html'}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +101,9 @@ def _export(runs: list[ReportRun], viewer: str, directory: Path, display: Displa
         raise UsageError(f"--export {viewer}: {suggest(viewer, VIEWERS)}")
     if len(runs) != 1:
         raise UsageError(f"--export {viewer} takes one run, not {len(runs)}: export each into a directory of its own")
-    path = export_run(runs[0], directory)
-    display.say(f"{path}  for UNIPO's data/ folder")
+    written = export_run(runs[0], directory)
+    if written.left_out:
+        display.say(f"{written.left_out} steps are left out: a reward abstained, and UNIPO requires one")
+    display.say(f"{written.path}  for UNIPO's data/ folder")
     if json:
-        common.print_json({"export": str(path)})
+        common.print_json({"export": str(written.path), "left_out": written.left_out})

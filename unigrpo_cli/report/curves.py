@@ -17,7 +17,8 @@ MOST_PANELS, COLUMNS = 9, 3
 
 
 def save_curves(runs: Sequence[ReportRun], path: Path) -> bool:
-    """Draw rewards and distances by step. Seeds of one setting: their mean, and a band from least to largest.
+    """Draw rewards and distances by step. Seeds of one setting: their mean, and a band from least to largest; a line
+    for each where they share no step.
 
     Dots are held-out scores with 95 % intervals. Returns whether there was anything to draw.
     """
@@ -64,10 +65,13 @@ def _draw(axes, members: Sequence[ReportRun], metric: str, colour: str) -> None:
         values = (run.curves.values or {})[metric]
         tables.append({step: v for step, v in zip(run.curves.steps, values, strict=True) if v is not None})
     steps = [step for step in tables[0] if all(step in table for table in tables)]
-    label = members[0].name if len(members) == 1 else f"{members[0].name} and {len(members) - 1} more seeds"
-    values_SR = np.array([[table[step] for table in tables] for step in steps]).reshape(len(steps), len(tables))
-    axes.plot(steps, values_SR.mean(axis=1), color=colour, linewidth=1.4, label=label)
-    if len(members) > 1:
+    if len(members) == 1 or not steps:
+        for run, table in zip(members, tables, strict=True):
+            axes.plot(list(table), list(table.values()), color=colour, linewidth=1.4, label=run.name)
+    else:
+        values_SR = np.array([[table[step] for table in tables] for step in steps])
+        label = f"{members[0].name} and {len(members) - 1} more seeds"
+        axes.plot(steps, values_SR.mean(axis=1), color=colour, linewidth=1.4, label=label)
         axes.fill_between(steps, values_SR.min(axis=1), values_SR.max(axis=1), color=colour, alpha=0.2, linewidth=0)
     for run in members:
         _held_out(axes, run, metric.removeprefix("reward/"), colour)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import parse_json, read_text
-from unigrpo_cli.run.config_diff import Effect, effect_of, flat
+from unigrpo_cli.report.files import EvalFile, SummaryFile, read_json, read_rows, read_settings
+from unigrpo_cli.run.config_diff import Effect, effect_of
 
 MOST_POINTS = 2_000
 """Points of a curve on a page; of longer runs every second, third, ... step is shown."""
@@ -95,9 +94,14 @@ def read_runs(paths: Sequence[Path]) -> list[ReportRun]:
     Raises:
         UsageError: for a directory that is not one of a run, and a run that cannot be read.
     """
+    found = run_directories(paths)
+    return [_read(path, name) for path, name in zip(found, _names(found), strict=True)]
+
+
+def run_directories(paths: Sequence[Path]) -> list[Path]:
+    """The directories of `read_runs`, each once."""
     found = [own for path in paths for own in _expanded(path)]
-    distinct = list({path.resolve(): path for path in found}.values())
-    return [_read(path, name) for path, name in zip(distinct, _names(distinct), strict=True)]
+    return list({path.resolve(): path for path in found}.values())
 
 
 def kind_of(directory: Path) -> str | None:
@@ -132,17 +136,8 @@ def _read(directory: Path, name: str) -> ReportRun:
     kind = kind_of(directory)
     assert kind is not None
     curves = read_curves(directory / "metrics.jsonl") if kind == TRAIN else Curves()
-    return ReportRun(name, directory, kind, _settings(directory), curves, tuple(_scores(directory, name)))
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / "config.toml"
-    if not path.is_file():
-        return {}
-    try:
-        return flat(tomllib.loads(read_text(path)))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not readable: {error}; copy it from another run of this setting") from error
+    settings = read_settings(directory / "config.toml")
+    return ReportRun(name, directory, kind, settings, curves, tuple(_scores(directory, name)))
 
 
 def _changes_results(key: str) -> bool:
@@ -152,25 +147,24 @@ def _changes_results(key: str) -> bool:
         return True
 
 
-def read_curves(path: Path) -> Curves:
-    """All lines of a metrics.jsonl. The last one may be half written: the run may still train.
+def read_curves(path: Path, most_points: int = MOST_POINTS) -> Curves:
+    """All lines of a metrics.jsonl, thinned to `most_points` steps and the last, besides those with an evaluation.
 
     Raises:
-        UsageError: when another line is not readable.
+        UsageError: when a line but the last is not readable.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for row in _lines(path):
-        step = row.get("step")
-        if isinstance(step, int):
-            rows.setdefault(step, {}).update({k: v for k, v in row.items() if k != "step"})
+    for row in read_rows(path):
+        rows.setdefault(row["step"], {}).update(row)
     steps = sorted(rows)
-    warnings = _spans((step, rows[step].get("warnings") or ()) for step in steps)
-    skipped = tuple((step, str(rows[step]["skipped"])) for step in steps if rows[step].get("skipped"))
-    stride = max(1, math.ceil(len(steps) / MOST_POINTS))
-    kept = [s for k, s in enumerate(steps) if (len(steps) - 1 - k) % stride == 0 or _is_sparse(rows[s])]
-    names = dict.fromkeys(k for s in kept for k, v in rows[s].items() if k != "time" and _is_number(v))
-    values = {name: tuple(_number(rows[s].get(name)) for s in kept) for name in names}
-    times = [_number(rows[s].get("time")) for s in kept]
+    warnings = _spans((step, rows[step].get("warnings", ())) for step in steps)
+    skipped = tuple((step, rows[step]["skipped"]) for step in steps if rows[step].get("skipped"))
+    stride = max(1, math.ceil(len(steps) / most_points))
+    # by the number of a step, so that runs of other lengths keep the same steps
+    kept = [s for s in steps if s % stride == 0 or s == steps[-1] or _is_sparse(rows[s])]
+    names = dict.fromkeys(k for s in kept for k, v in rows[s].items() if k != "time" and isinstance(v, float))
+    values = {name: tuple(rows[s].get(name) for s in kept) for name in names}
+    times = [rows[s].get("time") for s in kept]
     start = next((t for t in times if t is not None), 0.0)
     since = tuple(None if t is None else t - start for t in times)
     return Curves(tuple(kept), since, values, tuple(warnings), skipped, stride)
@@ -181,30 +175,6 @@ def _is_sparse(row: dict[str, Any]) -> bool:
     return any(key.startswith("eval/") for key in row)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = read_text(path, 2**32)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not readable: {error}") from error
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number}: {error}; `unigrpo train --resume` repairs it") from error
-        if isinstance(row, dict):
-            yield row
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if _is_number(value) and math.isfinite(value) else None
-
-
 def _spans(current: Iterator[tuple[int, Sequence[str]]]) -> Iterator[Span]:
     """Warnings from the lists of those that hold at each step."""
     begun: dict[str, int] = {}
@@ -213,34 +183,21 @@ def _spans(current: Iterator[tuple[int, Sequence[str]]]) -> Iterator[Span]:
         for text in [text for text in begun if text not in texts]:
             yield Span(text, begun.pop(text), before)
         for text in texts:
-            begun.setdefault(str(text), step)
+            begun.setdefault(text, step)
         before = step
     for text, first in begun.items():
         yield Span(text, first, before)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run; {} where there is no such file."""
-    try:
-        found = parse_json(read_text(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not readable: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
 def _scores(directory: Path, name: str) -> Iterator[Scores]:
     """Evaluations in a directory: of a run before and after it, of `unigrpo eval` one for each model."""
-    difference = _json(directory / "summary.json").get("difference")
+    difference = read_json(directory / "summary.json", SummaryFile).get("difference")
     for file, label in (("eval_before.json", "before"), ("eval_after.json", "after")):
-        if (report := _json(directory / file)).get("scores"):
+        if report := read_json(directory / file, EvalFile):
             paired = difference if label == "after" and difference else None
             yield Scores(label, report["scores"], report["n"], "before" if paired else None, paired)
-    if (report := _json(directory / "eval.json")).get("scores"):
-        model = str(report.get("model", name))
+    if report := read_json(directory / "eval.json", EvalFile):
+        model = report["model"] or name
         yield Scores(model, report["scores"], report["n"])
-        compared = report.get("compare") or []
-        for other in compared if isinstance(compared, list) else [compared]:
-            paired = other.get("difference") or report.get("difference")
-            yield Scores(str(other["model"]), other["scores"], other.get("n", report["n"]), model, paired)
+        for other in report["compare"]:
+            yield Scores(other["model"], other["scores"], other["n"], model, other["difference"])

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 from unigrpo_cli.errors import UnigrpoError, UsageError, one_line
 from unigrpo_cli.report.content import runs_content
 from unigrpo_cli.report.page import document
-from unigrpo_cli.report.runs import read_runs
+from unigrpo_cli.report.runs import read_runs, run_directories
 from unigrpo_cli.report.steps import step_content
 from unigrpo_cli.report.traced import load_step, traced_steps
 
@@ -48,33 +48,36 @@ class ReportServer(ThreadingHTTPServer):
         return "".join(document("unigrpo", [], served=True))
 
     def runs_json(self) -> str:
-        """All runs; read again only when a file of them is another one than before."""
+        """All runs; read again only when there are others, or a file of one is another than before."""
         with self.reading:
-            state = [_state(run.directory) for run in self.runs]
+            state = self._state()
             if self.known is None or self.known[0] != state:
                 self.runs = read_runs(self.paths)
                 content = runs_content(self.runs, [traced_steps(run) for run in self.runs], [])
                 content["footer"] = "Served from this machine; the page follows runs that still train."
-                state = [_state(run.directory) for run in self.runs]
                 self.known = state, json.dumps(content, allow_nan=False)
             return self.known[1]
 
     def step_json(self, query: dict[str, list[str]]) -> str | None:
-        """A traced step; None when there is none of that number."""
+        """A traced step of a run by its name; None when there is none of that number."""
         try:
-            run, step = self.runs[int(query["run"][0])], int(query["step"][0])
-        except (KeyError, ValueError, IndexError):
+            name, step = query["run"][0], int(query["step"][0])
+        except (KeyError, ValueError):
             return None
-        if step not in traced_steps(run):
+        run = next((own for own in self.runs if own.name == name), None)
+        if run is None or step not in traced_steps(run):
             return None
         return json.dumps(step_content(load_step(run, step)), allow_nan=False)
+
+    def _state(self) -> list[Any]:
+        return [(directory, _files(directory)) for directory in run_directories(self.paths)]
 
     def stop(self) -> None:
         """End `serve_forever` soon, from any thread or signal."""
         threading.Thread(target=self.shutdown, daemon=True).start()
 
 
-def _state(directory: Path) -> list[tuple[int, int] | None]:
+def _files(directory: Path) -> list[tuple[int, int] | None]:
     """Times and sizes of the files that a report reads."""
     found: list[tuple[int, int] | None] = []
     for name in WATCHED:
@@ -90,7 +93,7 @@ class _Exchange(BaseHTTPRequestHandler):
     server: ReportServer
 
     def do_GET(self) -> None:
-        if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):  # another site's name for us
+        if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):  # another site's name for us
             self.send_error(403)
             return
         address = urlsplit(self.path)
@@ -101,14 +104,17 @@ class _Exchange(BaseHTTPRequestHandler):
                 "/step.json": lambda: self.server.step_json(parse_qs(address.query)),
             }.get(address.path, lambda: None)()
         except UnigrpoError as error:
-            self.send_error(500, one_line(str(error)))
+            self._answer(500, "text/plain", one_line(str(error)))
             return
         if body is None:
             self.send_error(404)
             return
-        content = body.encode()
-        self.send_response(200)
-        self.send_header("Content-Type", f"{'text/html' if address.path == '/' else 'application/json'}; charset=utf-8")
+        self._answer(200, "text/html" if address.path == "/" else "application/json", body)
+
+    def _answer(self, status: int, kind: str, body: str) -> None:
+        content = body.encode(errors="replace")
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")

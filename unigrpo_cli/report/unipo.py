@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.atomic import new_file
 from unigrpo_cli.io.json import to_json
-from unigrpo_cli.report.runs import ReportRun
+from unigrpo_cli.report.runs import ReportRun, read_curves
 from unigrpo_cli.report.steps import total
 from unigrpo_cli.report.traced import load_step, traced_steps
 from unigrpo_cli.run.trace_types import EpisodeTrace, GroupTrace, StepTrace, TextTrace
@@ -31,24 +33,45 @@ METRICS = {
 SECTIONS = ("train.", "objective.", "advantage.", "sampling.")
 
 
-def export_run(run: ReportRun, directory: Path) -> Path:
+@dataclass(frozen=True)
+class UnipoExport:
+    """The file, and the steps that it lacks: a reward abstained for all of their episodes."""
+
+    path: Path
+    left_out: int
+
+
+def export_run(run: ReportRun, directory: Path) -> UnipoExport:
     """Write `RUN.jsonl` into a directory: the header, then a line per step, with tokens where the step was traced.
+
+    UNIPO requires a reward of each step and answer, so those whose reward abstained are left out.
 
     Raises:
         UsageError: when the run has no traced text.
     """
-    steps = traced_steps(run)
-    if not steps or not run.curves.steps:
+    traced = traced_steps(run)
+    if not traced or not run.curves.steps:
         raise UsageError(f"{run.directory} has no traces of training: train with train.trace_every above 0")
+    weights = load_step(run, traced[0]).reward_weights
+    rows = _trained(run)
+    steps = {step: metrics for step, row in rows.items() if (metrics := _metrics(row, weights)) is not None}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{run.directory.resolve().name}.jsonl"
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for line in _lines(run, set(steps)):
+        for line in _lines(run, steps, set(traced)):
             file.write(to_json(line) + "\n")
-    return path
+    return UnipoExport(path, len(rows) - len(steps))
 
 
-def _lines(run: ReportRun, traced: set[int]) -> Iterator[dict[str, Any]]:
+def _trained(run: ReportRun) -> dict[int, dict[str, float]]:
+    """The metrics of all steps that made an update of text."""
+    curves = read_curves(run.directory / "metrics.jsonl", most_points=sys.maxsize)
+    named = (curves.values or {}).items()
+    rows = {s: {name: v for name, own in named if (v := own[k]) is not None} for k, s in enumerate(curves.steps)}
+    return {step: row for step, row in rows.items() if "text/loss" in row}
+
+
+def _lines(run: ReportRun, steps: Mapping[int, dict[str, float]], traced: set[int]) -> Iterator[dict[str, Any]]:
     settings = run.settings
     names = settings.get("reward.names", [])
     yield {
@@ -57,37 +80,38 @@ def _lines(run: ReportRun, traced: set[int]) -> Iterator[dict[str, Any]]:
         "task": "reasoning before an image",
         "dataset": str(settings.get("prompts", "")),
         "reward_strategy": " + ".join(map(str, names)) if isinstance(names, list) else str(names),
-        "totalSteps": len(run.curves.steps),
+        "totalSteps": len(steps),
         "model_name": settings.get("model", ""),
         "reference_model_name": settings.get("model", ""),
         "hparams": {key: value for key, value in settings.items() if key.startswith(SECTIONS)},
     }
-    weights = load_step(run, min(traced)).reward_weights
-    for k, step in enumerate(run.curves.steps):
-        row = {name: v for name, values in (run.curves.values or {}).items() if (v := values[k]) is not None}
-        if "text/loss" not in row:  # a line of an evaluation alone, or a step that made no update
-            continue
+    for step, metrics in steps.items():
         prompts = {}
         if step in traced:
             trace = load_step(run, step)
-            prompts = {"prompts": [_prompt(trace, g, group) for g, group in enumerate(trace.groups)]}
+            found = [_prompt(trace, g, group) for g, group in enumerate(trace.groups)]
+            prompts = {"prompts": [prompt for prompt in found if prompt["responses"]]}
         first = {"type": "step", "step": step, "is_first_step_after_rollout_phase": True}
-        yield first | {"metrics": _metrics(row, weights)} | prompts
+        yield first | {"metrics": metrics} | prompts
 
 
-def _metrics(row: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """A step's metrics; `policy_objective` and `reward` are those that UNIPO requires."""
-    rewards = {name.removeprefix("reward/"): value for name, value in row.items() if name.startswith("reward/")}
-    required = {"policy_objective": -row["text/loss"], "reward": total(rewards, weights) or 0.0}
+def _metrics(row: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float] | None:
+    """A step's metrics with the two that UNIPO requires; None when a reward abstained."""
+    reward = total({name.removeprefix("reward/"): v for name, v in row.items() if name.startswith("reward/")}, weights)
+    if reward is None:
+        return None
+    required = {"policy_objective": -row["text/loss"], "reward": reward}
     return required | {METRICS.get(name, name): value for name, value in row.items()}
 
 
 def _prompt(trace: StepTrace, g: int, group: GroupTrace) -> dict[str, Any]:
-    responses = [_response(f"step{trace.step}_p{g}_sample{e.member}", e, trace) for e in group.episodes]
+    rewards = [(e, total(e.rewards, trace.reward_weights)) for e in group.episodes]
+    name = f"step{trace.step}_p{g}_sample"
+    responses = [_response(f"{name}{e.member}", e, reward, trace) for e, reward in rewards if reward is not None]
     return {"prompt": group.prompt, "responses": responses}
 
 
-def _response(name: str, episode: EpisodeTrace, trace: StepTrace) -> dict[str, Any]:
+def _response(name: str, episode: EpisodeTrace, reward: float, trace: StepTrace) -> dict[str, Any]:
     texts = [segment for segment in episode.segments if isinstance(segment, TextTrace)]
     strings = [s for text in texts for s in text.tokens or tuple(f"[{number}]" for number in text.ids_L)]
     columns = {
@@ -103,7 +127,7 @@ def _response(name: str, episode: EpisodeTrace, trace: StepTrace) -> dict[str, A
         measured["token_objective"] = [-share * trace.denominator for share in _joined(losses)]
     return {
         "id": name,
-        "reward": total(episode.rewards, trace.reward_weights),
+        "reward": reward,
         "advantage": episode.advantage,
         "response_text": "\n\n".join(text.text for text in texts),
         "response_length": len(strings),

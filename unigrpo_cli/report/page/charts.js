@@ -80,7 +80,7 @@ function warningsOf(metric, runs) {
   return runs.filter((run) => run.shown).flatMap((run) => run.curves.warnings.filter((w) => parts.includes(w.text.split(" ").pop())));
 }
 
-function draw(element, metric, options, tap) {
+async function draw(element, metric, options, tap) {
   const B = bokeh();
   const css = getComputedStyle(document.documentElement);
   const ink = css.getPropertyValue("--soft").trim(), line = css.getPropertyValue("--line").trim();

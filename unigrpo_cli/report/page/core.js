@@ -42,27 +42,39 @@ function num(value, { digits = 4, sign = false } = {}) {
 
 /* ---- data: one JSON block for all runs, one for each traced step; a server gives the same by address ---- */
 
-const RUNS = { content: null };
+const RUNS = { text: null, content: null, drawn: null };
 const SERVED = document.documentElement.dataset.served === "1" || Boolean(document.getElementById("data-served"));
 const cache = new Map();
 
 function blockOf(id) {
   const node = document.getElementById(id);
-  return node ? JSON.parse(node.textContent) : null;
+  return node ? node.textContent : null;
 }
 
+/** What the server answers; null where it has no such thing. An error holds the server's words. */
+async function asked(address) {
+  const answer = await fetch(address, { cache: "no-store" }).catch(() => { throw new Error("The server does not answer: the page shows its last state."); });
+  if (answer.status === 404) return null;
+  if (!answer.ok) throw new Error(await answer.text());
+  return answer.text();
+}
+
+/** Read all runs. Where they are others than before, steps are read again too. */
 async function loadRuns() {
-  RUNS.content = SERVED ? await (await fetch("runs.json", { cache: "no-store" })).json() : blockOf("data-runs");
-  return RUNS.content;
+  const text = SERVED ? await asked("runs.json") : blockOf("data-runs");
+  if (text === RUNS.text) return;
+  Object.assign(RUNS, { text, content: JSON.parse(text) });
+  cache.clear();
 }
 
 /** The content of a traced step; null where it is not in this page. */
 async function loadStep(run, step) {
-  const key = `${run}-${step}`;
+  const key = `${step} ${run.name}`;
   if (!cache.has(key)) {
     if (cache.size > 24) cache.clear();
-    const found = SERVED ? await fetch(`step.json?run=${run}&step=${step}`).then((r) => (r.ok ? r.json() : null)) : blockOf(`data-step-${key}`);
-    cache.set(key, found);
+    const found = SERVED ? await asked(`step.json?run=${encodeURIComponent(run.name)}&step=${step}`) : blockOf(`data-step-${RUNS.content.runs.indexOf(run)}-${step}`);
+    if (found === null) return null;
+    cache.set(key, JSON.parse(found));
   }
   return cache.get(key);
 }

@@ -28,7 +28,7 @@ function equation(label, left, ...rights) {
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const sum = (values) => values.reduce((total, v) => total + v, 0);
 
-/** The default action: the token or step with the largest share of the loss, or the first one. */
+/** The default action: the token with the largest push, or largest log-probability where none was measured; else the first action. */
 function defaultAction(episode) {
   let best = null;
   episode.segments.forEach((segment, s) => {

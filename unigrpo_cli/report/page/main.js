@@ -14,14 +14,16 @@ async function show({ keep = false } = {}) {
   if (level === "runs") body = levelRuns();
   else {
     if (!run.traced.includes(where.step) && run.traced.length) { go({ ...where, step: nearest(run.traced, where.step) }, true); return show({ keep }); }
-    const content = await loadStep(RUNS.content.runs.indexOf(run), where.step);
-    if (!content) body = h("p", { class: "note" }, visible(run.traced.length ? `Step ${where.step} is not in this page.` : `${run.name} has no traces: train with train.trace_every above 0.`));
+    let content = null, missing = run.traced.length ? `Step ${where.step} is not in this page.` : `${run.name} has no traces: train with train.trace_every above 0.`;
+    try { content = await loadStep(run, where.step); } catch (error) { missing = error.message; }
+    if (!content) body = h("p", { class: "note" }, visible(missing));
     else body = { step: levelStep, episode: levelEpisode, formula: levelFormula }[level](where, run, content);
   }
   if (addressOf(where) !== addressOf(place())) return undefined; // the address changed while a step was read
   const { scrollX, scrollY } = window;
   main.replaceChildren(body);
   main.dataset.level = level;
+  RUNS.drawn = RUNS.text;
   performance.mark("drawn");
   if (keep) window.scrollTo(scrollX, scrollY);
   else { window.scrollTo(0, 0); main.focus({ preventScroll: true }); }
@@ -60,7 +62,8 @@ async function step(direction, shift) {
     if (run.traced[at] !== undefined) go({ ...where, step: run.traced[at], segment: undefined, action: undefined });
     return;
   }
-  const content = await loadStep(RUNS.content.runs.indexOf(run), where.step);
+  const content = await loadStep(run, where.step).catch(() => null);
+  if (!content) return;
   if (level === "episode") {
     const target = neighbours(where, content)[direction < 0 ? 0 : 1];
     if (target) go(target);
@@ -137,24 +140,29 @@ function toggleTheme() {
 
 /* ---- start ---- */
 
+/** Read the runs again and draw what changed; the footer says why that could not be. */
 async function follow() {
-  const before = JSON.stringify(RUNS.content);
-  await loadRuns();
-  if (JSON.stringify(RUNS.content) !== before && document.activeElement !== document.getElementById("search")) await show({ keep: true });
+  let footer;
+  try {
+    await loadRuns();
+    if (RUNS.text !== RUNS.drawn && document.activeElement !== document.getElementById("search")) await show({ keep: true });
+    footer = RUNS.content.footer;
+  } catch (error) { footer = error.message; }
+  document.getElementById("footer").textContent = visible(footer);
 }
 
 async function start() {
   const preferred = matchMedia("(prefers-color-scheme: dark)");
   setTheme(stored() || (preferred.matches ? "dark" : "light"));
   preferred.addEventListener("change", () => { if (!stored()) { setTheme(preferred.matches ? "dark" : "light"); show({ keep: true }); } });
-  await loadRuns();
+  try { await loadRuns(); } catch (error) { main.replaceChildren(h("p", { class: "note" }, visible(error.message))); return; }
   document.getElementById("footer").textContent = RUNS.content.footer;
   document.getElementById("theme").addEventListener("click", toggleTheme);
   document.getElementById("keys").addEventListener("click", help);
   document.getElementById("skip").addEventListener("click", (event) => { event.preventDefault(); main.focus(); });
   window.addEventListener("hashchange", () => show());
   await show();
-  if (SERVED) setInterval(() => follow().catch(() => { document.getElementById("footer").textContent = "The server does not answer: the page shows its last state."; }), FOLLOW_MS);
+  if (SERVED) setInterval(follow, FOLLOW_MS);
 }
 
 start();
