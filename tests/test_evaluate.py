@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.evaluate import bootstrap, compare, limited, load_report, summarise
+from unigrpo_cli.evaluate import bootstrap, compare, limited, load_report, resampled, summarise
 
 
 def _summary(values: np.ndarray, tasks: list[str] | None = None, texts: list[str] | None = None):
@@ -39,6 +39,15 @@ def test_images_of_one_prompt_do_not_count_as_many() -> None:
     alone = bootstrap(values[::10], texts[::10], seed=1)
     assert (low, high) == pytest.approx(alone)
     assert high - low > 0.5
+
+
+def test_pictures_that_share_an_instruction_count_each() -> None:
+    """400 pictures to restore have one text, the empty one: the interval is that of 400 prompts, not of one."""
+    source = np.zeros((4, 4, 3), np.uint8)
+    prompts = [Prompt(str(k), "", {}, image=source) for k in range(400)]
+    low, high = bootstrap(np.tile([0.0, 1.0], 200), [resampled(p) for p in prompts], seed=1)
+    assert high - low == pytest.approx(2 * 0.049, abs=0.012)
+    assert resampled(Prompt("a#2", "a", {})) == "a"
 
 
 def test_means_by_image_and_by_task() -> None:

@@ -45,8 +45,8 @@ class Evaluation:
     """Scores of one policy on one suite.
 
     `values` holds the raw scores by reward, one per episode in the order of `prompt_ids`, NaN where a reward
-    abstained. `noise` is everything besides the policy that decides the samples (seed, samples, sampling);
-    evaluations with equal noise are paired by `compare`.
+    abstained; `texts` are the units that its intervals resample (`resampled`). `noise` is everything besides the policy
+    that decides the samples (seed, samples, sampling); evaluations with equal noise are paired by `compare`.
     """
 
     scores: dict[str, Estimate]
@@ -191,7 +191,7 @@ def evaluate(
             by_segment[name] += own.segments
         on_groups(groups, scored)
     tasks = np.array([task_of(p) for p in prompts for _ in range(samples)])
-    texts = [p.text for p in prompts for _ in range(samples)]
+    texts = [resampled(p) for p in prompts for _ in range(samples)]
     ids = [p.id for p in prompts for _ in range(samples)]
     told = ranks.gather([{n: np.concatenate([*parts, []]).tolist() for n, parts in values.items()}, by_segment])
     joined: dict[str, NDArray[np.float64]] = {}
@@ -249,6 +249,14 @@ def summarise(
             interval = bootstrap(own, texts, noise["seed"])
             scores[name] = Estimate(float(own[valid].mean()), interval, task_mean, int(valid.sum()))
     return Evaluation(scores, per_task, values, tuple(ids), tuple(texts), noise)
+
+
+def resampled(prompt: Prompt) -> str:
+    """What a bootstrap resamples: a text with all that was painted from it, or a picture with its instruction.
+
+    Prompts that bring pictures may share a text, as all restorations do, and are independent nevertheless.
+    """
+    return prompt.text if prompt.image is None else prompt.id
 
 
 def bootstrap(values: NDArray[np.float64], texts: Sequence[str], seed: int) -> tuple[float, float]:
