@@ -130,6 +130,8 @@ def size(tensors: Any) -> int:
     [
         ("train.finetune=lora", "dtype=bfloat16"),
         ("train.finetune=lora", "train.experts=image"),
+        ("train.finetune=lora", "model_options.quantize=int8"),
+        ("train.finetune=lora", "model_options.quantize=nf4", "dtype=bfloat16"),
         ("train.finetune=full", "dtype=bfloat16"),
         (
             "train.finetune=full",
@@ -146,7 +148,8 @@ def test_weights_reference_gradients_and_moments_are_exact(overrides: tuple[str,
     config = settings(*overrides, *shape, "train.prompts_per_step=2", "train.group_size=2", "train.lora_rank=3")
     release = read_release(TINY)
     found = training_memory(Workload(release.config, release.autoencoder, config))
-    policy = load_model(str(TINY), dtype=getattr(torch, config.dtype))
+    kind = config.model_options.get("quantize", "none")
+    policy = load_model(str(TINY), dtype=getattr(torch, config.dtype), quantize=kind)
     policy.network.requires_grad_(False)
     policy = prepare_policy(policy, config)
     optimizer = make_optimizer(policy, config)
@@ -157,7 +160,7 @@ def test_weights_reference_gradients_and_moments_are_exact(overrides: tuple[str,
     for parameter in trained:  # what neither words nor images reach has no gradient; it has room for one
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     optimizer.step()
-    weights = size(policy.network.parameters())
+    weights = size(policy.network.parameters()) + size(policy.network.buffers())
     assert sum(item(found, name) for name in ("frozen weights", "trained weights", "adapters")) == weights
     assert item(found, "gradients", "update, layers") == size(p.grad for p in trained)
     moments = [m for s in optimizer.state.values() for name, m in s.items() if name != "step"]

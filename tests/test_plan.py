@@ -40,7 +40,7 @@ from unigrpo_cli.run.memory.report import hours
 from unigrpo_cli.run.setup import model_defaults
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = ("bagel_one_gpu", "bagel_unigrpo")
+RECIPES = ("bagel_one_gpu", "bagel_unigrpo", "bagel_24gb")
 REFUSAL = re.compile(r"'([^']+)' needs ([\d.]+) GiB, available are ([\d.]+); (.*), (?:together|which)")
 
 
@@ -366,9 +366,9 @@ def test_memory_that_does_not_suffice_names_the_smaller_number(monkeypatch: pyte
 # ----- recipes
 
 
-def _recipe(name: str) -> Plan:
+def _recipe(name: str, gib: int = 80) -> Plan:
     config = load_config(file=EXAMPLES / name / "config.toml")
-    assert config.memory_gb == 80
+    assert config.memory_gb == gib
     return plan_of(config, config.model, None, elsewhere=True)
 
 
@@ -385,6 +385,16 @@ def test_the_recipe_for_one_card_leaves_room_on_it(bagel: Path) -> None:
         other = training_memory(changed(plan.work, change))
         gib = [found.gib(found.phase(phase)) for found in (plan.memory, other)]
         assert says.format(gib[1] - gib[0]) in page
+
+
+def test_a_base_of_4_bits_fits_a_card_of_24_gb_and_no_wider_one_does() -> None:
+    plan = _recipe("bagel_24gb", 24)
+    assert plan.memory.need < 20
+    for kind in ("none", "int8"):
+        wider = replace(plan, work=changed(plan.work, {"model_options": {"quantize": kind}}))
+        wider = replace(wider, memory=training_memory(wider.work))
+        with pytest.raises(TooLargeError, match="model_options.quantize=nf4 saves"):
+            refuse_too_large(wider)
 
 
 def test_the_papers_recipe_is_the_paper_and_refused_as_its_page_says() -> None:

@@ -152,6 +152,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "doctor": doctor,
     "monitor": monitor,
     "dry_run_bagel_one_gpu": partial(dry_run, "bagel_one_gpu"),
+    "dry_run_bagel_24gb": partial(dry_run, "bagel_24gb"),
     "dry_run_bagel_unigrpo": partial(dry_run, "bagel_unigrpo"),
     "dry_run_bagel_reflect": partial(dry_run, "bagel_reflect"),
     "dry_run_zimage_one_gpu": partial(dry_run, "zimage_one_gpu"),

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
+from unigrpo_cli.models.base_options import PLAIN
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.mot.bagel import AUTOENCODER, HUB_FILES, Release, read_release
 from unigrpo_cli.models.mot.codec import Autoencoder, Codec, PixelCodec
-from unigrpo_cli.models.mot.config import TABLES
+from unigrpo_cli.models.mot.config import LORA_TARGETS, TABLES
 from unigrpo_cli.models.mot.network import MoT
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.models.mot.tokenizer import boundary_ids, load_tokenizer
 from unigrpo_cli.models.mot.weights import network_weights
+from unigrpo_cli.models.quantized import quantize_layers
 
 
 def load_model(
@@ -23,12 +25,14 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae_tile_rows: int = 0,
+    quantize: str = PLAIN,
 ) -> MoTPolicy:
     """Load a policy from a model directory (or its weights file by path), a hub id, or `embedded`.
 
     Args:
         weights_file: name of the network's file where the directory holds several.
         vae_tile_rows: rows of pixels that the autoencoder decodes at a time; 0 for all.
+        quantize: how the matrices of the layers are kept: none, int8 or nf4.
 
     Raises:
         WeightsError: when files are missing, damaged, not finite, or do not fit the configuration.
@@ -38,7 +42,8 @@ def load_model(
     tokenizer = load_tokenizer(release.directory)
     with torch.device("meta"):
         network = MoT(release.config, boundary_ids(tokenizer))
-    network.load_state_dict(network_weights(release, device, dtype), strict=True, assign=True)
+    quantize_layers(network, LORA_TARGETS, quantize)
+    network.load_state_dict(network_weights(release, device, dtype, quantize), strict=True, assign=True)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in TABLES)
     codec = load_codec(release, device, vae_tile_rows)

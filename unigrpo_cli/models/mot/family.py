@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unigrpo_cli.models.base_options import BaseOptions
 from unigrpo_cli.models.family import Audit
 from unigrpo_cli.models.mot.audit import audit
 from unigrpo_cli.models.mot.bagel import HUB_FILES, read_release, reject, tokenizer_problems, weights_digest
@@ -31,6 +32,7 @@ class MoTFamily:
 
     name = "mot"
     hub_files = HUB_FILES
+    Options = BaseOptions
 
     def reject(self, directory: Path) -> str | None:
         return reject(directory)
@@ -43,10 +45,14 @@ class MoTFamily:
         device: torch.device,
         dtype: torch.dtype,
         vae_tile_rows: int,
+        options: BaseOptions | None = None,
     ) -> MoTPolicy:
         from unigrpo_cli.models.mot.checkpoint import load_model
 
-        policy = load_model(directory, weights_file, device=device, dtype=dtype, vae_tile_rows=vae_tile_rows)
+        kind = (options or BaseOptions()).quantize
+        policy = load_model(
+            directory, weights_file, device=device, dtype=dtype, vae_tile_rows=vae_tile_rows, quantize=kind
+        )
         policy.network.requires_grad_(False)
         return policy
 

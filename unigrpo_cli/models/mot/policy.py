@@ -19,6 +19,7 @@ from unigrpo_cli.episode import PAINTED, GivenImage, GivenText, ImageActions, Pr
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.pictures import read_picture
 from unigrpo_cli.models import lora
+from unigrpo_cli.models.base_options import refuse_full_tuning
 from unigrpo_cli.models.mot.bagel import Release
 from unigrpo_cli.models.mot.codec import Codec
 from unigrpo_cli.models.mot.config import ALSO, LAYERS, LORA_TARGETS, VisionConfig, expert_of
@@ -30,6 +31,7 @@ from unigrpo_cli.models.mot.tokenizer import CLOSE, OPEN, UNKNOWN, token_id
 from unigrpo_cli.models.mot.vision import patchify
 from unigrpo_cli.models.mot.weights import restore_weights, save_model
 from unigrpo_cli.models.policy import Adapter, Finetune, Lengths, NoisyImage, PolicyOutput
+from unigrpo_cli.models.quantized import kind_of, make_plain
 from unigrpo_cli.models.sharding import fp32_masters, is_sharded, shard, whole
 
 PASS_BYTES = 12 * 2**20
@@ -338,9 +340,11 @@ class MoTPolicy:
         bf16's rounding.
 
         Raises:
-            UsageError: when `wanted.extra_modules` names a part that this model does not have.
+            UsageError: when `wanted.extra_modules` names a part that this model does not have, or all weights shall be
+                trained and are quantised.
         """
         network = self.network
+        refuse_full_tuning(kind_of(network), wanted.full)
         network.activation_checkpointing = wanted.activation_checkpointing
         if not wanted.full and lora.adapter_of(network) is None:
             lora.add_adapters(network, LORA_TARGETS, wanted.lora_rank, wanted.lora_alpha, wanted.seed)
@@ -451,6 +455,7 @@ class MoTPolicy:
 
     def merged(self) -> MoTPolicy:
         """The policy with its adapter added to the weights, which are this policy's own."""
+        make_plain(self.network)
         if self.adapter is not None:
             lora.merge_adapters(self.network)
         return self

@@ -6,6 +6,7 @@ Reading goes straight to the device: the host never holds more than the largest 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.base_options import PLAIN
 from unigrpo_cli.models.files import refuse_non_finite
 from unigrpo_cli.models.mot.bagel import (
     AUTOENCODER,
@@ -27,16 +29,21 @@ from unigrpo_cli.models.mot.bagel import (
     config_files,
     read_release,
 )
-from unigrpo_cli.models.mot.config import LATENT_POSITIONS, VISION_POSITIONS, computes_wide
+from unigrpo_cli.models.mot.config import LATENT_POSITIONS, LORA_TARGETS, VISION_POSITIONS, computes_wide
 from unigrpo_cli.models.mot.layers import PositionTable
 from unigrpo_cli.models.mot.network import MoT
+from unigrpo_cli.models.quantized import quantized
 from unigrpo_cli.models.sharding import own_part
 
 STORED_AS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def network_weights(release: Release, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+def network_weights(
+    release: Release, device: torch.device | str, dtype: torch.dtype, quantize: str = PLAIN
+) -> dict[str, Tensor]:
     """Every tensor of the network on `device`, in `dtype` or, where it computes in fp32 anyway, in that.
+
+    With `quantize` the matrices of the layers are quantised one by one as they are read.
 
     Tables that the files lack are made from their formula.
 
@@ -45,11 +52,16 @@ def network_weights(release: Release, device: torch.device | str, dtype: torch.d
     """
     wanted = ((name, release.tensors[name]) for name in release.wanted)
     wide = torch.promote_types(dtype, torch.float32)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in read_tensors(wanted):
         moved = tensor.to(device)
         refuse_non_finite(moved, name, release.directory)
-        state[name] = moved.to(wide if computes_wide(name) else dtype)  # widened there: the host keeps one copy
+        kept = moved.to(wide if computes_wide(name) else dtype)  # widened there: the host keeps one copy
+        stem, _, last = name.rpartition(".")
+        if quantize != PLAIN and last == "weight" and re.fullmatch(LORA_TARGETS, stem):
+            state |= {f"{stem}.{part}": own for part, own in quantized(kept, quantize).items()}
+        else:
+            state[name] = kept
     config = release.config
     sides = {LATENT_POSITIONS: config.max_latent_size}
     if config.vision is not None:

@@ -49,7 +49,7 @@ def load_pair(
             f"model_options.conditioning=re-encoded takes a reasoner whose tokenizer has {THINK} and {THOUGHT}; give "
             "same-pass"
         )
-    lm, painter, autoencoder = load_networks(pipeline, device, dtype)
+    lm, painter, autoencoder = load_networks(pipeline, device, dtype, options.quantize)
     width = lm.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     largest = max(tokenizer.get_vocab().values())
     if largest >= width:

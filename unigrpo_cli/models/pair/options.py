@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from unigrpo_cli.models.base_options import BaseOptions
 
 
-class PairOptions(BaseModel):
+class PairOptions(BaseOptions):
     """Options of a pair, given as `model_options.KEY`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     reasoner: str = Field("", description="directory of another causal LM of the same width, with its tokenizer")
     conditioning: Literal["same-pass", "re-encoded"] | None = Field(

@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from unigrpo_cli.episode import GivenImage, GivenText, ImageActions, Prompt
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models import lora
+from unigrpo_cli.models.base_options import refuse_full_tuning
 from unigrpo_cli.models.pair import weights
 from unigrpo_cli.models.pair.facts import ASSISTANT, END, PAINTER, REASONER, SYSTEM, TARGETS_LM, THINK, USER
 from unigrpo_cli.models.pair.painters import Autoencoder, Painter
 from unigrpo_cli.models.pair.pipeline import Pipeline
 from unigrpo_cli.models.pair.reasoner import PairContext, Reasoner
 from unigrpo_cli.models.policy import Adapter, Finetune, Lengths, NoisyImage, PolicyOutput
+from unigrpo_cli.models.quantized import kind_of, make_plain
 from unigrpo_cli.models.sharding import fp32_masters
 
 EXPERTS = {REASONER: "text", PAINTER: "image"}
@@ -217,7 +219,7 @@ class PairPolicy:
         All weights are the matrices of both networks' layers; norms, embeddings and projections stay.
 
         Raises:
-            UsageError: for what only other families can do.
+            UsageError: for what only other families can do, and for all weights where they are quantised.
         """
         if wanted.extra_modules:
             raise UsageError("train.extra_modules is for models of family mot; leave it out")
@@ -225,6 +227,7 @@ class PairPolicy:
             raise UsageError("weights of a pair are not sharded; give ranks.weights=whole")
         if wanted.reference_on_host:
             raise UsageError("train.reference_device=host is for models of family mot; leave it out")
+        refuse_full_tuning(kind_of(self.networks), wanted.full)
         targets = {REASONER: TARGETS_LM, PAINTER: self.pipeline.facts.targets}
         policy = self
         if wanted.full:
@@ -303,6 +306,7 @@ class PairPolicy:
     def merged(self) -> PairPolicy:
         """The policy with its adapters added to the weights, which are this policy's own."""
         for network in self.networks.values():
+            make_plain(network)
             if lora.adapter_of(network) is not None:
                 lora.merge_adapters(network)
         return self

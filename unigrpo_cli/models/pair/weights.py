@@ -16,25 +16,35 @@ from torch import nn
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.models import lora
+from unigrpo_cli.models.base_options import PLAIN
 from unigrpo_cli.models.files import refuse_non_finite
 from unigrpo_cli.models.hub import first_line
 from unigrpo_cli.models.mot.layers import Linear
 from unigrpo_cli.models.mot.weights import read_tensors
-from unigrpo_cli.models.pair.facts import AUTOENCODER, INDEX, PAINTER, REASONER, SCHEDULER, TOKENIZER
+from unigrpo_cli.models.pair.facts import AUTOENCODER, INDEX, PAINTER, REASONER, SCHEDULER, TARGETS_LM, TOKENIZER
 from unigrpo_cli.models.pair.pipeline import Pipeline, read_pipeline
+from unigrpo_cli.models.quantized import quantize_layers
 
 OPTIONS = "unigrpo.json"
 """The options a pair was trained with; they go with its weights."""
 
 
-def load_networks(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Any]:
+def load_networks(
+    pipeline: Pipeline, device: torch.device, dtype: torch.dtype, quantize: str = PLAIN
+) -> tuple[nn.Module, nn.Module, Any]:
     """Reasoner and painter in `dtype`, the autoencoder in fp32; frozen.
+
+    Args:
+        quantize: how the matrices of the layers are kept: none, int8 or nf4.
 
     Raises:
         WeightsError: when files are damaged, not finite, or do not fit their configurations.
     """
     import diffusers
     from transformers import AutoModelForCausalLM
+
+    facts = pipeline.facts
+    targets = {REASONER: TARGETS_LM, PAINTER: facts.targets}
 
     def loaded(part: str, kind: Any, dtype: torch.dtype, key: str) -> Any:
         directory = pipeline.networks[part].directory
@@ -53,9 +63,10 @@ def load_networks(pipeline: Pipeline, device: torch.device, dtype: torch.dtype) 
                 raise WeightsError(f"{directory}: {count} {what.replace('_keys', '')} tensors, e.g. {name}")
         for name, tensor in network.named_parameters():
             refuse_non_finite(tensor, f"{part}.{name}", pipeline.directory)
+        if part in targets:
+            quantize_layers(network, targets[part], quantize, device)
         return network.to(device).requires_grad_(False).eval()
 
-    facts = pipeline.facts
     return (
         loaded(REASONER, AutoModelForCausalLM, dtype, "dtype"),
         loaded(PAINTER, getattr(diffusers, facts.painter), dtype, "torch_dtype"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from unigrpo_cli.config import Config, SamplingConfig, TrainConfig
+from unigrpo_cli.models.base_options import PLAIN
 from unigrpo_cli.models.mot.config import LAYERS, AutoencoderConfig, autoencoder_shapes
 from unigrpo_cli.run.memory.workload import FP32, IMAGE, TEXT, Workload
 
@@ -130,10 +131,15 @@ def _weights(work: Workload) -> tuple[Item, Item, Item]:
     frozen, count = work.on_rank(work.stored, is_frozen), work.on_rank(work.elements, is_frozen)
     masters = work.on_rank(work.elements, work.is_trained)
     return (
-        Item("frozen weights", frozen, f"{count:,} x {work.dtype_bytes} bytes; norms, head and projections x 4"),
+        Item("frozen weights", frozen, f"{count:,} x {work.dtype_bytes} bytes; {_other_widths(work)}"),
         item("trained weights", "fp32 masters", weights=masters, bytes=FP32),
         item("adapters", f"rank {work.rank} x (rows + columns)", weights=work.adapters, bytes=FP32),
     )
+
+
+def _other_widths(work: Workload) -> str:
+    wide = "norms, head and projections x 4"
+    return wide if work.quantize == PLAIN else f"the layers' matrices in {work.quantize}; {wide}"
 
 
 def _reference(work: Workload, on_host: bool) -> Item | None:
@@ -199,6 +205,7 @@ def _sampling_text(work: Workload) -> tuple[Item | None, ...]:
         _kv_cache(work, work.last_context_tokens + before, "context, and what came before its last text"),
         max(logits, smaller, key=lambda item: item.bytes),
         _cast_matrix(work),
+        _whole_matrix(work),
     )
 
 
@@ -219,6 +226,7 @@ def _sampling_image(work: Workload, adapted: bool) -> tuple[Item | None, ...]:
             bytes=FP32 * work.model.token_dim,
         ),
         _cast_matrix(work),
+        _whole_matrix(work),
     )
 
 
@@ -227,6 +235,12 @@ def _one_layer(work: Workload, tokens: int, adapted: bool) -> Item:
     inner = (4 if adapted else 2) * work.model.intermediate_size
     width = inner + 5 * work.model.hidden_size + 2 * work.key_width
     return item("one layer", "widths inside an MLP", tokens=tokens, numbers=width, bytes=work.dtype_bytes)
+
+
+def _whole_matrix(work: Workload) -> Item:
+    """A quantised matrix is made whole where it is used."""
+    largest = max(prod(s) for expert in (TEXT, IMAGE) for s in work.layer_matrices(expert).values())
+    return item("a whole matrix", f"the largest, from {work.quantize}", weights=largest, bytes=work.whole_number_bytes)
 
 
 def _largest_trained_matrix(work: Workload) -> int:
@@ -270,7 +284,7 @@ def replay_phases(work: Workload) -> tuple[Phase, ...]:
     recorded, cache, logits = _recorded_steps(work), _text_cache(work), _logits(work)
     count, saved = work.concurrent_micro_batches, _saved_for_backward(work)
     tokens = max(work.replayed_image_tokens, work.replayed_text_tokens)
-    layer = (cache, _one_layer(work, tokens, work.lora), _cast_matrix(work))
+    layer = (cache, _one_layer(work, tokens, work.lora), _cast_matrix(work), _whole_matrix(work))
     gathered, learning = _gathered_layers(work, 2), (recorded, _gradients(work), _concurrent_gradients(work))
     phases = {
         "replay, layers": (recorded, *concurrent_items(count, *layer), gathered, _streamed_layer(work)),
@@ -392,6 +406,7 @@ def _backward(work: Workload, tokens: int) -> tuple[Item, ...]:
         if work.config.train.activation_checkpointing
         else None,
         item("derivatives", "inside an MLP", tokens=tokens, numbers=inner, bytes=b),
+        _whole_matrix(work),
         item("a matrix's gradient", "of the largest, before it is added", weights=largest, bytes=b + FP32),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from unigrpo_cli.models.base_options import PLAIN
 from unigrpo_cli.models.pair.sizes import NetworkSizes, PairSizes
 from unigrpo_cli.run.memory.formulas import GIB, Item, Memory, Phase, concurrent_items, decoder_item, item, present
 from unigrpo_cli.run.memory.workload import FP32, IMAGE, TEXT, Workload
@@ -53,6 +54,19 @@ class PairWorkload(Workload):
     def adapters(self) -> int:
         """Both networks have adapters, whichever is trained."""
         return self.rank * (self.pair.reasoner.sides + self.pair.painter.sides)
+
+    @property
+    def quantized(self) -> int:
+        """Bytes of the layers' matrices where they are quantised. Rows of int8, which have scales, are counted high."""
+        both = (self.pair.reasoner, self.pair.painter)
+        if self.quantize == "int8":
+            return sum(n.trained + n.sides * self.dtype_bytes for n in both)
+        return sum(self.quantized_bytes((1, n.trained)) for n in both) if self.quantize == "nf4" else 0
+
+    @property
+    def whole_matrix(self) -> Item:
+        largest = max(self.pair.reasoner.largest, self.pair.painter.largest)
+        return item("a whole matrix", "the largest", weights=largest, bytes=self.whole_number_bytes)
 
     @property
     def latent_tokens(self) -> int:
@@ -100,8 +114,10 @@ def sampling_memory(work: PairWorkload, adapted: bool) -> Memory:
 def _weights(work: PairWorkload, adapted: bool) -> tuple[Item | None, ...]:
     full = 0 if work.lora else work.trained
     frozen = work.pair.reasoner.parameters + work.pair.painter.parameters - full
+    matrices = 0 if work.quantize == PLAIN else work.pair.reasoner.trained + work.pair.painter.trained
     return (
-        item("frozen weights", "both networks", weights=frozen, bytes=work.dtype_bytes),
+        item("frozen weights", "both networks", weights=frozen - matrices, bytes=work.dtype_bytes),
+        Item("quantized weights", work.quantized, f"{matrices:,} numbers in {work.quantize}, and their scales"),
         item("trained weights", "fp32 masters", weights=full, bytes=FP32),
         item("adapters", f"rank {work.rank} x (rows + columns)", weights=work.adapters, bytes=FP32)
         if adapted
@@ -125,8 +141,8 @@ def sampling_phases(work: PairWorkload, adapted: bool) -> tuple[Phase, ...]:
     pictures = item("pictures", "twice 3 channels in fp32", rows=rows, pixels=s.height * s.width, bytes=6 * FP32)
     decoder = decoder_item(work.pair.widths, s.height, s.width, 0)
     found: dict[str, tuple[Item | None, ...]] = {
-        "sampling, text": (cache, logits, states) if work.sampled_tokens else (),
-        "sampling, image": (cache, states, layer, latents),
+        "sampling, text": (cache, logits, states, work.whole_matrix) if work.sampled_tokens else (),
+        "sampling, image": (cache, states, layer, latents, work.whole_matrix),
         "sampling, pixels": (cache, decoder, pictures),
     }
     count = work.concurrent_batches
@@ -167,9 +183,9 @@ def replay_phases(work: PairWorkload) -> tuple[Phase, ...]:
         more = item("each micro-batch's gradients", sets=count + 1, trained_weights=work.trained, bytes=FP32)
     derivatives = item("derivatives", "inside an MLP", tokens=images or text,
                        numbers=2 * work.network(IMAGE if images else TEXT).inner, bytes=work.dtype_bytes)  # fmt: skip
-    saved = (*_saved_items(work, text, images), logits, derivatives)
+    saved = (*_saved_items(work, text, images), logits, derivatives, work.whole_matrix)
     return (
-        Phase("replay", present(recorded, *concurrent_items(count, layer, logits))),
+        Phase("replay", present(recorded, *concurrent_items(count, layer, logits, work.whole_matrix))),
         Phase("update", present(recorded, gradients, more, *concurrent_items(count, *saved))),
     )
 

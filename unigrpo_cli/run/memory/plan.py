@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import TooLargeError, UsageError
-from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.base_options import refuse_full_tuning
+from unigrpo_cli.models.family import MODELS, family_options
 from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.run.memory.formulas import GIB, Memory
 from unigrpo_cli.run.memory.kinds import training_memory, workload
@@ -74,7 +75,7 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
         WeightsError: when the model cannot be loaded.
         UsageError: when it cannot paint that size, or the device is not there.
     """
-    sizes, published = _model_sizes(base, fetch=not elsewhere)
+    sizes, published = _model_sizes(base, config, fetch=not elsewhere)
     if elsewhere and config.memory_gb:
         cpu, free, device = config.device == "cpu", None, "a CPU" if config.device == "cpu" else "an accelerator"
         concurrent = (config.threads or 1) if cpu else 1
@@ -94,6 +95,7 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
         concurrent=concurrent,
     )
     _refuse_image_size(work)
+    refuse_full_tuning(work.quantize, full=not work.lora)
     chosen = training_sizes(_with_pictures(work) if pictures else work, TIGHT * available)
     work = changed(work, chosen)
     where = f"{device} with {available:.1f} GiB ({'memory_gb' if config.memory_gb else 'free now'})"
@@ -115,7 +117,7 @@ def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say
         return config
     base, own_adapter = find_checkpoint(model_of(config))
     adapter = find_adapter(config.adapter) if config.adapter else own_adapter
-    sizes, _ = _model_sizes(base, fetch=True)
+    sizes, _ = _model_sizes(base, config, fetch=True)
     device = device_of(config)
     available = config.memory_gb or free_gib(device)
     work = workload(
@@ -180,7 +182,7 @@ def _with_pictures(work: Workload) -> Workload:
     return replace(work, prompt_tokens=work.prompt_tokens + encoded)
 
 
-def _model_sizes(base: str, fetch: bool) -> tuple[Any, bool]:
+def _model_sizes(base: str, config: Config, fetch: bool) -> tuple[Any, bool]:
     """The family's sizes of a model, and whether these are only the published sizes of a model that is not here."""
     family, sizes, published = MODELS.sizes(base, fetch=fetch)
     if sizes is None:
@@ -188,6 +190,7 @@ def _model_sizes(base: str, fetch: bool) -> tuple[Any, bool]:
             f"the memory of models of family {family.name} is not estimated; give sampling.batch_size and "
             "train.micro_batch_size, and leave out --dry-run"
         )
+    family_options(family, config.model_options)  # refuses those that are unknown
     return sizes, published
 
 
@@ -270,6 +273,8 @@ def _changes(work: Workload) -> Iterator[Change]:
         yield {"ranks.weights": "shard"}
     if t.finetune == "full" and t.reference_device == "device" and not work.cpu and not pair:
         yield {"train.reference_device": "host"}
+    if work.lora and work.quantize != "nf4":
+        yield {"model_options": {**work.config.model_options, "quantize": "nf4"}}
     if work.config.dtype == "float32":
         yield {"dtype": "bfloat16"}
     if t.finetune == "full":
@@ -282,4 +287,6 @@ def _changes(work: Workload) -> Iterator[Change]:
 
 def _typed(change: Change) -> str:
     """As it is typed after --set."""
-    return " ".join(f"{key}={str(value).lower()}" for key, value in change.items() if value != ())
+    flat = {f"{key}.{name}": v for key, value in change.items() if isinstance(value, dict) for name, v in value.items()}
+    flat |= {key: value for key, value in change.items() if not isinstance(value, dict)}
+    return " ".join(f"{key}={str(value).lower()}" for key, value in flat.items() if value != ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -9,9 +10,11 @@ from math import prod
 from typing import Any, ClassVar
 
 from unigrpo_cli.config import Config
+from unigrpo_cli.models.base_options import PLAIN, quantized_bytes
 from unigrpo_cli.models.mot.config import (
     ALSO,
     LAYERS,
+    LORA_TARGETS,
     AutoencoderConfig,
     MoTConfig,
     Shapes,
@@ -120,6 +123,12 @@ def _shapes(model: MoTConfig) -> Shapes:
     return network_shapes(model)
 
 
+@cache
+def _layer_matrices(model: MoTConfig) -> Shapes:
+    pattern = re.compile(rf"({LORA_TARGETS})\.weight")
+    return {name: shape for name, shape in _shapes(model).items() if pattern.fullmatch(name)}
+
+
 @dataclass(frozen=True)
 class Workload:
     """What one rank computes.
@@ -168,6 +177,19 @@ class Workload:
         """Bytes of a number in the network's dtype."""
         return 2 if self.config.dtype == "bfloat16" else FP32
 
+    @property
+    def quantize(self) -> str:
+        """How frozen matrices of the layers are kept: none, int8 or nf4."""
+        return str(self.config.model_options.get("quantize", PLAIN))
+
+    def quantized_bytes(self, shape: tuple[int, ...]) -> int:
+        return quantized_bytes(shape, self.quantize, self.dtype_bytes)
+
+    @property
+    def whole_number_bytes(self) -> int:
+        """Bytes of each number of a matrix while it is whole; nf4 reads indices of 4 bytes for two numbers."""
+        return {PLAIN: 0, "int8": self.dtype_bytes, "nf4": self.dtype_bytes + 2}[self.quantize]
+
     def elements(self, chosen: Callable[[str], bool] = lambda name: True) -> int:
         """Numbers in the network's tensors of the chosen names."""
         return sum(prod(shape) for name, shape in _shapes(self.model).items() if chosen(name))
@@ -175,7 +197,11 @@ class Workload:
     def stored(self, chosen: Callable[[str], bool] = lambda name: True) -> int:
         """Bytes of those tensors in a network that is not trained."""
         fp32 = self.elements(lambda name: chosen(name) and computes_wide(name))
-        return FP32 * fp32 + self.dtype_bytes * (self.elements(chosen) - fp32)
+        saved = 0
+        if self.quantize != PLAIN:
+            shapes = [shape for name, shape in _layer_matrices(self.model).items() if chosen(name)]
+            saved = sum(prod(s) * self.dtype_bytes - self.quantized_bytes(s) for s in shapes)
+        return FP32 * fp32 + self.dtype_bytes * (self.elements(chosen) - fp32) - saved
 
     def layer_matrices(self, expert: str, chosen: Callable[[str], bool] = lambda name: True) -> Shapes:
         """An expert's matrices in one layer."""
