@@ -101,6 +101,8 @@ def _faults(found: dict[str, Finding]) -> set[str]:
         ["dtype=bfloat16"],
         ["objective.grad_through_context=false", "sampling.sde=cps", "sampling.temperature=0.6"],
         ["objective.penalty=none", "train.minibatches=2", "sampling.window=all", "sampling.sde=dance"],
+        ["objective.image=fpo", "sampling.think=false"],
+        ["objective.image=nft", "train.minibatches=2"],
     ],
 )
 def test_a_sound_run_has_no_fault(settings: list[str]) -> None:

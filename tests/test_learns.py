@@ -7,6 +7,7 @@ brightness of the picture. Seconds on a CPU.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tools.toy_model import build_model
@@ -43,6 +44,7 @@ SETTINGS = [
 WORDS, LIGHT = 0.4, 0.015  # gains that count as learning; five seeds gave 0.65 and 0.035 or more
 STILL_WORDS, STILL_LIGHT = 0.1, 0.01  # and as not learning; the controls gave 0.05 and 0.008 or less
 HALF = 24
+CONTROL = ("advantage.shuffle=false", "advantage.shuffle=true")
 PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars", "a heart", "a cross above a square")]
 
 
@@ -118,6 +120,15 @@ def test_the_image_expert_alone_learns_pixels_only() -> None:
     assert abs(_gain(words)) < STILL_WORDS, words
     assert _gain(brightness) > LIGHT, brightness
     assert not policy.trainable()["text"]
+
+
+@pytest.mark.parametrize("objective", ["fpo", "nft"])
+def test_final_latents_noised_again_teach_pixels(objective: str) -> None:
+    """Sampled by Euler steps alone, without words. Shuffled advantages teach nothing."""
+    short = [f"objective.image={objective}", "objective.draws=3", "train.experts=image", "sampling.think=false"]
+    short += ["train.group_size=12"]
+    gains = [_gain(_course(_train(*short, "train.steps=14", shuffle)[0])[1]) for shuffle in CONTROL]
+    assert gains[0] > LIGHT and abs(gains[1]) < STILL_LIGHT, gains
 
 
 def test_without_a_learning_rate_nothing_moves() -> None:

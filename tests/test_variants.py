@@ -49,6 +49,7 @@ SMALL = [
     "objective.text_kl=0.1",
     "objective.penalty_weight=0.1",
     "objective.image_clip=1e-4",
+    "objective.draws=2",
     "train.steps=6",
     "train.prompts_per_step=2",
     "train.group_size=3",
@@ -103,7 +104,9 @@ def _combinations(wanted: int) -> list[tuple[str, ...]]:
         settings = [draw.choice(choices) for choices in FIELDS.values()]
         settings = [s for s in settings if not s.startswith("train.extra_modules") and s not in ALONE]
         settings.append(f"train.epochs={draw.choice((1, 2))}")
-        if not {"sampling.think=false", "train.experts=text"} <= set(settings):
+        forward = not {"objective.image=fpo", "objective.image=nft"}.isdisjoint(settings)
+        about_steps = not {"objective.trust_region=ratio", "objective.penalty=latent-kl"}.isdisjoint(settings)
+        if not {"sampling.think=false", "train.experts=text"} <= set(settings) and not (forward and about_steps):
             found.append(tuple(settings))
     return found
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unigrpo_cli.algo.objective import Actions, ImageSteps, Scores
+from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.objective import Actions, ImageSteps, NoisedImage, Scores
+from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, structure
 from unigrpo_cli.models.policy import NoisyImage, Policy, PolicyOutput
@@ -69,11 +71,13 @@ class Batch:
     behaviour_image_BK: Tensor
 
 
-def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int, tokens: int = 0) -> list[list[int]]:
+def micro_batches(
+    episodes: Sequence[Episode], indices: Sequence[int], size: int, tokens: int = 0, draws: int = 0
+) -> list[list[int]]:
     """The indices cut into parts of at most `size` episodes that can be replayed together.
 
     With `tokens` a part has at most that many, padding included, or one episode. Episodes are then sorted by length,
-    longest first; otherwise their order stays.
+    longest first; otherwise their order stays. `draws` as in `collate`.
 
     Raises:
         ValueError: when `size` is not set.
@@ -85,7 +89,7 @@ def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int
         by_structure.setdefault(structure(episodes[k].segments), []).append(k)
     parts: list[list[int]] = []
     for own in by_structure.values():
-        length = {k: replayed_tokens(episodes[k]) if tokens else 0 for k in own}
+        length = {k: replayed_tokens(episodes[k], draws) if tokens else 0 for k in own}
         part: list[int] = []
         for k in sorted(own, key=lambda k: -length[k]):
             if part and (len(part) == size or (len(part) + 1) * length[part[0]] > tokens > 0):
@@ -96,8 +100,8 @@ def micro_batches(episodes: Sequence[Episode], indices: Sequence[int], size: int
     return parts
 
 
-def replayed_tokens(episode: Episode) -> int:
-    """Tokens of an episode in replay: its text, and each image once per stochastic step."""
+def replayed_tokens(episode: Episode, draws: int = 0) -> int:
+    """Tokens of an episode in replay: its text, and each image once per stochastic step or draw."""
     count = 0
     for segment in episode.segments:
         if isinstance(segment, GivenText):
@@ -105,7 +109,7 @@ def replayed_tokens(episode: Episode) -> int:
         elif isinstance(segment, TextActions):
             count += len(segment.opening) + len(segment.ids) + len(segment.closing)
         elif isinstance(segment, ImageActions):
-            count += segment.window.size * (segment.grid[0] * segment.grid[1] + BOUNDARY)
+            count += (draws or segment.window.size) * (segment.grid[0] * segment.grid[1] + BOUNDARY)
         else:
             count += len(segment.latent) + BOUNDARY
     return count
@@ -121,15 +125,20 @@ def split_up(parts: Sequence[list[int]], count: int) -> list[list[int]]:
     return found
 
 
-def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> Batch:
+def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu", draws: int = 0) -> Batch:
     """Stack episodes for replay.
+
+    Args:
+        draws: score velocities at so many noisings of each final latent, in place of its stochastic steps.
 
     Raises:
         ValueError: when their segments differ in kind or order, or their images in size or window.
     """
     if len({structure(episode.segments) for episode in episodes}) > 1:
         raise ValueError("episodes replayed together must have the same segments in the same order and sizes")
-    chunks, images, text_log_probs, image_log_probs = [], [], [], []
+    chunks, text_log_probs, image_log_probs = [], [], []
+    images: list[ImageSteps] = []
+    noised: list[NoisedImage] = []
     temperatures = {s.temperature for e in episodes for s in e.segments if isinstance(s, TextActions)}
     if len(temperatures) > 1:
         raise ValueError(f"episodes replayed together must share one temperature, got {sorted(temperatures)}")
@@ -138,11 +147,14 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     for column in zip(*(e.segments for e in episodes), strict=True):
         if isinstance(column[0], ImageActions):
             painted = [s for s in column if isinstance(s, ImageActions)]
-            steps = _image_steps(painted, acted)
+            if draws:
+                seeds = [derive(e.seed, "draws", len(noised)) for e in episodes]
+                noised.append(_noised(painted, seeds, draws, acted))
+            else:
+                images.append(_image_steps(painted, acted))
             acted += 1
-            images.append(steps)
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
-            chunks.append(_chunk(pending, steps, painted[0].grid))
+            chunks.append(_chunk(pending, (noised if draws else images)[-1], painted[0].grid))
             pending = [[] for _ in episodes]
         elif isinstance(column[0], GivenImage):
             if pending[0] or not chunks or chunks[-1].latent_BND is not None:
@@ -170,7 +182,7 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     behaviour_image = torch.cat(image_log_probs, dim=1) if images else torch.zeros(len(episodes), 0)
     batch = Batch(
         tuple(chunks),
-        Actions(mask_BL, segment_BL, tuple(images)),
+        Actions(mask_BL, segment_BL, tuple(images), tuple(noised)),
         temperatures.pop() if temperatures else 1.0,
         behaviour,
         behaviour_image,
@@ -178,7 +190,9 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu") -> 
     return batch if str(device) == "cpu" else _to(batch, device)
 
 
-def _chunk(rows: list[list[GivenText | TextActions]], steps: ImageSteps | None, grid: tuple[int, int]) -> Chunk:
+def _chunk(
+    rows: list[list[GivenText | TextActions]], steps: ImageSteps | NoisedImage | None, grid: tuple[int, int]
+) -> Chunk:
     """The text segments of every row, concatenated, and the image that is sampled after them."""
     ids, at, actions = [], [], []
     for row in rows:
@@ -236,6 +250,23 @@ def _image_steps(painted: list[ImageActions], segment: int) -> ImageSteps:
     )
 
 
+def _noised(painted: list[ImageActions], seeds: Sequence[int], draws: int, segment: int) -> NoisedImage:
+    """Each row's final latent at times of its own grid, the end left out: none comes twice before all have come.
+
+    Times and noise are functions of the seed, so every pass over the same episode gets the same.
+    """
+    times, latents, targets = [], [], []
+    for image, seed in zip(painted, seeds, strict=True):
+        grid_T = image.times[:-1]
+        order = uniform(derive(seed, "times"), len(grid_T)).argsort()
+        t_K = grid_T[order.repeat(math.ceil(draws / len(grid_T)))[:draws]]
+        noise_KND = normal(derive(seed, "noise"), draws, *image.latent.shape)
+        times.append(t_K)
+        latents.append(flow.noised(image.latent, noise_KND, t_K[:, None, None]))
+        targets.append(flow.path_velocity(image.latent, noise_KND))
+    return NoisedImage(torch.stack(latents), torch.stack(times), torch.stack(targets), segment)
+
+
 def _to(value, device):
     """A dataclass, tuple or tensor with every tensor inside it on `device`."""
     if isinstance(value, Tensor):
@@ -243,7 +274,7 @@ def _to(value, device):
         return (value.pin_memory() if pinned else value).to(device, non_blocking=pinned)
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
-    if isinstance(value, Batch | Chunk | Actions | ImageSteps | NoisyImage):
+    if isinstance(value, Batch | Chunk | Actions | ImageSteps | NoisedImage | NoisyImage):
         return replace(value, **{name: _to(v, device) for name, v in vars(value).items()})
     return value
 

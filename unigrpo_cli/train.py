@@ -38,7 +38,7 @@ from unigrpo_cli.training.maps import advantage_maps
 from unigrpo_cli.training.metrics import timed
 from unigrpo_cli.training.micro_batch import MicroBatch, marked, with_advantages
 from unigrpo_cli.training.optimizer import optimizer_step
-from unigrpo_cli.training.schedule import later_windows, objective_of, prompts_for, traced_groups, window_of
+from unigrpo_cli.training.schedule import draws_of, later_windows, objective_of, prompts_for, traced_groups, window_of
 from unigrpo_cli.training.state import TrainState
 
 
@@ -164,13 +164,13 @@ def score_old_and_reference(
     """
     t, paints = config.train, objective.image_weight > 0
     needs_reference = objective.text_kl > 0 or (paints and objective.penalty != "none")
-    each = len(episodes) // t.minibatches
+    each, draws = len(episodes) // t.minibatches, draws_of(config)
     found = []
     for k in range(t.minibatches):
         rows = range(k * each, (k + 1) * each)
-        parts = micro_batches(episodes, rows, t.micro_batch_size, t.max_tokens_per_micro_batch)
+        parts = micro_batches(episodes, rows, t.micro_batch_size, t.max_tokens_per_micro_batch, draws)
         parts = split_up(parts, ranks.most(len(parts)))
-        batches = [collate([episodes[row] for row in part], policy.device) for part in parts]
+        batches = [collate([episodes[row] for row in part], policy.device, draws) for part in parts]
         workers = replay_workers(policy, len(batches))
         old: list[Scores | None] = [None] * len(parts)
         reference: list[Scores | None] = [None] * len(parts)

@@ -17,4 +17,5 @@ K stochastic image steps, N image tokens of D numbers, V vocabulary, T points of
 | 6  image objective, clipped step ratios      | `objective.image_term`          |
 | 7  joint objective with lambda               | `objective.unigrpo_loss`        |
 | 8  velocity penalty against the start        | `flow.velocity_mse`             |
+| -  FPO, the baseline; DiffusionNFT           | `forward.fpo_log_ratio`, `forward.nft_loss` |
 """

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unigrpo_cli.algo import flow
+from unigrpo_cli.algo import flow, forward
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 
 PENALTIES = ("velocity-mse", "latent-kl", "none")
+IMAGE_OBJECTIVES = ("transition", "fpo", "nft")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,22 @@ class ImageSteps:
 
 
 @dataclass(frozen=True)
+class NoisedImage:
+    """The final latent x_0 of one image segment, noised to K drawn times, for B episodes; all fp32.
+
+    Args:
+        x_BKND, t_BK: x_t = (1 - t) x_0 + t e, and its times.
+        target_BKND: its velocity e - x_0.
+        segment: which of the episode's acted segments the image is, from 0.
+    """
+
+    x_BKND: Tensor
+    t_BK: Tensor
+    target_BKND: Tensor
+    segment: int
+
+
+@dataclass(frozen=True)
 class Actions:
     """What the behaviour policy did in B episodes: where text was acted, and every image segment's steps.
 
@@ -47,11 +64,18 @@ class Actions:
         mask_BL: True where position l holds a sampled token: a forced end token is not one.
         segment_BL: which of the episode's acted segments that token is in, from 0; anything off-mask.
         images: steps of each image segment.
+        noised: in their place, each image segment's final latent for objectives of the forward process.
     """
 
     mask_BL: Tensor
     segment_BL: Tensor
     images: tuple[ImageSteps, ...]
+    noised: tuple[NoisedImage, ...] = ()
+
+    @property
+    def scored(self) -> tuple[ImageSteps | NoisedImage, ...]:
+        """The noisy latents of each image segment at which velocities are scored."""
+        return self.images or self.noised
 
 
 @dataclass(frozen=True)
@@ -60,7 +84,7 @@ class Advantages:
 
     Args:
         text_BL: of each text action; anything off-mask.
-        images: of each image segment, [B, K], one number for each stochastic step.
+        images: of each image segment, [B, K], one number for each stochastic step or draw.
         maps: of each image segment, M_BN >= 0 with mean 1 over its positions: A_bkn = M_bn A_bk (ViPO, arXiv
             2511.18719). Empty for one advantage at all positions.
     """
@@ -72,7 +96,7 @@ class Advantages:
 
 def per_action(advantage_BS: Tensor, actions: Actions, maps: tuple[Tensor, ...] = ()) -> Advantages:
     """Every action gets the advantage of the acted segment s that it is in: A_bl = A_b,s(l), A_bk = A_b,s(k)."""
-    images = tuple(advantage_BS[:, s.segment, None].expand(s.t_BK.shape) for s in actions.images)
+    images = tuple(advantage_BS[:, s.segment, None].expand(s.t_BK.shape) for s in actions.scored)
     return Advantages(advantage_BS.gather(1, actions.segment_BL), images, maps)
 
 
@@ -107,6 +131,9 @@ class Objective:
         trust_region: "ratio-norm" (the paper) or "ratio", the plain log-ratio of Flow-GRPO.
         penalty, penalty_weight: what holds the image policy near the reference, and how strongly.
         map_ratio: with advantage maps, whether ratio and clip are of a "step" or of each "position" in it.
+        image: what is scored of images: each "transition" (eq 6), or the final latent by "fpo" or "nft".
+        fpo_clip: clip range of FPO's ratio.
+        nft_beta, nft_range: beta of NFT, and the advantage at which its r is 1.
     """
 
     text_weight: float
@@ -118,6 +145,10 @@ class Objective:
     penalty: str
     penalty_weight: float
     map_ratio: str = "step"
+    image: str = "transition"
+    fpo_clip: float = 0.05
+    nft_beta: float = 1.0
+    nft_range: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -150,13 +181,28 @@ def image_term(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq 6: per episode the mean over its K stochastic steps, then the sum over episodes / `episodes`.
 
-    With a ratio for each position, K counts positions of steps.
+    With a ratio for each position, K counts positions of steps; FPO has one ratio for an image.
     """
     surrogate = clipped_surrogate(log_ratio_BK, advantage_BK, clip)
     return surrogate.gain.mean(dim=1).sum() / episodes, {
         "image/clip_fraction": surrogate.clipped.float().mean(dim=1).sum() / episodes,
         "image/abs_log_ratio": log_ratio_BK.detach().abs().mean(dim=1).sum() / episodes,
     } | _ratio_statistics("image", log_ratio_BK, surrogate.clipped, torch.ones_like(surrogate.clipped), episodes)
+
+
+def nft_term(
+    actions: Actions, new: Scores, old: Scores, advantages: Advantages, objective: Objective, *, episodes: int
+) -> Tensor:
+    """DiffusionNFT: minus its loss, per episode the mean over its draws, then the sum over episodes / `episodes`.
+
+    The factor range / beta is its code's: at the old policy the gradient is then A times that of a regression.
+    """
+    beta, most = objective.nft_beta, objective.nft_range
+    losses = []
+    for s, v, v_old, own in zip(actions.noised, new.velocities, old.velocities, advantages.images, strict=True):
+        r_BK = forward.reward_probability(own, most).to(v.dtype)
+        losses.append(forward.nft_loss(v, v_old, s.target_BKND, s.t_BK, r_BK, beta=beta))
+    return -most / beta * torch.cat(losses, dim=1).mean(dim=1).sum() / episodes
 
 
 @torch.no_grad()
@@ -252,16 +298,23 @@ def mapped_log_ratios(
     return torch.cat(ratios, dim=1), torch.cat(own, dim=1)
 
 
+def fpo_log_ratios(actions: Actions, new: Scores, old: Scores, advantages: Advantages) -> tuple[Tensor, Tensor]:
+    """Log-ratio and advantage of every image of an episode: [B, images] both."""
+    triples = zip(actions.noised, new.velocities, old.velocities, strict=True)
+    ratios = [forward.fpo_log_ratio(v, v_old, s.target_BKND) for s, v, v_old in triples]
+    own = [advantage_BK[:, 0].to(new.log_prob_BL.dtype) for advantage_BK in advantages.images]
+    return torch.stack(ratios, dim=1), torch.stack(own, dim=1)
+
+
 def step_penalties(actions: Actions, new: Scores, reference: Scores, objective: Objective) -> Tensor:
-    """Distance from the reference at every image step of an episode: [B, K]."""
-    penalties = []
-    for steps, v, v_ref in zip(actions.images, new.velocities, reference.velocities, strict=True):
-        if objective.penalty == "velocity-mse":
-            penalties.append(flow.velocity_mse(v, v_ref))
-        else:
-            p, p_ref = step_densities(steps, v), step_densities(steps, v_ref)
-            penalties.append(flow.latent_kl(p, p_ref))
-    return torch.cat(penalties, dim=1)
+    """Distance from the reference at every image step, or draw, of an episode: [B, K]."""
+    if objective.penalty == "velocity-mse":
+        pairs = zip(new.velocities, reference.velocities, strict=True)
+        return torch.cat([flow.velocity_mse(v, v_ref) for v, v_ref in pairs], dim=1)
+    triples = zip(actions.images, new.velocities, reference.velocities, strict=True)
+    return torch.cat(
+        [flow.latent_kl(step_densities(steps, v), step_densities(steps, v_ref)) for steps, v, v_ref in triples], dim=1
+    )
 
 
 @torch.no_grad()
@@ -273,8 +326,24 @@ def step_kls(actions: Actions, new: Scores, old: Scores) -> Tensor:
     )
 
 
+@torch.no_grad()
+def _forward_statistics(actions: Actions, new: Scores, old: Scores, episodes: int) -> dict[str, Tensor]:
+    """Of the drawn states: how well the policy predicts its own pictures, and how far it is from the old policy."""
+    triples = list(zip(actions.noised, new.velocities, old.velocities, strict=True))
+    found = {
+        "image/flow_matching": [forward.flow_matching(v, s.target_BKND) for s, v, _ in triples],
+        "image/mse_old": [flow.velocity_mse(v, v_old) for _, v, v_old in triples],
+    }
+    return {name: torch.cat(values, dim=1).mean(dim=1).sum() / episodes for name, values in found.items()}
+
+
 def _by_step(name: str, value_BK: Tensor, actions: Actions, episodes: int) -> dict[str, Tensor]:
-    """A mean over episodes for each stochastic step of the first image, which all have; `name/step_0` is the first."""
+    """A mean over episodes for each stochastic step of the first image, which all have; `name/step_0` is the first.
+
+    Draws are at times of their own, so there is none for them.
+    """
+    if not actions.images:
+        return {}
     sums = value_BK[:, : actions.images[0].t_BK.shape[1]].detach().sum(dim=0) / episodes
     return {f"{name}/step_{k}": value for k, value in enumerate(sums)}
 
@@ -316,15 +385,26 @@ def unigrpo_loss(
             kl = per_episode_mean(token_kls(actions, new, reference), mask).sum() / episodes
             total = total + objective.text_weight * objective.text_kl * kl
             means["text/kl"] = kl
-    if objective.image_weight and any(steps.x_BKND.shape[1] for steps in actions.images):
-        log_ratio_BK, advantage_BK = mapped_log_ratios(actions, new, old, advantages, objective)
-        gain, stats = image_term(log_ratio_BK, advantage_BK, clip=objective.image_clip, episodes=episodes)
+    if objective.image_weight and any(s.x_BKND.shape[1] for s in actions.scored):
+        if objective.image == "nft":
+            gain = nft_term(actions, new, old, advantages, objective, episodes=episodes)
+        else:
+            if objective.image == "fpo":
+                log_ratio_BK, advantage_BK = fpo_log_ratios(actions, new, old, advantages)
+            else:
+                log_ratio_BK, advantage_BK = mapped_log_ratios(actions, new, old, advantages, objective)
+            clip = objective.fpo_clip if objective.image == "fpo" else objective.image_clip
+            gain, stats = image_term(log_ratio_BK, advantage_BK, clip=clip, episodes=episodes)
+            means |= stats
+            maxima["image/max_abs_log_ratio"] = log_ratio_BK.abs().max()
         total = total - objective.image_weight * gain
-        means |= stats | {"image/loss": -gain}
-        maxima["image/max_abs_log_ratio"] = log_ratio_BK.abs().max()
-        kl_BK = step_kls(actions, new, old)
-        means["image/kl_old"] = kl_BK.mean(dim=1).sum() / episodes
-        means |= _by_step("image/kl_old", kl_BK, actions, episodes)
+        means["image/loss"] = -gain
+        if objective.image == "transition":
+            kl_BK = step_kls(actions, new, old)
+            means["image/kl_old"] = kl_BK.mean(dim=1).sum() / episodes
+            means |= _by_step("image/kl_old", kl_BK, actions, episodes)
+        else:
+            means |= _forward_statistics(actions, new, old, episodes)
         if objective.penalty != "none":
             assert reference is not None
             penalty_BK = step_penalties(actions, new, reference, objective)

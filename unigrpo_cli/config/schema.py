@@ -86,6 +86,22 @@ class SamplingConfig(Section):
 class ObjectiveConfig(Section):
     """Equations 2, 6, 7, 8: what is maximised."""
 
+    image: Literal["transition", "fpo", "nft"] = Field(
+        "transition",
+        description="what is scored of a picture: transition: its stochastic denoising steps [paper]; fpo (FPO) or nft "
+        "(DiffusionNFT): the final latent, noised again; then all steps are Euler's and sampling.window has no effect",
+    )
+    draws: Few = Field(
+        8,
+        description="with image=fpo or nft: times, each with noise of its own, to which a final latent is noised "
+        "[FPO: 8]",
+    )
+    fpo_clip: AboveZero = Field(0.05, description="clip range of FPO's ratio, one per picture [FPO: 0.05]")
+    nft_beta: AboveZero = Field(
+        1.0,
+        description="how far NFT's two velocities are from the old one [DiffusionNFT: 1, and 0.1 with several "
+        "rewards]; advantage.clamp is the advantage of a certain success",
+    )
     text_weight: NonNegative = Field(1.0, description="weight of the text term")
     image_weight: NonNegative = Field(1.0, description="weight of the image term, lambda [paper: 1]")
     text_clip: AboveZero = Field(
@@ -358,14 +374,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         s, t = self.sampling, self.train
-        if s.window != "all":
+        transitions = self.objective.image == "transition"
+        if s.window != "all" and transitions:
             lo, hi = s.window_range
             if not lo + s.window_size <= hi <= s.steps:
                 raise ValueError(
                     f"sampling.window_size={s.window_size} in sampling.window_range={list(s.window_range)} "
                     f"does not fit sampling.steps={s.steps}"
                 )
-        if s.sde == "cps" and s.window != "all" and s.window_range[1] == s.steps:
+        if s.sde == "cps" and s.window != "all" and s.window_range[1] == s.steps and transitions:
             raise ValueError("sampling.sde=cps has no noise in the last step; end sampling.window_range earlier")
         if t.prompts_per_step % t.minibatches:
             raise ValueError(
@@ -381,6 +398,26 @@ class Config(Section):
                 f"sampling.sde=cps takes sampling.noise_level up to 1, not {s.noise_level:g}: above 1 "
                 "sin(a pi / 2) decreases"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _forward_fits(self) -> Config:
+        """Refuse what is about denoising steps where none is scored."""
+        o, a = self.objective, self.advantage
+        if o.image == "transition":
+            return self
+        for key, given, without in (
+            ("objective.trust_region", o.trust_region, "ratio-norm"),
+            ("advantage.map", a.map, "none"),
+        ):
+            if given != without:
+                raise ValueError(f"{key}={given} is about denoising steps; leave it out with objective.image={o.image}")
+        if o.penalty == "latent-kl":
+            raise ValueError(
+                f"objective.penalty=latent-kl is about denoising steps; with objective.image={o.image} set velocity-mse"
+            )
+        if o.image == "nft" and not a.clamp:
+            raise ValueError("objective.image=nft divides by advantage.clamp: set it above 0, e.g. advantage.clamp=5")
         return self
 
     @model_validator(mode="after")

@@ -34,9 +34,15 @@ def ratio_limits(policy: TrainablePolicy, objective: ObjectiveConfig) -> dict[st
         return {"text": 0.0, "image": 0.0}
     eps = torch.finfo(policy.dtype).eps
     return {
-        "text": max(TEXT_ROUNDING * eps, NEGLIGIBLE * objective.text_clip),
-        "image": max(IMAGE_ROUNDING * eps, NEGLIGIBLE * objective.image_clip),
+        kind: max(rounding * eps, NEGLIGIBLE * clips_of(objective)[kind])
+        for kind, rounding in (("text", TEXT_ROUNDING), ("image", IMAGE_ROUNDING))
     }
+
+
+def clips_of(objective: ObjectiveConfig) -> dict[str, float]:
+    """The clip ranges of text and image."""
+    image = objective.fpo_clip if objective.image == "fpo" else objective.image_clip
+    return {"text": objective.text_clip, "image": image}
 
 
 class AttentionKernels(TorchDispatchMode):

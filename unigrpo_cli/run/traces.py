@@ -256,9 +256,10 @@ class _Seen:
 
     def _data_estimates(self, image: int, grid: tuple[int, int], policy: Policy) -> NDArray[np.uint8] | None:
         """x_0 as the old policy saw it before each recorded step, decoded."""
-        old, steps = self.m.old, self.m.batch.actions.images[image]
-        if old is None or not old.velocities or not steps.x_BKND.shape[1]:
+        old, recorded_steps = self.m.old, self.m.batch.actions.images
+        if old is None or not old.velocities or not recorded_steps or not recorded_steps[image].x_BKND.shape[1]:
             return None
+        steps = recorded_steps[image]
         t_K11 = steps.t_BK[self.b, :, None, None]
         x0_KND = flow.data_estimate(steps.x_BKND[self.b], old.velocities[image][self.b], t_K11)
         return np.stack([shrunk(pixels.numpy(), SMALL) for pixels in policy.decode_pixels(x0_KND, grid)])
@@ -319,8 +320,8 @@ def _step_values(m: MicroBatch, objective: Objective, denominator: int) -> Value
 
 
 def _moves(m: MicroBatch, new: Scores | None, objective: Objective) -> list[Values]:
-    """How far `new` is from the old policy on each image of a micro-batch; [] where it was not scored."""
-    if new is None or m.old is None or not m.old.velocities:
+    """How far `new` is from the old policy on each image of a micro-batch; [] where no step was scored."""
+    if new is None or m.old is None or not m.old.velocities or not m.batch.actions.images:
         return []
 
     def one(move: Move) -> Values:

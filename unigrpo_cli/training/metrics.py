@@ -99,7 +99,7 @@ def drift(replayed: Sequence[tuple[Batch, Scores]]) -> dict[str, float]:
     for batch, old in replayed:
         text.append((old.log_prob_BL - batch.behaviour_text_BL).abs().flatten())
         masks.append(batch.actions.mask_BL.flatten())
-        if old.velocities:
+        if old.velocities and batch.actions.images:  # drawn states have no log-probability
             scores = [
                 flow.log_prob(steps.sde, steps.x_next_BKND, step_densities(steps, v))
                 for steps, v in zip(batch.actions.images, old.velocities, strict=True)

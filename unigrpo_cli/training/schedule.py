@@ -39,7 +39,9 @@ def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Pr
 
 
 def window_of(config: Config, step: int, k: int = 0) -> flow.Window:
-    """The stochastic window of round k of a training step, one for all its groups."""
+    """The stochastic window of round k of a training step, one for all its groups; none where no step is scored."""
+    if draws_of(config):
+        return flow.Window(0, 0)
     s, later = config.sampling, ("round", k) if k else ()
     return flow.sde_window(
         s.window,
@@ -49,6 +51,11 @@ def window_of(config: Config, step: int, k: int = 0) -> flow.Window:
         uniform=float(uniform(derive(config.seed, "window", step, *later), 1)),
         turn=step // s.window_period,
     )
+
+
+def draws_of(config: Config) -> int:
+    """Noisings of each final latent at which an objective of the forward process scores velocities; 0 for others."""
+    return 0 if config.objective.image == "transition" else config.objective.draws
 
 
 def later_windows(config: Config, step: int) -> tuple[flow.Window, ...]:
@@ -79,4 +86,8 @@ def objective_of(config: Config) -> Objective:
         penalty=o.penalty if o.penalty_weight else "none",
         penalty_weight=o.penalty_weight,
         map_ratio=config.advantage.map_ratio,
+        image=o.image,
+        fpo_clip=o.fpo_clip,
+        nft_beta=o.nft_beta,
+        nft_range=config.advantage.clamp,
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli import train
+from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import Objective, Scores, per_action, per_episode_mean, step_log_ratios
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Prompt
@@ -160,19 +161,25 @@ def _replay(
 def _rows_of(m: MicroBatch, episodes: Sequence[Episode]) -> list[int]:
     """The episode of each row of a micro-batch: the one with the nearest latents, and the same tokens."""
 
+    def apart(recorded: Tensor, scored: Tensor) -> float:
+        if recorded.shape != scored.shape:
+            return float("inf")
+        return float((recorded.double() - scored.cpu().double()).abs().mean())
+
     def distance(k: int, row: int) -> tuple[float, bool]:
         images, gap = episodes[k].images, 0.0
         if m.batch.actions.images and images:
-            x_KND = m.batch.actions.images[0].x_BKND[row].cpu()
-            same_shape = images[0].before.shape == x_KND.shape
-            gap = float((images[0].before.double() - x_KND.double()).abs().mean()) if same_shape else float("inf")
+            gap = apart(images[0].before, m.batch.actions.images[0].x_BKND[row])
+        elif m.batch.actions.noised and images:
+            x = m.batch.actions.noised[0]
+            gap = apart(images[0].latent, flow.data_estimate(x.x_BKND, x.target_BKND, x.t_BK[..., None, None])[row, 0])
         return gap, action_ids(episodes[k]) != scored_ids(m, row)
 
     return [min(range(len(episodes)), key=partial(distance, row=b)) for b in range(len(m.rows))]
 
 
 def _loss_errors(m: MicroBatch, objective: Objective) -> dict[str, Tensor]:
-    """How far the loss's gradient is from the policy gradient, relative, per row [B], for text and image actions.
+    """How far the loss's gradient is from the policy gradient, relative, per row [B], for text actions and steps.
 
     At the old policy the gradient of the clipped objective is that of advantage times log-probability, averaged over
     an episode's actions. Both are taken with respect to the scores, without another pass through the network.
@@ -184,7 +191,7 @@ def _loss_errors(m: MicroBatch, objective: Objective) -> dict[str, Tensor]:
     new = Scores(log_prob_BL, old.entropy_BL, velocities)
     total = train.unigrpo_loss(actions, new, old, m.reference, m.advantages, plain, episodes=rows).total
     weighted_B = plain.text_weight * per_episode_mean(m.advantages.text_BL * log_prob_BL, actions.mask_BL)
-    if velocities and plain.image_weight:
+    if velocities and plain.image_weight and actions.images:
         image_BK = torch.cat(m.advantages.images, dim=1) * step_log_ratios(actions, new, old, plain)
         weighted_B = weighted_B + plain.image_weight * image_BK.mean(dim=1)
     wanted = -weighted_B.sum() / rows
@@ -192,7 +199,7 @@ def _loss_errors(m: MicroBatch, objective: Objective) -> dict[str, Tensor]:
     found, own = (torch.autograd.grad(x, inputs, allow_unused=True, materialize_grads=True) for x in (total, wanted))
     errors = {}
     for kind, part in (("text", slice(0, 1)), ("image", slice(1, None))):
-        if found[part]:
+        if found[part] and (kind == "text" or actions.images):
             a, b = (torch.cat([g.flatten(1) for g in grads[part]], dim=1) for grads in (found, own))
             size = b.norm(dim=1)
             errors[kind] = torch.where(size > 0, (a - b).norm(dim=1) / size, a.norm(dim=1)).cpu()
@@ -237,7 +244,7 @@ def _with_probe_advantages(share: list[MicroBatch], scale: float = 1.0) -> list[
     for m in share:
         actions, rows = m.batch.actions, len(m.rows)
         last = max(
-            [int(actions.segment_BL.max()) if actions.segment_BL.numel() else 0, *(i.segment for i in actions.images)]
+            [int(actions.segment_BL.max()) if actions.segment_BL.numel() else 0, *(i.segment for i in actions.scored)]
         )
         k = torch.arange(at, at + rows, device=actions.mask_BL.device)
         advantage_B = scale * (1 - 2.0 * (k % 2)) * (1 + k / 8)

@@ -9,6 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import ImageSteps
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
@@ -133,6 +134,11 @@ class Recording:
         return self.config.train.experts != "text" and self.config.objective.image_weight > 0
 
     @property
+    def scores_steps(self) -> bool:
+        """Whether denoising steps are scored, not final latents."""
+        return self.config.objective.image == "transition"
+
+    @property
     def low_precision(self) -> bool:
         """Whether the network computes in less than fp32."""
         return torch.finfo(self.policy.dtype).bits < 32
@@ -144,13 +150,14 @@ class Recording:
                 yield image_label(episode, k), k, image, self.image_calls(image)
 
     def image_calls(self, image: ImageActions) -> list[VelocityCall]:
-        """The network calls that painted an image: those nearest to its recorded latents."""
+        """The network calls that painted an image: those nearest to its recorded latents, or to its final one."""
 
         def distance(calls: Sequence[VelocityCall]) -> float:
-            x = calls[min(image.window.start, len(calls) - 1)].x_ND
-            if x.shape != image.before.shape[1:]:
-                return float("inf")
-            return float((x.double() - image.before[0].double()).abs().mean())
+            call, wanted = calls[-1], image.latent
+            x = flow.data_estimate(call.x_ND, call.v_ND.float(), torch.tensor(call.t))  # where Euler's last step ends
+            if image.window.size:
+                x, wanted = calls[min(image.window.start, len(calls) - 1)].x_ND, image.before[0]
+            return float((x.double() - wanted.double()).abs().mean()) if x.shape == wanted.shape else float("inf")
 
         return min((calls for trace in self.rollout.traces for calls in trace.images()), key=distance)
 
@@ -178,8 +185,11 @@ class Recording:
                 yield from ((trace, m, b, episodes[k]) for b, k in enumerate(rows))
 
     def replayed_images(self) -> Iterator[tuple[str, int, ImageActions, ImageSteps, list[VelocityCall]]]:
-        """Each image of a replayed row: its name, the row, its record, what is scored, the network's calls if any."""
-        for trace, m, b, episode in self.replayed_rows():
+        """Each image of a replayed row: its name, the row, its record, what is scored, the network's calls if any.
+
+        None where no step is scored.
+        """
+        for trace, m, b, episode in self.replayed_rows() if self.scores_steps else ():
             calls = [own for own in trace.images() if own[0].row == b] or [[] for _ in episode.images]
             scored = zip(episode.images, m.batch.actions.images, calls, strict=True)
             for k, (image, steps, own) in enumerate(scored):

@@ -11,7 +11,7 @@ from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.objective import step_densities
 from unigrpo_cli.run.doctor.findings import FAULT, OK, WARN, Outcome, fault, judged, skipped
 from unigrpo_cli.run.doctor.recording import Recording, label
-from unigrpo_cli.run.first_ratio import AttentionKernels, ratio_limits
+from unigrpo_cli.run.first_ratio import AttentionKernels, clips_of, ratio_limits
 
 DRIFT = {True: (0.5, 0.1), False: (1e-3, 1e-3)}  # largest text and image drift, in low precision and in fp32
 STALE = 8.0  # times the first log-ratio: rounding does not grow so much in one update
@@ -36,7 +36,9 @@ def text_ratio(r: Recording) -> Outcome:
 
 def image_ratio(r: Recording) -> Outcome:
     """Before an update, old and current policy give each denoising step the same probability (on a CPU exactly)."""
-    return _ratio(r, "image") if r.trains_image else skipped("images are not trained")
+    if not r.trains_image:
+        return skipped("images are not trained")
+    return _ratio(r, "image") if r.config.objective.image != "nft" else skipped("objective.image=nft has no ratio")
 
 
 def _ratio(r: Recording, kind: str) -> Outcome:
@@ -44,7 +46,7 @@ def _ratio(r: Recording, kind: str) -> Outcome:
     if r.replay is None:
         return skipped(NO_REPLAY)
     limit = ratio_limits(r.policy, r.config.objective)[kind]
-    clip = r.config.objective.text_clip if kind == "text" else r.config.objective.image_clip
+    clip = clips_of(r.config.objective)[kind]
     first = later = max((t.get(f"{kind}/max_abs_log_ratio", 0.0) for t in r.replay.terms), default=math.nan)
     seen = f"log-ratio {first:.3g} before an update; {no_update(r)}"
     if r.trial is not None:
@@ -92,8 +94,8 @@ def text_drift(r: Recording) -> Outcome:
 
 def image_drift(r: Recording) -> Outcome:
     """Rollout and replay give each denoising step the same probability, up to `doctor.image_drift`."""
-    if not r.trains_image:
-        return skipped("images are not trained")
+    if not r.trains_image or not r.scores_steps:
+        return skipped("images are not trained" if r.scores_steps else "no denoising step is scored")
     found = []
     for _, m, b, episode in r.replayed_rows():
         pairs = zip(m.batch.actions.images, m.old_scores.velocities, strict=True)

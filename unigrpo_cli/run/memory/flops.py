@@ -147,7 +147,7 @@ def _passes(work: Workload, rank: int) -> tuple[list[Pass], list[Pass], list[Pas
 
     A look is counted as a pass of the image expert; the vision tower is not counted.
     """
-    copies, latents = work.sde_steps if work.replays_images else 0, work.latent_tokens
+    copies, latents = work.noisy_images if work.replays_images else 0, work.latent_tokens
     budgets = budgets_of(work.config) or [0] * work.rounds
     episode, noisy = [], []
     for k, budget in enumerate(budgets):

@@ -307,7 +307,7 @@ def _recorded_steps(work: Workload) -> Item | None:
         "recorded steps",
         "before, after and velocities of each step; the last; in fp32",
         episodes=work.batch.episodes,
-        latents=work.rounds * ((3 + work.needs_reference) * work.sde_steps + 1),
+        latents=work.rounds * ((3 + work.needs_reference) * work.noisy_images + 1),
         tokens=work.latent_tokens,
         bytes=FP32 * work.model.token_dim,
     )

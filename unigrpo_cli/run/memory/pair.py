@@ -166,7 +166,7 @@ def _saved(work: PairWorkload, expert: str) -> int:
 def replay_phases(work: PairWorkload) -> tuple[Phase, ...]:
     """Old and reference scores, then forward and backward passes."""
     text = work.micro_batch * work.text_tokens
-    images = work.micro_batch * work.sde_steps * work.image_tokens if work.replays_images else 0
+    images = work.micro_batch * work.noisy_images * work.image_tokens if work.replays_images else 0
     layer = max(
         _one_layer(work, TEXT, text, work.lora), _one_layer(work, IMAGE, images, work.lora), key=lambda i: i.bytes
     )
@@ -214,7 +214,7 @@ def _saved_items(work: PairWorkload, text: int, images: int) -> tuple[Item | Non
 def _recorded_steps(work: PairWorkload) -> Item | None:
     if not work.replays_images:
         return None
-    count = (3 + work.needs_reference) * work.sde_steps + 1
+    count = (3 + work.needs_reference) * work.noisy_images + 1
     return item("recorded steps", "in fp32", episodes=work.batch.episodes, latents=count, tokens=work.latent_tokens,
                 bytes=FP32 * work.pair.token_dim)  # fmt: skip
 

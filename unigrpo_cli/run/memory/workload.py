@@ -313,9 +313,16 @@ class Workload:
 
     @property
     def sde_steps(self) -> int:
-        """Stochastic steps of an image. Each is one noisy image in replay."""
+        """Stochastic steps of an image."""
         s = self.config.sampling
+        if self.config.objective.image != "transition":
+            return 0
         return s.steps if s.window == "all" else s.window_size
+
+    @property
+    def noisy_images(self) -> int:
+        """Noisy images of an image in replay: its stochastic steps, or noisings of its final latent."""
+        return self.sde_steps or self.config.objective.draws
 
     @property
     def replays_images(self) -> bool:
@@ -358,7 +365,7 @@ class Workload:
         most = min(self.config.train.micro_batch_size, self.batch.each)
         if not self.config.train.max_tokens_per_micro_batch:
             return most
-        images = self.rounds * self.sde_steps * self.image_tokens if self.replays_images else 0
+        images = self.rounds * self.noisy_images * self.image_tokens if self.replays_images else 0
         longest = self.last_context_tokens + images
         return max(1, min(most, self.config.train.max_tokens_per_micro_batch // longest))
 
@@ -371,7 +378,7 @@ class Workload:
     def replayed_image_tokens(self) -> int:
         """Image tokens of a micro-batch that a gradient passes; those of looks only where it is asked for."""
         looks = (self.rounds - 1) * self.looked_at_tokens if self.config.objective.grad_through_images else 0
-        noisy = self.rounds * self.sde_steps * self.image_tokens if self.replays_images else 0
+        noisy = self.rounds * self.noisy_images * self.image_tokens if self.replays_images else 0
         return self.micro_batch * (noisy + looks)
 
     @property
@@ -382,4 +389,4 @@ class Workload:
     @property
     def replayed_contexts(self) -> int:
         """Tokens of the contexts that all noisy images of a micro-batch see, each its own copy."""
-        return self.micro_batch * self.sde_steps * sum(self.context_tokens(k) for k in range(self.rounds))
+        return self.micro_batch * self.noisy_images * sum(self.context_tokens(k) for k in range(self.rounds))
