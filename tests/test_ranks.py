@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests import two_ranks
+from tests import tiny_pair, two_ranks
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.parallel import join
 from unigrpo_cli.parallel.join import gpu_index, gpu_of_rank, share_gpu
@@ -35,6 +35,7 @@ SCENES = (
     "replicated",
     "sharded",
     "two_rounds",
+    "pair",
     "checkpointed",
     "whole_control",
     "judged_on_first",
@@ -44,7 +45,7 @@ SCENES = (
     "abstaining_judge",
     *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
 )
-CONTROLS = (*SCENES[:4], "abstaining_judge", *RESUMED)
+CONTROLS = (*SCENES[:5], "abstaining_judge", *RESUMED)
 STEPS = 3
 TOLERANCE = 1e-5
 """Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
@@ -94,6 +95,7 @@ def finished(processes: Sequence[subprocess.Popen], seconds: float) -> list[tupl
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes and one found."""
     out = tmp_path_factory.mktemp("ranks")
+    tiny_pair.write("z-image", out / "pair")
     pair = launch(2, str(TESTS / "two_ranks.py"), str(out), *SCENES)
     try:
         two_ranks.main(out, CONTROLS)  # which waits for what the others save, and they for this
@@ -247,7 +249,7 @@ def test_ranks_that_share_a_gpu(other: list | None, shared: bool) -> None:
 # ----- two are one
 
 
-@pytest.mark.parametrize("scene", SCENES[:4])
+@pytest.mark.parametrize("scene", SCENES[:5])
 def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None:
     """The same episodes, advantages and, to the rounding of sums, the same weights; to the bit on both ranks."""
     one = told(played, scene, 1, 0)["steps"]

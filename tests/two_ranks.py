@@ -30,6 +30,8 @@ from unigrpo_cli.errors import RewardError
 from unigrpo_cli.models.lora import load_adapters
 from unigrpo_cli.models.mot.config import computes_wide
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.pair.family import PairFamily
+from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.models.sharding import whole
 from unigrpo_cli.parallel.join import join_ranks
 from unigrpo_cli.parallel.ranks import Ranks
@@ -91,10 +93,10 @@ def rewards(**more: Any) -> Scorer:
     return Scorer(parse_rewards(["bright"], {}), plugins, RewardContext("cpu", 0, embedded=False, offline=True), **more)
 
 
-def state_of(config: Config, ranks: Ranks) -> TrainState:
-    model = build_model(seed=3, width=32, layers=2)
+def state_of(config: Config, ranks: Ranks, model: TrainablePolicy | None = None) -> TrainState:
+    model = model or build_model(seed=3, width=32, layers=2)
     if config.dtype == "bfloat16":
-        for name, parameter in model.network.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if computes_wide(name) else torch.bfloat16)
     policy = prepare_policy(model, config, ranks)
     return TrainState(policy, make_optimizer(policy, config), ranks=ranks)
@@ -107,13 +109,13 @@ def step(state: TrainState, judges: Scorer, config: Config) -> train.StepResult:
 
 
 def weights_of(state: TrainState) -> dict[str, torch.Tensor]:
-    return {n: whole(p).detach().clone() for n, p in state.policy.network.named_parameters()}
+    return {n: whole(p).detach().clone() for n, p in state.policy.named_parameters()}
 
 
-def trained(ranks: Ranks, *settings: str) -> Found:
+def trained(ranks: Ranks, *settings: str, model: TrainablePolicy | None = None) -> Found:
     """Three steps: the weights, and each step's metrics, advantages and texts."""
     config = load_config(overrides=[*SETTINGS, *settings])
-    state = state_of(config, ranks)
+    state = state_of(config, ranks, model)
     on_first = config.reward.scoring_rank == "first" and not ranks.alone
     steps = []
     with rewards(first_rank_only=on_first, local=ranks.first or not on_first) as judges:
@@ -149,6 +151,13 @@ def two_rounds(ranks: Ranks, _out: Path) -> Found:
     """A look at the first picture, and every segment's own returns."""
     rounds = ("sampling.program=reflect", "sampling.rounds=2", "sampling.show_images=latents")
     return trained(ranks, "train.finetune=lora", *rounds, "advantage.credit=reward-to-go")
+
+
+def pair(ranks: Ranks, out: Path) -> Found:
+    """A language model and a painter, written beforehand: of several ranks only the first can."""
+    device, dtype = torch.device("cpu"), torch.float32
+    model = PairFamily().load(out / "pair", None, device=device, dtype=dtype, vae_tile_rows=0)
+    return trained(ranks, "train.finetune=lora", model=model)
 
 
 def judged_on_first(ranks: Ranks, _out: Path) -> Found:
@@ -293,6 +302,7 @@ SCENES = {
         replicated,
         sharded,
         two_rounds,
+        pair,
         checkpointed,
         whole_control,
         judged_on_first,
