@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @one_error_line
 def sweep(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file of settings.")] = None,
+    reward: common.Reward = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Seeds as 0,1,2: each setting is trained with each.")
     ] = None,
@@ -57,7 +58,7 @@ def sweep(
             preset=preset,
             file=config,
             overrides=[*(overrides or []), *more],
-            named={"seed": seed},
+            named={"seed": seed} | ({"reward.names": reward} if reward else {}),
             model_defaults=model_defaults,
         )
         PROGRAMS.find(found.sampling.program)

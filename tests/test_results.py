@@ -1,0 +1,99 @@
+"""The published results: the page comes from its files, intervals are right, commands are valid and rerun."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.results import RESULTS, Cell, Table, collect, interval, page, read, tables, verdict
+from unigrpo_cli.config import load_config
+from unigrpo_cli.evaluate import load_report
+
+TABLES = [table for table in tables() if table.path.is_file()]
+
+
+def _cell(verdicts_SP: np.ndarray) -> Cell:
+    return Cell([{} for _ in verdicts_SP], verdicts_SP.astype(float))
+
+
+def test_the_page_is_made_from_the_files() -> None:
+    assert (RESULTS / "README.md").read_text() == page(), "run `python -m tools.results`"
+
+
+@pytest.mark.parametrize("table", tables(), ids=lambda table: table.name)
+def test_every_cell_has_valid_settings_and_every_claim_its_cells(table: Table) -> None:
+    for cell in table.cells:
+        load_config(preset="embedded", overrides=table.texts(cell))
+    assert {name for claim in table.claims for name in claim} <= set(table.cells)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_a_row_is_a_run_and_its_verdicts_have_its_score(table: Table) -> None:
+    for name, cell in read(table).items():
+        assert len({row["seed"] for row in cell.rows}) == len(cell.rows), name
+        assert {row["seed"] for row in cell.rows} <= set(map(str, table.seeds)), name
+        for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
+            assert own.mean() == pytest.approx(float(row[f"after/{table.reward}"]), abs=1e-4), (name, row["seed"])
+
+
+def test_the_interval_of_equal_seeds_is_that_of_their_prompts() -> None:
+    """400 prompts, half right, the same in each of three seeds: 1.96 * 0.5 / 20 = 0.049 either side."""
+    mean, low, high = interval(_cell(np.tile([0, 1], (3, 200))))
+    assert (mean, low, high) == pytest.approx((0.5, 0.451, 0.549), abs=0.006)
+
+
+def test_the_interval_of_seeds_that_differ_is_wider() -> None:
+    """Every prompt agrees within a seed: the mean is that of five coins, deviation .49 / 5 ** .5 = .22."""
+    mean, low, high = interval(_cell(np.repeat([[0], [0], [1], [1], [1]], 100, axis=1)))
+    assert mean == pytest.approx(0.6)
+    assert low == pytest.approx(0.2, abs=0.01)
+    assert high == pytest.approx(1.0, abs=0.01)
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    """The second cell is right where the first is, and on forty prompts more: the spread of prompts cancels."""
+    first = np.tile([0, 1], (3, 200))
+    second = first.copy()
+    second[:, :80:2] = 1
+    mean, low, high = interval(_cell(second), _cell(first))
+    assert mean == pytest.approx(0.1)
+    assert high - low == pytest.approx(2 * 1.96 * (0.1 * 0.9 / 400) ** 0.5, abs=0.01)
+    assert [verdict(low, high), verdict(-0.2, -0.1), verdict(-0.1, 0.1)] == ["holds", "does not hold", "cannot be told"]
+
+
+def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
+    """Two one-step runs by the sweep that is printed, collected and read back."""
+    table = replace(tables()[0], name="short", seeds=[0, 1], cells={"joint": []})
+    settings = ["train.steps=1", "train.prompts_per_step=1", "train.group_size=2", "train.minibatches=1"]
+    settings += ["eval.limit=2", "doctor.at_start=off", "threads=1"]
+    table = replace(table, settings=settings)
+    command = table.command("joint").replace("--out runs", f"--out {tmp_path}").split()
+    subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
+    (tmp_path / "short.csv").write_text(collect(table, tmp_path))
+    cell = read(table, tmp_path / "short.csv")["joint"]
+    assert [row["seed"] for row in cell.rows] == ["0", "1"]
+    assert {(row["steps"], row["samples"]) for row in cell.rows} == {("1", "2")}
+    for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
+        run = next((tmp_path / "short" / "joint").glob(f"*seed={row['seed']}*"))
+        assert own.tolist() == load_report(run / "eval_after.json").values["geneval"].tolist()
+
+
+@pytest.mark.skipif(not os.environ.get("UNIGRPO_LONG_TESTS"), reason="three runs of minutes; set UNIGRPO_LONG_TESTS=1")
+def test_three_runs_picked_at_random_score_the_same_again(tmp_path: Path) -> None:
+    """To the digit with the same torch; another one rounds differently, so there within what seeds differ by."""
+    rows = [(table, row) for table in TABLES for cell in read(table).values() for row in cell.rows]
+    for table, row in random.sample(rows, 3):
+        one = replace(table, seeds=[int(row["seed"])])
+        command = one.command(row["cell"]).replace("--out runs", f"--out {tmp_path}").split()
+        subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
+        (tmp_path / "again.csv").write_text(collect(one, tmp_path))
+        (again,) = read(one, tmp_path / "again.csv")[row["cell"]].rows
+        found, before = (float(r[f"after/{table.reward}"]) for r in (again, row))
+        assert found == pytest.approx(before, abs=1e-4 if again["torch"] == row["torch"] else 0.08)
