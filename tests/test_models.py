@@ -14,7 +14,7 @@ from unigrpo_cli.cli import app
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.family import MODELS, ModelRegistry
-from unigrpo_cli.models.hub import embedded_directory
+from unigrpo_cli.models.hub import embedded_directory, is_hub_id
 from unigrpo_cli.models.mot.family import MoTFamily
 from unigrpo_cli.run.setup import choose_attention, device_of
 
@@ -45,6 +45,14 @@ def test_a_directory_that_cannot_be_loaded_is_named(tmp_path: Path, file: str, s
     (tmp_path / file).write_text("{}")
     with pytest.raises(WeightsError, match=says):
         MODELS.sizes(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"),
+    [("ORG/some.model-2", True), ("./model", False), ("../model", False), ("/models/x", False), ("a/b/c", False)],
+)
+def test_a_path_is_no_hub_id(name: str, is_id: bool) -> None:
+    assert is_hub_id(name) == is_id
 
 
 def test_each_family_says_why_it_takes_no_directory(tmp_path: Path) -> None:

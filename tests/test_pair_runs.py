@@ -19,6 +19,8 @@ from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.pair import facts
+from unigrpo_cli.models.pair.facts import KLEIN
 from unigrpo_cli.models.pair.family import PairFamily
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -38,6 +40,9 @@ SMALL = (
     "train.minibatches=1",
 )
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two stars")]
+
+
+long = pytest.mark.skipif(os.environ.get("UNIGRPO_LONG_TESTS") != "1", reason="set UNIGRPO_LONG_TESTS=1")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,7 @@ def _learn(model: Path, *settings: str) -> tuple[np.ndarray, dict[str, bool]]:
     return np.array(seen), moved
 
 
-@pytest.mark.skipif(os.environ.get("UNIGRPO_LONG_TESTS") != "1", reason="half a minute; set UNIGRPO_LONG_TESTS=1")
+@long
 def test_a_pair_learns_words_and_pictures_from_one_advantage(model: Path) -> None:
     """Both rewards rise over 40 steps, and neither with shuffled advantages; both experts move."""
     learned, moved = _learn(model)
@@ -99,8 +104,11 @@ def test_a_pair_learns_words_and_pictures_from_one_advantage(model: Path) -> Non
     assert gain[1] > 3 > abs(still[1])  # seen: 5.4 and 1.6
 
 
-def test_a_pair_goes_through_the_commands(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["z-image", pytest.param("flux2-klein", marks=long)])
+def test_a_pair_goes_through_the_commands(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """inspect, train, resume, generate from the run, eval: a pair is a model as any other."""
+    monkeypatch.setitem(facts.PAINTERS, KLEIN.pipeline, tiny_pair.SMALL)
+    model = tiny_pair.write(kind, tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo stars\n")
     sizes = ("sampling.batch_size=4", "train.micro_batch_size=4", "train.group_size=2", "dtype=float32", "eval.steps=2")
     more = ("train.finetune=lora", "train.lora_rank=2", "doctor.at_start=off", "train.samples_every=0", "eval.limit=1")
@@ -112,7 +120,7 @@ def test_a_pair_goes_through_the_commands(model: Path, tmp_path: Path) -> None:
         return json.loads(done.stdout)
 
     seen = do("inspect", str(model))
-    assert (seen["family"], seen["kind"], seen["problems"]) == ("pair", "z-image", [])
+    assert (seen["family"], seen["kind"], seen["problems"]) == ("pair", kind, [])
     out, prompts = str(tmp_path / "run"), str(tmp_path / "prompts.txt")
     given = ["--model", str(model), "--prompts", prompts, "--reward", "jpeg,length", "--steps", "1", "--out", out]
     assert do("train", *given, *small)["steps"] == 1

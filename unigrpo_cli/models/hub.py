@@ -36,7 +36,7 @@ def locate(model: str, patterns: Iterable[str], fetch: bool = True) -> tuple[Pat
     if os.path.isdir(directory):
         return directory, None
     accepted = "give `embedded`, a model directory, or a hub id such as ByteDance-Seed/BAGEL-7B-MoT"
-    if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", model):
+    if not is_hub_id(model):
         raise WeightsError(f"no model at {model}: {accepted}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -52,6 +52,11 @@ def locate(model: str, patterns: Iterable[str], fetch: bool = True) -> tuple[Pat
             f"no directory {model}, and it cannot be fetched ({first_line(error)}); fetch it where there is a "
             f"network with `hf download {model}`, and give its directory or the same cache"
         ) from error
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name has the form ORG/NAME. A path such as ./model or ../model has not."""
+    return re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", model) is not None
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from unigrpo_cli.config import Config, to_toml, with_values
 from unigrpo_cli.errors import UnigrpoError
 from unigrpo_cli.evaluate import Evaluation, compare, load_report, paired
 from unigrpo_cli.io.secrets import redacted
-from unigrpo_cli.models.hub import EMBEDDED
+from unigrpo_cli.models.hub import EMBEDDED, is_hub_id
 from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.run.directory import Run
 
@@ -135,7 +135,7 @@ def _metadata(trained: Trained, name: str) -> ModelCardData:
         )
         for reward, estimate in found.items()
     ]
-    hub = trained.base if _is_hub_id(trained.base) else None
+    hub = trained.base if is_hub_id(trained.base) else None
     return ModelCardData(
         model_name=name,
         license=LICENCES.get(trained.base),
@@ -149,7 +149,7 @@ def _metadata(trained: Trained, name: str) -> ModelCardData:
 
 
 def _first_sentence(trained: Trained) -> str:
-    base = trained.base if _is_hub_id(trained.base) or trained.base == EMBEDDED else _short(trained.base)
+    base = trained.base if is_hub_id(trained.base) or trained.base == EMBEDDED else _short(trained.base)
     what = {"adapter": "A LoRA adapter of", "weights": "All weights of", "merged": "A LoRA adapter merged into"}
     licence = LICENCES.get(trained.base)
     terms = f"Licence of the base model: {licence}." if licence else "The licence of the base model applies."
@@ -238,12 +238,8 @@ def _settings(trained: Trained) -> str:
 
 
 def _loading(trained: Trained) -> str:
-    base = trained.base if _is_hub_id(trained.base) or trained.base == EMBEDDED else "BASE"
+    base = trained.base if is_hub_id(trained.base) or trained.base == EMBEDDED else "BASE"
     return USE_ADAPTER.format(base=base) if trained.kind == "adapter" else USE_WEIGHTS
-
-
-def _is_hub_id(model: str) -> bool:
-    return model.count("/") == 1 and not os.path.isabs(model)
 
 
 def _short(name: str, hub: bool = False) -> str:
