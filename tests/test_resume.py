@@ -109,7 +109,10 @@ def _lines(result: Result, word: str) -> list[str]:
 # ----- resumed is uninterrupted
 
 
-@pytest.mark.parametrize("settings", ["", "dtype=bfloat16", "dtype=bfloat16 train.finetune=lora"])
+ROUNDS = "sampling.program=reflect sampling.rounds=2 advantage.credit=reward-to-go"
+
+
+@pytest.mark.parametrize("settings", ["", "dtype=bfloat16", f"dtype=bfloat16 train.finetune=lora {ROUNDS}"])
 def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Path, settings: str) -> None:
     """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
     whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
