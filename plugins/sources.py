@@ -221,17 +221,23 @@ class ImprovementReward:
     def __init__(self, options: ImprovementOptions):
         self.options = options
 
-    def setup(self, context: RewardContext) -> None:
-        """Set the other reward up; range, needs and direction are its own.
+    def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse another reward that scores segments or groups, which a source has none of, and what that one refuses.
 
         Raises:
-            RewardError: when it scores segments or groups, which a source has none of.
+            RewardError: for these.
         """
         self.other = context.other_reward(self.options.of)
         if getattr(self.other, "scope", "sample") != "sample" or getattr(self.other, "segments", ()):
             raise RewardError(
                 f"reward 'improvement': {self.options.of!r} does not score a picture by itself; give another"
             )
+        if hasattr(self.other, "check_options"):
+            self.other.check_options(context, metadata)
+
+    def setup(self, context: RewardContext) -> None:
+        """Set the other reward up; range, needs and direction are its own."""
+        self.check_options(context, ())
         if hasattr(self.other, "setup"):
             self.other.setup(context)
         low, high = getattr(self.other, "range", (float("-inf"), float("inf")))

@@ -42,6 +42,7 @@ SCENES = (
     "refused",
     "uneven_texts",
     "failing_judge",
+    "uneven_program",
     "abstaining_judge",
     *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
 )
@@ -306,6 +307,11 @@ def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
         found = told(played, "failing_judge", 2, rank)
         assert found["everywhere"] and found["error"].startswith("rank 1: reward 'bright'")
         assert "judge is down" in found["error"]
+
+
+def test_episodes_that_stop_on_one_rank_alone_are_refused_where_weights_are_sharded(played: Path) -> None:
+    for rank in range(2):
+        assert "give ranks.weights=whole" in told(played, "uneven_program", 2, rank)["error"]
 
 
 def test_abstentions_are_counted_over_all_ranks(played: Path) -> None:

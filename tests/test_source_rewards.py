@@ -145,6 +145,12 @@ def test_improvement_is_after_minus_before() -> None:
         assert rewards.score(samples[:2])["improvement"].scores.tolist() == [40, -40]
     with pytest.raises(RewardError, match="does not score a picture by itself"):
         _scored("improvement@of=reflection", samples)
+    for other, said in (("ocr", "name a recogniser"), ("reflection", "does not score a picture by itself")):
+        with Scorer(
+            parse_rewards([f"improvement@of={other}"]), _plugins(), RewardContext("cpu", 0, True, True), local=False
+        ) as rewards:
+            with pytest.raises(RewardError, match=said):
+                rewards.check_options([], "train")
 
 
 def test_a_restored_picture_improves_towards_the_original() -> None:

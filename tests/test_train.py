@@ -297,6 +297,8 @@ def test_prompts_go_round_and_depend_on_the_step_alone() -> None:
     assert prompts_for(prompts, config, 3) == prompts_for(prompts, config, 3)
     few = prompts_for(prompts[:1], config, 0)
     assert len({p.id for p in few}) == 4, "a prompt that comes twice in a step gets noise of its own"
+    pair = [Prompt("a", "same"), Prompt("b", "same")]
+    assert sorted(p.id for p in prompts_for(pair, config, 0)) == ["a", "a@1", "b", "b@1"], "ids count, not texts"
     odd = [Prompt("a", "a"), Prompt("a@1", "b")]
     for step in range(5):
         assert len({p.id for p in prompts_for(odd, config, step)}) == 4, "also where a list has such names itself"

@@ -26,7 +26,7 @@ from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.errors import RewardError
+from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.models.lora import load_adapters
 from unigrpo_cli.models.mot.config import computes_wide
 from unigrpo_cli.models.mot.policy import MoTPolicy
@@ -35,6 +35,7 @@ from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.models.sharding import whole
 from unigrpo_cli.parallel.join import join_ranks
 from unigrpo_cli.parallel.ranks import Ranks
+from unigrpo_cli.programs import PROGRAMS, Program
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
@@ -215,6 +216,25 @@ def failing_judge(ranks: Ranks, _out: Path) -> Found:
     raise AssertionError("the judge's failure passed unseen")
 
 
+def uneven_program(ranks: Ranks, _out: Path) -> Found:
+    """A plugin's program that looks at its picture on the last rank alone, with sharded weights."""
+
+    def run(rows: Any) -> None:
+        texts = rows.sample_text()
+        rows.sample_image()
+        rows.stop([ranks.first for _ in texts])
+        rows.read_image()
+        rows.sample_text()
+
+    PROGRAMS.add(Program("uneven", run, ""))
+    try:
+        trained(ranks, "sampling.program=uneven", "sampling.show_images=latents")
+    except UsageError as error:
+        ranks.wait()
+        return {}, {"error": str(error)}
+    raise AssertionError("ranks made different numbers of passes")
+
+
 def abstaining_judge(ranks: Ranks, _out: Path) -> Found:
     """A reward that abstains on one prompt of four: no more than it may of all, more than it may of one rank's."""
     original = Bright.score
@@ -308,6 +328,7 @@ SCENES = {
         judged_on_first,
         refused,
         failing_judge,
+        uneven_program,
         abstaining_judge,
         uneven_texts,
     )

@@ -76,7 +76,7 @@ class Program:
     needs_picture: bool = False
     reads_prompt: bool = True
 
-    def refuse_missing(self, prompt: str, picture: object) -> None:
+    def refuse_without_picture(self, prompt: str, picture: object) -> None:
         """Refuse a prompt that brings no picture to a program that needs one.
 
         Raises:

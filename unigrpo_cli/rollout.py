@@ -150,7 +150,7 @@ Given = tuple[GivenText | GivenImage, ...]
 
 def _given(policy: Policy, program: Program, prompt: Prompt, think: bool) -> Given:
     """What is given before the first action of a program."""
-    program.refuse_missing(prompt.text, prompt.image)
+    program.refuse_without_picture(prompt.text, prompt.image)
     given = policy.preamble(prompt, think)
     return given if program.reads_prompt else given[:-1]
 

@@ -36,7 +36,7 @@ from unigrpo_cli.training.advantages import advantages, credit_of, kinds_of_all
 from unigrpo_cli.training.backward import backward, replay_workers
 from unigrpo_cli.training.maps import advantage_maps
 from unigrpo_cli.training.metrics import timed
-from unigrpo_cli.training.micro_batch import MicroBatch, marked, with_advantages
+from unigrpo_cli.training.micro_batch import MicroBatch, marked, refuse_uneven_passes, with_advantages
 from unigrpo_cli.training.optimizer import optimizer_step
 from unigrpo_cli.training.schedule import draws_of, later_windows, objective_of, prompts_for, traced_groups, window_of
 from unigrpo_cli.training.state import TrainState
@@ -171,6 +171,8 @@ def score_old_and_reference(
         parts = micro_batches(episodes, rows, t.micro_batch_size, t.max_tokens_per_micro_batch, draws)
         parts = split_up(parts, ranks.most(len(parts)))
         batches = [collate([episodes[row] for row in part], policy.device, draws) for part in parts]
+        if policy.is_sharded:
+            refuse_uneven_passes(batches, ranks)
         workers = replay_workers(policy, len(batches))
         old: list[Scores | None] = [None] * len(parts)
         reference: list[Scores | None] = [None] * len(parts)

@@ -155,7 +155,7 @@ def _sampled(
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.evaluate import refuse_non_finite, train_sampling
     from unigrpo_cli.rollout import rollout as sample
-    from unigrpo_cli.training.schedule import window_of
+    from unigrpo_cli.training.schedule import later_windows, window_of
 
     members = settings.train.group_size
     with display.progress(len(prompts) * members, "sampling") as advance, ranks.together():
@@ -168,6 +168,7 @@ def _sampled(
             window,
             settings.seed,
             lambda rows: advance(rows * ranks.world),
+            later_windows=later_windows(settings, 0),
         )
         refuse_non_finite(flatten(groups))
     return groups

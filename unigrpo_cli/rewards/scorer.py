@@ -129,10 +129,10 @@ class Scorer:
         for loaded in self.rewards:
             loaded.recent.extend(abstentions.get(loaded.alias, ()))
 
-    def check_options(self, context: RewardContext, metadata: Sequence[Any], split: str) -> None:
+    def check_options(self, metadata: Sequence[Any], split: str) -> None:
         """Let rewards refuse what their setup would refuse, before anything is fetched."""
         for loaded in self.active(split):
-            loaded.call("check_options", context, metadata)
+            loaded.call("check_options", self.context, metadata)
 
     def check_needs(self, metadata: Sequence[Any], *, has_reasoning: bool, has_source: bool, split: str) -> None:
         """Check, before sampling, that every prompt carries what the rewards of a split need.

@@ -64,7 +64,7 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     program = PROGRAMS.find(config.sampling.program)
     for prompt in (*prompts, *suite):
-        program.refuse_missing(prompt.text, prompt.image)
+        program.refuse_without_picture(prompt.text, prompt.image)
     _check_rewards(config, rewards, plugins, prompts, suite)
     if automatic and config.prompts not in TRAINING:
         say(_held_out_line(config, len(prompts), len(suite)))
@@ -125,4 +125,4 @@ def _check_rewards(
                 has_reasoning=config.sampling.think,
                 split=split,
             )
-            scorer.check_options(context, rows, split)
+            scorer.check_options(rows, split)

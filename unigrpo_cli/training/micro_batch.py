@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo.objective import Advantages, Scores, per_action
+from unigrpo_cli.errors import UsageError
+from unigrpo_cli.parallel.ranks import Ranks
 from unigrpo_cli.replay import Batch
 
 UNKNOWN = Advantages(torch.zeros(0, 0), ())
@@ -59,6 +61,23 @@ def with_advantages(
         return replace(m, advantages=per_action(advantage_BS[m.rows].to(device), actions, maps_BN))
 
     return [[completed(m) for m in share] for share in minibatches]
+
+
+def refuse_uneven_passes(batches: Sequence[Batch], ranks: Ranks) -> None:
+    """Refuse micro-batches whose passes through sharded weights not all ranks make: they would wait for ever.
+
+    Raises:
+        UsageError: when a program drew episodes with other segments on other ranks.
+    """
+    passes = [
+        [(c.ids_BS.shape[1] > 0, c.image is not None, c.latent_BND is not None) for c in batch.chunks]
+        for batch in batches
+    ]
+    if any(own != passes for own in ranks.gather(passes)):
+        raise UsageError(
+            "episodes have other segments on other ranks, so ranks with sharded weights would make different numbers "
+            "of passes; give ranks.weights=whole, train.finetune=lora, or a program in which no row stops early"
+        )
 
 
 def marked(minibatches: Sequence[Sequence[MicroBatch]], groups: Container[int], members: int) -> list[list[MicroBatch]]:

@@ -30,10 +30,10 @@ def prompts_for(prompts: Sequence[Prompt], config: Config, step: int) -> list[Pr
             generator = torch.Generator().manual_seed(derive(config.seed, "order", epoch))
             orders[epoch] = torch.randperm(len(prompts), generator=generator)
         prompt = prompts[int(orders[epoch][at])]
-        again = sum(p.text == prompt.text for p in chosen)
-        taken, name = {p.id for p in chosen}, f"{prompt.id}@{again}" if again else prompt.id
-        while name in taken:  # a list may have a name such as "a@1" of its own
-            name += "'"
+        taken, name, again = {p.id for p in chosen}, prompt.id, 0
+        while name in taken:
+            again += 1
+            name = f"{prompt.id}@{again}"
         chosen.append(replace(prompt, id=name) if name != prompt.id else prompt)
     return chosen
 
