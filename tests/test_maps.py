@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import small
+from tests.commands import unigrpo
 from tests.test_objective import PAPER, B, D, K, N, _case, _leaf, _random
 from unigrpo_cli import RewardContext, Sample
 from unigrpo_cli.algo.credit import IMAGE, TEXT, terminal
@@ -24,11 +25,13 @@ from unigrpo_cli.rewards.hooks import hookimpl
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.episode_files import load_episodes
 from unigrpo_cli.run.samples import save_samples
 from unigrpo_cli.toy.render import render
 from unigrpo_cli.toy.world import Thing, plan_text
 from unigrpo_cli.train import training_step
 from unigrpo_cli.training.maps import advantage_maps
+from unigrpo_cli.training.schedule import window_of
 from unigrpo_plugins import maps
 from unigrpo_plugins.geneval_rules import DetectedObject
 from unigrpo_plugins.maps import resized, salience, smoothed, unigrpo_advantage_map
@@ -225,6 +228,24 @@ def test_maps_have_mean_one_and_are_saved_with_samples(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "step_000003" / "maps.safetensors")
     assert saved["0_1"].shape == groups[0].episodes[0].images[0].grid
     assert (tmp_path / "step_000003" / "maps" / "0_1.png").is_file()
+
+
+def test_rollout_writes_the_maps_of_all_its_images(small_model: Path, tmp_path: Path) -> None:
+    small_step = [part for setting in small.SETTINGS for part in ("--set", setting)]
+    two = ["--set", "sampling.program=reflect", "--set", "sampling.rounds=2", "--limit", 1, "--group-size", 2]
+    chosen = ["--model", small_model, "--reward", "clean", "--set", "advantage.map=uniform", "--seed", 1]
+    done = unigrpo("rollout", *chosen, *small_step, *two, "--out", tmp_path / "r")
+    assert done.exit_code == 0, done.output
+    names = [f"0000_{member:03d}_{k}" for member in range(2) for k in (1, 2)]
+    saved = load_file(tmp_path / "r" / "maps.safetensors")
+    assert sorted(saved) == sorted(path.stem for path in (tmp_path / "r" / "maps").iterdir()) == names
+    assert all((weights == 1).all() for weights in saved.values())
+    (group,) = load_episodes(tmp_path / "r")
+    assert [image.grid for image in group.episodes[1].images] == [saved[name].shape for name in names[2:]]
+    config = load_config(file=tmp_path / "r" / "config.toml")
+    windows = [window_of(config, 0, k) for k in range(2)]
+    assert windows[0] != windows[1]
+    assert [image.window for image in group.episodes[0].images] == windows, "as training draws them"
 
 
 def _object(color: str, x: float) -> DetectedObject:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unigrpo_cli.rewards.registry import Plugins
     from unigrpo_cli.run.console import Display
     from unigrpo_cli.run.directory import Run
+    from unigrpo_cli.training.maps import Maps
 
 DEFAULT_LIMIT = 8
 
@@ -58,7 +59,8 @@ def rollout(
 ) -> None:
     """Sample groups of episodes as training does, or score saved ones with other rewards.
 
-    Writes to --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/.
+    Writes to --out: episodes.json and episodes.safetensors (all actions), rewards.json, images/; with advantage.map
+    also maps/ and maps.safetensors.
     """
     from unigrpo_cli.errors import UsageError
     from unigrpo_cli.parallel.join import join_ranks
@@ -98,7 +100,7 @@ def _sample_and_score(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Score whole groups, sampled or saved, split over the ranks; rank 0 writes them and returns the summary."""
-    from unigrpo_cli.episode import all_have_pictures
+    from unigrpo_cli.episode import all_have_pictures, flatten
     from unigrpo_cli.errors import RewardError, quoted
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.spec import parse_rewards
@@ -109,8 +111,10 @@ def _sample_and_score(
     from unigrpo_cli.run.records import groups_of_all
     from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import training_prompts
+    from unigrpo_cli.training.maps import advantage_maps, check_map
 
     with ranks.together():
+        check_map(settings, plugins)
         choices = parse_rewards(settings.reward.names, settings.reward.options)
         if source is not None:
             saved = load_episodes(source)
@@ -145,7 +149,10 @@ def _sample_and_score(
                 )
             raise
         with ranks.together():
-            return {} if run is None else _record(run, groups, scored)
+            if run is None:
+                return {}
+            maps = advantage_maps(flatten(groups), samples_of(groups), rewards, settings, step=0, split="train")
+            return _record(run, groups, scored, maps)
 
 
 def _sampled(
@@ -174,11 +181,12 @@ def _sampled(
     return groups
 
 
-def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult]) -> dict[str, Any]:
-    """Write rewards.json and images/; returns the summary."""
+def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult], maps: Sequence[Maps]) -> dict[str, Any]:
+    """Write rewards.json, images/ and the maps that there are; returns the summary."""
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.io.pictures import save_png
     from unigrpo_cli.run.records import reward_rows
+    from unigrpo_cli.run.samples import save_maps
 
     rows = reward_rows(groups, scored)
     run.write_json("rewards.json", rows)
@@ -187,6 +195,8 @@ def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult]) 
         save_png(episode.pixels.numpy(), path, row)
         for k, image in enumerate(episode.images[:-1]):
             save_png(image.pixels.numpy(), path.with_stem(f"{path.stem}_round_{k + 1}"), row | {"round": k + 1})
+    names = [Path(row["image"]).stem for row in rows]
+    save_maps(zip(names, flatten(groups), maps, strict=True), run.directory)
     return {
         "run": str(run.directory),
         "episodes": len(rows),

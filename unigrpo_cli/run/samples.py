@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,11 +51,9 @@ def save_samples(
     """A PNG with its metadata per prompt in `step_NNNNNN/`, and a sheet of them, `step_NNNNNN.png`, returned.
 
     Args:
-        maps: advantage maps of each prompt's images; where there are any, `maps/` has them as grey pictures, and
-            `maps.safetensors` their values [rows, columns] by prompt and image, e.g. `0_1` for the first one's first.
+        maps: advantage maps of each prompt's images, see `save_maps`; their names begin with the prompt's number.
     """
     tiles = []
-    weights: dict[str, Tensor] = {}
     name = f"step_{step:06d}"
     with new_directory(folder / name, sums=False) as pictures:
         for k, group in enumerate(groups):
@@ -72,25 +70,31 @@ def save_samples(
             save_png(pixels, pictures / f"{k}.png", story)
             words = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             tiles.append(tiles_of(episode, [words] if words else []))
-            if maps and maps[k]:  # empty for an episode that no reward maps
-                weights |= _save_maps(maps[k], episode, k, pictures)
-        if weights:
-            save_file(weights, pictures / "maps.safetensors")
+        save_maps(
+            [(str(k), group.episodes[0], own) for k, (group, own) in enumerate(zip(groups, maps, strict=False))],
+            pictures,
+        )
     page = sheet(sheet_rows(tiles), f"step {step}")
     _save_sheet(page, path := folder / f"{name}.png")
     return path
 
 
-def _save_maps(maps: Maps, episode: Episode, prompt: int, folder: Path) -> dict[str, Tensor]:
-    """The maps of one episode as pictures, in which white is the largest weight; returns them by name."""
+def save_maps(maps: Iterable[tuple[str, Episode, Maps]], folder: Path) -> None:
+    """Advantage maps of episodes: grey pictures in `maps/`, white the largest weight, and `maps.safetensors`.
+
+    That has the values [rows, columns] by the episode's name and the number of its image, e.g. `0_1`. Nothing is
+    written for episodes that have no map.
+    """
     found: dict[str, Tensor] = {}
-    for k, (weights, image) in enumerate(zip(maps, episode.images, strict=True), start=1):
-        (folder / "maps").mkdir(exist_ok=True)
-        found[f"{prompt}_{k}"] = own = weights.view(image.grid)
-        height, width = image.pixels.shape[:2]
-        grey = Image.fromarray((own / own.max() * 255).to(torch.uint8).numpy())
-        grey.resize((width, height), Image.Resampling.NEAREST).save(folder / "maps" / f"{prompt}_{k}.png")
-    return found
+    for name, episode, own in maps:
+        for k, (weights_N, image) in enumerate(zip(own, episode.images, strict=False), start=1):
+            (folder / "maps").mkdir(exist_ok=True)
+            found[f"{name}_{k}"] = weights = weights_N.view(image.grid)
+            height, width = image.pixels.shape[:2]
+            grey = Image.fromarray((weights / weights.max() * 255).to(torch.uint8).numpy())
+            grey.resize((width, height), Image.Resampling.NEAREST).save(folder / "maps" / f"{name}_{k}.png")
+    if found:
+        save_file(found, folder / "maps.safetensors")
 
 
 def save_progress(folder: Path) -> None:
