@@ -347,7 +347,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_the_first_ratio_is_exactly_one_and_both_experts_move(finetune: str, dtype: str, checkpointing: str) -> None:
     """In either dtype: ratio exactly 1, reference equal to the policy at first, what is trained kept in fp32."""
     settings = [f"train.finetune={finetune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}"]
@@ -457,10 +457,15 @@ def test_a_streamed_layer_has_its_weights_only_while_it_works(monkeypatch: pytes
     ("also", "moves"),
     [
         ("head", "language_model.lm_head.weight"),
-        ("norms", "language_model.model.norm.weight"),
-        ("projections", "vae2llm.weight"),
-        ("embeddings", "language_model.model.embed_tokens.weight"),
-        ("connector", "connector.fc1.weight"),
+        *(
+            pytest.param(*row, marks=pytest.mark.long)
+            for row in (
+                ("norms", "language_model.model.norm.weight"),
+                ("projections", "vae2llm.weight"),
+                ("embeddings", "language_model.model.embed_tokens.weight"),
+                ("connector", "connector.fc1.weight"),
+            )
+        ),
         ("vision", "vit_model.vision_model.post_layernorm.weight"),
     ],
 )

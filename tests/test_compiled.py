@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,7 +103,7 @@ def test_the_setting_reaches_the_rollout() -> None:
     assert not train_sampling(load_config()).compiled
 
 
-@pytest.mark.skipif(not os.environ.get("UNIGRPO_LONG_TESTS"), reason="set UNIGRPO_LONG_TESTS=1")
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU by g++")
 @pytest.mark.parametrize("rows", [8, 2])
 def test_compiled_layers_round_and_no_more(tiny: MoTPolicy, rows: int) -> None:

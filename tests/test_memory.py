@@ -293,7 +293,7 @@ def passes(work: Workload) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_activations_are_those_of_the_passes(finetune: str, dtype: str, checkpointing: str) -> None:
     """Every phase within 6 %: few words, where layers decide, and many, where logits do."""
@@ -486,7 +486,7 @@ DEEP = replace(SMALL, num_hidden_layers=8)
 
 
 @pytest.mark.parametrize("finetune", ["lora", "full"])
-@pytest.mark.parametrize("experts", ["both", "image", "text"])
+@pytest.mark.parametrize("experts", ["both", *(pytest.param(e, marks=pytest.mark.long) for e in ("image", "text"))])
 def test_operations_of_passes_are_those_that_torch_counts(finetune: str, experts: str) -> None:
     """Reading, denoising, replay and its backward pass. Flash attention computes its scores again, which counts."""
     work = small(f"train.finetune={finetune}", f"train.experts={experts}", "sampling.max_new_tokens=40")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +39,6 @@ SMALL = (
     "train.minibatches=1",
 )
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two stars")]
-
-
-long = pytest.mark.skipif(os.environ.get("UNIGRPO_LONG_TESTS") != "1", reason="set UNIGRPO_LONG_TESTS=1")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +89,7 @@ def _learn(model: Path, *settings: str) -> tuple[np.ndarray, dict[str, bool]]:
     return np.array(seen), moved
 
 
-@long
+@pytest.mark.long
 def test_a_pair_learns_words_and_pictures_from_one_advantage(model: Path) -> None:
     """Both rewards rise over 40 steps, and neither with shuffled advantages; both experts move."""
     learned, moved = _learn(model)

@@ -6,7 +6,6 @@ The longer ones run by `UNIGRPO_LONG_TESTS=1 python -m pytest -q tests/test_rank
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -44,7 +43,6 @@ from unigrpo_cli import reward
 def bright(images, step, split):
     return [sum(image.convert("L").histogram()[128:]) / image.width / image.height for image in images]
 """
-long = pytest.mark.skipif(not os.environ.get("UNIGRPO_LONG_TESTS"), reason="set UNIGRPO_LONG_TESTS=1")
 
 
 @pytest.fixture
@@ -130,7 +128,7 @@ def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
     assert [e.seed for e in flatten(load_episodes(again))] == [e.seed for e in flatten(first)]
 
 
-@long
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, judge: list[str]) -> None:
     run = tmp_path / "run"
     pair = launch(2, *PROGRAM, *SMALL, *judge, "--out", str(run), "--steps", "500", "--json")
@@ -150,7 +148,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, jud
     assert json.loads(output)["steps"] == len(steps) + 1
 
 
-@long
+@pytest.mark.long
 def test_a_judge_that_fails_on_one_rank_is_one_line_and_loses_no_step(tmp_path: Path) -> None:
     path = tmp_path / "judge.py"
     fails = '    if split == "train" and step == 2 and os.environ["RANK"] == "1":\n        raise OSError("gone")\n'
@@ -210,7 +208,7 @@ def test_who_waits_for_the_others_can_be_interrupted() -> None:
     assert errors.splitlines()[-1] == "interrupted"
 
 
-@long
+@pytest.mark.long
 def test_what_is_wrong_for_all_is_said_once(tmp_path: Path, judge: list[str]) -> None:
     run = tmp_path / "run"
     pair = launch(2, *PROGRAM, *SMALL, *judge, "--set", "train.prompts_per_step=2", "--out", str(run))
@@ -221,7 +219,7 @@ def test_what_is_wrong_for_all_is_said_once(tmp_path: Path, judge: list[str]) ->
     assert not run.exists()
 
 
-@long
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str], launcher: str) -> None:
     """The lines of examples/launch, on a CPU: the run says how many ranks there are, and ends well."""

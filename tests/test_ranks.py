@@ -188,7 +188,9 @@ def test_what_a_launcher_says_is_checked(monkeypatch: pytest.MonkeyPatch) -> Non
         launched()
 
 
-@pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1, 2 of 3"), (1, "rank 0 of 3")])
+@pytest.mark.parametrize(
+    ("rank", "missing"), [(0, "ranks 1, 2 of 3"), pytest.param(1, "rank 0 of 3", marks=pytest.mark.long)]
+)
 def test_waiting_for_ranks_that_do_not_come_is_said_and_ends(rank: int, missing: str) -> None:
     """Without a launcher that notices: a line within seconds, and an end by itself."""
     port = str(free_port())
@@ -341,6 +343,7 @@ print("left", threads())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of libraries are read from /proc")
+@pytest.mark.long
 def test_no_thread_of_the_group_outlives_it() -> None:
     """One that asks for Python while the process ends aborts it: seen once, in an evaluation by two.
 

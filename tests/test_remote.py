@@ -617,25 +617,25 @@ def test_an_address_that_cannot_be_used_says_where_to_find_it() -> None:
 # ----- the command
 
 
-def test_the_command_says_where_and_ends_when_told() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_the_command_says_where_and_ends_when_told(number: int) -> None:
     """The real process: one line, scores, 0 on SIGTERM and on Ctrl-C."""
     code = "from unigrpo_cli.cli import main; main()"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, "rewards", "serve", "plan"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"UNIGRPO_REWARD_TOKEN": "abc"},
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("serving plan (unigrpo-cli/plan "), line
-        url = line.split()[-1]
-        assert httpx2.get(f"{url}/v1/info", trust_env=False).status_code == 401
-        process.send_signal(number)
-        out, err = process.communicate(timeout=30)
-        assert (process.returncode, out, err) == (0, "", "loading torch ...\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "rewards", "serve", "plan"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"UNIGRPO_REWARD_TOKEN": "abc"},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("serving plan (unigrpo-cli/plan "), line
+    url = line.split()[-1]
+    assert httpx2.get(f"{url}/v1/info", trust_env=False).status_code == 401
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "loading torch ...\n")
 
 
 @pytest.mark.parametrize("token", ["two words", "a\nb", "schlüssel"])

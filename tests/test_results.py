@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
         assert own.tolist() == load_report(run / "eval_after.json").values["geneval"].tolist()
 
 
-@pytest.mark.skipif(not os.environ.get("UNIGRPO_LONG_TESTS"), reason="three runs of minutes; set UNIGRPO_LONG_TESTS=1")
+@pytest.mark.long
 def test_three_runs_picked_at_random_score_the_same_again(tmp_path: Path) -> None:
     """To the digit with the same torch; another one rounds differently, so there within what seeds differ by."""
     rows = [(table, row) for table in TABLES for cell in read(table).values() for row in cell.rows]

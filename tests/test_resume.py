@@ -131,15 +131,16 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
     assert any(value.abs().max() > 0 for value in moments.values())
 
 
-def test_chaos(tmp_path: Path) -> None:
-    """Three SIGKILLs, one at least inside a checkpoint's writing, and the same to the bit."""
+@pytest.mark.parametrize(("kills", "seed"), [(1, 1), pytest.param(3, 5, marks=pytest.mark.long)])
+def test_chaos(tmp_path: Path, kills: int, seed: int) -> None:
+    """SIGKILLs, one at least inside a checkpoint's writing, and the same to the bit."""
     code = [
         sys.executable,
         str(Path(__file__).parent / "chaos.py"),
         "--kills",
-        "3",
+        str(kills),
         "--seed",
-        "5",
+        str(seed),
         "--set",
         "train.steps=6",
     ]
@@ -150,8 +151,8 @@ def test_chaos(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = done.stdout.splitlines()[-1]
-    assert verdict.startswith("3 kills, ")
-    assert not verdict.startswith("3 kills, 0 inside"), done.stdout
+    assert verdict.startswith(f"{kills} kill")
+    assert " 0 inside" not in verdict, done.stdout
 
 
 def test_states_of_generators_come_back() -> None:
@@ -799,6 +800,7 @@ print(CliRunner().invoke(app, line).exit_code)
 """
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full(tmp_path: Path, plugin: Path) -> None:
     """A file system of 50 MB, checkpoints of 19: the third is one too many, until there is more room."""
     mounts = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)]

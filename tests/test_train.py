@@ -121,6 +121,7 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path) -> None
     assert len(_metrics(run)) == 4
 
 
+@pytest.mark.long
 def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-c", "from unigrpo_cli.cli import main; main()", *SMALL, "--out", str(run)]
@@ -192,9 +193,9 @@ def test_adapters_on_a_model_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["sampling.think=false", "eval.rewards=[]"],
+        pytest.param(["sampling.think=false", "eval.rewards=[]"], marks=pytest.mark.long),
         ["objective.text_weight=0", "objective.grad_through_context=false"],
-        ["sampling.think=false", "eval.rewards=[]", "train.finetune=lora"],
+        pytest.param(["sampling.think=false", "eval.rewards=[]", "train.finetune=lora"], marks=pytest.mark.long),
     ],
 )
 def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, settings: list[str]) -> None:
