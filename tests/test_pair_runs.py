@@ -100,7 +100,7 @@ def test_a_pair_learns_words_and_pictures_from_one_advantage(model: Path) -> Non
     assert gain[1] > 3 > abs(still[1])  # seen: 5.4 and 1.6
 
 
-@pytest.mark.parametrize("kind", ["z-image", pytest.param("flux2-klein", marks=long)])
+@pytest.mark.parametrize("kind", ["z-image", pytest.param("flux2-klein", marks=pytest.mark.long)])
 def test_a_pair_goes_through_the_commands(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """inspect, train, resume, generate from the run, eval: a pair is a model as any other."""
     monkeypatch.setitem(facts.PAINTERS, KLEIN.pipeline, tiny_pair.SMALL)
