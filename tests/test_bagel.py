@@ -487,18 +487,22 @@ def test_what_learns_through_pictures_alone_needs_their_gradient(part: str) -> N
         _trained(["train.finetune=full", f'train.extra_modules=["{part}"]'])
 
 
-def test_edits_of_several_sizes_train_together(picture: Path, tmp_path: Path) -> None:
-    """Rows of one structure share a batch, others wait; saved episodes replay with the picture they were shown."""
+def test_edits_of_several_sizes_and_numbers_train_together(picture: Path, tmp_path: Path) -> None:
+    """Rows of one structure share a batch, others wait; saved episodes replay with the pictures they were shown."""
     Image.open(picture).resize((40, 90)).save(tmp_path / "tall.png")
     prompts = [replace(PROMPTS[0], image=str(p)) for p in (picture, tmp_path / "tall.png")]
+    prompts.append(replace(PROMPTS[0], image=tuple(p.image for p in prompts)))
     prompts = [replace(p, id=str(k)) for k, p in enumerate(prompts)] + [PROMPTS[1]]
     model = load_model(str(TINY))
     groups = rollout(model, prompts, 2, SAMPLING, WINDOW, seed=0)
     save_episodes(groups, tmp_path / "episodes")
     episodes = flatten(load_episodes(tmp_path / "episodes"))
     assert [e.prompt.image for e in episodes[::2]] == [p.image for p in prompts]
-    parts = micro_batches(episodes, range(6), 8)
-    assert parts == [[0, 1], [2, 3], [4, 5]]
+    shown = [[s.grid for s in e.segments if isinstance(s, GivenImage)] for e in episodes[::2]]
+    assert [len(grids) for grids in shown] == [1, 1, 2, 0] and shown[2] == shown[0] + shown[1]
+    assert episodes[4].images[0].grid == shown[1][0], "the size of the last picture"
+    parts = micro_batches(episodes, range(8), 8)
+    assert parts == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert micro_batches(episodes, [5, 0, 4], 1) == [[5], [4], [0]]
     with torch.no_grad():
         for part in parts:

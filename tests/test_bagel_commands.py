@@ -156,6 +156,12 @@ def test_edit_answer_and_paint_without_thinking(tmp_path: Path) -> None:
     edited = _do("generate", "make it green", "--image", source, *told, "--out", tmp_path / "a")["images"][0]
     assert edited["source"] == str(source)
     assert Image.open(edited["path"]).size == (192, 128), "the source's shape, at a size that can be painted"
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "red.png")
+    both = [word for path in (tmp_path / "red.png", source) for word in ("--image", path)]
+    mixed = _do("generate", "make it green", *both, *told, "--out", tmp_path / "g")["images"][0]
+    assert mixed["source"] == [str(tmp_path / "red.png"), str(source)]
+    assert Image.open(mixed["path"]).size == (192, 128), "the shape of the last"
+    assert Image.open(mixed["path"]).tobytes() != Image.open(edited["path"]).tobytes(), "both are looked at"
     plain = _do("generate", "a cube", "--no-think", *told, "--out", tmp_path / "b")["images"][0]
     assert plain["reasoning"] is None
     said = _do("generate", "what is it?", "--image", source, "--answer", *told, "--out", tmp_path / "c")["answers"]
@@ -172,7 +178,7 @@ def test_training_on_edits_from_a_file(tmp_path: Path, brightness: Path) -> None
     """Each prompt may bring a picture, beside the file; sizes may differ."""
     for k, size in enumerate([(90, 61), (40, 80)]):
         Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / f"{k}.png")
-    rows = [{"prompt": f"make it {c}", "image": f"{k}.png"} for k, c in enumerate(["red", "green"])]
+    rows = [{"prompt": "make it red", "image": "0.png"}, {"prompt": "make it green", "image": ["0.png", "1.png"]}]
     (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, {"prompt": "a cube"}]))
     reward = ["--reward", "brightness", "--plugin", brightness]
     told = ["--prompts", tmp_path / "edits.jsonl", "--set=eval.suite=" + str(tmp_path / "edits.jsonl")]

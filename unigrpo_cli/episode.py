@@ -29,14 +29,26 @@ class Prompt:
     Args:
         id: names the prompt in seeds and files; differs from `text` where a list repeats a prompt.
         metadata: data for rewards: GenEval's `include` and `exclude`, a text to render, anything.
-        image: the picture that the text is about, e.g. the source of an edit: a file, or pixels [h, w, 3]. Equality
-            leaves it out.
+        image: the picture that the text is about, e.g. the source of an edit: a file, several files, or pixels
+            [h, w, 3]. Equality leaves it out.
     """
 
     id: str
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    image: str | NDArray[np.uint8] | None = field(default=None, compare=False)
+    image: str | tuple[str, ...] | NDArray[np.uint8] | None = field(default=None, compare=False)
+
+    @property
+    def pictures(self) -> tuple[str | NDArray[np.uint8], ...]:
+        """The pictures in the order in which they are read; an edit has the size of the last."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The pictures that are files."""
+        return tuple(picture for picture in self.pictures if isinstance(picture, str))
 
 
 def all_have_pictures(prompts: Sequence[Prompt]) -> bool:

@@ -31,7 +31,12 @@ def generate(
         Path | None,
         typer.Option("--prompts", help="A .txt file, one prompt per line, or .jsonl, .csv, .tsv, .parquet."),
     ] = None,
-    image: Annotated[Path | None, typer.Option("--image", help="Image to edit, or to ask about with --answer.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", help="Image to edit, or to ask about with --answer; repeatable, an edit has the last one's size."
+        ),
+    ] = None,
     answer: Annotated[bool, typer.Option("--answer", help="Answer in words; generate no image.")] = False,
     model: common.Model = None,
     weights_file: common.WeightsFile = None,
@@ -72,7 +77,7 @@ def generate(
     common.load_plugins(plugin, plugins_dir, display)
     own = {"think": "sampling.think", "temperature": "eval.temperature", "rounds": "sampling.rounds"}
     settings = common.resolve_config(context, own)
-    prompts = _prompts(texts or [], prompts_file, image)
+    prompts = _prompts(texts or [], prompts_file, image or [])
     policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
     if answer and any(prompt.image is not None for prompt in prompts):
         policy.require_vision()
@@ -88,8 +93,8 @@ def generate(
             common.print_json({"run": str(directory), "images": images})
 
 
-def _prompts(texts: list[str], file: Path | None, image: Path | None) -> list[Prompt]:
-    """Typed prompts, then those of the file, each with the image if there is one."""
+def _prompts(texts: list[str], file: Path | None, images: list[Path]) -> list[Prompt]:
+    """Typed prompts, then those of the file, each with the images if there are any."""
     from dataclasses import replace
 
     from unigrpo_cli.errors import UsageError
@@ -106,9 +111,11 @@ def _prompts(texts: list[str], file: Path | None, image: Path | None) -> list[Pr
     prompts += read_prompts(file) if file is not None else []
     if not prompts:
         raise UsageError('no prompt: give one, e.g. unigrpo generate "a red circle", or --prompts FILE')
-    if image is not None:
-        read_picture(image)
-        prompts = [replace(prompt, image=str(image)) for prompt in prompts]
+    for path in images:
+        read_picture(path)
+    if images:
+        given = str(images[0]) if len(images) == 1 else tuple(map(str, images))
+        prompts = [replace(prompt, image=given) for prompt in prompts]
     return prompts
 
 

@@ -186,7 +186,7 @@ def _of_file(path: Path) -> list[Sample]:
     samples = []
     for prompt in read_prompts(path):
         if not isinstance(prompt.image, str):
-            raise UsageError(f"{path}: the row of prompt {prompt.text!r} has no `image`, relative to {path.name}")
+            raise UsageError(f"{path}: the row of prompt {prompt.text!r} needs one `image`, relative to {path.name}")
         reasoning = prompt.metadata.get("reasoning")
         samples.append(_sample(Path(prompt.image), prompt.text, reasoning, prompt.metadata))
     return samples

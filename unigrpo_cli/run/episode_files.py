@@ -51,7 +51,7 @@ def packed(groups: Sequence[Group]) -> tuple[str, dict[str, Tensor]]:
                 }
             members.append({"member": episode.member, "seed": episode.seed, "segments": segments})
         prompt = group.prompt
-        image = prompt.image if isinstance(prompt.image, str) else None
+        image = None if isinstance(prompt.image, np.ndarray) else prompt.image
         if isinstance(prompt.image, np.ndarray):
             tensors[f"{g}.image"] = torch.from_numpy(prompt.image).contiguous()
         asked = {"id": prompt.id, "text": prompt.text, "metadata": prompt.metadata, "image": image}
@@ -105,9 +105,12 @@ def load_episodes(directory: Path) -> list[Group]:
 def _groups(rows: list[dict], tensors: dict[str, Tensor], finite: bool) -> Iterator[Group]:
     for g, row in enumerate(rows):
         pixels = tensors.get(f"{g}.image")
-        image = row.get("image") if pixels is None else pixels.numpy()
+        files = row.get("image")
+        image = pixels.numpy() if pixels is not None else tuple(files) if isinstance(files, list) else files
         prompt = Prompt(row["id"], row["text"], row["metadata"], image)
-        _kinds(prompt, id=str, text=str, metadata=dict, image=str | np.ndarray | None)
+        _kinds(prompt, id=str, text=str, metadata=dict, image=str | tuple | np.ndarray | None)
+        if isinstance(files, list) and not (files and len(prompt.files) == len(files)):
+            raise ValueError(f"image = {files!r}")
         if pixels is not None:
             _tensor_of("pixels", pixels, finite)
             _same("image", (pixels.ndim, pixels.shape[-1]), (3, 3))

@@ -17,7 +17,7 @@ from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.run.checkpoint import StateFile, read_state, restore_checkpoint
 from unigrpo_cli.run.memory import left_open
-from unigrpo_cli.run.memory.plan import Plan, describe_sizes, plan_of, refuse_too_large
+from unigrpo_cli.run.memory.plan import Plan, describe_sizes, most_pictures, plan_of, refuse_too_large
 from unigrpo_cli.run.resume import refuse_changes, with_kept_sizes
 from unigrpo_cli.run.setup import find_adapter, find_checkpoint, load_policy, model_of
 from unigrpo_cli.suites import training_prompts
@@ -37,7 +37,7 @@ def plan(config: Config, checkpoint: Path | None) -> Plan:
         content = read_state(checkpoint)
         config = with_kept_sizes(content, config)
         refuse_changes(content, checkpoint, config)
-    pictures = any(prompt.image is not None for prompt in training_prompts(config.prompts))
+    pictures = most_pictures(training_prompts(config.prompts))
     return plan_of(config, *_origin(config, checkpoint, fetch=False), elsewhere=True, pictures=pictures)
 
 
@@ -52,8 +52,7 @@ def with_sizes(
     if not left_open(config):
         return config
     with ranks.together():
-        pictures = any(prompt.image is not None for prompt in prompts)
-        planned = plan_of(config, *_origin(config, checkpoint), pictures=pictures)
+        planned = plan_of(config, *_origin(config, checkpoint), pictures=most_pictures(prompts))
     every = ranks.gather(planned.sizes)
     sizes = {key: min(own[key] for own in every) for key in planned.sizes}
     say(describe_sizes(sizes, planned.available))

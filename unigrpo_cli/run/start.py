@@ -252,10 +252,10 @@ def _refuse_uneven_ranks(config: Config, prompts: Sequence[Prompt], ranks: Ranks
         UsageError: for a number of prompts, prompts of two kinds, or episodes that may stop, for which that cannot be.
     """
     ranks.refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
-    if shards(config, ranks) and len({prompt.image is None for prompt in prompts}) > 1:
+    if shards(config, ranks) and len({len(prompt.pictures) for prompt in prompts}) > 1:
         raise UsageError(
-            "prompts with and without pictures cannot be mixed when weights are sharded, because ranks would make "
-            "different numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
+            "prompts with different numbers of pictures cannot be mixed when weights are sharded, because ranks would "
+            "make different numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
         )
     if shards(config, ranks) and config.sampling.rounds > 1 and config.sampling.stop_phrase:
         raise UsageError(

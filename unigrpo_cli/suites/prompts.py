@@ -69,7 +69,7 @@ def as_prompts(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
             seen[name] += 1
         taken.add(own)
         metadata = {k: v for k, v in row.items() if k != "image"} if isinstance(image, np.ndarray) else row
-        prompts.append(Prompt(own, row["prompt"], metadata, image))
+        prompts.append(Prompt(own, row["prompt"], metadata, tuple(image) if isinstance(image, list) else image))
     return prompts
 
 
@@ -81,7 +81,7 @@ def typed_prompt(text: str) -> dict[str, Any]:
 def read_prompts(source: str | Path) -> list[Prompt]:
     """Prompts from a file or a data set of the hub. All but `prompt` of an object or a table row is metadata.
 
-    `image` in an object is an image file to start from, relative to the prompts file.
+    `image` in an object is an image file to start from, or a list of them, relative to the prompts file.
 
     Raises:
         UsageError: when the file is missing, empty, of another kind, or a row is malformed (with its line).
@@ -135,9 +135,12 @@ def _checked(place: str, path: Path, row: Any) -> dict[str, Any]:
         raise UsageError(f"{place}: {error}") from error
     image = row.get("image")
     if image is not None:
-        if not isinstance(image, str) or not os.path.isfile(path.parent / image):
-            raise UsageError(f"{place}: image {image!r} is not a file next to {path}")
-        row["image"] = str((path.parent / image).resolve())
+        names = image if isinstance(image, list) and image else [image]
+        for name in names:
+            if not isinstance(name, str) or not os.path.isfile(path.parent / name):
+                raise UsageError(f"{place}: image {name!r} is not a file next to {path}")
+        found = [str((path.parent / name).resolve()) for name in names]
+        row["image"] = found if len(found) > 1 else found[0]
     if "include" not in row:
         row = typed_prompt(row["prompt"]) | row
     if "include" in row or "exclude" in row:

@@ -143,13 +143,14 @@ def prompt_list(prompts: Sequence[Prompt]) -> PromptList:
     """Count and digest of ids, texts, metadata and pictures; of a picture its size and both ends."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        path = prompt.image if isinstance(prompt.image, str) else None
-        metadata = {k: v for k, v in prompt.metadata.items() if k != "image" or v != path}
+        paths = prompt.files
+        given = paths[0] if len(paths) == 1 else list(paths)
+        metadata = {k: v for k, v in prompt.metadata.items() if k != "image" or v != given}
         row = [prompt.id, prompt.text, metadata]
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-        if path is not None:
+        for path in paths:
             size = Path(path).stat().st_size
             digest.update(f"{size}\n".encode() + read_ends(Path(path), 0, size, ENDS))
-        elif isinstance(prompt.image, np.ndarray):
+        if isinstance(prompt.image, np.ndarray):
             digest.update(f"{prompt.image.shape}\n".encode() + prompt.image.tobytes())
     return PromptList(len(prompts), digest.hexdigest())

@@ -100,19 +100,17 @@ class MoTPolicy:
         return GivenText(role, text, torch.tensor(ids))
 
     def preamble(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
-        """What is given before the model paints: a system prompt if it thinks, a source picture, the prompt."""
+        """What is given before the model paints: a system prompt if it thinks, source pictures, the prompt."""
         instruction = PLAN_FIRST if self.system_prompt is None else self.system_prompt
         system = (self.given("system", instruction),) if think and instruction else ()
-        source = () if prompt.image is None else (self.given_image("source", _pixels_of(prompt.image)),)
-        return (*system, *source, self.given("prompt", prompt.text))
+        sources = [self.given_image("source", _pixels_of(picture)) for picture in prompt.pictures]
+        return (*system, *sources, self.given("prompt", prompt.text))
 
     def question(self, prompt: Prompt, think: bool) -> tuple[GivenText | GivenImage, ...]:
-        """What is given before the model answers: as `preamble`, but the picture is only looked at."""
+        """What is given before the model answers: as `preamble`, but pictures are only looked at."""
         system = (self.given("system", REASON_FIRST),) if think else ()
-        asked = self.given("prompt", prompt.text)
-        if prompt.image is None:
-            return (*system, asked)
-        return (*system, self.given_image("source", _pixels_of(prompt.image), latents=False), asked)
+        seen = [self.given_image("source", _pixels_of(picture), latents=False) for picture in prompt.pictures]
+        return (*system, *seen, self.given("prompt", prompt.text))
 
     def decode_text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)

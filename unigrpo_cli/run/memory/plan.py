@@ -63,13 +63,13 @@ class Plan:
         return self.memory.need <= self.available
 
 
-def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool = False, pictures: bool = False) -> Plan:
+def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool = False, pictures: int = 0) -> Plan:
     """The plan of a training configuration, with several ranks of each. Reads the model's configurations and headers.
 
     Args:
         base, adapter: as `find_checkpoint` returns them, or the configuration has them.
         elsewhere: only plan: nothing is fetched, and with `memory_gb` set no device is asked.
-        pictures: prompts bring pictures, so open sizes are found for the largest ones.
+        pictures: how many a prompt brings at most; open sizes are found for the largest ones.
 
     Raises:
         WeightsError: when the model cannot be loaded.
@@ -96,7 +96,7 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
     )
     _refuse_image_size(work)
     refuse_full_tuning(work.quantize, full=not work.lora)
-    chosen = training_sizes(_with_pictures(work) if pictures else work, TIGHT * available)
+    chosen = training_sizes(_with_pictures(work, pictures) if pictures else work, TIGHT * available)
     work = changed(work, chosen)
     where = f"{device} with {available:.1f} GiB ({'memory_gb' if config.memory_gb else 'free now'})"
     return Plan(base, work, training_memory(work), available, where, free, published, chosen)
@@ -129,8 +129,8 @@ def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say
         samples=len(prompts) * samples,
     )
     _refuse_image_size(work)
-    if any(prompt.image is not None for prompt in prompts):
-        work = _with_pictures(work)
+    if pictures := most_pictures(prompts):
+        work = _with_pictures(work, pictures)
     adapted = adapter is not None
     found = sampling_batch_size(work, TIGHT * available, len(prompts), samples, adapted=adapted)
     say(describe_sizes({BATCH_SIZE: found}, available))
@@ -172,14 +172,19 @@ def _refuse_image_size(work: Workload) -> None:
         raise UsageError(f"sampling.height, sampling.width: {error}") from error
 
 
-def _with_pictures(work: Workload) -> Workload:
-    """The same work on prompts that bring pictures of the largest size, which edits then have too."""
+def most_pictures(prompts: Sequence[Prompt]) -> int:
+    """How many pictures a prompt brings at most."""
+    return max((len(prompt.pictures) for prompt in prompts), default=0)
+
+
+def _with_pictures(work: Workload, pictures: int) -> Workload:
+    """The same work on prompts that bring so many pictures of the largest size, which edits then have too."""
     if isinstance(work, PairWorkload):
         raise UsageError("a pair of a language model and a painter cannot be given pictures; give prompts without them")
     side, vision = work.model.largest_side, work.model.vision
     encoded = work.model.max_latent_size**2 + (0 if vision is None else vision.side**2) + BOUNDARY
     work = changed(work, {"sampling.height": side, "sampling.width": side})
-    return replace(work, prompt_tokens=work.prompt_tokens + encoded)
+    return replace(work, prompt_tokens=work.prompt_tokens + pictures * encoded)
 
 
 def _model_sizes(base: str, config: Config, fetch: bool) -> tuple[Any, bool]:
