@@ -69,6 +69,8 @@ def test_written_down_and_read_again_it_is_the_same(tmp_path: Path, preset: str)
         (["objective.image=fpo", "objective.trust_region=ratio"], "is about denoising steps"),
         (["objective.image=nft", "objective.penalty=latent-kl"], "set velocity-mse"),
         (["objective.image=fpo", "advantage.map=features"], "is about denoising steps"),
+        (["objective.image=nft", "sampling.guidance_text=3"], "leave out sampling.guidance_text"),
+        ("sampling.guidance_image=1e30", "sampling.guidance_image=1e[+]30: set a scale up to 100"),
         (["objective.image=nft", "advantage.clamp=0"], "divides by advantage.clamp"),
         ("train.minibatches=3", "must divide train.prompts_per_step"),
         ("sampling.shift=inf", "finite"),

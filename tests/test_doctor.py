@@ -103,6 +103,8 @@ def _faults(found: dict[str, Finding]) -> set[str]:
         ["objective.penalty=none", "train.minibatches=2", "sampling.window=all", "sampling.sde=dance"],
         ["objective.image=fpo", "sampling.think=false"],
         ["objective.image=nft", "train.minibatches=2"],
+        ["sampling.guidance_text=3", "eval.guidance_interval=[-1,1]", "sampling.window=all"],
+        ["sampling.guidance_text=3", "sampling.guidance_image=2", "sampling.rounds=2", "objective.penalty=latent-kl"],
     ],
 )
 def test_a_sound_run_has_no_fault(settings: list[str]) -> None:

@@ -530,13 +530,21 @@ def test_sampling_a_token_reads_the_text_expert_and_the_cache() -> None:
     assert decode_bytes(SMALL, 3, 50, 4, work.rank) == read
 
 
-def test_seconds_of_a_step_are_the_sum_of_its_passes() -> None:
-    """12 episodes, two epochs, text sampled in 3 batches; arithmetic decides everything but the sampled text."""
-    own = ("train.prompts_per_step=3", "train.group_size=4", "train.minibatches=1", "train.epochs=2")
+@pytest.mark.parametrize("poorer", [0, 1, 2])
+def test_seconds_of_a_step_are_the_sum_of_its_passes(poorer: int) -> None:
+    """12 episodes, two epochs, text sampled in 3 batches; arithmetic decides everything but the sampled text.
+
+    Guidance adds passes in poorer contexts, which replay reads first.
+    """
+    own = ("sampling.guidance_text=3", "sampling.guidance_image=2")[:poorer]
+    own += ("train.prompts_per_step=3", "train.group_size=4", "train.minibatches=1", "train.epochs=2")
     work = small(*own, "dtype=bfloat16", "sampling.batch_size=4")
     episode = Pass(1, work.text_tokens, copies=3, image=work.latent_tokens, scored=work.sampled_tokens)
     noisy = Pass(1, past=work.text_tokens, copies=1, image=work.latent_tokens)
     passes = 24 * forward_flops(SMALL, noisy) + 3 * forward_flops(SMALL, episode) + 2 * backward_flops(SMALL, episode)
+    read = Pass(1, GIVEN, copies=3, image=work.latent_tokens)
+    passes += poorer * (3 * forward_flops(SMALL, read) + 2 * backward_flops(SMALL, read))
+    passes += poorer * 24 * forward_flops(SMALL, replace(noisy, past=GIVEN))
     text = work.sampled_tokens * 3 * decode_bytes(SMALL, 4, GIVEN + work.sampled_tokens // 2, 2, 0)
     assert step_seconds(work) == pytest.approx(12 * passes / 4e14 + text / 2e12)
 
@@ -596,6 +604,8 @@ def test_counts_of_a_step() -> None:
     assert (batch.episodes, batch.each, batch.optimizer_steps, batch.micro_batches) == (768, 384, 6, 55)
     assert (batch.rollouts, batch.word_calls, batch.denoise_calls) == (48, 1026, 24)
     assert (batch.replays, batch.backwards) == (1.5, 3)
+    guidance = ("sampling.guidance_text=3", "sampling.guidance_image=2")
+    assert [batch_of(settings(*guidance[:k])).denoise_calls for k in (1, 2)] == [48, 72]
     assert batch_of(settings("objective.penalty=none")).replays == 0.5, "the second update's old scores"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 
 from tests.small import terminal_loss
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.objective import Objective, step_densities
-from unigrpo_cli.episode import Episode, GivenImage, Group, Prompt, TextActions, flatten
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, Prompt, TextActions, flatten
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.mot import policy as mot_policy
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.network import Attention
@@ -384,3 +387,73 @@ def test_replayed_tokens_are_those_the_network_is_fed(tiny: MoTPolicy) -> None:
 def test_a_size_that_was_left_open_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train.micro_batch_size=0: .* give the number"):
         micro_batches([], [], 0)
+
+
+# ----- guidance
+
+GUIDED = Guidance(text=3.0, image=2.0, above=0.6)  # of the steps 1 to 3 of 6, at t = 5/6, 4/6, 1/2, the last is not
+
+
+@pytest.mark.parametrize("copies", [None, 1])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_guided_action_is_replayed_as_it_was_drawn(tiny: MoTPolicy, copies: int | None, rounds: int) -> None:
+    """With the log-probability of the guided velocity; with gradients the same numbers to the bit."""
+    program = {"program": "reflect", "rounds": 2} if rounds == 2 else {}
+    plain, more = (
+        _episodes(tiny, sampling=replace(SAMPLING, guidance=guidance, **program)) for guidance in (Guidance(), GUIDED)
+    )
+    assert not torch.allclose(plain[0].images[0].after, more[0].images[0].after, atol=1e-3)
+    batch = collate(more)
+    assert all(chunk.guided == (0, 1) for chunk in batch.chunks if chunk.image)
+    with torch.no_grad():
+        old = replay(tiny, batch, copies=copies)
+        without = replay(tiny, replace(batch, chunks=tuple(replace(c, guided=()) for c in batch.chunks)))
+    assert drift([(batch, old)])["image/drift_max"] < 1e-6
+    assert drift([(batch, without)])["image/drift_max"] > 1e-5
+    new = replay(tiny, batch, copies=copies)
+    assert all(torch.equal(a, b) for a, b in zip(old.velocities, new.velocities, strict=True))
+    assert replayed_tokens(more[0]) - replayed_tokens(plain[0]) >= 2 * 3 * rounds * (len(more[0].images[0].latent) + 2)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_gradient_is_that_of_the_guided_velocity(tiny: MoTPolicy, detach: bool) -> None:
+    """By hand: a pass in each of three contexts, then the formula; a pull on the result reaches all three."""
+    episodes = _episodes(tiny, 1, replace(SAMPLING, guidance=GUIDED))[:1]
+    batch = collate(episodes)
+    steps = batch.actions.images[0]
+    segments = episodes[0].segments
+    given = [s.ids for s in segments if isinstance(s, GivenText)]
+    (spoken,) = [s for s in segments if isinstance(s, TextActions)]
+    spoken_ids = torch.tensor([*spoken.opening, *spoken.ids.tolist(), *spoken.closing])
+    contexts = (torch.cat([*given, spoken_ids]), torch.cat([spoken_ids[:0], *given[:-1]]), torch.cat(given))
+    found = []
+    for ids in contexts:
+        context = tiny.empty_context(1)
+        if len(ids):
+            context = tiny.forward(context, ids[None]).context
+        image = NoisyImage(steps.x_BKND[:, :2], steps.t_BK[:, :2], episodes[0].images[0].grid)
+        found.append(tiny.forward(context, image=image, detach_context=detach).velocity_BKND[0])
+    wanted = guided(*found, GUIDED)
+    own = replay(tiny, batch, grad_through_context=not detach).velocities[0][0, :2]
+    torch.testing.assert_close(own, wanted, atol=1e-6, rtol=1e-5)
+    pull = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+    weights = [p for p in tiny.network.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad((v * pull).sum(), weights, allow_unused=True) for v in (own, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_guidance_is_saved_with_the_actions(tiny: MoTPolicy, tmp_path: Path) -> None:
+    """And only where there is some."""
+    for guidance in (Guidance(), GUIDED):
+        group = Group(PROMPTS[0], tuple(_episodes(tiny, sampling=replace(SAMPLING, guidance=guidance))[:2]))
+        save_episodes([group], tmp_path)
+        assert load_episodes(tmp_path)[0].episodes[0].images[0].guidance == guidance
+        assert ("guidance" in (tmp_path / "episodes.json").read_text()) == guidance.on
+    data = json.loads((tmp_path / "episodes.json").read_text())
+    data["groups"][0]["episodes"][0]["segments"][-1]["guidance"]["text"] = "4"
+    (tmp_path / "episodes.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match="damaged"):
+        load_episodes(tmp_path)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unigrpo_cli.algo.flow import Window
+from unigrpo_cli.algo.guidance import NO_GUIDANCE, Guidance
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class ImageActions:
         log_prob: [K] fp32, mean over N and D, under the behaviour policy.
         latent: [N, D] fp32, the final latent x_0.
         pixels: [height, width, 3] uint8, the latent decoded; the input of rewards.
+        guidance: of its velocities.
     """
 
     grid: tuple[int, int]
@@ -134,6 +136,7 @@ class ImageActions:
     log_prob: Tensor
     latent: Tensor
     pixels: Tensor
+    guidance: Guidance = NO_GUIDANCE
 
 
 Segment = GivenText | GivenImage | TextActions | ImageActions

@@ -77,15 +77,14 @@ class Evaluation:
 def eval_sampling(config: Config) -> Sampling:
     """The run's sampling with evaluation's steps, temperature and guidance."""
     e = config.eval
-    guidance = Guidance(
-        text=e.guidance_text,
-        image=e.guidance_image,
-        above=e.guidance_interval[0],
-        up_to=e.guidance_interval[1],
-        renorm=e.guidance_renorm,
-        renorm_least=e.guidance_renorm_min,
-    )
+    guidance = guidance_of(config, e.guidance_text, e.guidance_image)
     return replace(train_sampling(config), steps=e.steps, temperature=e.temperature, guidance=guidance)
+
+
+def guidance_of(config: Config, text: float, image: float) -> Guidance:
+    """Guidance of these scales, with the one interval and renormalisation that training and evaluation share."""
+    e = config.eval
+    return Guidance(text, image, *e.guidance_interval, e.guidance_renorm, e.guidance_renorm_min)
 
 
 def train_sampling(config: Config) -> Sampling:
@@ -102,6 +101,7 @@ def train_sampling(config: Config) -> Sampling:
         sde=s.sde,
         noise_level=s.noise_level,
         batch_size=s.batch_size,
+        guidance=guidance_of(config, s.guidance_text, s.guidance_image),
         compiled=s.compile,
         program=s.program,
         rounds=s.rounds,

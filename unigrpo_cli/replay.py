@@ -13,18 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.guidance import NO_GUIDANCE, Guidance, guided
 from unigrpo_cli.algo.objective import Actions, ImageSteps, NoisedImage, Scores
 from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
-from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, TextActions, structure
-from unigrpo_cli.models.policy import NoisyImage, Policy, PolicyOutput
-from unigrpo_cli.rollout import views_of
+from unigrpo_cli.episode import Episode, GivenImage, GivenText, ImageActions, Segment, TextActions, structure
+from unigrpo_cli.models.policy import Context, NoisyImage, Policy, PolicyOutput
+from unigrpo_cli.rollout import Given, UnconditionalContexts, read_given, texts_alone, views_of, without_text
 
 BOUNDARY = 2  # boundary tokens of an image
 
@@ -39,6 +41,7 @@ class Chunk:
         action_BL, mask_BL: ids of the text actions; False where a row has none.
         acted_N: flat positions of the mask in [B, L], known to the host so that no pass waits for the device.
         image: the recorded noisy states of a sampled image, or None.
+        guided: which of those states' velocities are guided, by number; known to the host.
         latent_BND, grid, view_BHWC: the image that is looked at before the next chunk, see `Policy.encode_image`; None
             without one.
     """
@@ -53,6 +56,7 @@ class Chunk:
     latent_BND: Tensor | None
     grid: tuple[int, int]
     view_BHWC: Tensor | None
+    guided: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Batch:
     Args:
         actions: the input of the objective.
         behaviour_text_BL, behaviour_image_BK: log-probabilities recorded by the rollout; images in sequence.
+        guidance, preambles: of the images' velocities, and each row's given segments before its first action.
     """
 
     chunks: tuple[Chunk, ...]
@@ -69,6 +74,8 @@ class Batch:
     temperature: float
     behaviour_text_BL: Tensor
     behaviour_image_BK: Tensor
+    guidance: Guidance = NO_GUIDANCE
+    preambles: tuple[Given, ...] = ()
 
 
 def micro_batches(
@@ -101,7 +108,7 @@ def micro_batches(
 
 
 def replayed_tokens(episode: Episode, draws: int = 0) -> int:
-    """Tokens of an episode in replay: its text, and each image once per stochastic step or draw."""
+    """Tokens of an episode in replay: its text, and each image once per network call for a step or draw."""
     count = 0
     for segment in episode.segments:
         if isinstance(segment, GivenText):
@@ -109,10 +116,17 @@ def replayed_tokens(episode: Episode, draws: int = 0) -> int:
         elif isinstance(segment, TextActions):
             count += len(segment.opening) + len(segment.ids) + len(segment.closing)
         elif isinstance(segment, ImageActions):
-            count += (draws or segment.window.size) * (segment.grid[0] * segment.grid[1] + BOUNDARY)
+            count += (draws or segment.window.size * segment.guidance.contexts) * (
+                segment.grid[0] * segment.grid[1] + BOUNDARY
+            )
         else:
             count += len(segment.latent) + BOUNDARY
     return count
+
+
+def preamble_of(segments: Sequence[Segment]) -> Given:
+    """The given segments before the first action."""
+    return tuple(takewhile(lambda s: isinstance(s, GivenText | GivenImage), segments))  # type: ignore[arg-type]
 
 
 def split_up(parts: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -142,6 +156,9 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu", dra
     temperatures = {s.temperature for e in episodes for s in e.segments if isinstance(s, TextActions)}
     if len(temperatures) > 1:
         raise ValueError(f"episodes replayed together must share one temperature, got {sorted(temperatures)}")
+    guidances = {image.guidance for e in episodes for image in e.images}
+    if len(guidances) > 1:
+        raise ValueError(f"images replayed together must share one guidance, got {list(guidances)}")
     pending: list[list[GivenText | TextActions]] = [[] for _ in episodes]
     acted = 0
     for column in zip(*(e.segments for e in episodes), strict=True):
@@ -154,7 +171,9 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu", dra
                 images.append(_image_steps(painted, acted))
             acted += 1
             image_log_probs.append(torch.stack([s.log_prob for s in painted]))
-            chunks.append(_chunk(pending, (noised if draws else images)[-1], painted[0].grid))
+            chunk = _chunk(pending, (noised if draws else images)[-1], painted[0].grid)
+            times = [] if draws else painted[0].times[list(painted[0].window.steps)].tolist()
+            chunks.append(replace(chunk, guided=tuple(k for k, t in enumerate(times) if painted[0].guidance.acts(t))))
             pending = [[] for _ in episodes]
         elif isinstance(column[0], GivenImage):
             if pending[0] or not chunks or chunks[-1].latent_BND is not None:
@@ -186,6 +205,8 @@ def collate(episodes: Sequence[Episode], device: torch.device | str = "cpu", dra
         temperatures.pop() if temperatures else 1.0,
         behaviour,
         behaviour_image,
+        guidances.pop() if guidances else NO_GUIDANCE,
+        tuple(preamble_of(episode.segments) for episode in episodes),
     )
     return batch if str(device) == "cpu" else _to(batch, device)
 
@@ -307,7 +328,11 @@ def replay(
     if copies is not None and copies < 1:
         raise ValueError(f"copies={copies}: a pass takes one noisy state or more; None lets the policy choose")
     detach = not grad_through_context
-    context = policy.empty_context(len(batch.chunks[0].length_B))
+    context, unconditional = policy.empty_context(len(batch.chunks[0].length_B)), None
+    if image and any(chunk.guided for chunk in batch.chunks):
+        unconditional = UnconditionalContexts(
+            *(read_given(policy, [part(own) for own in batch.preambles]) for part in (without_text, texts_alone))
+        )
     log_probs, entropies, velocities = [], [], []
     for k, chunk in enumerate(batch.chunks):
         noisy = chunk.image if image else None
@@ -336,11 +361,15 @@ def replay(
         if passes:
             others = [policy.forward(out.context, image=noisy, detach_context=detach) for noisy in passes[1:]]
             velocities.append(_all_velocities([out, *others]))
+            if chunk.guided and unconditional is not None:
+                velocities[-1] = _guided(policy, unconditional, chunk, velocities[-1], batch.guidance, copies, detach)
         context = out.context
         if chunk.latent_BND is not None and k + 1 < len(batch.chunks):
             context = policy.encode_image(
                 context, chunk.latent_BND, chunk.grid, chunk.view_BHWC, detach=not grad_through_images
             )
+            if unconditional is not None:
+                unconditional = replace(unconditional, less_text=context)
     rows = len(batch.chunks[0].length_B)
     blank = torch.zeros(rows, 0, device=policy.device)
     return Scores(
@@ -348,6 +377,31 @@ def replay(
         torch.cat(entropies, dim=1) if entropies else blank,
         tuple(velocities),
     )
+
+
+def _guided(
+    policy: Policy,
+    unconditional: UnconditionalContexts,
+    chunk: Chunk,
+    v_BKND: Tensor,
+    guidance: Guidance,
+    copies: int | None,
+    detach: bool,
+) -> Tensor:
+    """Velocities with those of the chunk's guided states in the place of the policy's own."""
+    assert chunk.image is not None
+    at_K = torch.tensor(chunk.guided, device=v_BKND.device)
+    noisy = NoisyImage(chunk.image.x_BKND[:, at_K], chunk.image.t_BK[:, at_K], chunk.grid)
+
+    def flat(context: Context) -> Tensor:
+        passes = _passes_of(noisy, copies or policy.copies_at_once(noisy))
+        found = [policy.forward(context, image=part, detach_context=detach) for part in passes]
+        return _all_velocities(found).flatten(0, 1)
+
+    less_text = flat(unconditional.less_text)
+    less_image = flat(unconditional.less_image) if guidance.image > 1 else None
+    own = guided(v_BKND[:, at_K].flatten(0, 1), less_text, less_image, guidance)
+    return v_BKND.index_copy(1, at_K, own.unflatten(0, (len(v_BKND), len(chunk.guided))))
 
 
 def _passes_of(image: NoisyImage, copies: int) -> list[NoisyImage]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.guidance import Guidance, guided
+from unigrpo_cli.algo.guidance import NO_GUIDANCE, Guidance, guided
 from unigrpo_cli.algo.rng import derive, normal, uniform
 from unigrpo_cli.algo.text import token
 from unigrpo_cli.episode import (
@@ -36,8 +36,6 @@ from unigrpo_cli.parallel.out_of_memory import out_of_memory_hint
 from unigrpo_cli.parallel.workers import parallel_map, worker_count
 from unigrpo_cli.programs import PROGRAMS, THINK_PAINT, Program
 
-NO_GUIDANCE = Guidance()
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,7 +50,7 @@ class Sampling:
         shift: time shift of the grid; above 1, more steps at high noise. 0 takes the policy's own.
         sde, noise_level: the stochastic transition inside the window.
         batch_size: episodes in one batch; changes speed and memory, no sample.
-        guidance: classifier-free guidance; off in training.
+        guidance: classifier-free guidance.
         compiled: sample with `Policy.compiled`.
         tapered: the last two batches are halved, so that asynchronous rewards start earlier.
         program, rounds: what an episode consists of, see `programs.py`.
@@ -173,12 +171,9 @@ def _draw(
         """The context after that part of the given segments: read once per prompt, shared by its group."""
         return read_given(policy, [part(given[k][1]) for k in asked]).select(at)
 
-    unconditional = None
+    context, unconditional = read(lambda preamble: preamble), None
     if sampling.guidance.on:
-        unconditional = UnconditionalContexts(
-            less_text=read(lambda preamble: preamble[:-1] if isinstance(preamble[-1], GivenText) else preamble),
-            less_image=read(lambda preamble: tuple(s for s in preamble if isinstance(s, GivenText))),
-        )
+        unconditional = UnconditionalContexts(less_text=read(without_text), less_image=read(texts_alone))
     sources = [s for s in given[asked[0]][1] if isinstance(s, GivenImage)]
     drawn = _Rows(
         policy,
@@ -188,7 +183,7 @@ def _draw(
         seeds,
         [list(given[k][1]) for k, _ in rows],
         list(range(len(rows))),
-        read(lambda preamble: preamble),
+        context,
         unconditional,
     )
     program.run(drawn)
@@ -407,6 +402,16 @@ class UnconditionalContexts:
     less_image: Context
 
 
+def without_text(preamble: Given) -> Given:
+    """What is given before the last text."""
+    return preamble[:-1] if isinstance(preamble[-1], GivenText) else preamble
+
+
+def texts_alone(preamble: Given) -> Given:
+    """What is given, without pictures."""
+    return tuple(s for s in preamble if isinstance(s, GivenText))
+
+
 def sample_image(
     policy: Policy,
     context: Context,
@@ -420,10 +425,8 @@ def sample_image(
 
     Args:
         grid: token rows and columns of the images; None takes them from `sampling`. An edit has its source's.
-        unconditional: contexts for guidance. Only Euler steps can be guided: guided steps are not actions.
+        unconditional: contexts for guidance; a stochastic step moves by the guided velocity too.
     """
-    if unconditional is not None and window.size:
-        raise ValueError("guidance is for evaluation: steps in a stochastic window cannot be guided")
     grid = grid or policy.grid(sampling.height, sampling.width)
     shape = (grid[0] * grid[1], policy.token_dim)
     times = flow.time_grid(sampling.steps, sampling.shift or policy.shift(grid, sampling.steps))
@@ -473,6 +476,7 @@ def sample_image(
             log_prob=log_prob_BK[row].clone(),
             latent=x[row].cpu().clone(),
             pixels=pixels[row].clone(),
+            guidance=sampling.guidance if unconditional is not None else NO_GUIDANCE,
         )
         for row in range(context.rows)
     ]

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as BAGEL's own sampler has it. For evaluation: UniGRPO trains and samples without it.
+"""Classifier-free guidance as BAGEL's own sampler has it. UniGRPO trains without it and evaluates with it.
 
 Shape letters: B rows, N image tokens of D numbers.
 """
@@ -41,9 +41,17 @@ class Guidance:
     def on(self) -> bool:
         return self.text > 1
 
+    @property
+    def contexts(self) -> int:
+        """Network calls that a guided step takes."""
+        return 1 + self.on + (self.on and self.image > 1)
+
     def acts(self, t: float) -> bool:
         """Whether the step that starts at time t is guided."""
         return self.on and self.above < t <= self.up_to
+
+
+NO_GUIDANCE = Guidance()
 
 
 def guided(v_BND: Tensor, less_text_BND: Tensor, less_image_BND: Tensor | None, guidance: Guidance) -> Tensor:

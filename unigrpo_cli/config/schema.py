@@ -69,6 +69,12 @@ class SamplingConfig(Section):
         (0, 5), description="half-open range of steps that contains the window [paper: 0, 5]"
     )
     window_period: Positive = Field(25, description="training steps between moves of a sliding window")
+    guidance_text: NonNegative = Field(
+        1.0,
+        description="classifier-free guidance in rollout, replay and gradients, against the context without the prompt "
+        "[paper: 1, off]. Evaluation has scales of its own; interval and renormalisation are eval's for both",
+    )
+    guidance_image: NonNegative = Field(1.0, description="the same for images, as eval.guidance_image")
     batch_size: Count = Field(
         0,
         description="episodes sampled in one batch; 0: as many as fit in memory. Changes speed only; in bf16 "
@@ -406,6 +412,10 @@ class Config(Section):
         o, a = self.objective, self.advantage
         if o.image == "transition":
             return self
+        if self.sampling.guidance_text > 1:
+            raise ValueError(
+                f"objective.image={o.image} scores the model's own velocities; leave out sampling.guidance_text"
+            )
         for key, given, without in (
             ("objective.trust_region", o.trust_region, "ratio-norm"),
             ("advantage.map", a.map, "none"),
@@ -458,7 +468,8 @@ class Config(Section):
                     f"sampling.shift={s.shift:g} with {name}.steps={steps} puts times less than 1e-6 apart; "
                     "set a shift nearer to 1 or fewer steps"
                 )
-        for name in ("guidance_text", "guidance_image"):
-            if (scale := getattr(self.eval, name)) > 100:
-                raise ValueError(f"eval.{name}={scale:g}: set a scale up to 100")
+        for key in ("eval.guidance_text", "eval.guidance_image", "sampling.guidance_text", "sampling.guidance_image"):
+            section, name = key.split(".")
+            if (scale := getattr(getattr(self, section), name)) > 100:
+                raise ValueError(f"{key}={scale:g}: set a scale up to 100")
         return self

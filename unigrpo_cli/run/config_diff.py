@@ -35,7 +35,8 @@ _MEASURED = (
 )
 _LEARNED = (
     "prompts seed dtype sampling.program sampling.rounds sampling.stop_phrase sampling.round_max_new_tokens "
-    "sampling.show_images sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
+    "sampling.show_images sampling.guidance_text sampling.guidance_image "
+    "sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
     "sampling.steps sampling.shift sampling.sde sampling.noise_level sampling.window sampling.window_size "
     "sampling.window_range sampling.window_period objective.image objective.draws objective.fpo_clip "
     "objective.nft_beta objective.text_weight objective.image_weight objective.text_clip "

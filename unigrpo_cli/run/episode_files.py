@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unigrpo_cli.algo.flow import SDES, Window
+from unigrpo_cli.algo.guidance import NO_GUIDANCE, Guidance
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, Prompt, Segment, TextActions
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.limits import read_text, refuse_odd_text
@@ -139,8 +140,8 @@ def _pack(segment: Segment) -> tuple[dict, dict[str, Tensor]]:
     for name, value in vars(segment).items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        else:
-            plain[name] = vars(value) if isinstance(value, Window) else value
+        elif value != NO_GUIDANCE:
+            plain[name] = vars(value) if isinstance(value, Window | Guidance) else value
     return plain | {"tensors": sorted(tensors)}, tensors
 
 
@@ -148,6 +149,8 @@ def _unpack(plain: dict, tensors: dict[str, Tensor], finite: bool) -> Segment:
     values = {k: v for k, v in plain.items() if k not in ("kind", "tensors")} | tensors
     if "window" in values:
         values["window"] = Window(**values["window"])
+    if "guidance" in values:
+        values["guidance"] = Guidance(**values["guidance"])
     for name in ("grid", "opening", "closing"):
         if name in values:
             values[name] = tuple(values[name])
@@ -180,6 +183,10 @@ def _sampled(image: ImageActions) -> None:
     """Refuse a schedule or transition that no rollout writes."""
     _kinds(image, sde=str, noise_level=float | int)
     _kinds(image.window, start=int, size=int)
+    scales = dict.fromkeys(("text", "image", "above", "up_to", "renorm_least"), float | int)
+    _kinds(image.guidance, renorm=str, **scales)
+    if not all(math.isfinite(getattr(image.guidance, name)) for name in scales):
+        raise ValueError(f"guidance = {image.guidance}")
     steps = len(image.times) - 1
     if image.times.ndim != 1 or steps < 1 or not (image.times.diff() < 0).all():
         raise ValueError("times must fall, from noise to data")

@@ -137,6 +137,8 @@ def _replay(
         trouble["replay"] = f"{type(error).__name__}: {error}"
         return None
     traces, keeper = recorder.take(), Gradients(recorder)
+    batches = sum(len(share) for share in minibatches)
+    traces = traces[:: max(1, len(traces) // batches)]  # the first of each replay; guidance has contexts besides
     rows = [_rows_of(m, episodes) for share in minibatches for m in share]
     found = RecordedReplay(minibatches, rows, traces, [], {}, {}, [])
     probes = [_with_probe_advantages(share) for share in minibatches]

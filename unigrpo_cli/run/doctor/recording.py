@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
+from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.objective import ImageSteps
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
@@ -159,7 +160,19 @@ class Recording:
                 x, wanted = calls[min(image.window.start, len(calls) - 1)].x_ND, image.before[0]
             return float((x.double() - wanted.double()).abs().mean()) if x.shape == wanted.shape else float("inf")
 
-        return min((calls for trace in self.rollout.traces for calls in trace.images()), key=distance)
+        found = min((calls for trace in self.rollout.traces for calls in trace.images()), key=distance)
+        return [self._guided(call, image.guidance) for call in found] if image.guidance.on else found
+
+    def _guided(self, call: VelocityCall, guidance: Guidance) -> VelocityCall:
+        """The call with its guided velocity: the same latent was also passed in the poorer contexts, which follow."""
+        if not guidance.acts(call.t):
+            return call
+        calls = (c for trace in self.rollout.traces for c in trace.calls)
+        own = [c.v_ND[None].float() for c in calls if c.t == call.t and torch.equal(c.x_ND, call.x_ND)]
+        if len(own) != guidance.contexts:
+            return call
+        v, less_text, *less_image = own
+        return replace(call, v_ND=guided(v, less_text, less_image[0] if less_image else None, guidance)[0])
 
     def received(self, episode: Episode) -> Prefix:
         """What the network received of the whole episode; after a last text, the nearest to its record."""
@@ -190,7 +203,10 @@ class Recording:
         None where no step is scored.
         """
         for trace, m, b, episode in self.replayed_rows() if self.scores_steps else ():
-            calls = [own for own in trace.images() if own[0].row == b] or [[] for _ in episode.images]
+            calls = [own for own in trace.images() if own[0].row == b]
+            if episode.images[0].guidance.on:  # in several rounds some calls of the poorer contexts are among them
+                calls = list({own[0].x_ND.numpy().tobytes(): own for own in reversed(calls)}.values())[::-1]
+            calls = calls or [[] for _ in episode.images]
             scored = zip(episode.images, m.batch.actions.images, calls, strict=True)
             for k, (image, steps, own) in enumerate(scored):
                 yield image_label(episode, k), b, image, steps, own

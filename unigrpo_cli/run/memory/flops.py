@@ -149,13 +149,19 @@ def _passes(work: Workload, rank: int) -> tuple[list[Pass], list[Pass], list[Pas
     """
     copies, latents = work.noisy_images if work.replays_images else 0, work.latent_tokens
     budgets = budgets_of(work.config) or [0] * work.rounds
-    episode, noisy = [], []
+    episode, noisy, looks = [], [], []
     for k, budget in enumerate(budgets):
-        own = (budget + 2 if budget else 0) + (0 if k else work.prompt_tokens)
+        spoken = budget + 2 if budget else 0
+        own = spoken + (0 if k else work.prompt_tokens)
         context = work.context_tokens(k)
         episode.append(Pass(1, text=own, past=context - own, copies=copies, image=latents, scored=budget, rank=rank))
         noisy.append(Pass(1, past=context, copies=1, image=latents, rank=rank))
-    return episode, noisy, noisy[:-1]
+        looks.append(noisy[-1])
+        for past in (context - spoken, work.prompt_tokens)[: work.guided_calls - 1]:  # poorer contexts, at most
+            read = 0 if k else past
+            episode.append(Pass(1, text=read, past=past - read, copies=copies, image=latents, rank=rank))
+            noisy.append(replace(noisy[-1], past=past))
+    return episode, noisy, looks[:-1]
 
 
 def _reference_from_host(work: Workload) -> int:

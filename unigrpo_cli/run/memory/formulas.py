@@ -210,7 +210,7 @@ def _sampling_text(work: Workload) -> tuple[Item | None, ...]:
 
 
 def _sampling_image(work: Workload, adapted: bool) -> tuple[Item | None, ...]:
-    guided, tokens = work.config.eval.guidance_text > 1, work.last_context_tokens
+    guided, tokens = work.guided_calls > 1 or work.config.eval.guidance_text > 1, work.last_context_tokens
     if guided:  # the one lacks the last text alone, or in the first round the prompt too; the other has the prompt
         without = work.prompt_tokens if work.rounds == 1 else tokens
         tokens += without + work.prompt_tokens

@@ -130,7 +130,7 @@ def _weights(work: PairWorkload, adapted: bool) -> tuple[Item | None, ...]:
 def sampling_phases(work: PairWorkload, adapted: bool) -> tuple[Phase, ...]:
     """Text, image and pixels of one batch."""
     rows, s, b = work.batch_size, work.config.sampling, work.dtype_bytes
-    guided = 2 if work.config.eval.guidance_text > 1 else 1
+    guided = 2 if work.guided_calls > 1 or work.config.eval.guidance_text > 1 else 1
     cache = item("KV cache", "twice while it grows", rows=2 * rows, tokens=work.text_tokens, bytes=work.cached_token)
     logits = item("logits", "3 in fp32, 2 in fp64", rows=rows, vocabulary=work.pair.vocab_size, bytes=28)
     states = item("conditions", rows=rows * guided, tokens=work.condition_tokens, numbers=work.pair.states, bytes=b)
@@ -166,7 +166,7 @@ def _saved(work: PairWorkload, expert: str) -> int:
 def replay_phases(work: PairWorkload) -> tuple[Phase, ...]:
     """Old and reference scores, then forward and backward passes."""
     text = work.micro_batch * work.text_tokens
-    images = work.micro_batch * work.noisy_images * work.image_tokens if work.replays_images else 0
+    images = work.micro_batch * work.noisy_images * work.guided_calls * work.image_tokens if work.replays_images else 0
     layer = max(
         _one_layer(work, TEXT, text, work.lora), _one_layer(work, IMAGE, images, work.lora), key=lambda i: i.bytes
     )

@@ -99,10 +99,17 @@ def batch_of(config: Config) -> BatchCounts:
         at_least=t.max_tokens_per_micro_batch > 0,
         rollouts=-(-episodes // s.batch_size),
         word_calls=sum(budget + 2 for budget in budgets_of(config)),
-        denoise_calls=s.steps * s.rounds,
+        denoise_calls=s.steps * s.rounds * guided_calls(config),
         replays=old_share(config) + needs_reference(config),
         backwards=t.epochs,
     )
+
+
+def guided_calls(config: Config) -> int:
+    """Network calls for one velocity in training: more than one with guidance."""
+    s = config.sampling
+    guided = s.guidance_text > 1
+    return 1 + guided + (guided and s.guidance_image > 1)
 
 
 def budgets_of(config: Config) -> list[int]:
@@ -325,6 +332,10 @@ class Workload:
         return self.sde_steps or self.config.objective.draws
 
     @property
+    def guided_calls(self) -> int:
+        return guided_calls(self.config)
+
+    @property
     def replays_images(self) -> bool:
         return replays_images(self.config)
 
@@ -365,7 +376,7 @@ class Workload:
         most = min(self.config.train.micro_batch_size, self.batch.each)
         if not self.config.train.max_tokens_per_micro_batch:
             return most
-        images = self.rounds * self.noisy_images * self.image_tokens if self.replays_images else 0
+        images = self.rounds * self.noisy_images * self.guided_calls * self.image_tokens if self.replays_images else 0
         longest = self.last_context_tokens + images
         return max(1, min(most, self.config.train.max_tokens_per_micro_batch // longest))
 
@@ -378,7 +389,7 @@ class Workload:
     def replayed_image_tokens(self) -> int:
         """Image tokens of a micro-batch that a gradient passes; those of looks only where it is asked for."""
         looks = (self.rounds - 1) * self.looked_at_tokens if self.config.objective.grad_through_images else 0
-        noisy = self.rounds * self.noisy_images * self.image_tokens if self.replays_images else 0
+        noisy = self.rounds * self.noisy_images * self.guided_calls * self.image_tokens if self.replays_images else 0
         return self.micro_batch * (noisy + looks)
 
     @property
