@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from unigrpo_cli.episode import Prompt
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.evaluate import bootstrap, compare, limited, load_report, resampled, summarise
 
 
@@ -87,6 +89,25 @@ def test_reports_can_be_read_again(tmp_path: Path) -> None:
     assert again.scores == result.scores
     assert again.prompt_ids == result.prompt_ids
     np.testing.assert_array_equal(again.values["r"], result.values["r"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report["scores"]["r"].update(ci95=None),
+        lambda report: report["scores"]["r"].update(mean="high"),
+        lambda report: report["values"].update(r=[1.0]),
+        lambda report: report["values"].update(r=[10**400, 0, 0]),
+        lambda report: report.update(noise=float("nan")),
+        lambda report: report.pop("texts"),
+    ],
+)
+def test_a_damaged_report_is_one_line_with_its_path(tmp_path: Path, change: Callable) -> None:
+    report = json.loads(json.dumps(_summary(np.array([1.0, np.nan, 0.0])).report(values=True)))
+    change(report)
+    (tmp_path / "eval.json").write_text(json.dumps(report))
+    with pytest.raises(UsageError, match="eval.json is not an evaluation"):
+        load_report(tmp_path / "eval.json")
 
 
 def test_limits_are_per_task() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from unigrpo_cli.algo.flow import Window
@@ -18,6 +18,7 @@ from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, GivenImage, Group, ImageActions, Prompt, TextActions, flatten
 from unigrpo_cli.errors import UsageError, WeightsError
+from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.models.policy import Policy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.parallel.workers import worker_count
@@ -301,12 +302,14 @@ def load_report(path: Path) -> Evaluation:
         UsageError: when it is damaged.
     """
     try:
-        return _read_report(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _read_report(parse_json(read_text(path)))
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not an evaluation written by this version ({type(error).__name__})") from error
 
 
 def _read_report(data: dict[str, Any]) -> Evaluation:
-    values = {k: np.array([np.nan if x is None else x for x in v]) for k, v in data["values"].items()}
-    scores = {k: Estimate(**(v | {"ci95": tuple(v["ci95"])})) for k, v in data["scores"].items()}
+    values = {k: np.array([np.nan if x is None else x for x in v], np.float64) for k, v in data["values"].items()}
+    scores = TypeAdapter(dict[str, Estimate]).validate_python(data["scores"])
+    if {len(own) for own in (*values.values(), data["texts"])} - {len(data["prompt_ids"])}:
+        raise ValueError("a column has another number of episodes")
     return Evaluation(scores, data["per_task"], values, tuple(data["prompt_ids"]), tuple(data["texts"]), data["noise"])
