@@ -96,6 +96,7 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(tmp_path: Path, ju
     assert steps_in(run) == list(range(1, done + 2))
 
 
+@pytest.mark.long
 def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
     """Three groups on two ranks, and a saved one, of which the first has none: the same episodes and rewards."""
     command = ["rollout", "--limit", "3", "--group-size", "2", "--reward", "jpeg,length:0", "--json"]
@@ -175,6 +176,7 @@ def unigrpo_combine_rewards(rewards):
 """
 
 
+@pytest.mark.long
 def test_when_the_first_rank_fails_alone_the_other_ends_as_it_does(tmp_path: Path, judge: list[str]) -> None:
     """The place where ranks meet goes with it, so it stays until it was heard: one line, one code, no noise."""
     hook = tmp_path / "hook.py"

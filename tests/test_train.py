@@ -313,6 +313,7 @@ def test_the_window_is_drawn_per_step() -> None:
     assert window_of(config, 7) == window_of(config, 7)
 
 
+@pytest.mark.long
 def test_a_held_out_reward_that_falls_is_told_of_once(tmp_path: Path) -> None:
     """Weight 0: never trained on, only watched; it parts from the trained one, and the run says so."""
     plugin = tmp_path / "two.py"
