@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unigrpo_cli.models.mot import layers
-from unigrpo_cli.models.mot.layers import Linear, RMSNorm, gated, linear, rotate, rotation
+from unigrpo_cli.models.mot.layers import Linear, RMSNorm, gated, linear, position_waves, rotate, rotation, time_waves
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 of_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN")
@@ -141,3 +144,25 @@ def test_gradients_change_no_bit() -> None:
         with torch.no_grad():
             without = layer(x)
         assert layer(x).requires_grad and torch.equal(layer(x), without)
+
+
+def test_waves_are_diffusers_own() -> None:
+    """To the bit, for times of both schedules and for the sizes of the toy model and of BAGEL."""
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
+
+    t_R = torch.cat([torch.linspace(0, 1, 33), torch.rand(8, generator=torch.Generator().manual_seed(0)) * 1000])
+    theirs = get_timestep_embedding(t_R, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.equal(time_waves(t_R, 256), theirs)
+    for side, width in ((6, 128), (64, 3584)):
+        theirs = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
+        assert torch.equal(position_waves(side, width).float(), theirs.float())
+
+
+def test_a_command_without_adapters_imports_no_library_that_it_does_not_use() -> None:
+    """peft, diffusers and sharded tensors take five of eight seconds of a start."""
+    code = (
+        "import sys, unigrpo_cli.run.trainer, unigrpo_cli.models.mot.policy, unigrpo_cli.parallel.join; "
+        "sys.exit(str({'peft', 'diffusers', 'torch.distributed.tensor'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""

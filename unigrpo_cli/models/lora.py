@@ -1,4 +1,7 @@
-"""Low-rank adapters by peft, in its directory format."""
+"""Low-rank adapters by peft, in its directory format.
+
+peft is imported where adapters are made or read: it takes seconds, and most commands have none.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.models.files import refuse_non_finite, refuse_odd_files
 from unigrpo_cli.models.mot.layers import Linear, widen
 from unigrpo_cli.models.policy import Adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -34,6 +39,8 @@ def add_adapters(network: nn.Module, targets: str, rank: int, alpha: float, seed
     Adapters are kept in fp32 whatever the base is, and compute in the dtype of their input: peft makes them in the
     base's dtype, but updates of the sizes used here are lost to bf16's rounding.
     """
+    from peft import LoraConfig
+
     network.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none")
     device = next(network.parameters()).device
@@ -43,15 +50,23 @@ def add_adapters(network: nn.Module, targets: str, rank: int, alpha: float, seed
 
 
 def _inject(network: nn.Module, config: LoraConfig) -> None:
+    from peft import inject_adapter_in_model
+
     inject_adapter_in_model(config, network)
-    for layer in network.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.cast_input_dtype_enabled = False
-            for matrices in (layer.lora_A, layer.lora_B):
-                for name, matrix in list(matrices.items()):
-                    matrices[name] = _kept_wide(matrix)
+    for layer in _adapted(network).values():
+        layer.cast_input_dtype_enabled = False
+        for matrices in (layer.lora_A, layer.lora_B):
+            for name, matrix in list(matrices.items()):
+                matrices[name] = _kept_wide(matrix)
     network.adapter_config = config
     network.eval()  # an adapter made elsewhere may have dropout, and a ratio of two dropouts is not 1
+
+
+def _adapted(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that have adapters, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _kept_wide(matrix: nn.Linear) -> Linear:
@@ -69,7 +84,7 @@ def adapter_of(network: nn.Module) -> Adapter | None:
     config: LoraConfig | None = getattr(network, "adapter_config", None)
     if config is None:
         return None
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers = _adapted(network).values()
     acts = any(
         layer.scaling[name] and bool(matrix.weight.any()) for layer in layers for name, matrix in layer.lora_B.items()
     )
@@ -88,6 +103,8 @@ def save_adapters(network: nn.Module, directory: Path, base: str) -> None:
 
 def _own_state(network: nn.Module) -> dict[str, Tensor]:
     """Adapter tensors by peft's names. Word embeddings never are; asked whether, peft would ask the hub."""
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(network, save_embedding_layers=False)
 
 
@@ -97,6 +114,8 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
     Raises:
         WeightsError: when files are missing or damaged, or do not fit the network.
     """
+    from peft import LoraConfig, set_peft_model_state_dict
+
     refuse_odd_files(directory)
     if not (directory / "adapter_config.json").is_file():
         raise WeightsError(f"{directory} is no adapter: adapter_config.json is missing; give the directory that has it")
@@ -170,22 +189,21 @@ def _first_line(error: Exception) -> str:
 @torch.no_grad()
 def merge_adapters(network: nn.Module) -> None:
     """Add the adapters to the base's weights and remove them. Weights that change become fp32: see `add_adapters`."""
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            base = layer.get_base_layer()
-            total = widen(base.weight.data)
-            for adapter in layer.active_adapters:
-                total = total + widen(layer.get_delta_weight(adapter))
-            base.weight = nn.Parameter(total, requires_grad=False)
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, base)
+    for name, layer in _adapted(network).items():
+        base = layer.get_base_layer()
+        total = widen(base.weight.data)
+        for adapter in layer.active_adapters:
+            total = total + widen(layer.get_delta_weight(adapter))
+        base.weight = nn.Parameter(total, requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, base)
     del network.adapter_config
 
 
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
     """The network without its adapters, i.e. the base it started from."""
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers = list(_adapted(network).values())
     assert layers, "a policy without adapters and without a frozen copy has no reference"
     trained = [(p, p.requires_grad) for p in network.parameters()]
     for layer in layers:

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unigrpo_cli.models.mot.layers import widen
+from unigrpo_cli.parallel.ranks import is_shared
 
 
 def shard(network: nn.Module, layers: Sequence[nn.Module], world: int) -> None:
@@ -25,6 +23,9 @@ def shard(network: nn.Module, layers: Sequence[nn.Module], world: int) -> None:
 
     Gradients of several ranks are added, not averaged: the objective divides by the episodes of all ranks.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # Keys and values of a text that nothing came before are views. The cache is written in place without gradients
     # only, so the case of this warning cannot happen.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -49,17 +50,19 @@ def fp32_masters(module: nn.Module) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in network.parameters())
+    return any(map(is_shared, network.parameters()))
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of a sharded one every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
 def own_part(full: Tensor, like: Tensor) -> Tensor:
     """Of a tensor that every rank has whole, what this one keeps where it is kept as `like` is."""
     moved = full.to(like.device)
-    if not isinstance(like, DTensor) or full.shape != like.shape:
+    if not is_shared(like) or full.shape != like.shape:
         return moved
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)  # no communication

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from unigrpo_cli import errors
 from unigrpo_cli.errors import RankError, UnigrpoError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -164,7 +167,7 @@ class Ranks:
         """
         if self.alone:
             return
-        whole = [p for p in parameters if not isinstance(p, DTensor)]
+        whole = [p for p in parameters if not is_shared(p)]
         if not whole:
             return
         reached = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32)
@@ -183,10 +186,10 @@ class Ranks:
     def gradient_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The norm of each existing gradient, over all ranks' parts of a sharded one: [n], n may be 0."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not any(isinstance(g, DTensor) for g in gradients):
+        if not any(map(is_shared, gradients)):
             return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0)
         own = torch.stack(torch._foreach_norm([local(g) for g in gradients])).double()
-        parts = torch.tensor([isinstance(g, DTensor) for g in gradients], device=own.device)
+        parts = torch.tensor([is_shared(g) for g in gradients], device=own.device)
         squares = torch.where(parts, own.square(), 0.0)
         dist.all_reduce(squares)
         return torch.where(parts, squares.sqrt(), own).float()
@@ -240,9 +243,15 @@ def _kind_of(error: Exception) -> str:
     return next(known, RankError.__name__)
 
 
+def is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ranks share a tensor out. Its class takes more than a second to import, and is there once one is made."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; all of another one."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shared(tensor) else tensor
 
 
 def describe(error: BaseException) -> str:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from unigrpo_cli.algo.objective import Advantages
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.policy import Finetune, Policy, TrainablePolicy
-from unigrpo_cli.parallel.ranks import ALONE, Ranks, local
+from unigrpo_cli.parallel.ranks import ALONE, Ranks, is_shared, local
 from unigrpo_cli.training import update_guard
 from unigrpo_cli.training.state import TrainState
 
@@ -90,7 +89,7 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     groups = []
     for expert, parameters in policy.trainable().items():
         for sharded in (False, True):
-            own = [p for p in parameters if isinstance(p, DTensor) == sharded]
+            own = [p for p in parameters if is_shared(p) == sharded]
             if own:
                 groups.append({"params": own, "lr": rates[expert], "full_lr": rates[expert], "expert": expert})
     return torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -225,8 +225,33 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(TIME_WAVES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t_R: Tensor) -> Tensor:
-        waves = get_timestep_embedding(t_R.float(), TIME_WAVES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        waves = time_waves(t_R.float(), TIME_WAVES)
         return self.mlp(waves.to(t_R.dtype))
+
+
+def embedding(count: int, width: int) -> nn.Embedding:
+    """A table of rows; on the meta device without first values, for which torch would import its compiler."""
+    table = torch.empty(count, width)
+    return nn.Embedding.from_pretrained(table, freeze=False) if table.is_meta else nn.Embedding(count, width)
+
+
+# The two formulas are diffusers' (a test compares them): importing it would take most of a short command's time.
+
+
+def time_waves(t_R: Tensor, count: int) -> Tensor:
+    """Cosines, then sines, of times at count / 2 frequencies that fall from 1 to nearly 1 / 10,000: [R, count]."""
+    k = torch.arange(count // 2, dtype=torch.float32, device=t_R.device)
+    angles = t_R[:, None] * torch.exp(-math.log(10_000) * k / (count // 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of the column, then of the row, of each position of a square: [side * side, width], fp64."""
+    k = torch.arange(width // 4, dtype=torch.float64)
+    angles = torch.outer(torch.arange(side, dtype=torch.float64), 1 / 10_000 ** (k / (width // 4)))
+    one = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    columns, rows = one[None].expand(side, -1, -1), one[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(side * side, width)
 
 
 class PositionTable(nn.Module):
@@ -238,8 +263,10 @@ class PositionTable(nn.Module):
 
     def __init__(self, side: int, width: int):
         super().__init__()
-        table = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
-        self.pos_embed = nn.Parameter(table.float(), requires_grad=False)
+        table = torch.empty(side * side, width)
+        if not table.is_meta:  # there torch would import its compiler to compute nothing
+            table = position_waves(side, width).float()
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.side = side
 
     def forward(self, rows: int, columns: int) -> Tensor:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.mot.config import MoTConfig
 from unigrpo_cli.models.mot.context import MoTContext, append
-from unigrpo_cli.models.mot.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, rotation, widen
+from unigrpo_cli.models.mot.layers import MLP, Linear, PositionTable, RMSNorm, TimeEmbedder, embedding, rotation, widen
 from unigrpo_cli.models.mot.vision import Connector, VisionTower
 from unigrpo_cli.models.policy import Lengths, NoisyImage, PolicyOutput
 
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MoTConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unigrpo_cli.models.mot.config import VisionConfig
-from unigrpo_cli.models.mot.layers import LayerNorm, Linear
+from unigrpo_cli.models.mot.layers import LayerNorm, Linear, embedding
 
 
 def patchify(pixels_BHWC: Tensor, patch: int) -> Tensor:
@@ -91,7 +91,7 @@ class _Encoder(nn.Module):
         self.embeddings = nn.ModuleDict(
             {
                 "patch_embedding": Linear(config.patch_dim, width),
-                "position_embedding": nn.Embedding(config.side**2, width),
+                "position_embedding": embedding(config.side**2, width),
             }
         )
         self.encoder = _Layers(config)
