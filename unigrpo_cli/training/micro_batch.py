@@ -70,7 +70,7 @@ def refuse_uneven_passes(batches: Sequence[Batch], ranks: Ranks) -> None:
         UsageError: when a program drew episodes with other segments on other ranks.
     """
     passes = [
-        [(c.ids_BS.shape[1] > 0, c.image is not None, c.latent_BND is not None) for c in batch.chunks]
+        [[c.ids_BS.shape[1] > 0, c.image is not None, c.latent_BND is not None] for c in batch.chunks]  # as JSON has it
         for batch in batches
     ]
     if any(own != passes for own in ranks.gather(passes)):
