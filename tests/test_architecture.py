@@ -23,6 +23,7 @@ ROOMS = (
     ("cli", "testing"),
     ("report",),
     ("run",),
+    ("sft",),
     ("train",),
     ("evaluate", "training"),
     ("replay",),
@@ -120,7 +121,8 @@ def test_the_package_imports_no_tool() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["rewards", "list"], ["models", "list"], ["--version"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["sft", "--help"], ["rewards", "list"], ["models", "list"], ["--version"]],
 )
 def test_help_and_listing_import_no_torch_and_take_half_a_second(arguments: list[str]) -> None:
     """CPU seconds of a fresh process, the least of three: a busy machine must not decide."""

@@ -48,7 +48,7 @@ def _load(example: Any, kind: type | None = None, **changes: Any) -> Any:
 
 def test_the_pages_model_keeps_the_contract(example: Any) -> None:
     checks = assert_policy_contract(lambda: _load(example), full=True)
-    assert len(checks) == 9 and all(check.ok for check in checks)
+    assert len(checks) == 10 and all(check.ok for check in checks)
 
 
 def test_the_pages_model_trains_by_the_commands(example: Any, tmp_path: Path) -> None:

@@ -44,9 +44,10 @@ SCENES = (
     "failing_judge",
     "uneven_program",
     "abstaining_judge",
+    "imitated",
     *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
 )
-CONTROLS = (*SCENES[:5], "abstaining_judge", *RESUMED)
+CONTROLS = (*SCENES[:5], "abstaining_judge", "imitated", *RESUMED)
 STEPS = 3
 TOLERANCE = 1e-5
 """Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
@@ -314,6 +315,17 @@ def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
 def test_episodes_that_stop_on_one_rank_alone_are_refused_where_weights_are_sharded(played: Path) -> None:
     for rank in range(2):
         assert "give ranks.weights=whole" in told(played, "uneven_program", 2, rank)["error"]
+
+
+def test_two_ranks_imitate_what_one_process_does(played: Path) -> None:
+    """Each answer on one rank, the losses of all of them, and the same weights."""
+    alone, first, second = (told(played, "imitated", world, rank) for world, rank in ((1, 0), (2, 0), (2, 1)))
+    for one, a, b in zip(alone["steps"], first["steps"], second["steps"], strict=True):
+        assert sorted(a["own"] + b["own"]) == sorted(one["own"])
+        for name in ("sft/text_loss", "sft/image_loss", "image/grad_norm"):
+            assert a["metrics"][name] == b["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5)
+    assert apart(weights(played, "imitated", 2), weights(played, "imitated", 1)) < TOLERANCE
+    assert apart(weights(played, "imitated", 2, 0), weights(played, "imitated", 2, 1)) == 0
 
 
 def test_abstentions_are_counted_over_all_ranks(played: Path) -> None:

@@ -79,7 +79,8 @@ def test_no_old_key_or_sentence_is_written(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "rollout", "sweep", "export", "push", "generate", "doctor", "inspect", "rewards"]
+    "command",
+    ["train", "sft", "eval", "rollout", "sweep", "export", "push", "generate", "doctor", "inspect", "rewards"],
 )
 def test_help_has_no_old_sentence(command: str) -> None:
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, [command, "--help"]).output)

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import small
+from tools.toy_answers import write_answers
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
@@ -39,7 +40,9 @@ from unigrpo_cli.programs import PROGRAMS, Program
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_cli.run.answers import demonstrations, read_answers
 from unigrpo_cli.run.checkpoint import read_state, restore_checkpoint, save_checkpoint
+from unigrpo_cli.sft import sft_step
 from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
 from unigrpo_cli.training.rng_state import read_generators
 from unigrpo_cli.training.state import (
@@ -315,6 +318,26 @@ def _restored(ranks: Ranks, out: Path, finetune: str) -> Found:
     return weights_of(state), {"step": state.step}
 
 
+def imitated(ranks: Ranks, out: Path) -> Found:
+    """Two steps on given answers, some of which are dropped."""
+    answers = write_answers(out / f"answers.{ranks.world}.{ranks.rank}", 8)
+    more = ("train.finetune=full", "ranks.weights=whole", "sft.drop=0.3", "sampling.max_new_tokens=20", "sft.times=2")
+    config = load_config(overrides=[*SETTINGS, *more], named={"sft.data": (str(answers),)})
+    state = state_of(config, ranks)
+    rows = demonstrations(state.policy, read_answers(config), config)
+    found: list[dict] = []
+    with rewards() as judges:
+        train.train(
+            state,
+            rows,
+            judges,
+            config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})}),
+            lambda done: bool(found.append({"metrics": done.metrics, "own": [g.prompt.id for g in done.groups]})),
+            sft_step,
+        )
+    return weights_of(state), {"steps": found}
+
+
 SCENES = {
     f.__name__: f
     for f in (
@@ -331,6 +354,7 @@ SCENES = {
         uneven_program,
         abstaining_judge,
         uneven_texts,
+        imitated,
     )
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unigrpo_cli.algo.objective import Objective, Scores, unigrpo_loss
 from unigrpo_cli.algo.rng import derive
+from unigrpo_cli.algo.supervised import supervised_loss
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, Group, Prompt, flatten
 from unigrpo_cli.errors import RefusedUpdateError
@@ -73,11 +74,16 @@ def train(
     rewards: Scorer,
     config: Config,
     after_step: Callable[[StepResult], bool],
+    step: Callable[..., StepResult] | None = None,
 ) -> None:
-    """Training steps from `state.step` to `train.steps`, or until `after_step` returns True."""
+    """Training steps from `state.step` to `train.steps`, or until `after_step` returns True.
+
+    Args:
+        step: what is done with the prompts of a step; None for `training_step`.
+    """
     while state.step < config.train.steps:
         chosen = prompts_for(prompts, config, state.step)
-        result = training_step(state, chosen, rewards, config, rescore=state.step == 0)
+        result = (step or training_step)(state, chosen, rewards, config, rescore=state.step == 0)
         state.step, state.between = state.step + 1, False
         if after_step(result):
             return
@@ -195,6 +201,7 @@ def update(
         RefusedUpdateError: when loss or gradient is not finite, or the gradient explodes. No weight has changed then.
     """
     policy, ranks = state.policy, state.ranks
+    loss_of = supervised_loss if config.sft.data else unigrpo_loss
     parameters = [p for expert in policy.trainable().values() for p in expert]
     episodes = ranks.world * sum(len(m.rows) for m in micro_batches)
     workers = replay_workers(policy, len(micro_batches))
@@ -207,9 +214,7 @@ def update(
             part = [m.scored(s.detached()) for m, s in zip(micro_batches[k:], new, strict=False)]
             with threads_per_worker(workers):
                 losses = [
-                    unigrpo_loss(
-                        m.batch.actions, s, m.old_scores, m.reference, m.advantages, objective, episodes=episodes
-                    )
+                    loss_of(m.batch.actions, s, m.old_scores, m.reference, m.advantages, objective, episodes=episodes)
                     for m, s in zip(part, new, strict=True)
                 ]
             values = step_metrics.values_of(losses)

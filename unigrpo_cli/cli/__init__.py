@@ -22,6 +22,7 @@ from unigrpo_cli.cli import (
     report,
     rewards,
     rollout,
+    sft,
     sweep,
     train,
 )
@@ -41,6 +42,7 @@ app = typer.Typer(
     "6 fault found by the doctor, 130 interrupted.",
 )
 app.command("train")(train.train)
+app.command("sft")(sft.sft)
 app.command("sweep")(sweep.sweep)
 app.command("rollout")(rollout.rollout)
 app.command("eval")(eval.evaluate)

@@ -152,7 +152,7 @@ def _sample_and_score(
             if run is None:
                 return {}
             maps = advantage_maps(flatten(groups), samples_of(groups), rewards, settings, step=0, split="train")
-            return _record(run, groups, scored, maps)
+            return _record(run, groups, scored, rewards.weights, maps)
 
 
 def _sampled(
@@ -181,14 +181,20 @@ def _sampled(
     return groups
 
 
-def _record(run: Run, groups: Sequence[Group], scored: dict[str, RewardResult], maps: Sequence[Maps]) -> dict[str, Any]:
+def _record(
+    run: Run,
+    groups: Sequence[Group],
+    scored: dict[str, RewardResult],
+    weights: dict[str, float],
+    maps: Sequence[Maps],
+) -> dict[str, Any]:
     """Write rewards.json, images/ and the maps that there are; returns the summary."""
     from unigrpo_cli.episode import flatten
     from unigrpo_cli.io.pictures import save_png
     from unigrpo_cli.run.records import reward_rows
     from unigrpo_cli.run.samples import save_maps
 
-    rows = reward_rows(groups, scored)
+    rows = reward_rows(groups, scored, weights)
     run.write_json("rewards.json", rows)
     for row, episode in zip(rows, flatten(groups), strict=True):
         path = run.directory / "images" / row["image"]

@@ -230,6 +230,26 @@ class TrainConfig(Section):
     )
 
 
+class SftConfig(Section):
+    """Supervised fine-tuning on given answers (`unigrpo sft`). With `data`, a run imitates these in place of RL."""
+
+    data: tuple[str, ...] = Field(
+        (),
+        description="answers to imitate: .jsonl files of prompt, reasoning and image, or directories of "
+        "`unigrpo rollout`",
+    )
+    keep: str = Field(
+        "",
+        description="which episodes of a rollout's group: best:N, above:X by the weighted sum of rewards; empty: all",
+    )
+    text_weight: NonNegative = Field(1.0, description="weight of the reasoning's cross-entropy, mean over tokens, nats")
+    image_weight: NonNegative = Field(1.0, description="weight of the image's flow-matching loss, mean over latents")
+    times: Few = Field(1, description="times to which each image is noised in a step, all in one pass")
+    drop: Share = Field(
+        0.0, description="share of answers that are learnt without prompt and reasoning, for guidance [usual: 0.1]"
+    )
+
+
 class EvalConfig(Section):
     """Held-out evaluation: deterministic (Euler) steps, fixed noise."""
 
@@ -371,11 +391,17 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
     reward: RewardConfig = RewardConfig()
     ranks: RanksConfig = RanksConfig()
     monitor: MonitorConfig = MonitorConfig()
     doctor: DoctorConfig = DoctorConfig()
+
+    @property
+    def command(self) -> str:
+        """The command that trains with these settings."""
+        return "sft" if self.sft.data else "train"
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -67,19 +67,35 @@ def read_picture_and_record(path: str | Path) -> tuple[Array, dict[str, Any]]:
     return pixels, record if isinstance(record, dict) else {}
 
 
+def refuse_odd_picture(path: str | Path) -> None:
+    """Refuse by its header what `read_picture` would refuse; its pixels are not read.
+
+    Raises:
+        UsageError: as `read_picture`.
+    """
+    try:
+        _open(path, pixels=False)
+    except ValueError as error:
+        raise UsageError(f"{path} is not readable as a picture: {error}") from error
+
+
 class _RefusedError(ValueError):
     """A complete image that is not accepted."""
 
 
-def _open(path: str | Path) -> Image.Image:
-    """A decoded image file. Only formats that are data: others (PostScript) would start a program."""
+def _open(path: str | Path, pixels: bool = True) -> Image.Image:
+    """A decoded image file; without `pixels` its header.
+
+    Only formats that are data: others (PostScript) would start a program.
+    """
     try:
         refuse_special(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             with Image.open(path, formats=FORMATS) as image:
                 _refuse(image)
-                image.load()
+                if pixels:
+                    image.load()
                 return image
     except FileNotFoundError:
         raise
@@ -135,6 +151,13 @@ def shrunk(pixels: Array, side: int) -> Array:
         return pixels
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+
+def cropped(pixels: Array, height: int, width: int) -> Array:
+    """The middle of an image at that size, bicubic, its shape kept; an image of that size as it is."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.array(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BICUBIC))
 
 
 def sheet(rows: Sequence[Sequence[Tile]], heading: str = "") -> Image.Image:

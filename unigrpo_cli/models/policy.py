@@ -100,6 +100,10 @@ class Policy(Protocol):
         """Token ids as text, for people and rewards."""
         ...
 
+    def encode_text(self, text: str) -> Tensor:
+        """The ids of a text that the model would write, long [L], without opening and stop tokens."""
+        ...
+
     def has_token(self, text: str) -> bool:
         """Whether a word is one token."""
         ...
@@ -165,6 +169,10 @@ class Policy(Protocol):
 
     def decode_pixels(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """Final latents to uint8 images [B, height, width, 3]."""
+        ...
+
+    def encode_pixels(self, pixels_BHWC: Tensor) -> Tensor:
+        """uint8 images of one size that can be painted as latents x_BND: what `decode_pixels` turns into images."""
         ...
 
     def reference(self) -> AbstractContextManager[Policy]:

@@ -30,6 +30,9 @@ METHOD = """\
 [UniGRPO](https://arxiv.org/abs/2603.23500): each prompt is answered by a group of episodes, which reason in words and
 then paint. Rewards score the pictures, and one advantage per episode trains both kinds of its actions: the tokens of
 the reasoning by GRPO, and the stochastic denoising steps of the picture by FlowGRPO."""
+SFT_METHOD = """\
+Supervised fine-tuning by unigrpo, a cold start for reinforcement learning: on {data}, the cross-entropy of the
+reasoning's tokens (weight {text:g}) and the flow-matching loss of the picture's latents (weight {image:g})."""
 USE_ADAPTER = """\
 ## Use
 
@@ -107,19 +110,22 @@ def card_of(trained: Trained, directory: Path | None = None) -> str:
     Args:
         directory: where the card will lie; pictures there are shown.
     """
-    name = f"{_short(trained.base)}-UniGRPO"
+    sft = trained.config.sft
+    name = f"{_short(trained.base)}-{'SFT' if sft.data else 'UniGRPO'}"
+    data = ", ".join(f"`{_short(source)}`" for source in sft.data)
+    method = SFT_METHOD.format(data=data, text=sft.text_weight, image=sft.image_weight) if data else METHOD
     parts = [
         f"# {name}\n\n{_first_sentence(trained)}",
         *(f"![{what}]({file})" for file, what in _pictures(directory)),
         _scores(trained),
-        f"## Method\n\n{METHOD}",
+        f"## Method\n\n{method}",
         _rewards(trained),
         _curve(trained),
         _settings(trained),
         _loading(trained),
     ]
-    data = _metadata(trained, name)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"))
+    metadata = _metadata(trained, name)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"))
 
 
 def _metadata(trained: Trained, name: str) -> ModelCardData:
@@ -143,7 +149,7 @@ def _metadata(trained: Trained, name: str) -> ModelCardData:
         base_model_relation=None if hub is None else "adapter" if trained.kind == "adapter" else "finetune",
         library_name="peft" if trained.kind == "adapter" else None,
         pipeline_tag="text-to-image",
-        tags=["unigrpo", "grpo", "flow-grpo", "reinforcement-learning"],
+        tags=["unigrpo", *(["sft"] if trained.config.sft.data else ["grpo", "flow-grpo", "reinforcement-learning"])],
         eval_results=results or None,
     )
 
@@ -151,9 +157,9 @@ def _metadata(trained: Trained, name: str) -> ModelCardData:
 def _first_sentence(trained: Trained) -> str:
     base = trained.base if is_hub_id(trained.base) or trained.base == EMBEDDED else _short(trained.base)
     what = {"adapter": "A LoRA adapter of", "weights": "All weights of", "merged": "A LoRA adapter merged into"}
-    licence = LICENCES.get(trained.base)
+    licence, method = LICENCES.get(trained.base), "supervised fine-tuning" if trained.config.sft.data else "UniGRPO"
     terms = f"Licence of the base model: {licence}." if licence else "The licence of the base model applies."
-    return f"{what[trained.kind]} `{base}` after {trained.step} steps of UniGRPO. {terms}"
+    return f"{what[trained.kind]} `{base}` after {trained.step} steps of {method}. {terms}"
 
 
 def _pictures(directory: Path | None) -> list[tuple[str, str]]:
@@ -231,9 +237,8 @@ def _settings(trained: Trained) -> str:
         "adapter": config.adapter,
         "eval.suite": config.eval.suite,
     }
-    text = redacted(
-        to_toml(with_values(config, {key: value and _short(value, hub=True) for key, value in given.items()}))
-    )
+    short: dict[str, Any] = {key: value and _short(value, hub=True) for key, value in given.items()}
+    text = redacted(to_toml(with_values(config, short | {"sft.data": tuple(map(_short, config.sft.data))})))
     return f"## Settings\n\n<details><summary>config.toml</summary>\n\n```toml\n{text}```\n\n</details>"
 
 

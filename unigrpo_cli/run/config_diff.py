@@ -63,7 +63,7 @@ EFFECTS = {
     )
     for key in keys.split()
 }
-SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
+SECTIONS = {"sft": Effect.LEARNED, "doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
 """Classes of whole sections; a key's own class comes first."""
 
 

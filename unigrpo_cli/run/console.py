@@ -162,6 +162,8 @@ class TrainingView:
         parts += [
             f"{label} {m[key]:.3g}"
             for label, key in (
+                ("text", "sft/text_loss"),
+                ("image", "sft/image_loss"),
                 ("entropy", "text/entropy"),
                 ("clipped text", "text/clip_fraction"),
                 ("image", "image/clip_fraction"),

@@ -47,7 +47,7 @@ def fresh_directory(out: Path | None, command: str) -> Path:
     while out is None and path.exists():
         path, k = path.with_name(f"{path.name.split('.')[0]}.{k}"), k + 1
     if os.path.isdir(path) and not nothing_in(path):
-        hint = ", or resume that run with --resume auto" if command == "train" and is_begun(path) else ""
+        hint = ", or resume that run with --resume auto" if command in ("train", "sft") and is_begun(path) else ""
         raise UsageError(f"{path} is not empty: choose another --out{hint}")
     try:
         path.mkdir(parents=True, exist_ok=True)

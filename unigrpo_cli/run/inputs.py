@@ -16,6 +16,7 @@ from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec
+from unigrpo_cli.run.answers import Answer, read_answers
 from unigrpo_cli.run.setup import reward_choices
 from unigrpo_cli.run.trackers import refuse_missing
 from unigrpo_cli.suites import SHAPES, SuiteRegistry, default_suite, training_prompts
@@ -33,12 +34,14 @@ class Inputs:
         config: with the suite that `eval.suite=auto` stands for.
         prompts: to train on, without those that are held out.
         suite: to evaluate on.
+        answers: to imitate; there are no prompts then.
     """
 
     config: Config
     rewards: list[RewardSpec]
     prompts: list[Prompt]
     suite: list[Prompt]
+    answers: tuple[Answer, ...] = ()
 
 
 def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *, dry_run: bool = False) -> Inputs:
@@ -60,15 +63,19 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
     config = with_suite(config)
     rewards = [] if dry_run and not config.reward.names else reward_choices(config)
     _refuse_unknown_best(config, rewards)
-    prompts = training_prompts(config.prompts, config.eval.suite)
+    answers = tuple(read_answers(config)) if config.sft.data else ()
+    prompts = [] if answers else training_prompts(config.prompts, config.eval.suite)
     suite = limited(suites.prompts(config.eval.suite), config.eval.limit)
     program = PROGRAMS.find(config.sampling.program)
     for prompt in (*prompts, *suite):
         program.refuse_without_picture(prompt.text, prompt.image)
     _check_rewards(config, rewards, plugins, prompts, suite)
-    if automatic and config.prompts not in TRAINING:
+    if answers:
+        thought = sum(answer.reasoning is not None for answer in answers)
+        say(f"{len(answers)} answers to imitate, {thought} of them with reasoning")
+    elif automatic and config.prompts not in TRAINING:
         say(_held_out_line(config, len(prompts), len(suite)))
-    return Inputs(config, rewards, prompts, suite)
+    return Inputs(config, rewards, prompts, suite, answers)
 
 
 def with_suite(config: Config) -> Config:

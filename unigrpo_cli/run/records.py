@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ WORDS = "json"
 KEPT = 3  # bad steps on disk: those of one stop
 
 
-def reward_rows(groups: Sequence[Group], scored: dict[str, RewardResult]) -> list[dict[str, Any]]:
-    """One JSON row per episode: prompt, reasoning and scores."""
+def reward_rows(
+    groups: Sequence[Group], scored: dict[str, RewardResult], weights: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One JSON row per episode: prompt, reasoning and scores; with `weights` their sum, None where one abstained."""
     rows: list[dict[str, Any]] = []
     for g, group in enumerate(groups):
         for episode in group.episodes:
@@ -46,6 +48,10 @@ def reward_rows(groups: Sequence[Group], scored: dict[str, RewardResult]) -> lis
                 }
                 | segments_row(k, scored)
             )
+            if weights is not None:
+                trained = {n: scored[n] for n, weight in weights.items() if weight}
+                known = all(s.valid[k] for s in trained.values())
+                rows[-1]["score"] = sum(weights[n] * float(s.scores[k]) for n, s in trained.items()) if known else None
     return rows
 
 

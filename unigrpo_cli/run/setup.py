@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +238,15 @@ def warn_of_unknown_words(policy: Policy, prompts: Sequence[Prompt], warn: Calla
 
 
 def reward_choices(config: Config) -> list[RewardSpec]:
-    """The trained rewards, and those of evaluation alone, marked so.
+    """The trained rewards, and those of evaluation alone, marked so. On given answers no reward is trained.
 
     Raises:
         UsageError: when none is chosen.
     """
+    if config.sft.data:
+        chosen = parse_rewards(config.reward.names, config.reward.options) if config.reward.names else []
+        chosen = [replace(choice, weight=0.0, eval_only=True) for choice in chosen]
+        return chosen + watched_choices(config, {c.alias for c in chosen})
     if not config.reward.names:
         raise UsageError("no reward is chosen: give --reward, e.g. --reward clip,geneval")
     trained = parse_rewards(config.reward.names, config.reward.options)

@@ -17,6 +17,7 @@ from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
+from unigrpo_cli.run.answers import demonstrations
 from unigrpo_cli.run.checkpoint import StateFile, checkpoints, read_state
 from unigrpo_cli.run.config_diff import Change, Effect, effect_of, flat
 from unigrpo_cli.run.console import Display
@@ -182,7 +183,8 @@ def _prepared(
     began = time.perf_counter()
     content, files = place.content, place.files
     inputs = read_inputs(config, plugins, display.say)
-    config, prompts, suite = inputs.config, inputs.prompts, inputs.suite
+    config, suite = inputs.config, inputs.suite
+    prompts: Sequence[Prompt] = inputs.prompts
     _refuse_uneven_ranks(config, prompts, ranks)
     asked, config = left_open(config), with_kept_sizes(content, config)
     if content is not None and place.checkpoint is not None:
@@ -193,6 +195,9 @@ def _prepared(
         _say_changes(refuse_changes(content, place.checkpoint, config), display)
     config = with_sizes(config, place.checkpoint, [*prompts, *suite], display.say, ranks)
     state, reference = prepare(config, place.checkpoint, content, display.warn, ranks)
+    if inputs.answers:
+        with ranks.together():
+            prompts = demonstrations(state.policy, inputs.answers, config)
     warn_of_unknown_words(state.policy, [*prompts, *suite], display.warn)
     seed_generators(derive(config.seed, "generators"))
     embedded, thinks = is_embedded(state.policy), config.sampling.think
@@ -211,7 +216,7 @@ def _prepared(
     with ranks.together():
         if files is None:
             scratch = None if ranks.first else held.enter_context(scratch_directory(()))
-            files = Run(scratch or fresh_directory(place.out, "train"))
+            files = Run(scratch or fresh_directory(place.out, config.command))
             held.enter_context(locked(files.directory))
         else:
             quarantine_later(files.directory, place.checkpoint, "later" if place.wanted else "damaged", display.warn)
@@ -229,7 +234,7 @@ def _prepared(
         trackers = held.enter_context(open_trackers(observed, files, state.step, display))
         yield Trainer(config, display, interrupts, files, state, rewards, trackers, prompts, suite, began)
     except DiskError as error:
-        raise DiskError(f"{error}, then resume: unigrpo train --resume {quoted(files.directory)}") from error
+        raise DiskError(f"{error}, then resume: unigrpo {config.command} --resume {quoted(files.directory)}") from error
     finally:
         if place.files is None:
             files.remove_if_only_described()
@@ -238,7 +243,9 @@ def _prepared(
 def _examine(
     state: TrainState, prompts: Sequence[Prompt], rewards: Scorer, config: Config, files: Run, display: Display
 ) -> None:
-    """The doctor's short checks, on the first rank while the others wait."""
+    """The doctor's short checks, on the first rank while the others wait. They are about reinforcement learning."""
+    if config.sft.data:
+        return
     if state.policy.is_sharded:
         display.say("weights are sharded, so the doctor's checks are left out here; run `unigrpo doctor` for them")
     elif state.ranks.first:

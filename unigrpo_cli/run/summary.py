@@ -21,9 +21,10 @@ def headline(config: Config, directory: Path, state: TrainState) -> str:
     """Model, batch arithmetic and directory."""
     assert state.origin is not None
     t, ranks = config.train, state.ranks
+    method = "Imitation of answers" if config.sft.data else "UniGRPO"
     experts = "both experts" if t.experts == "both" else f"the {t.experts} expert"
     lines = [
-        f"UniGRPO on {state.origin.reference.base}, {t.finetune} fine-tuning of {experts}",
+        f"{method} on {state.origin.reference.base}, {t.finetune} fine-tuning of {experts}",
         batch_of(config).lines()[0],
         *([] if ranks.alone else [_per_rank(config, state)]),
         f"writing {directory}" + (f", resuming from step {state.step}" if state.step else ""),
@@ -34,10 +35,10 @@ def headline(config: Config, directory: Path, state: TrainState) -> str:
 def _per_rank(config: Config, state: TrainState) -> str:
     t, world = config.train, state.ranks.world
     prompts = t.prompts_per_step // world
-    episodes = prompts * t.group_size
+    episodes = prompts * batch_of(config).group
     weights = "sharded layers" if state.policy.is_sharded else "whole weights on each"
     return (
-        f"{world} ranks, {weights}: each draws {prompts} prompts x {t.group_size} = {episodes} episodes, "
+        f"{world} ranks, {weights}: each draws {prompts} prompts x {batch_of(config).group} = {episodes} episodes, "
         f"{episodes // t.minibatches} per optimizer step"
     )
 

@@ -33,6 +33,7 @@ from unigrpo_cli.run.signals import DroppedError, Interrupts
 from unigrpo_cli.run.trace_files import save_trace
 from unigrpo_cli.run.traces import score_again, step_trace
 from unigrpo_cli.run.trackers import Trackers
+from unigrpo_cli.sft import sft_step
 from unigrpo_cli.suites import task_of
 from unigrpo_cli.train import StepResult, train
 from unigrpo_cli.training.maps import advantage_maps
@@ -102,7 +103,7 @@ class Trainer:
         content |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - self.began}
         files.write_json("summary.json", content)
         if after is None:
-            resume = f"unigrpo train --resume {quoted(files.directory)}"
+            resume = f"unigrpo {config.command} --resume {quoted(files.directory)}"
             say(f"interrupted after step {self.state.step}; resume: {resume}")
         else:
             summary.show(content, config, len(self.suite), self.display)
@@ -122,7 +123,8 @@ class Trainer:
                 self.display.training(config.train.steps, state.step, list(self.rewards.weights)) as view,
                 out_of_memory_hint("replays or an update", "train.micro_batch_size", micro),  # rollouts have their own
             ):
-                train(state, self.prompts, self.rewards, config, lambda step: self._after_step(step, view))
+                own = sft_step if config.sft.data else None
+                train(state, self.prompts, self.rewards, config, lambda step: self._after_step(step, view), own)
         except DiskError:  # a checkpoint would not find room either
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -175,7 +177,7 @@ class Trainer:
         if checkpoints(directory):
             self.display.warn(
                 f"stopped after step {state.step}; fix the cause, then resume: "
-                f"unigrpo train --resume {quoted(directory)}"
+                f"unigrpo {self.config.command} --resume {quoted(directory)}"
             )
 
     def _keep_bad_step(self, step: StepResult) -> None:
@@ -276,15 +278,15 @@ class Trainer:
         return result
 
     def evaluate(self, what: str) -> Evaluation:
-        """Score the suite with the present weights."""
-        config = self.config
+        """Score the suite with the present weights; nothing is sampled where no reward scores it."""
+        config, suite = self.config, self.suite if self.rewards.active("eval") else ()
         with (
-            self.display.progress(len(self.suite) * config.eval.samples, what) as advance,
+            self.display.progress(len(suite) * config.eval.samples, what) as advance,
             self.state.policy.gathered() as sampler,
         ):
             return evaluate(
                 sampler,
-                self.suite,
+                suite,
                 self.rewards,
                 eval_sampling(config),
                 samples=config.eval.samples,

@@ -100,7 +100,7 @@ def check_policy(
     sampling = Sampling(True, max_new_tokens, 1.0, height, width, steps, 0.0, "flow", 0.5, 1)
     own = tuple(Prompt(f"{k}", text) for k, text in enumerate(prompts))
     trial = Trial(load, full, own, sampling, tolerance)
-    checks = [_drawn_is_replayed, _ratio, _batches, _packed, _reading, _gradients, _reference, _saved]
+    checks = [_drawn_is_replayed, _ratio, _batches, _packed, _reading, _encoded, _gradients, _reference, _saved]
     if trained:
         checks.append(_direction)
     return [_checked(check, trial) for check in checks]
@@ -211,6 +211,19 @@ def _reading(trial: Trial) -> tuple[bool, str]:
     for row, n in enumerate(length.tolist()):
         gaps += [_gap(f.hidden_BLC[row, :n], stepwise_BLC[row, :n]) for f in found]  # type: ignore[index]
     return _within(max(gaps), trial, "states or velocities")
+
+
+def _encoded(trial: Trial) -> tuple[bool, str]:
+    """its own texts and pictures can be encoded again."""
+    for image in (image for e in trial.episodes for image in e.images):
+        latent = trial.policy.encode_pixels(image.pixels[None])
+        if latent.shape[1:] != image.latent.shape or latent.dtype != torch.float32 or not latent.isfinite().all():
+            return False, f"encode_pixels gives {latent.dtype} of shape {list(latent.shape[1:])}"
+    for text in (s.text for e in trial.episodes for s in e.segments if isinstance(s, TextActions)):
+        again = trial.policy.decode_text(trial.policy.encode_text(text))
+        if again != text:
+            return False, f"{text!r} is encoded and decoded to {again!r}"
+    return True, "texts come back, latents have their shape"
 
 
 def _gradients(trial: Trial) -> tuple[bool, str]:

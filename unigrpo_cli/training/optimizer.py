@@ -68,15 +68,16 @@ def shards(config: Config, ranks: Ranks) -> bool:
 
 def _refuse_what_cannot_learn(config: Config) -> None:
     """Settings that would end in an error after the first rollout, or in a run that moves nothing."""
-    t, o = config.train, config.objective
-    writes = config.sampling.think and o.text_weight > 0 and t.experts != "image"
+    t, o = config.train, config.sft if config.sft.data else config.objective
+    writes = (config.sampling.think or config.sft.data) and o.text_weight > 0 and t.experts != "image"
     paints = o.image_weight > 0 and t.experts != "text"
     if not (writes or paints):
+        name = "sft" if config.sft.data else "objective"
         raise UsageError(
             f"nothing is trained: sampling.think={str(config.sampling.think).lower()}, train.experts={t.experts}, "
-            f"objective.text_weight={o.text_weight:g}, objective.image_weight={o.image_weight:g}"
+            f"{name}.text_weight={o.text_weight:g}, {name}.image_weight={o.image_weight:g}"
         )
-    if writes and config.sampling.temperature == 0:
+    if writes and config.sampling.temperature == 0 and not config.sft.data:
         raise UsageError("sampling.temperature=0 is greedy and leaves text nothing to learn from; give 1")
     if t.finetune == "lora" and t.extra_modules:
         raise UsageError("train.extra_modules is for train.finetune=full; adapters are on attention and MLP only")

@@ -74,11 +74,12 @@ def traced_groups(config: Config, step: int, groups: int) -> range:
 
 
 def objective_of(config: Config) -> Objective:
-    """The objective of eq 2, 6, 7, 8; training one expert leaves out the other's term."""
+    """The objective of eq 2, 6, 7, 8, or of given answers; training one expert leaves out the other's term."""
     o, experts = config.objective, config.train.experts
+    weights = config.sft if config.sft.data else o
     return Objective(
-        text_weight=0.0 if experts == "image" else o.text_weight,
-        image_weight=0.0 if experts == "text" else o.image_weight,
+        text_weight=0.0 if experts == "image" else weights.text_weight,
+        image_weight=0.0 if experts == "text" else weights.image_weight,
         text_clip=o.text_clip,
         image_clip=o.image_clip,
         text_kl=o.text_kl,

@@ -115,6 +115,9 @@ class MoTPolicy:
     def decode_text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
+    def encode_text(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.long)
+
     def has_token(self, text: str) -> bool:
         return self.tokenizer.token_to_id(text) is not None
 

@@ -119,6 +119,17 @@ class Autoencoder:
         return unpatchify(x_BND.float() * deviation + statistics.running_mean, grid, channels_last=False)
 
     @torch.no_grad()
+    def encode(self, pixels_BHWC: Tensor) -> Tensor:
+        """Tokens of uint8 images, fp32: the mean of the autoencoder's posterior, as the pipeline scales it."""
+        network, config = self.network, self.network.config
+        x = pixels_BHWC.to(network.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        latent = torch.cat([network.encode(one[None]).latent_dist.mode() for one in x])
+        if self.facts.name != KLEIN.name:
+            return patchify((latent - (config.shift_factor or 0)) * config.scaling_factor, channels_last=True)
+        deviation = (network.bn.running_var + config.batch_norm_eps).sqrt()
+        return (patchify(latent, channels_last=False) - network.bn.running_mean) / deviation
+
+    @torch.no_grad()
     def decode(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """uint8 images [B, height, width, 3] on the CPU, rounded as diffusers rounds them."""
         latent = self.latents(x_BND.to(self.network.device), grid)

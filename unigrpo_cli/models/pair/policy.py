@@ -20,7 +20,7 @@ from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models import lora
 from unigrpo_cli.models.base_options import refuse_full_tuning
 from unigrpo_cli.models.pair import weights
-from unigrpo_cli.models.pair.facts import ASSISTANT, END, PAINTER, REASONER, SYSTEM, TARGETS_LM, THINK, USER
+from unigrpo_cli.models.pair.facts import ASSISTANT, END, PAINTER, REASONER, SYSTEM, TARGETS_LM, THINK, THOUGHT, USER
 from unigrpo_cli.models.pair.painters import Autoencoder, Painter
 from unigrpo_cli.models.pair.pipeline import Pipeline
 from unigrpo_cli.models.pair.reasoner import PairContext, Reasoner
@@ -94,6 +94,10 @@ class PairPolicy:
     def decode_text(self, ids: Tensor) -> str:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         return THINK + text if self.reasoner.words.marks else text
+
+    def encode_text(self, text: str) -> Tensor:
+        written = text.removeprefix(THINK).removesuffix(THOUGHT) if self.reasoner.words.marks else text
+        return torch.tensor(self.tokenizer.encode(written, add_special_tokens=False).ids, dtype=torch.long)
 
     def has_token(self, text: str) -> bool:
         return self.tokenizer.token_to_id(text) is not None
@@ -187,6 +191,9 @@ class PairPolicy:
 
     def decode_pixels(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.autoencoder.decode(x_BND, grid)
+
+    def encode_pixels(self, pixels_BHWC: Tensor) -> Tensor:
+        return self.autoencoder.encode(pixels_BHWC)
 
     # ----- training
 

@@ -89,7 +89,8 @@ def verdict(plan: Plan) -> str:
     word = "fits" if plan.fits else "does not fit"
     if plan.fits and plan.memory.need > TIGHT * plan.available:
         word = "fits, but barely"
-    missing = "" if plan.work.config.reward.names else "; no reward is chosen: training needs --reward"
+    config = plan.work.config
+    missing = "" if config.reward.names or config.sft.data else "; no reward is chosen: training needs --reward"
     return f"{word}: {plan.memory.need:.1f} GiB in {plan.memory.peak.name!r}, on {plan.device}{missing}"
 
 

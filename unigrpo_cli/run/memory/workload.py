@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from math import prod
 from typing import Any, ClassVar
 
-from unigrpo_cli.config import Config
+from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.models.base_options import PLAIN, quantized_bytes
 from unigrpo_cli.models.mot.config import (
     ALSO,
@@ -59,8 +59,9 @@ class BatchCounts:
     def lines(self) -> tuple[str, ...]:
         """For people."""
         micro = f"{'at least ' if self.at_least else ''}{self.micro_batches} micro-batches each"
+        episodes = f"{self.prompts} prompts x {self.group} episodes = {self.episodes} episodes"
         return (
-            f"step = {self.prompts} prompts x {self.group} episodes = {self.episodes} episodes, "
+            f"step = {episodes if self.group > 1 else f'{self.prompts} answers'}, "
             f"{self.optimizer_steps} optimizer steps on {self.each}, {micro}",
             f"sampling: {self.rollouts} batches, up to {self.word_calls} network calls for text and "
             f"{self.denoise_calls} for images; replay: {self.replays:g} passes without gradients, "
@@ -86,6 +87,7 @@ def old_share(config: Config) -> float:
 
 def batch_of(config: Config) -> BatchCounts:
     """The counts of a configuration."""
+    config = as_counted(config)
     t, s = config.train, config.sampling
     episodes = t.prompts_per_step * t.group_size
     each = episodes // t.minibatches
@@ -100,7 +102,7 @@ def batch_of(config: Config) -> BatchCounts:
         rollouts=-(-episodes // s.batch_size),
         word_calls=sum(budget + 2 for budget in budgets_of(config)),
         denoise_calls=s.steps * s.rounds * guided_calls(config),
-        replays=old_share(config) + needs_reference(config),
+        replays=0 if config.sft.data else old_share(config) + needs_reference(config),
         backwards=t.epochs,
     )
 
@@ -119,8 +121,23 @@ def budgets_of(config: Config) -> list[int]:
     return [budgets[min(k, len(budgets) - 1)] for k in range(s.rounds)] if s.think else []
 
 
+def as_counted(config: Config) -> Config:
+    """On given answers, the configuration by which episodes, noisy images and passes are counted; else itself."""
+    if not config.sft.data:
+        return config
+    values: dict[str, Any] = {"train.group_size": 1, "objective.penalty": "none", "objective.text_kl": 0.0}
+    values |= {
+        "sampling.guidance_text": 1.0,
+        "objective.image": "transition",
+        "sampling.window": "fixed",
+        "sampling.window_size": config.sft.times,
+    }
+    return with_values(config, values | {"objective.image_weight": config.sft.image_weight})
+
+
 def config_of_rank(config: Config, world: int) -> Config:
     """The configuration of one of several ranks: its share of the prompts."""
+    config = as_counted(config)
     own = config.train.model_copy(update={"prompts_per_step": config.train.prompts_per_step // world})
     return config.model_copy(update={"train": own})
 
