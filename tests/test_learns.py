@@ -122,7 +122,7 @@ def test_the_image_expert_alone_learns_pixels_only() -> None:
     assert not policy.trainable()["text"]
 
 
-@pytest.mark.parametrize("objective", ["fpo", "nft"])
+@pytest.mark.parametrize("objective", ["fpo", pytest.param("nft", marks=pytest.mark.long)])
 def test_final_latents_noised_again_teach_pixels(objective: str) -> None:
     """Sampled by Euler steps alone, without words. Shuffled advantages teach nothing."""
     short = [f"objective.image={objective}", "objective.draws=3", "train.experts=image", "sampling.think=false"]
