@@ -75,7 +75,7 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     table = replace(table, settings=settings)
     command = table.command("joint").replace("--out runs", f"--out {tmp_path}").split()
     subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
-    (tmp_path / "short.csv").write_text(collect(table, tmp_path))
+    (tmp_path / "short.csv").write_text(collect(table, tmp_path, "abc"))
     cell = read(table, tmp_path / "short.csv")["joint"]
     assert [row["seed"] for row in cell.rows] == ["0", "1"]
     assert {(row["steps"], row["samples"]) for row in cell.rows} == {("1", "2")}
@@ -92,7 +92,7 @@ def test_three_runs_picked_at_random_score_the_same_again(tmp_path: Path) -> Non
         one = replace(table, seeds=[int(row["seed"])])
         command = one.command(row["cell"]).replace("--out runs", f"--out {tmp_path}").split()
         subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
-        (tmp_path / "again.csv").write_text(collect(one, tmp_path))
+        (tmp_path / "again.csv").write_text(collect(one, tmp_path, "abc"))
         (again,) = read(one, tmp_path / "again.csv")[row["cell"]].rows
         found, before = (float(r[f"after/{table.reward}"]) for r in (again, row))
         assert found == pytest.approx(before, abs=1e-4 if again["torch"] == row["torch"] else 0.08)

@@ -1,16 +1,14 @@
 """The tables of results/README.md: `python -m tools.results` writes the page from results/*.csv. A test compares them.
 
 `python -m tools.results commands [TABLE]` prints one `unigrpo sweep` command per cell; `python -m tools.results collect
-DIR` copies what its runs measured from DIR/TABLE/CELL into results/TABLE.csv.
+DIR COMMIT` copies what its runs measured from DIR/TABLE/CELL into results/TABLE.csv; COMMIT is that of the code they ran.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import json
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -69,10 +67,10 @@ def tables() -> list[Table]:
 # ----- from runs to CSV
 
 
-def collect(table: Table, runs: Path) -> str:
+def collect(table: Table, runs: Path, commit: str) -> str:
     """One row per finished run of a table, as CSV."""
     rows = [
-        _row(table, cell, path.parent)
+        _row(table, cell, path.parent, commit)
         for cell in table.cells
         for path in sorted((runs / table.name / cell).glob("*/eval_after.json"))
     ]
@@ -84,7 +82,7 @@ def collect(table: Table, runs: Path) -> str:
     return text.getvalue()
 
 
-def _row(table: Table, cell: str, run: Path) -> dict[str, object]:
+def _row(table: Table, cell: str, run: Path, commit: str) -> dict[str, object]:
     summary = json.loads((run / "summary.json").read_text())
     config = tomllib.loads((run / "config.toml").read_text())
     before, after = (json.loads((run / f"eval_{when}.json").read_text()) for when in ("before", "after"))
@@ -96,18 +94,12 @@ def _row(table: Table, cell: str, run: Path) -> dict[str, object]:
         "steps": summary["steps"],
         "samples": summary["steps"] * train["prompts_per_step"] * train["group_size"],
         "train_seconds": round(summary["train_seconds"], 1),
-        "commit": _commit(),
-        "torch": importlib.metadata.version("torch").split("+")[0],
+        "commit": commit,
+        "torch": json.loads((run / "environment.json").read_text())["torch"].split("+")[0],
     }
     for when, report in (("before", before), ("after", after)):
         row |= {f"{when}/{name}": round(score["mean"], 4) for name, score in report["scores"].items()}
     return row | {"verdicts": "".join(str(int(value)) for value in values)}
-
-
-def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
 
 
 # ----- from CSV to the page
@@ -208,10 +200,10 @@ def main(arguments: list[str]) -> None:
             for table in tables():
                 if not names or table.name in names:
                     print(*(table.command(cell) for cell in table.cells), sep="\n")
-        case ["collect", runs]:
+        case ["collect", runs, commit]:
             for table in tables():
                 if any((Path(runs) / table.name).glob("*/*/eval_after.json")):
-                    table.path.write_text(collect(table, Path(runs)))
+                    table.path.write_text(collect(table, Path(runs), commit))
         case _:
             sys.exit(__doc__)
 
