@@ -1,7 +1,7 @@
 """The tables of results/README.md: `python -m tools.results` writes the page from results/*.csv. A test compares them.
 
 `python -m tools.results commands [TABLE]` prints one `unigrpo sweep` command per cell; `python -m tools.results collect
-DIR COMMIT` copies what its runs measured from DIR/TABLE/CELL into results/TABLE.csv; COMMIT is that of the code they ran.
+DIR COMMIT` copies what its runs measured from DIR/TABLE/CELL into results/TABLE.csv; COMMIT is that of their code.
 """
 
 from __future__ import annotations
