@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 RUNS = "runs"
 RESAMPLES = 4000
+FEWEST = 3
+"""Seeds without which a claim gets no verdict."""
 FIRST = ("cell", "seed", "steps", "samples", "train_seconds", "commit", "torch")
 """First columns of a table's CSV; scores before and after, and the verdicts of each prompt, follow."""
 
@@ -183,9 +185,13 @@ def _section(table: Table) -> Iterator[str]:
         yield "| " + " | ".join([name, *counts, minutes, *scores, *more]) + " |"
     yield ""
     for first, second in table.claims:
-        if first in cells and second in cells:
-            mean, low, high = interval(cells[first], cells[second])
-            yield f"* {first} above {second}: {verdict(low, high)} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])."
+        if min(len(cells[name].rows) if name in cells else 0 for name in (first, second)) < FEWEST:
+            yield f"* {first} above {second}: fewer than {FEWEST} seeds."
+            continue
+        mean, low, high = interval(cells[first], cells[second])
+        yield f"* {first} above {second}: {verdict(low, high)} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])."
+    if missing := [name for name in table.cells if name not in cells]:
+        yield f"* Not run yet: {', '.join(missing)}."
     yield "\n```"
     yield from (table.command(name) for name in cells)
     yield "```"

@@ -404,7 +404,7 @@ class UnconditionalContexts:
 
 def without_text(preamble: Given) -> Given:
     """What is given before the last text."""
-    return preamble[:-1] if isinstance(preamble[-1], GivenText) else preamble
+    return preamble[:-1] if preamble and isinstance(preamble[-1], GivenText) else preamble
 
 
 def texts_alone(preamble: Given) -> Given:

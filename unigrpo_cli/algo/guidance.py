@@ -75,6 +75,6 @@ def guided(v_BND: Tensor, less_text_BND: Tensor, less_image_BND: Tensor | None, 
 
 def _renorm(out: Tensor, v: Tensor, over: tuple[int, ...], least: float) -> Tensor:
     def size(x: Tensor) -> Tensor:
-        return x.square().sum(over, keepdim=True).sqrt()
+        return x.square().sum(over, keepdim=True).clamp_min(1e-24).sqrt()  # at 0 its gradient is NaN
 
     return out * (size(v) / (size(out) + 1e-8)).clamp(least, 1.0)

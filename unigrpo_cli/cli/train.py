@@ -11,6 +11,7 @@ import typer
 
 from unigrpo_cli.cli import common
 from unigrpo_cli.cli.common import one_error_line
+from unigrpo_cli.errors import UsageError
 from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.run.signals import interrupts
 
@@ -70,7 +71,15 @@ def train(
     `--resume auto --out DIR` starts a run or resumes it. A run that does not fit in memory is refused before
     anything is loaded.
     """
-    with opened(context) as trainer:
+
+    def without_answers(config: Config) -> Config:
+        if config.sft.data and resume is None:
+            raise UsageError(
+                "sft.data imitates answers: type `unigrpo sft`, or --set 'sft.data=[]' to train by rewards"
+            )
+        return config
+
+    with opened(context, without_answers) as trainer:
         summary = trainer.run() if trainer is not None else None
     finish(context, summary)
 

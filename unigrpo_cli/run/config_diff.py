@@ -63,6 +63,7 @@ EFFECTS = {
     )
     for key in keys.split()
 }
+GUIDANCE = ("eval.guidance_interval", "eval.guidance_renorm", "eval.guidance_renorm_min")
 SECTIONS = {"sft": Effect.LEARNED, "doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
 """Classes of whole sections; a key's own class comes first."""
 
@@ -74,10 +75,7 @@ class Change:
     key: str
     old: Any
     new: Any
-
-    @property
-    def effect(self) -> Effect:
-        return effect_of(self.key)
+    effect: Effect
 
     def __str__(self) -> str:
         return f"{self.key}: {_said(self.old)} -> {_said(self.new)} ({self.effect.value})"
@@ -98,7 +96,12 @@ def changes(old: dict[str, Any], new: Config) -> list[Change]:
     Keys that only one of them has belong to another version and are ignored.
     """
     before, after = flat(old), flat(new.model_dump(mode="json"))
-    return [Change(key, before[key], value) for key, value in after.items() if before.get(key, value) != value]
+    guided = new.sampling.guidance_text > 1  # training then takes the settings of guidance that evaluations have
+    return [
+        Change(key, before[key], value, Effect.LEARNED if guided and key in GUIDANCE else effect_of(key))
+        for key, value in after.items()
+        if before.get(key, value) != value
+    ]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -115,6 +115,9 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
                 own = load_config(file=directory / "config.toml")
                 drawn = own.sampling.model_dump(exclude={"batch_size", "compile"})  # those are the machine's
                 found = {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
+                if own.sampling.guidance_text > 1:
+                    guided = ("guidance_interval", "guidance_renorm", "guidance_renorm_min")
+                    found["eval"] = own.eval.model_dump(include=set(guided))
                 return found | ({"model_options": own.model_options} if own.model_options else {})
     if model == EMBEDDED:
         return {}

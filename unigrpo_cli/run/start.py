@@ -264,6 +264,11 @@ def _refuse_uneven_ranks(config: Config, prompts: Sequence[Prompt], ranks: Ranks
             "prompts with different numbers of pictures cannot be mixed when weights are sharded, because ranks would "
             "make different numbers of passes; give ranks.weights=whole, train.finetune=lora, or prompts of one kind"
         )
+    if shards(config, ranks) and config.sft.data and config.sft.drop > 0:
+        raise UsageError(
+            f"sft.drop={config.sft.drop} leaves out texts, so ranks with sharded weights would make different numbers "
+            "of passes; give ranks.weights=whole, train.finetune=lora, or sft.drop=0"
+        )
     if shards(config, ranks) and config.sampling.rounds > 1 and config.sampling.stop_phrase:
         raise UsageError(
             f"episodes may stop early (sampling.stop_phrase={config.sampling.stop_phrase}), so ranks with sharded "

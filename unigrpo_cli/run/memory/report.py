@@ -18,7 +18,8 @@ RATES = {"flops": FLOPS, "flops_float32": FLOPS_FP32, "memory_bytes": MEMORY, "h
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan in GiB, seconds and hours."""
-    seconds = None if plan.work.cpu or not plan.work.timed else step_seconds(plan.work)
+    untimed = plan.work.cpu or not plan.work.timed or plan.work.config.sft.data
+    seconds = None if untimed else step_seconds(plan.work)
     return {
         "model": plan.base,
         "fits": plan.fits,
@@ -72,6 +73,8 @@ def hours(plan: Plan) -> str:
     """The time of all steps in one line."""
     if not plan.work.timed:
         return "time: not estimated for pairs"
+    if plan.work.config.sft.data:
+        return "time: not estimated for sft"
     if plan.work.cpu:
         planned = "--set device=cuda --set memory_gb=80"
         return f"time: not estimated on a CPU; to plan for an accelerator of 80 GiB, add {planned}"
