@@ -175,8 +175,8 @@ def _collated(monkeypatch: MonkeyPatch, change: Callable) -> None:
     """A replay that changes each segment before it stacks the episodes."""
     collate = train.collate
 
-    def faulty(episodes, device="cpu"):
-        return collate([replace(e, segments=tuple(map(change, e.segments))) for e in episodes], device)
+    def faulty(episodes, device, draws=0):
+        return collate([replace(e, segments=tuple(map(change, e.segments))) for e in episodes], device, draws)
 
     monkeypatch.setattr(train, "collate", faulty)
 
@@ -345,8 +345,8 @@ def _rounded_in_replay(name: str) -> Callable[[MonkeyPatch], None]:
     def plant(monkeypatch: MonkeyPatch) -> None:
         collate = train.collate
 
-        def faulty(episodes, device="cpu"):
-            batch = collate(episodes, device)
+        def faulty(episodes, device, draws=0):
+            batch = collate(episodes, device, draws)
             images = tuple(replace(s, **{name: getattr(s, name).bfloat16().float()}) for s in batch.actions.images)
             return replace(batch, actions=replace(batch.actions, images=images))
 

@@ -171,8 +171,9 @@ def test_what_a_refusal_names_helps_as_much_as_it_says(bagel: Path, unread: Path
         typed = load_config(preset="paper", overrides=text.split())
         for key in text.split():
             section, _, name = key.partition("=")[0].rpartition(".")
-            own, other = (getattr(c, section) if section else c for c in (changed(plan.work, change).config, typed))
-            assert getattr(own, name) == getattr(other, name), "what it says can be typed"
+            both = (changed(plan.work, change).config, typed)
+            own, other = ((c.model_dump()[section] if section else c.model_dump())[name] for c in both)
+            assert own == other, "what it says can be typed"
 
 
 def test_without_the_release_its_published_sizes_are_taken(bagel: Path, unread: Path) -> None:
@@ -340,6 +341,7 @@ def test_cached_blocks_of_a_card_are_free(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_refusal_that_no_setting_helps_says_so(bagel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     least = ["sampling.batch_size=1", "sampling.think=false", "sampling.height=512", "sampling.width=512"]
     own = [*LORA[:3], *least, "sampling.vae_tile_rows=64", "dtype=bfloat16", "memory_gb=10"]
+    own.append("model_options.quantize=nf4")
     plan = plan_of(load_config(preset="paper", overrides=own), str(bagel), None, elsewhere=True)
     with pytest.raises(TooLargeError, match="no setting saves memory there, so it takes a device with more memory"):
         refuse_too_large(plan)
