@@ -58,14 +58,16 @@ function levelFormula(where, run, content) {
     h("h1", {}, title),
     h("p", { class: "soft" }, visible(`${run.kind === "rollout" ? "" : `Step ${content.step} · `}group ${where.group} · member ${episode.member} · ${isText ? `token ${k} of ${count}` : `time ${fmt(segment.columns.t[k], 3)} to ${fmt(segment.columns.t_next[k], 3)}`}`)),
     h("div", { class: "nav" }, h("a", { class: "button", href: addressOf(back) }, "↑ the episode"), h("a", { class: "button", href: step(k - 1), style: step(k - 1) ? null : "opacity: .35" }, "← previous action"), h("a", { class: "button", href: step(k + 1), style: step(k + 1) ? null : "opacity: .35" }, "next action →")),
-    content.objective ? [objectiveCard(content), advantageCard(run, content, group, episode), isText ? textCard(content, episode, segment, k) : imageCard(content, episode, segment, k)]
+    content.objective ? [objectiveCard(run, content), advantageCard(run, content, group, episode), isText ? textCard(content, episode, segment, k) : imageCard(content, episode, segment, k)]
       : h("p", { class: "note" }, "These episodes were drawn without an update, so there is nothing to put into the formula."));
 }
 
 const card = (title, note, ...body) => h("section", { class: "card" }, h("div", { class: "heading" }, h("h2", {}, title), note && h("span", { class: "soft" }, note)), ...body);
 
-function objectiveCard(content) {
+function objectiveCard(run, content) {
   const o = content.objective;
+  const kind = run.settings["objective.image"] || "transition"; // else the final latent is noised to drawn times
+  const [k, clip] = kind === "fpo" ? ["pictures", run.settings["objective.fpo_clip"]] : [kind === "nft" ? "drawn times of a picture" : "stochastic denoising steps", o.image_clip];
   const terms = [];
   const advantage = () => sub(mi("A"), mi("b"));
   const surrogate = (letter, clip) => {
@@ -75,9 +77,9 @@ function objectiveCard(content) {
   const mean = (letter) => row(m("munder", {}, words("mean"), row(mi("b"), mo(","), mi(letter))), gap());
   if (o.text_weight) terms.push(row(mo("−"), o.text_weight === 1 ? null : mn(o.text_weight), mean("l"), surrogate("l", o.text_clip)));
   if (o.text_weight && o.text_kl) terms.push(row(mo("+"), mn(o.text_weight * o.text_kl), words(" KL")));
-  if (o.image_weight) terms.push(row(mo("−"), o.image_weight === 1 ? null : mn(o.image_weight), mean("k"), surrogate("k", o.image_clip)));
+  if (o.image_weight) terms.push(row(mo(kind === "nft" ? "+" : "−"), o.image_weight === 1 ? null : mn(o.image_weight), mean("k"), kind === "nft" ? words("NFT loss (docs/algorithm.md)") : surrogate("k", clip)));
   if (o.image_weight && o.penalty !== "none") terms.push(row(mo("+"), mn(o.image_weight * o.penalty_weight), gap(), mean("k"), o.penalty === "velocity-mse" ? velocityPenalty() : words("KL")));
-  return card("The objective, as configured", "to be minimised; b: episodes, l: tokens, k: stochastic denoising steps", h("div", { class: "formula", role: "group", "aria-label": "Objective" }, m("math", { display: "block" }, m("mtable", {}, terms.map((term, k) => m("mtr", {}, m("mtd", {}, k ? null : row(mi("L"), mo("="))), m("mtd", { displaystyle: "true" }, term)))))));
+  return card("The objective, as configured", `to be minimised; b: episodes, l: tokens, k: ${k}`, h("div", { class: "formula", role: "group", "aria-label": "Objective" }, m("math", { display: "block" }, m("mtable", {}, terms.map((term, k) => m("mtr", {}, m("mtd", {}, k ? null : row(mi("L"), mo("="))), m("mtd", { displaystyle: "true" }, term)))))));
 }
 
 const velocityPenalty = () => m("msup", {}, row(mo("‖"), mi("v"), mo("−"), sub(mi("v"), words("ref")), mo("‖")), m("mn", {}, "2"));
