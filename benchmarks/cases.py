@@ -75,10 +75,6 @@ class Comparison:
     report: Report
 
     def agree(self, part: str, name: str, difference: float, limit: float) -> None:
-        """Report how far two ways to the same thing are apart.
-
-        Raises:
-            AssertionError: when that is more than rounding, for then nothing else here means anything.
-        """
+        """Report how far two ways to the same thing are apart."""
         assert difference <= limit, f"{part}, {name}: {difference:.1e}, more than the {limit:.0e} of rounding"
         self.report.add(part, name, difference, f"must be <= {limit:.0e}")

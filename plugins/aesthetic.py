@@ -58,11 +58,7 @@ class AestheticReward:
             self._head_file(context, self._model(context))
 
     def setup(self, context: RewardContext) -> None:
-        """Load the head and the encoder, which other rewards may share.
-
-        Raises:
-            RewardError: when one cannot be loaded, or they do not fit.
-        """
+        """Load the head and the encoder, which other rewards may share."""
         from unigrpo_cli.errors import RewardError
         from unigrpo_plugins.encoders import shared_encoder
         from unigrpo_plugins.weights import load_state

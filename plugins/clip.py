@@ -49,11 +49,7 @@ class ClipReward:
         named_model(context, self.name, self.options.model, "model")
 
     def setup(self, context: RewardContext) -> None:
-        """Load the model, or share it with other rewards.
-
-        Raises:
-            RewardError: when no model is named, or its weights cannot be loaded.
-        """
+        """Load the model, or share it with other rewards."""
         from unigrpo_plugins.encoders import shared_encoder
 
         o = self.options

@@ -210,11 +210,7 @@ def _edges(size: str) -> dict[str, int]:
 
 
 def load_detector(context: RewardContext, reward: str, choice: DetectorChoice) -> TransformersDetector:
-    """Load a detector from the hub or a directory; random weights are refused.
-
-    Raises:
-        RewardError: naming the remedy.
-    """
+    """Load a detector from the hub or a directory; random weights are refused."""
     import transformers
 
     family = FAMILIES[choice.name]

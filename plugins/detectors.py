@@ -69,11 +69,7 @@ class DetectorChoice:
 
 
 def shared_detector(context: RewardContext, reward: str, choice: DetectorChoice) -> tuple[Detector, tuple]:
-    """The detector of that choice and its key, for `context.shared.release` at teardown.
-
-    Raises:
-        RewardError: when a package is missing, or its weights cannot be loaded.
-    """
+    """The detector of that choice and its key, for `context.shared.release` at teardown."""
     key = ("detector", choice)
     return context.shared.get(key, lambda: _open(context, reward, choice)), key
 

@@ -140,9 +140,6 @@ def shared_encoder(
     Args:
         resize: open_clip's resize mode ("longest" pads instead of cropping); None is that of the weights.
         option: the reward's option that names the model, for errors.
-
-    Raises:
-        RewardError: when no model is named, or its weights cannot be loaded.
     """
     name = named_model(context, reward, model, option)
     for given in (name, pretrained) if name != EMBEDDED else ():
@@ -160,11 +157,7 @@ def shared_encoder(
 
 
 def named_model(context: RewardContext, reward: str, model: str | None, option: str) -> str:
-    """The model that is meant: the named one, else the toy model's own CLIP for the toy model.
-
-    Raises:
-        RewardError: when no model is named.
-    """
+    """The model that is meant: the named one, else the toy model's own CLIP for the toy model."""
     if model is None and not context.embedded:
         raise RewardError(
             f"reward {reward!r}: say which model, e.g. {reward}@{option}=ViT-B-32@pretrained=laion2b_s34b_b79k "

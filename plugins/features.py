@@ -64,11 +64,7 @@ class Backbone:
 def shared_backbone(
     context: RewardContext, where: str, name: str | None, batch_size: int
 ) -> tuple[Backbone, tuple[str, ...]]:
-    """The backbone of that name and its key, for `context.shared.release`.
-
-    Raises:
-        RewardError: when no model is named, or its weights cannot be loaded.
-    """
+    """The backbone of that name and its key, for `context.shared.release`."""
     if name is None:
         raise RewardError(f"{where}: say which vision model, e.g. @model=facebook/dinov2-base, or a directory with one")
     key = ("backbone", name)

@@ -77,11 +77,7 @@ class GenEvalReward:
             self._need_shapes(metadata)
 
     def setup(self, context: RewardContext) -> None:
-        """Load the detector and the CLIP for colours; with `auto` the prompts may decide later.
-
-        Raises:
-            RewardError: when weights or a package are missing, or an option has no effect.
-        """
+        """Load the detector and the CLIP for colours; with `auto` the prompts may decide later."""
         self.check_options(context, ())
         self.context, o = context, self.options
         if o.detector != "auto":

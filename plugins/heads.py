@@ -55,9 +55,6 @@ def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") 
     Args:
         name: of the file, for errors and for a hint of its activation.
         activation: "none" or "relu" between layers; "auto" decides by the numbers of the layers.
-
-    Raises:
-        RewardError: on another layout than LAION's.
     """
     if any(key.startswith("scoring_head") for key in state):
         raise RewardError(
@@ -101,11 +98,7 @@ def _chained(layers: tuple[tuple[Tensor, Tensor], ...], relu: bool, name: str) -
 
 
 def folded(head: Head, name: str) -> Head:
-    """A head without activations as one affine map, checked against its layers.
-
-    Raises:
-        RewardError: when the two differ by more than FOLD_TOLERANCE or are not finite.
-    """
+    """A head without activations as one affine map, checked against its layers."""
     import torch
 
     if head.relu:

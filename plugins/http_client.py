@@ -59,9 +59,6 @@ def checked_url(reward: str, url: str, example: str, place_of_secrets: str) -> t
     Args:
         example: the address to type.
         place_of_secrets: where the key or token belongs.
-
-    Raises:
-        RewardError: on an address that cannot be used. It never repeats a secret.
     """
     try:
         parts = urlsplit(url)

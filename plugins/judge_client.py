@@ -100,11 +100,7 @@ class _PassingError(Exception):
 
 
 def key_from_environment() -> SecretStr | None:
-    """The API key; no repr shows it.
-
-    Raises:
-        RewardError: when a header cannot carry it.
-    """
+    """The API key; no repr shows it."""
     for name in KEY_NAMES:
         key = os.environ.get(name, "").strip()
         if key:

@@ -71,9 +71,6 @@ class EndpointJudge:
 
         Args:
             remember: use the cache.
-
-        Raises:
-            RewardError: when the judge refuses or no longer answers.
         """
         urls = [data_url(picture) for picture in pictures]
         cache = self.cache if remember else None
@@ -133,11 +130,7 @@ def request(model: str, picture: str, question: Question, form: Form, extra: Map
 
 
 def find_model(endpoint: Endpoint, model: str | None) -> str:
-    """The named model, or the server's only one.
-
-    Raises:
-        RewardError: when the server does not answer, or serves several.
-    """
+    """The named model, or the server's only one."""
     try:
         served = endpoint.models()
     except UnansweredError as error:
@@ -158,11 +151,7 @@ def find_model(endpoint: Endpoint, model: str | None) -> str:
 def find_form(
     endpoint: Endpoint, model: str, mode: str, axes: Mapping[str, float], extra: Mapping[str, Any]
 ) -> tuple[Form, str]:
-    """The first way of answering that works, and why those before it do not.
-
-    Raises:
-        RewardError: when none of the mode works.
-    """
+    """The first way of answering that works, and why those before it do not."""
     rubric = Rubric(axes)
     forms: dict[str, tuple[Form, ...]] = {
         "auto": (YesNoOdds(), rubric, Rating()),

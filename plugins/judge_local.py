@@ -112,11 +112,7 @@ def _reading(value: float, mass: float) -> Reading:
 
 
 def load(context: RewardContext, name: str, precision: str) -> VisionLanguageModel:
-    """The model of a hub id or directory, from safetensors; code in its repository is not run.
-
-    Raises:
-        RewardError: when it cannot be loaded or has no chat template.
-    """
+    """The model of a hub id or directory, from safetensors; code in its repository is not run."""
     from transformers import AutoModelForImageTextToText
 
     choice = precision if precision != "auto" else "fp32" if context.device == "cpu" else "bf16"

@@ -81,11 +81,7 @@ class OcrReward:
             )
 
     def setup(self, context: RewardContext) -> None:
-        """Load the recogniser.
-
-        Raises:
-            RewardError: when none is named, or it cannot be loaded or is of another kind.
-        """
+        """Load the recogniser."""
         self.check_options(context, ())
         name = self.options.recogniser
         assert name is not None

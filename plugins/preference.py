@@ -85,11 +85,7 @@ class PickScoreReward:
             self.range = (-100 / UNIT, 100 / UNIT)
 
     def setup(self, context: RewardContext) -> None:
-        """Load model and processor.
-
-        Raises:
-            RewardError: when they cannot be loaded, or weights are missing in the file.
-        """
+        """Load model and processor."""
         o = self.options
         self.shared = context.shared
         self.key = ("pickscore", o.model, o.processor or "", o.precision)
@@ -158,11 +154,7 @@ class HPSv2Reward:
             )
 
     def setup(self, context: RewardContext) -> None:
-        """Load the model.
-
-        Raises:
-            RewardError: when no weights are named, or they cannot be loaded or are of another architecture.
-        """
+        """Load the model."""
         from unigrpo_plugins.encoders import shared_encoder
         from unigrpo_plugins.weights import find_weights
 

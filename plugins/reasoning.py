@@ -46,11 +46,7 @@ class LengthReward:
         self.options = options
 
     def setup(self, context: RewardContext) -> None:
-        """Load the tokenizer, if tokens are counted.
-
-        Raises:
-            RewardError: when it cannot be loaded.
-        """
+        """Load the tokenizer, if tokens are counted."""
         if self.options.unit == "tokens":
             self.tokenizer = self._read_tokenizer(context)
 

@@ -143,11 +143,7 @@ class SourceFidelityReward:
 
 
 def sources_of(batch: RewardBatch, name: str) -> list[Pixels]:
-    """The source of each sample.
-
-    Raises:
-        RewardError: when a sample has none.
-    """
+    """The source of each sample."""
     found = [source for source in batch.sources if source is not None]
     if len(found) < len(batch):
         raise RewardError(f"reward {name!r} needs the picture that an episode was given; use sampling.program=edit")
@@ -222,11 +218,7 @@ class ImprovementReward:
         self.options = options
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse another reward that scores segments or groups, which a source has none of, and what that one refuses.
-
-        Raises:
-            RewardError: for these.
-        """
+        """Refuse another reward that scores segments or groups, which a source has none of, and what that one refuses."""
         self.other = context.other_reward(self.options.of)
         if getattr(self.other, "scope", "sample") != "sample" or getattr(self.other, "segments", ()):
             raise RewardError(

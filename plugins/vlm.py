@@ -116,11 +116,7 @@ class VlmReward:
             )
 
     def setup(self, context: RewardContext) -> None:
-        """Open the judge and find the way to ask it.
-
-        Raises:
-            RewardError: without a judge, or when it cannot answer in this mode.
-        """
+        """Open the judge and find the way to ask it."""
         self.check_options(context, ())
         o = self.options
         try:

@@ -37,11 +37,7 @@ def first_line(error: BaseException) -> str:
 
 
 def find_weights(context: RewardContext, reward: str, option: str, given: str) -> Path:
-    """The .safetensors file of an option: a file, a directory with one, `org/repo` or `org/repo/file`.
-
-    Raises:
-        RewardError: without one, with several, or for a file of another format.
-    """
+    """The .safetensors file of an option: a file, a directory with one, `org/repo` or `org/repo/file`."""
     path = Path(given).expanduser()
     where = f"reward {reward!r}: {option}={given}"
     if path.is_file():
@@ -114,11 +110,7 @@ def _only_file(path: Path, where: str) -> Path:
 
 
 def load_state(path: Path, where: str) -> dict[str, Any]:
-    """Tensors by name.
-
-    Raises:
-        RewardError: when the file is broken.
-    """
+    """Tensors by name."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -129,11 +121,7 @@ def load_state(path: Path, where: str) -> dict[str, Any]:
 
 
 def load_transformer(context: RewardContext, reward: str, factory: Any, name: str, dtype: Any, **options: Any) -> Any:
-    """A transformers model in evaluation mode, on the context's device, with all of its weights from the file.
-
-    Raises:
-        RewardError: when it cannot be loaded, or some of its weights would be random.
-    """
+    """A transformers model in evaluation mode, on the context's device, with all of its weights from the file."""
     try:
         model, found = factory.from_pretrained(
             name,
@@ -164,11 +152,7 @@ def dtype_of(precision: str) -> Any:
 
 
 def load_processing(context: RewardContext, reward: str, name: str) -> Any:
-    """The transformers processor of a model: preprocessing of pictures, and the tokenizer.
-
-    Raises:
-        RewardError: when it cannot be loaded.
-    """
+    """The transformers processor of a model: preprocessing of pictures, and the tokenizer."""
     from transformers import AutoProcessor
 
     try:

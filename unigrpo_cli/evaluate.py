@@ -207,11 +207,7 @@ def evaluate(
 
 
 def refuse_non_finite(episodes: Sequence[Episode]) -> None:
-    """Refuse episodes whose logits or latents are not finite: their scores would mean nothing.
-
-    Raises:
-        WeightsError: naming the first such prompt.
-    """
+    """Refuse episodes whose logits or latents are not finite: their scores would mean nothing."""
     for episode in episodes:
         for segment in episode.segments:
             if isinstance(segment, TextActions):
@@ -296,11 +292,7 @@ def paired(first: Evaluation, second: Evaluation) -> bool:
 
 
 def load_report(path: Path) -> Evaluation:
-    """An evaluation from a file that holds its raw values.
-
-    Raises:
-        UsageError: when it is damaged.
-    """
+    """An evaluation from a file that holds its raw values."""
     try:
         return _read_report(parse_json(read_text(path)))
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:

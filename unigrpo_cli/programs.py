@@ -77,11 +77,7 @@ class Program:
     reads_prompt: bool = True
 
     def refuse_without_picture(self, prompt: str, picture: object) -> None:
-        """Refuse a prompt that brings no picture to a program that needs one.
-
-        Raises:
-            UsageError: naming the prompt.
-        """
+        """Refuse a prompt that brings no picture to a program that needs one."""
         if self.needs_picture and picture is None:
             raise UsageError(
                 f"sampling.program={self.name} starts from a picture, and the prompt {prompt!r} brings none: give "
@@ -130,22 +126,14 @@ class ProgramRegistry:
     programs: dict[str, Program] = field(default_factory=dict)
 
     def add(self, program: Program) -> None:
-        """Add a program; for `unigrpo_register_programs`.
-
-        Raises:
-            UsageError: when another program has its name.
-        """
+        """Add a program; for `unigrpo_register_programs`."""
         other = self.programs.get(program.name)
         if other is not None and _origin(other) != _origin(program):
             raise UsageError(f"two programs are named {program.name!r}; rename one")
         self.programs[program.name] = program
 
     def find(self, name: str) -> Program:
-        """The program of that name.
-
-        Raises:
-            UsageError: when there is none.
-        """
+        """The program of that name."""
         if name not in self.programs:
             raise UsageError(f"unknown program sampling.program={name}: {suggest(name, self.programs)}")
         return self.programs[name]

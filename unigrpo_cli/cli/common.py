@@ -225,12 +225,7 @@ def load_plugins(plugin: list[str] | None, directory: Path | None, display: Disp
 def rewards_alone(
     choices: Sequence[RewardSpec], plugins: Plugins, device: str, timeout_s: float | None = None
 ) -> Scorer:
-    """Rewards without a run: no model is imported, and every reward may abstain.
-
-    Raises:
-        UsageError: when the device is not available.
-        RewardError: when a reward is unknown, misconfigured or cannot be set up.
-    """
+    """Rewards without a run: no model is imported, and every reward may abstain."""
     import torch
 
     from unigrpo_cli.rewards.batch import RewardContext

@@ -159,11 +159,7 @@ def _report(
 
 
 def _each_model(settings: Config, others: list[str], prompts: list[Prompt], display: Display) -> list[Config]:
-    """The settings for each model, with batch sizes. All headers are read before anything is sampled.
-
-    Raises:
-        WeightsError: when one of the models cannot be loaded.
-    """
+    """The settings for each model, with batch sizes. All headers are read before anything is sampled."""
     from unigrpo_cli.config import with_values
     from unigrpo_cli.models.family import MODELS
     from unigrpo_cli.run.memory.plan import with_batch_size

@@ -75,11 +75,7 @@ def serve(
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token from a file, or from the environment.
-
-    Raises:
-        UsageError: when the file cannot be read or is empty.
-    """
+    """The token from a file, or from the environment."""
     if path is None:
         return os.environ.get(TOKEN_ENV, "").strip() or None
     try:

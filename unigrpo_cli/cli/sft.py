@@ -60,11 +60,7 @@ def sft(
 
 
 def _with_data(config: Config) -> Config:
-    """Settings with absolute paths of the data, so that a run resumes from anywhere.
-
-    Raises:
-        UsageError: when there is none.
-    """
+    """Settings with absolute paths of the data, so that a run resumes from anywhere."""
     from unigrpo_cli.config import with_values
 
     if not config.sft.data:

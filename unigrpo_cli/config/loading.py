@@ -63,9 +63,6 @@ def load_config(
         named: values by dotted key; None means "not given".
         model_defaults: gives the model's own defaults, a preset and values on top of it. Given values take precedence;
             another preset drops them.
-
-    Raises:
-        UsageError: on an unknown key, a value of the wrong kind, or an unreadable file.
     """
     from_file = _read_toml(file) if file else {}
     given: dict[str, Any] = {}

@@ -28,11 +28,7 @@ _held_locks: set[int] = set()
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """Turn system errors while writing `path` into one line.
-
-    Raises:
-        DiskError: with the path and the system's reason, e.g. no space left.
-    """
+    """Turn system errors while writing `path` into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -42,11 +38,7 @@ def on_disk(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to. On success it becomes `path`; on an exception it is removed.
-
-    Raises:
-        DiskError: when the disk refuses it; the old file is unchanged then.
-    """
+    """A temporary path to write to. On success it becomes `path`; on an exception it is removed."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with on_disk(path):
@@ -60,11 +52,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of a file, or leave it unchanged.
-
-    Raises:
-        DiskError: when the disk refuses it.
-    """
+    """Replace the content of a file, or leave it unchanged."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
@@ -78,9 +66,6 @@ def new_directory(path: Path, *, sums: bool, unsummed: Collection[str] = ()) -> 
     Args:
         sums: write `SHA256SUMS` of its files as the last one.
         unsummed: files that it leaves out, because they may be edited.
-
-    Raises:
-        DiskError: when the disk refuses it.
     """
     partial = path.with_name(path.name + PARTIAL)
     if partial.exists():
@@ -111,11 +96,7 @@ def new_directory(path: Path, *, sums: bool, unsummed: Collection[str] = ()) -> 
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file in one write: all of it or nothing.
-
-    Raises:
-        DiskError: when the disk refuses it; the file is unchanged then.
-    """
+    """Append a line to a file in one write: all of it or nothing."""
     data = (line + "\n").encode()
     with on_disk(path):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
@@ -144,11 +125,7 @@ def sync(path: Path) -> None:
 
 
 def update_symlink(link: Path, name: str) -> None:
-    """Make `link` a relative symlink to `name` beside it, atomically. Windows without the right to make links: none.
-
-    Raises:
-        DiskError: when the file system has no links.
-    """
+    """Make `link` a relative symlink to `name` beside it, atomically. Windows without the right to make links: none."""
     if link.is_symlink() and os.readlink(link) == name:
         return
     partial = link.with_name(link.name + PARTIAL)
@@ -252,11 +229,7 @@ def _sums_of(directory: Path, unsummed: Collection[str]) -> str:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a run's directory for this process. The lock ends with the process, however that ends.
-
-    Raises:
-        UsageError: when another process holds it.
-    """
+    """Hold a run's directory for this process. The lock ends with the process, however that ends."""
     with on_disk(directory / LOCK):
         file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -34,20 +34,12 @@ Array = NDArray[np.uint8]
 
 
 def read_picture(path: str | Path) -> Array:
-    """An image file as RGB [H, W, 3], the same for every command: rotated as EXIF says, transparency on white.
-
-    Raises:
-        UsageError: when it is missing or cannot be read as one image of 8 bits per channel.
-    """
+    """An image file as RGB [H, W, 3], the same for every command: rotated as EXIF says, transparency on white."""
     return read_picture_and_record(path)[0]
 
 
 def read_picture_and_record(path: str | Path) -> tuple[Array, dict[str, Any]]:
-    """As `read_picture`, with the record that `save_png` left in the file, or {}.
-
-    Raises:
-        UsageError: as `read_picture`.
-    """
+    """As `read_picture`, with the record that `save_png` left in the file, or {}."""
     try:
         image = _open(path)
         text = str(getattr(image, "text", {}).get(RECORD, "{}"))
@@ -68,11 +60,7 @@ def read_picture_and_record(path: str | Path) -> tuple[Array, dict[str, Any]]:
 
 
 def refuse_odd_picture(path: str | Path) -> None:
-    """Refuse by its header what `read_picture` would refuse; its pixels are not read.
-
-    Raises:
-        UsageError: as `read_picture`.
-    """
+    """Refuse by its header what `read_picture` would refuse; its pixels are not read."""
     try:
         _open(path, pixels=False)
     except ValueError as error:

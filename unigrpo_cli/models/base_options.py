@@ -37,11 +37,7 @@ def quantized_bytes(shape: Sequence[int], kind: str, number: int) -> int:
 
 
 def refuse_full_tuning(kind: str, full: bool) -> None:
-    """Quantised weights cannot be trained.
-
-    Raises:
-        UsageError: when they shall be.
-    """
+    """Quantised weights cannot be trained."""
     if full and kind != PLAIN:
         raise UsageError(
             f"model_options.quantize={kind} keeps the weights that train.finetune=full would train in less than 16 "

@@ -18,11 +18,7 @@ KINDS = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "
 
 
 def refuse_odd_files(directory: Path) -> None:
-    """Refuse a directory with git-lfs pointers in place of files, or with files that have no end.
-
-    Raises:
-        WeightsError: naming the first such file.
-    """
+    """Refuse a directory with git-lfs pointers in place of files, or with files that have no end."""
     try:
         entries = [path for pattern in ("*", "*/*") for path in directory.glob(pattern)]
     except OSError as error:
@@ -43,11 +39,7 @@ def refuse_odd_files(directory: Path) -> None:
 
 
 def refuse_non_finite(tensor: Tensor, name: str, directory: Path) -> None:
-    """Refuse weights with NaN or infinity: they would give scores without an error.
-
-    Raises:
-        WeightsError: naming the tensor.
-    """
+    """Refuse weights with NaN or infinity: they would give scores without an error."""
     if not tensor.isfinite().all():
         raise WeightsError(f"{directory}: {name} holds NaN or infinity; fetch or save the model again")
 

@@ -109,11 +109,7 @@ def _own_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapters(network: nn.Module, directory: Path) -> None:
-    """Put the adapters of a PEFT directory on `network`, strictly.
-
-    Raises:
-        WeightsError: when files are missing or damaged, or do not fit the network.
-    """
+    """Put the adapters of a PEFT directory on `network`, strictly."""
     from peft import LoraConfig, set_peft_model_state_dict
 
     refuse_odd_files(directory)

@@ -76,10 +76,6 @@ def join_ranks() -> Iterator[Ranks]:
 
 
 def _meet_or_give_up(rank: int, world: int, host: str, port: int) -> Heartbeat:
-    """
-    Raises:
-        UsageError: after JOIN_TIMEOUT.
-    """
     limit = float(os.environ.get("UNIGRPO_JOIN_TIMEOUT", JOIN_TIMEOUT))
     missing = set(range(world)) - {rank} if rank == 0 else {0}
     worker = Worker("join")  # it waits outside Python, where no signal would reach the main thread
@@ -140,10 +136,6 @@ def gpu_index(local: int, count: int) -> int:
 
 
 def gpu_of_rank(local: int) -> torch.device:
-    """
-    Raises:
-        UsageError: when there are fewer GPUs than ranks.
-    """
     count = torch.cuda.device_count()
     index = gpu_index(local, count)
     if index >= count or _shared:

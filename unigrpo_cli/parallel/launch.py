@@ -8,11 +8,7 @@ from unigrpo_cli.errors import UsageError
 
 
 def launched() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine, from RANK, WORLD_SIZE and LOCAL_RANK; 0, 1, 0 without a launcher.
-
-    Raises:
-        UsageError: when they contradict each other.
-    """
+    """Rank, world size and rank on this machine, from RANK, WORLD_SIZE and LOCAL_RANK; 0, 1, 0 without a launcher."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
         world = int(os.environ.get("WORLD_SIZE") or 1)
@@ -27,11 +23,7 @@ def launched() -> tuple[int, int, int]:
 
 
 def address() -> tuple[str, int]:
-    """Host and port where the ranks meet.
-
-    Raises:
-        UsageError: when they are not given.
-    """
+    """Host and port where the ranks meet."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UsageError(

@@ -89,11 +89,7 @@ class ReportRun:
 
 
 def read_runs(paths: Sequence[Path]) -> list[ReportRun]:
-    """The runs of all directories; a directory of runs stands for each of them.
-
-    Raises:
-        UsageError: for a directory that is not one of a run, and a run that cannot be read.
-    """
+    """The runs of all directories; a directory of runs stands for each of them."""
     found = run_directories(paths)
     return [_read(path, name) for path, name in zip(found, _names(found), strict=True)]
 
@@ -148,11 +144,7 @@ def _changes_results(key: str) -> bool:
 
 
 def read_curves(path: Path, most_points: int = MOST_POINTS) -> Curves:
-    """All lines of a metrics.jsonl, thinned to `most_points` steps and the last, besides those with an evaluation.
-
-    Raises:
-        UsageError: when a line but the last is not readable.
-    """
+    """All lines of a metrics.jsonl, thinned to `most_points` steps and the last, besides those with an evaluation."""
     rows: dict[int, dict[str, Any]] = {}
     for row in read_rows(path):
         rows.setdefault(row["step"], {}).update(row)

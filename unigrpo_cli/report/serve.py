@@ -22,11 +22,7 @@ WATCHED = ("config.toml", "metrics.jsonl", "eval_before.json", "eval_after.json"
 
 
 class ReportServer(ThreadingHTTPServer):
-    """Serves the report of directories, read again when their files change.
-
-    Raises:
-        UsageError: when the port is taken, or a directory is not one of a run.
-    """
+    """Serves the report of directories, read again when their files change."""
 
     daemon_threads = True
 

@@ -45,9 +45,6 @@ def export_run(run: ReportRun, directory: Path) -> UnipoExport:
     """Write `RUN.jsonl` into a directory: the header, then a line per step, with tokens where the step was traced.
 
     UNIPO requires a reward of each step and answer, so those whose reward abstained are left out.
-
-    Raises:
-        UsageError: when the run has no traced text.
     """
     traced = traced_steps(run)
     if not traced or not run.curves.steps:

@@ -369,9 +369,6 @@ def segment_scores(
         names: the segments that each sample has.
         kinds: those that the reward declares.
         label: the reward in messages.
-
-    Raises:
-        RewardError: when declared scores are missing, or there are others.
     """
     if given is None and not kinds:
         return []

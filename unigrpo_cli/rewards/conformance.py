@@ -135,9 +135,6 @@ def check_reward(
         options: as `@key=value` gives them.
         samples: what to score, `fitting_samples` by default.
         max_seconds: limit of the time per sample; None for no limit.
-
-    Raises:
-        RewardError: when the reward cannot be found or set up.
     """
     if plugins is None:
         plugins = Plugins()

@@ -20,9 +20,6 @@ def samples_of_all(own: Sequence[Sample], ranks: Ranks, parts: int | None) -> li
 
     Args:
         parts: as in `results_of_all`.
-
-    Raises:
-        RewardError: when metadata of a prompt is not plain JSON.
     """
     rows = [
         {"prompt": s.prompt, "reasoning": s.reasoning, "metadata": s.metadata, "id": s.id, "group_id": s.group_id}

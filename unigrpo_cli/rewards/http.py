@@ -70,9 +70,6 @@ class RewardServer(ThreadingHTTPServer):
 
     Args:
         token: sent by clients as `Authorization: Bearer`; None accepts any program on this machine, but no web page.
-
-    Raises:
-        UsageError: when the address cannot be bound, or can be reached from other machines without a token.
     """
 
     request_queue_size = 128

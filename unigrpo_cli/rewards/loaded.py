@@ -173,11 +173,7 @@ class LoadedReward:
             self.call("teardown")
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the reward, if it has it.
-
-        Raises:
-            RewardError: when it fails or does not return in time.
-        """
+        """Call a method of the reward, if it has it."""
         if hasattr(self.reward, method):
             return self._wait(self._start(getattr(self.reward, method), *arguments), method)
         return None
@@ -193,11 +189,7 @@ class LoadedReward:
         return [([s.names for s in piece.samples], self._start(self.reward.score, piece)) for piece in pieces]
 
     def collect(self, calls: Sequence[Call]) -> RewardResult:
-        """The checked answers of submitted calls.
-
-        Raises:
-            RewardError: when a call failed, came late or broke the contract.
-        """
+        """The checked answers of submitted calls."""
         answers = [(self._wait(call, "score", names), names) for names, call in calls]
         return RewardResult.join([self._checked(answer, names) for answer, names in answers])
 
@@ -250,11 +242,7 @@ class LoadedReward:
     # ----- answers
 
     def _checked(self, answer: Any, names: list[Names]) -> RewardResult:
-        """An answer as a result, for samples with segments of these names.
-
-        Raises:
-            RewardError: naming the reward, when it is not one number per sample.
-        """
+        """An answer as a result, for samples with segments of these names."""
         try:
             return self._read(answer, names)
         except RewardError:
@@ -322,11 +310,7 @@ class LoadedReward:
             warnings.warn(message, stacklevel=2)
 
     def record_abstentions(self, valid: NDArray[np.bool_]) -> None:
-        """Count on which samples the reward abstained.
-
-        Raises:
-            RewardError: when it abstains too often.
-        """
+        """Count on which samples the reward abstained."""
         self.recent.extend((~valid).tolist())
         share = sum(self.recent) / max(len(self.recent), 1)
         if share > self.limits.max_abstain:
@@ -336,11 +320,7 @@ class LoadedReward:
             )
 
     def _read_declarations(self) -> None:
-        """Check what the reward declares of itself, and take its range; without one, all numbers.
-
-        Raises:
-            RewardError: naming the attribute, e.g. for the text "false" as `higher_is_better`.
-        """
+        """Check what the reward declares of itself, and take its range; without one, all numbers."""
         higher, scope = self._declared("higher_is_better", True), self._declared("scope", "sample")
         if not isinstance(higher, bool):
             self._refuse("higher_is_better", higher, "True or False")
@@ -372,21 +352,13 @@ class LoadedReward:
 
 
 def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> LoadedReward:
-    """A reward of a run, not set up yet.
-
-    Raises:
-        RewardError: on an unknown reward, a wrong option or a wrong declaration.
-    """
+    """A reward of a run, not set up yet."""
     entry, reward = make_reward(spec, plugins)
     return LoadedReward(spec, entry, reward, limits)
 
 
 def make_reward(spec: RewardSpec, plugins: Plugins) -> tuple[RewardEntry, Any]:
-    """Find a reward's class and construct it with its validated options.
-
-    Raises:
-        RewardError: on an unknown reward or a wrong option.
-    """
+    """Find a reward's class and construct it with its validated options."""
     entry = plugins.rewards.find(spec.name)
     factory = entry.factory()
     accepted: type[BaseModel] = getattr(factory, "Options", Options)
@@ -416,11 +388,7 @@ def make_reward(spec: RewardSpec, plugins: Plugins) -> tuple[RewardEntry, Any]:
 
 
 def _with_secrets(spec: RewardSpec, accepted: type[BaseModel]) -> dict[str, Any]:
-    """The options as the reward gets them: `env:NAME` replaced where an option is a secret, by name or by type.
-
-    Raises:
-        RewardError: when a secret is written out, or its variable is not set.
-    """
+    """The options as the reward gets them: `env:NAME` replaced where an option is a secret, by name or by type."""
     options = dict(spec.options)
     for key, value in options.items():
         secret = names_secret(key) or "SecretStr" in str(accepted.model_fields[key].annotation)

@@ -54,11 +54,7 @@ class RewardEntry:
         return f"{self.origin}/{self.name}"
 
     def factory(self) -> Any:
-        """The reward's class.
-
-        Raises:
-            RewardError: when its plugin cannot be imported, or is not a reward.
-        """
+        """The reward's class."""
         if self._factory is None and not self._error:
             try:
                 with WorkingDirectory().entered():
@@ -99,11 +95,7 @@ class RewardRegistry:
         self.entries.append(entry)
 
     def find(self, name: str) -> RewardEntry:
-        """The reward of a name or `origin/name`.
-
-        Raises:
-            RewardError: when there is none, or several and none overrides.
-        """
+        """The reward of a name or `origin/name`."""
         found = [e for e in self.entries if name in (e.name, e.address)]
         chosen = [e for e in found if e.override] or found
         if len(chosen) == 1:
@@ -133,9 +125,6 @@ class Plugins:
         Args:
             wanted: files, modules, or `no:name` to disable an installed plugin or distribution.
             directory: a folder whose .py files are plugins; never guessed, because loading runs them.
-
-        Raises:
-            RewardError: when a plugin asked for by name cannot be loaded.
         """
         wanted = [*filter(None, os.environ.get(PLUGINS_ENV, "").split(",")), *(wanted or [])]
         self.load_installed({text.removeprefix("no:") for text in wanted if text.startswith("no:")})
@@ -152,11 +141,7 @@ class Plugins:
                 self._load_named(text)
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """Call a hook of all plugins.
-
-        Raises:
-            RewardError: naming the plugins that have it, when one fails with anything but an error of ours.
-        """
+        """Call a hook of all plugins."""
         caller = getattr(self.manager.hook, hook)
         try:
             with WorkingDirectory().entered():

@@ -51,9 +51,6 @@ class Scorer:
         Args:
             first_rank_only: of several ranks, the first scores the samples of all.
             local: False sets up nothing: another rank scores, this one only knows the rewards' names.
-
-        Raises:
-            RewardError: on an unknown reward, a wrong option, or a failed setup.
         """
         self.plugins, self.limits = plugins, limits
         self.context = context = replace(context, other_reward=self._other_reward)
@@ -141,9 +138,6 @@ class Scorer:
             metadata: of each prompt.
             has_reasoning: whether the policy writes text.
             has_source: whether every prompt has a picture.
-
-        Raises:
-            RewardError: naming the reward, what it needs and how many prompts lack it.
         """
         for loaded in self.active(split):
             for need in sorted(getattr(loaded.reward, "needs", ())):
@@ -184,9 +178,6 @@ class Scorer:
 
         Args:
             every_picture: as in `start`.
-
-        Raises:
-            RewardError: when a reward fails, breaks its contract or abstains too often, on any rank.
         """
         pending = self.start(step=step, split=split, ranks=ranks, every_picture=every_picture)
         with pending.together():
@@ -228,11 +219,7 @@ class Scorer:
                 self.plugins.call("unigrpo_after_score", name=alias, batch=batch, scored=copy.deepcopy(result))
 
     def record_abstentions(self, valid: Mapping[str, NDArray[np.bool_]]) -> None:
-        """Count abstentions by alias. Every rank counts those of all, so all stop together.
-
-        Raises:
-            RewardError: when a reward abstains too often.
-        """
+        """Count abstentions by alias. Every rank counts those of all, so all stop together."""
         for loaded in self.rewards:
             if loaded.alias in valid:
                 loaded.record_abstentions(valid[loaded.alias])
@@ -303,9 +290,6 @@ class PendingScores:
         Args:
             ids: of this rank's samples, in the order of the results; None for the order in which they were added.
             parts: into which `Ranks.share` cut the samples; None puts one rank's results after the other's.
-
-        Raises:
-            RewardError: when a local reward, or any on the first rank, fails or breaks its contract.
         """
         at = {sample.id: k for k, sample in enumerate(self._samples)}
         self._order = list(range(len(self._samples))) if ids is None else [at[i] for i in ids]

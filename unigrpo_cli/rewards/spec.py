@@ -46,11 +46,7 @@ class RewardSpec:
 
 
 def parse_rewards(texts: list[str] | tuple[str, ...], extra: dict[str, Any] | None = None) -> list[RewardSpec]:
-    """Rewards from `--reward` texts and `alias.key` options.
-
-    Raises:
-        UsageError: on text outside the grammar, two rewards of one alias, or options for no reward.
-    """
+    """Rewards from `--reward` texts and `alias.key` options."""
     parts = [part.strip() for text in texts for part in text.split(",")]
     specs: dict[str, RewardSpec] = {}
     for part in parts:
@@ -104,11 +100,7 @@ def _parse_one(text: str) -> RewardSpec:
 
 
 def refuse_secret(option: str, value: Any) -> None:
-    """Refuse a secret as an option: it would be written to config.toml. The error does not show it.
-
-    Raises:
-        UsageError: saying how to give it instead.
-    """
+    """Refuse a secret as an option: it would be written to config.toml. The error does not show it."""
     if names_secret(option) and not (isinstance(value, str | None) and str(value or MARK).startswith(MARK)):
         raise UsageError(
             f"option {option} holds a secret, and options are written to config.toml: export it in a variable, "

@@ -54,11 +54,7 @@ class Answer:
 
 
 def read_answers(config: Config) -> list[Answer]:
-    """The answers of `sft.data`, in its order.
-
-    Raises:
-        UsageError: naming file and line, or directory, of what cannot be used.
-    """
+    """The answers of `sft.data`, in its order."""
     keep, found = keep_rule(config.sft.keep), list[Answer]()
     if keep and not any(os.path.isdir(source) for source in config.sft.data):
         raise UsageError(f"--keep {config.sft.keep} is about groups of `unigrpo rollout`, and no DATA is a directory")
@@ -71,9 +67,6 @@ def keep_rule(text: str) -> Keep | None:
     """`best:N`: the N highest scores of a group, the first of equal ones; `above:X`: all above X; None for "".
 
     An episode without a score is not kept.
-
-    Raises:
-        UsageError: for another text.
     """
     kind, _, value = text.partition(":")
     try:
@@ -178,11 +171,7 @@ def _score(row: Any) -> float | None:
 
 
 def demonstrations(policy: Policy, answers: Sequence[Answer], config: Config) -> list[Demonstration]:
-    """Every answer in the model's own tokens and latents, by which resumed runs notice a change.
-
-    Raises:
-        UsageError: naming the answer that this model cannot write or paint.
-    """
+    """Every answer in the model's own tokens and latents, by which resumed runs notice a change."""
     return [_demonstration(policy, answer, k, config) for k, answer in enumerate(answers)]
 
 

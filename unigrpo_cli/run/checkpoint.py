@@ -81,10 +81,6 @@ def save_checkpoint(state: TrainState, directory: Path, card: str | None = None)
 
     With several ranks all gather sharded weights and the first writes; the others make an empty directory. The files
     are the same for any number of ranks.
-
-    Raises:
-        DiskError: when the disk refuses it; nothing of it is left then.
-        WeightsError: when the model's own files have disappeared.
     """
     gathered = _gather(state)
     with state.ranks.together():
@@ -162,11 +158,7 @@ def _trained(state: TrainState) -> list[tuple[str, Tensor]]:
 
 
 def read_state(directory: Path) -> StateFile:
-    """`state.json` of a checkpoint, every field of the right type.
-
-    Raises:
-        WeightsError: when it is missing, damaged or of another format.
-    """
+    """`state.json` of a checkpoint, every field of the right type."""
     path = directory / STATE
     try:
         text = path.read_bytes()
@@ -204,10 +196,6 @@ def _check_ranges(content: StateFile) -> None:
 
 
 def _refuse_other_format(directory: Path, text: bytes) -> None:
-    """
-    Raises:
-        WeightsError: when the file says that it has another format.
-    """
     try:
         found = json.loads(text)["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -221,11 +209,7 @@ def _refuse_other_format(directory: Path, text: bytes) -> None:
 
 
 def restore_checkpoint(state: TrainState, directory: Path, content: StateFile) -> None:
-    """Put moments, step, record and generators of a checkpoint into a state that has its weights already.
-
-    Raises:
-        WeightsError: when they are damaged or belong to other weights.
-    """
+    """Put moments, step, record and generators of a checkpoint into a state that has its weights already."""
     try:
         moments = load_file(directory / MOMENTS)
         words = load_file(directory / GENERATORS)
@@ -281,11 +265,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a run that is complete by names and sizes.
-
-    Raises:
-        UsageError: when there is none.
-    """
+    """The last checkpoint of a run that is complete by names and sizes."""
     for path in reversed(checkpoints(run)):
         if missing_part(path) is None:
             return path

@@ -82,11 +82,7 @@ class Change:
 
 
 def effect_of(key: str) -> Effect:
-    """The class of a dotted key.
-
-    Raises:
-        KeyError: for a key without a class.
-    """
+    """The class of a dotted key."""
     return EFFECTS.get(key) or SECTIONS[key.partition(".")[0]]
 
 

@@ -35,11 +35,7 @@ BY_STEP = ("samples", "bad_steps", "traces")
 
 
 def fresh_directory(out: Path | None, command: str) -> Path:
-    """A directory for a new run: `--out`, or runs/<date>-<time>-<command>. It must be empty.
-
-    Raises:
-        UsageError: when it is not empty, or cannot be written.
-    """
+    """A directory for a new run: `--out`, or runs/<date>-<time>-<command>. It must be empty."""
     if out is not None and os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f"{out} is a file: choose another --out")
     path = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}"

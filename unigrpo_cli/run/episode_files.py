@@ -74,11 +74,7 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
 
 
 def load_episodes(directory: Path) -> list[Group]:
-    """Read what `save_episodes` wrote.
-
-    Raises:
-        UsageError: when the directory holds no episodes, or damaged ones.
-    """
+    """Read what `save_episodes` wrote."""
     try:
         data = json.loads(read_text(directory / "episodes.json"))
         refuse_odd_text(data)

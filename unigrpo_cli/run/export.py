@@ -67,10 +67,6 @@ def export(
         merge: add an adapter to its base; the changed weights are in fp32, as bf16 would round small updates away.
         base: hub id of the base, where the run started from a copy of it.
         draw: draws the curves of a run to a file, up to a step.
-
-    Raises:
-        UsageError: when there is no checkpoint, or `out` is there already.
-        WeightsError: when files are damaged.
     """
     if not is_run(source):
         raise UsageError(f"{source} is no run and no checkpoint: give a directory that `unigrpo train` wrote")
@@ -137,11 +133,7 @@ def _name_base(path: Path, base: str) -> None:
 
 
 def exported(directory: Path) -> list[str]:
-    """The files of a directory that `export` wrote.
-
-    Raises:
-        UsageError: when it is not one, or holds a file that no export has: nobody uploads a secret by mistake.
-    """
+    """The files of a directory that `export` wrote."""
     names = files_in(directory)
     if CARD not in names or not any(_is_exported(name) and name.endswith(".safetensors") for name in names):
         raise UsageError(f"{directory} is no run and no exported model: make one with `unigrpo export RUN --out DIR`")
@@ -157,12 +149,7 @@ def _is_exported(name: str) -> bool:
 
 
 def push(directory: Path, repo: str, private: bool) -> str:
-    """Upload a directory to a model repository of the hub, which is made where there is none; its address.
-
-    Raises:
-        UsageError: for a name that no repository can have.
-        UnigrpoError: when the hub refuses it or cannot be reached.
-    """
+    """Upload a directory to a model repository of the hub, which is made where there is none; its address."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 

@@ -50,10 +50,6 @@ def read_inputs(config: Config, plugins: Plugins, say: Callable[[str], None], *,
     Args:
         say: gets a line on prompts that are held out.
         dry_run: a reward need not be chosen yet; the verdict of the plan says so.
-
-    Raises:
-        UsageError: when prompts or a suite cannot be read, eval.best names no reward, or a tracker is not installed.
-        RewardError: when a reward is unknown, an option is wrong, or prompts lack what a reward needs.
     """
     plugins.call("unigrpo_configure", config=config)
     refuse_missing(config)

@@ -26,11 +26,7 @@ from unigrpo_cli.training.state import Reference, TrainState
 
 
 def plan(config: Config, checkpoint: Path | None) -> Plan:
-    """The memory and time of a run, from the model's headers: reads no weights, sets up no reward, writes nothing.
-
-    Raises:
-        UsageError: when the ranks cannot divide the groups.
-    """
+    """The memory and time of a run, from the model's headers: reads no weights, sets up no reward, writes nothing."""
     rank, world, here = launched()
     Ranks(rank, world, here).refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
     if checkpoint is not None:

@@ -32,9 +32,6 @@ def run_to_resume(resume: str, out: Path | None) -> tuple[Path, Path | None]:
     """The run that `--resume` names, and the checkpoint it names; None for the newest complete one.
 
     With `auto` the run may still have to be started, when `--out` is missing or empty.
-
-    Raises:
-        UsageError: when there is no such run or checkpoint, or `--out` is another run.
     """
     if resume == "auto":
         return (_newest_run() if out is None else _run_or_empty(out)), None
@@ -78,11 +75,7 @@ def _run_or_empty(out: Path) -> Path:
 
 
 def choose_checkpoint(run: Path, wanted: Path | None, warn: Say) -> Path | None:
-    """The checkpoint to resume from, with every byte verified; None for a run killed before its first.
-
-    Raises:
-        WeightsError: when the wanted one is damaged, all are, or it has another format.
-    """
+    """The checkpoint to resume from, with every byte verified; None for a run killed before its first."""
     if wanted is not None:
         wrong = _damage(wanted)
         if wrong is not None:
@@ -103,11 +96,7 @@ def choose_checkpoint(run: Path, wanted: Path | None, warn: Say) -> Path | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None.
-
-    Raises:
-        WeightsError: when it has another format.
-    """
+    """What is wrong with a checkpoint, or None."""
     wrong = missing_part(checkpoint)
     if wrong is not None and "checkpoint format" in wrong:
         read_state(checkpoint)
@@ -143,9 +132,6 @@ def refuse_changes(content: StateFile, checkpoint: Path, config: Config) -> list
     """What has changed since a checkpoint was written, where the run can continue with it.
 
     A model may have another path when the old one is gone; its weights are compared later.
-
-    Raises:
-        UsageError: naming a key that cannot change, and what to do.
     """
     found = changes(content.config, config)
     for change in [c for c in found if c.effect is Effect.REFUSED]:

@@ -38,9 +38,6 @@ def device_of(config: Config, *, planned: bool = False) -> torch.device:
 
     Args:
         planned: only its memory is asked for, so several processes need not be told apart.
-
-    Raises:
-        UsageError: when it is not there, or several processes were launched for a command of one.
     """
     if config.device.partition(":")[0] not in ("auto", *DEVICES):
         raise UsageError(f"device={config.device}: supported are cpu and cuda (NVIDIA); give device=cpu")
@@ -151,11 +148,7 @@ def find_checkpoint(path: str) -> tuple[str, str | None]:
 
 
 def find_adapter(path: str) -> str:
-    """The adapter directory behind a name: that directory, or a run's newest complete checkpoint.
-
-    Raises:
-        WeightsError: when there is none, or that checkpoint holds all weights.
-    """
+    """The adapter directory behind a name: that directory, or a run's newest complete checkpoint."""
     directory = Path(os.path.abspath(path))
     if not os.path.isdir(directory):
         raise WeightsError(f"no adapter directory {path}: give a run, a checkpoint or a PEFT adapter")
@@ -167,11 +160,7 @@ def find_adapter(path: str) -> str:
 
 
 def refuse_changed(directory: Path) -> None:
-    """Verify a run's checkpoint against its checksums; the optimizer's file is verified when a run resumes.
-
-    Raises:
-        WeightsError: naming the first file that is not what was written.
-    """
+    """Verify a run's checkpoint against its checksums; the optimizer's file is verified when a run resumes."""
     if os.path.isfile(directory / STATE) and os.path.isfile(directory / SUMS):
         found = verify_checksums(directory, skip=(MOMENTS,))
         if found is not None:
@@ -181,11 +170,7 @@ def refuse_changed(directory: Path) -> None:
 def load_policy(
     model: str, adapter: str | None, config: Config, warn: Callable[[str], None] = lambda line: None
 ) -> TrainablePolicy:
-    """A policy ready for sampling, its weights frozen. A run's checkpoint is verified first.
-
-    Raises:
-        WeightsError: when its files are missing, damaged or not finite, or do not fit.
-    """
+    """A policy ready for sampling, its weights frozen. A run's checkpoint is verified first."""
     found, own_adapter = find_checkpoint(model)
     family, directory, weights_file = MODELS.find(found)
     adapters = [Path(own_adapter)] if own_adapter is not None else []
@@ -241,11 +226,7 @@ def warn_of_unknown_words(policy: Policy, prompts: Sequence[Prompt], warn: Calla
 
 
 def reward_choices(config: Config) -> list[RewardSpec]:
-    """The trained rewards, and those of evaluation alone, marked so. On given answers no reward is trained.
-
-    Raises:
-        UsageError: when none is chosen.
-    """
+    """The trained rewards, and those of evaluation alone, marked so. On given answers no reward is trained."""
     if config.sft.data:
         chosen = parse_rewards(config.reward.names, config.reward.options) if config.reward.names else []
         chosen = [replace(choice, weight=0.0, eval_only=True) for choice in chosen]
@@ -267,11 +248,7 @@ def watched_choices(config: Config, taken: set[str]) -> list[RewardSpec]:
 def open_rewards(
     choices: Sequence[RewardSpec], plugins: Plugins, config: Config, *, embedded: bool, ranks: Ranks = ALONE
 ) -> Scorer:
-    """Set up rewards for a run: on each rank, or with `reward.scoring_rank = "first"` on the first alone.
-
-    Raises:
-        RewardError: when one is unknown, misconfigured or cannot be set up.
-    """
+    """Set up rewards for a run: on each rank, or with `reward.scoring_rank = "first"` on the first alone."""
     context = RewardContext(
         device=str(device_of(config)),
         seed=config.seed,

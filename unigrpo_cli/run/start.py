@@ -117,10 +117,6 @@ def resumed_run(
     """The trainer of a run in its directory: from `wanted`, or its newest intact checkpoint, or else from the start.
 
     A run that is finished stays as it is.
-
-    Raises:
-        UsageError: when another process writes it, or settings are given that cannot change.
-        WeightsError: when no checkpoint is intact, or the model is not the one it started from.
     """
     with ExitStack() as held:
         found: dict[str, Any] = {}
@@ -146,11 +142,7 @@ def resumed_run(
 
 
 def _finished(directory: Path, checkpoint: Path, config: Config, display: Display) -> dict[str, Any] | None:
-    """The summary of a run that has no steps left; None for one that has something to do.
-
-    Raises:
-        UsageError: when settings are given that cannot change.
-    """
+    """The summary of a run that has no steps left; None for one that has something to do."""
     content, summary = read_state(checkpoint), Run(directory).summary()
     config = with_kept_sizes(content, with_suite(config))
     changed = [change.key for change in refuse_changes(content, checkpoint, config)]
@@ -253,11 +245,7 @@ def _examine(
 
 
 def _refuse_uneven_ranks(config: Config, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """Groups are never split, and ranks with sharded weights need equally many passes.
-
-    Raises:
-        UsageError: for a number of prompts, prompts of two kinds, or episodes that may stop, for which that cannot be.
-    """
+    """Groups are never split, and ranks with sharded weights need equally many passes."""
     ranks.refuse_uneven(config.train.prompts_per_step, config.train.minibatches)
     if shards(config, ranks) and len({len(prompt.pictures) for prompt in prompts}) > 1:
         raise UsageError(

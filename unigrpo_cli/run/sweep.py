@@ -70,9 +70,6 @@ def runs_of(
         vary: `section.key=value`; the same key several times gives its values.
         seeds: empty for the seed of the settings.
         configure: the configuration of `--set` texts and a seed.
-
-    Raises:
-        UsageError: for an unknown key, a wrong value, or one that is given twice.
     """
     values = _values_of(vary)
     if len(set(seeds)) < len(seeds):
@@ -150,11 +147,7 @@ def _digest(text: str) -> str:
 
 
 def sweep_directory(out: Path | None, base: Config) -> Path:
-    """The directory of a new sweep, or of one that is resumed.
-
-    Raises:
-        UsageError: when it holds something else, a sweep with other settings, or a damaged sweep.json.
-    """
+    """The directory of a new sweep, or of one that is resumed."""
     if out is None or not (out / SETTINGS).is_file():
         directory = fresh_directory(out, "sweep")
         write_text(directory / SETTINGS, to_toml(base))
@@ -186,11 +179,7 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _rows_in(directory: Path) -> list[dict[str, Any]]:
-    """The rows of `sweep.json` whose run directories are there.
-
-    Raises:
-        UsageError: when it is damaged.
-    """
+    """The rows of `sweep.json` whose run directories are there."""
     path = directory / ROWS
     try:
         rows = parse_json(read_text(path))["runs"]

@@ -37,11 +37,7 @@ def _schema() -> TypeAdapter[StepTrace]:
 
 
 def save_trace(trace: StepTrace, directory: Path) -> None:
-    """Write `trace.json` and `trace.safetensors` as a whole; a trace of the same step is replaced.
-
-    Raises:
-        DiskError: when the disk refuses it.
-    """
+    """Write `trace.json` and `trace.safetensors` as a whole; a trace of the same step is replaced."""
     arrays: dict[str, NDArray[Any]] = {}
     for g, group in enumerate(trace.groups):
         for e, episode in enumerate(group.episodes):
@@ -78,11 +74,7 @@ def trace_directories(run: Path) -> list[Path]:
 
 
 def load_traces(run: str | Path) -> list[StepTrace]:
-    """What the updates of a run saw, step by step; of a rollout's directory its episodes, as step 0.
-
-    Raises:
-        UsageError: when the directory is neither, or a file in it is damaged.
-    """
+    """What the updates of a run saw, step by step; of a rollout's directory its episodes, as step 0."""
     directory = Path(run)
     if os.path.isfile(directory / "episodes.json"):
         from unigrpo_cli.run.traces import rollout_trace  # loads torch
@@ -94,11 +86,7 @@ def load_traces(run: str | Path) -> list[StepTrace]:
 
 
 def load_trace(directory: Path) -> StepTrace:
-    """Read what `save_trace` wrote.
-
-    Raises:
-        UsageError: when a file is missing or damaged.
-    """
+    """Read what `save_trace` wrote."""
     try:
         content = parse_json(read_text(directory / JSON))
         refuse_odd_text(content)

@@ -122,11 +122,7 @@ def step_trace(
 
 
 def rollout_trace(directory: Path) -> StepTrace:
-    """Saved episodes with the scores in `rewards.json`: what was drawn, before anything is learnt from it.
-
-    Raises:
-        UsageError: when a file is damaged.
-    """
+    """Saved episodes with the scores in `rewards.json`: what was drawn, before anything is learnt from it."""
     groups, path = load_episodes(directory), directory / "rewards.json"
     try:
         rows = iter(_reward_rows(path, len(flatten(groups))))

@@ -36,10 +36,6 @@ SAMPLES = "samples"
 
 
 def refuse_missing(config: Config) -> None:
-    """
-    Raises:
-        UsageError: when the package of a tracker is not installed.
-    """
     for name in config.train.report_to:
         found = find_spec(name)
         if found is None or found.origin is None:  # a folder ./wandb is found as a package without a file

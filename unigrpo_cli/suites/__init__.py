@@ -78,11 +78,7 @@ class SuiteRegistry:
         self.suites[name] = Suite(name, summary, load)
 
     def prompts(self, name: str) -> list[Prompt]:
-        """Prompts of a suite by name, of a file by path, or the held-out tenth of a file.
-
-        Raises:
-            UsageError: when it is none of them.
-        """
+        """Prompts of a suite by name, of a file by path, or the held-out tenth of a file."""
         if name in self.suites:
             rows = self.suites[name].load()
             if not rows or not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):

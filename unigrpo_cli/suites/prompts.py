@@ -82,9 +82,6 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     """Prompts from a file or a data set of the hub. All but `prompt` of an object or a table row is metadata.
 
     `image` in an object is an image file to start from, or a list of them, relative to the prompts file.
-
-    Raises:
-        UsageError: when the file is missing, empty, of another kind, or a row is malformed (with its line).
     """
     source = str(source)
     path = Path(source)

@@ -185,11 +185,7 @@ READERS = {
 
 
 def read_foreign(name: str) -> tuple[Reader, list[Row]] | None:
-    """The reader and rows of `kind:path`, or None when `name` is not of that form.
-
-    Raises:
-        UsageError: when the path is missing or not of that kind.
-    """
+    """The reader and rows of `kind:path`, or None when `name` is not of that form."""
     kind, colon, where = name.partition(":")
     if not colon or kind not in READERS:
         return None

@@ -23,9 +23,6 @@ def read_text_table(path: Path, separator: str) -> Iterator[tuple[int, dict[str,
     """Line numbers and rows of a table, by the names in its first line.
 
     A comma-separated table has quoting, also over lines; a tab-separated one has none.
-
-    Raises:
-        UsageError: when it is not readable, or a row has more cells than there are columns.
     """
     try:
         text = read_text(path)
@@ -60,9 +57,6 @@ def read_prompt_table(source: str) -> list[tuple[str, Row]]:
     """Places and rows of a .csv, .tsv or .parquet file or of `hf:ORG/NAME[:split[:column]]`, with a `prompt` each.
 
     The other columns stay as metadata; those that are not plain data (images) are dropped.
-
-    Raises:
-        UsageError: when it cannot be read or no column holds prompts.
     """
     if source.startswith(HUB):
         match = _ADDRESS.fullmatch(source)

@@ -100,11 +100,7 @@ def combination(rewards: Scorer, config: Config) -> str:
 
 
 def plugin_advantages(rewards: Scorer, reward_PG: dict[str, Tensor], valid_PG: dict[str, Tensor]) -> Tensor | None:
-    """Advantages [P, G] of a plugin's `unigrpo_combine_rewards`; None when no plugin has that hook.
-
-    Raises:
-        RewardError: when they have another shape or are not finite.
-    """
+    """Advantages [P, G] of a plugin's `unigrpo_combine_rewards`; None when no plugin has that hook."""
     copies = [{name: x_PG.clone() for name, x_PG in part.items()} for part in (reward_PG, valid_PG)]  # a hook may write
     found = rewards.plugins.call(
         "unigrpo_combine_rewards", rewards=copies[0], valid=copies[1], weights=dict(rewards.weights)

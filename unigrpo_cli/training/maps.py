@@ -32,10 +32,6 @@ def advantage_maps(
 
     Args:
         samples: the same episodes as rewards see them.
-
-    Raises:
-        UsageError: when no plugin knows the map.
-        RewardError: when a plugin's map has another shape, or is negative, not finite or 0 everywhere.
     """
     if config.advantage.map == NONE or not objective_of(config).image_weight:
         return [() for _ in episodes]
@@ -63,11 +59,7 @@ def advantage_maps(
 
 
 def check_map(config: Config, plugins: Plugins) -> None:
-    """Refuse a map that no plugin can know, before anything is fetched.
-
-    Raises:
-        UsageError: for a name that is not built in, when no other plugin has the hook.
-    """
+    """Refuse a map that no plugin can know, before anything is fetched."""
     (spec,) = parse_rewards([config.advantage.map])
     others = [own for own in plugins.manager.hook.unigrpo_advantage_map.get_hookimpls() if own.plugin_name != "maps"]
     if spec.name not in BUILT_IN and not others:

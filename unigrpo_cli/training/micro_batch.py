@@ -64,11 +64,7 @@ def with_advantages(
 
 
 def refuse_uneven_passes(batches: Sequence[Batch], ranks: Ranks) -> None:
-    """Refuse micro-batches whose passes through sharded weights not all ranks make: they would wait for ever.
-
-    Raises:
-        UsageError: when a program drew episodes with other segments on other ranks.
-    """
+    """Refuse micro-batches whose passes through sharded weights not all ranks make: they would wait for ever."""
     passes = [
         [[c.ids_BS.shape[1] > 0, c.image is not None, c.latent_BND is not None] for c in batch.chunks]  # as JSON has it
         for batch in batches

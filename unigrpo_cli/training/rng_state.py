@@ -79,11 +79,7 @@ def read_generators() -> Generators:
 
 
 def put_generators(kept: Generators) -> None:
-    """Set them to states read before; of CUDA devices those present.
-
-    Raises:
-        WeightsError: when the states are not valid.
-    """
+    """Set them to states read before; of CUDA devices those present."""
     python, numpy, words = kept.rest.python, kept.rest.numpy, kept.words
     try:
         random.setstate((python.version, tuple(words["python"].tolist()), python.normal))

@@ -110,11 +110,7 @@ def remember_norms(norms: dict[str, float], known: dict[str, list[float]], taugh
 
 
 def check_weights(parameters: Sequence[Tensor], step: int) -> None:
-    """After the optimizer's step, which cannot be taken back.
-
-    Raises:
-        DivergedError: when a weight is not finite: no checkpoint may hold it.
-    """
+    """After the optimizer's step, which cannot be taken back."""
     largest = torch._foreach_norm(list(parameters), ord=math.inf)  # NaN where a weight is NaN
     if not torch.stack([norm.float() for norm in largest]).isfinite().all():
         raise DivergedError(

@@ -97,11 +97,7 @@ class Release:
         return {name: shape for name, shape in shapes.items() if name in self.tensors or name not in TABLES}
 
     def refuse_problems(self) -> Release:
-        """Itself, when nothing is wrong.
-
-        Raises:
-            WeightsError: naming the first problem and how many there are.
-        """
+        """Itself, when nothing is wrong."""
         if self.problems:
             more = f" (and {len(self.problems) - 1} more: unigrpo inspect)" if len(self.problems) > 1 else ""
             raise WeightsError(f"{self.directory}: {self.problems[0]}{more}")
@@ -109,11 +105,7 @@ class Release:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Tensors of a safetensors file, from its header alone.
-
-    Raises:
-        WeightsError: when the file is missing, damaged or shorter than its header says.
-    """
+    """Tensors of a safetensors file, from its header alone."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -185,9 +177,6 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     Args:
         weights_file: name of the network's file; None follows the directory's index, or else takes
             `ema.safetensors`.
-
-    Raises:
-        WeightsError: when there is no such directory, or a file that all others depend on is missing or damaged.
     """
     if not directory.is_dir():
         raise WeightsError(f"no model directory {directory}")

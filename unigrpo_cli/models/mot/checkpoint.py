@@ -33,9 +33,6 @@ def load_model(
         weights_file: name of the network's file where the directory holds several.
         vae_tile_rows: rows of pixels that the autoencoder decodes at a time; 0 for all.
         quantize: how the matrices of the layers are kept: none, int8 or nf4.
-
-    Raises:
-        WeightsError: when files are missing, damaged, not finite, or do not fit the configuration.
     """
     directory, own_file = locate(str(model), HUB_FILES)
     release = read_release(directory, weights_file or own_file).refuse_problems()

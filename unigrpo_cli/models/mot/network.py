@@ -346,9 +346,6 @@ class MoT(nn.Module):
 
         Returns:
             The new context, final-normed states of the text, velocities of the images.
-
-        Raises:
-            UsageError: when layers cannot be compiled here.
         """
         model = self.language_model.model
         read = None

@@ -215,11 +215,7 @@ class MoTPolicy:
         return Resize(largest, min(largest, 16 * vision.patch_size), vision.patch_size)
 
     def require_vision(self) -> VisionConfig:
-        """The vision tower's sizes.
-
-        Raises:
-            UsageError: when there is none.
-        """
+        """The vision tower's sizes."""
         vision = self.network.config.vision
         if vision is None:
             raise UsageError("this model has no vision tower: it sees pictures as latents alone, to paint from them")
@@ -254,9 +250,6 @@ class MoTPolicy:
             latents: False for a picture that is only asked about.
             noise_Chw: the draw of the autoencoder's posterior, on its grid; None takes the mean. (The official
                 sampler draws; the mean is what repeats.)
-
-        Raises:
-            UsageError: when it is only to be asked about, and there is no vision tower.
         """
         pixels = self.resize_to_paint(pixels_HWC)
         view = None if self.network.config.vision is None and latents else self.resize_to_see(pixels)
@@ -339,10 +332,6 @@ class MoTPolicy:
 
         What is trained is kept in fp32, whatever the network computes in: updates of the sizes used here are lost to
         bf16's rounding.
-
-        Raises:
-            UsageError: when `wanted.extra_modules` names a part that this model does not have, or all weights shall be
-                trained and are quantised.
         """
         network = self.network
         refuse_full_tuning(kind_of(network), wanted.full)
@@ -462,11 +451,7 @@ class MoTPolicy:
         return self
 
     def save(self, directory: Path, base: str, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter on `base` where there is one, else a complete model directory (see `weights.save_model`).
-
-        Raises:
-            WeightsError: when the files that the model came with cannot be copied.
-        """
+        """Write the adapter on `base` where there is one, else a complete model directory (see `weights.save_model`)."""
         if self.adapter is not None:
             lora.save_adapters(self.network, directory, base)
             return

@@ -15,11 +15,7 @@ UNKNOWN = "<unk>"
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:
-    """The id of a special token.
-
-    Raises:
-        WeightsError: when the tokenizer does not have it.
-    """
+    """The id of a special token."""
     found = tokenizer.token_to_id(name)
     if found is None:
         raise WeightsError(f"the tokenizer lacks {name}; models in BAGEL's format need it")
@@ -32,11 +28,7 @@ def boundary_ids(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """`tokenizer.json`, or else the tokenizer that `vocab.json` and `merges.txt` make in Qwen2's form.
-
-    Raises:
-        WeightsError: when the files are damaged.
-    """
+    """`tokenizer.json`, or else the tokenizer that `vocab.json` and `merges.txt` make in Qwen2's form."""
     path = directory / "tokenizer.json"
     try:
         if path.is_file():

@@ -46,9 +46,6 @@ def network_weights(
     With `quantize` the matrices of the layers are quantised one by one as they are read.
 
     Tables that the files lack are made from their formula.
-
-    Raises:
-        WeightsError: when a file cannot be read or a weight is not finite.
     """
     wanted = ((name, release.tensors[name]) for name in release.wanted)
     wide = torch.promote_types(dtype, torch.float32)
@@ -73,11 +70,7 @@ def network_weights(
 
 
 def restore_weights(network: MoT, directory: Path) -> None:
-    """Put the weights of a checkpoint into a network of the same sizes, each in the dtype it has there.
-
-    Raises:
-        WeightsError: when they are damaged or of another model.
-    """
+    """Put the weights of a checkpoint into a network of the same sizes, each in the dtype it has there."""
     release = read_release(directory).refuse_problems()
     if release.config != network.config:
         raise WeightsError(f"{directory} holds a model of other sizes than the one that was trained")
@@ -92,9 +85,6 @@ def read_tensors(stored: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Te
     """Tensors as they are stored, one at a time and in the order of their files.
 
     Plain reads and no memory map: a map counts as this process's memory, and dies with a file that changes.
-
-    Raises:
-        WeightsError: when a file cannot be read.
     """
     for name, where in sorted(stored, key=lambda item: (str(item[1].path), item[1].begin)):
         raw = torch.empty(where.end - where.begin, dtype=torch.uint8)
@@ -122,9 +112,6 @@ def save_model(
 
     For a network without adapters. Without `dtype` a weight is written as its release stored it where that loses
     nothing, else as it is here. Tokenizer, configurations and autoencoder of `origin` are copied.
-
-    Raises:
-        WeightsError: when the files of `origin` cannot be copied; the weights are saved then.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = {}

@@ -22,9 +22,6 @@ def examine_at_start(
     """Examine a new run before its first step, as `doctor.at_start` says; a resumed run is not examined again.
 
     Weights, optimizer and global random generators are restored, so the run is the same with and without it.
-
-    Raises:
-        FaultError: on a fault, with `at_start = "stop"`; nothing has been trained then.
     """
     if config.doctor.at_start == "off" or state.step or not config.train.steps:
         return

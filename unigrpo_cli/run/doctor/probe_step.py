@@ -75,9 +75,6 @@ def record(
     Args:
         state: its optimizer is not used.
         thorough: also sample and score again, and make the trial update where it cannot be undone.
-
-    Raises:
-        RewardError: when a reward fails, as it would in training.
     """
     small = probe_config(config)
     chosen = train.prompts_for(prompts, small, state.step)

@@ -90,9 +90,6 @@ class Monitor:
             step: the last skipped step.
             skipped: why it was skipped.
             where: the directory of its batch.
-
-        Raises:
-            DivergedError: after `monitor.bad_steps` skipped steps in a row.
         """
         count = self.record.bad_steps
         if count < self.config.monitor.bad_steps:
