@@ -19,7 +19,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this file, whatever is installed
 
-from benchmarks import clock as clocks
 from benchmarks import parts
 from benchmarks.clock import Clock
 from benchmarks.report import Report, environment, put_into
@@ -109,7 +108,6 @@ def settings(arguments: argparse.Namespace, size: Size, device: torch.device) ->
         "parameters": f"{weights / 1e9:.3g} B",
         "device": device.type,
         "card": card,
-        "nominal_tflops": clocks.nominal_tflops(card) if arguments.dtype == "bfloat16" else None,
         "dtype": arguments.dtype,
         "cudnn_attention": not arguments.no_cudnn_attention,
         "image": f"{size.pixels} px of {size.image_tokens} tokens in {size.calls} calls",
@@ -143,7 +141,7 @@ def main(given: Sequence[str] | None = None) -> Report:
     clock = Clock(device, arguments.budget_s)
     setting = settings(arguments, size, device)
     aimed = arguments.size == "7b" and device.type == "cuda"  # the goals are one card's, at full size
-    rows = parts.rows_of(size, goals=aimed, nominal=setting["nominal_tflops"] is not None)
+    rows = parts.rows_of(size, goals=aimed)
     report = Report(setting, rows, arguments.json)
     with report.attempt(list(dict.fromkeys(row.part for row in rows))):
         policy = random_policy(size, device, getattr(torch, arguments.dtype))

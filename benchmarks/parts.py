@@ -80,42 +80,34 @@ class Benchmark:
         Raises:
             NotMeasuredError: when it was not measured.
         """
-        found = [r.value for r in self.report.rows.values() if r.part == CEILINGS and r.unit == unit and r.value]
-        if not found:
+        found = next((r.value for r in self.report.rows.values() if r.part == CEILINGS and r.unit == unit), None)
+        if found is None:
             raise NotMeasuredError(f"no ceiling in {unit} was measured")
-        return max(found)
+        return found
 
     def add_rate(self, part: str, prefix: str, flops: float, seconds: float) -> None:
-        """Rate of some work: as it is, as a share of the ceiling, and of the nominal peak where one is known."""
+        """Rate of some work: as it is, and as a share of the ceiling."""
         rate = flops / seconds / 1e12
         self.report.add(part, f"{prefix}achieved", rate)
         self.report.add(part, f"{prefix}utilisation", 100 * rate / self.ceiling("TFLOP/s"), "of the matmul ceiling")
-        nominal = self.report.setting["nominal_tflops"]
-        if nominal:
-            self.report.add(part, f"{prefix}of the nominal peak", 100 * rate / nominal)
 
 
 # ----- what is measured
 
 
-def rows_of(size: Size, *, goals: bool, nominal: bool) -> list[Row]:
+def rows_of(size: Size, *, goals: bool) -> list[Row]:
     """Every row of the report, in order."""
     largest = max(size.groups)
     found: list[Row] = []
 
     def part(title: str, rows: Sequence[tuple[str, str]], aims: dict[str, Goal] | None = None) -> None:
-        kept = [r for r in rows if nominal or not r[0].endswith("nominal peak")]
-        found.extend(Row(title, name, unit, (aims or {}).get(name) if goals else None) for name, unit in kept)
+        found.extend(Row(title, name, unit, (aims or {}).get(name) if goals else None) for name, unit in rows)
 
     def rate(prefix: str = "") -> list[tuple[str, str]]:
-        shares = [(f"{prefix}utilisation", "%"), (f"{prefix}of the nominal peak", "%")]
-        return [(f"{prefix}achieved", "TFLOP/s"), *shares]
+        return [(f"{prefix}achieved", "TFLOP/s"), (f"{prefix}utilisation", "%")]
 
     part(NETWORK, [("weights", "GiB")])
-    part(
-        CEILINGS,
-        [("square product", "TFLOP/s"), ("a layer's products", "TFLOP/s"), ("copy", "GB/s"), ("sum", "GB/s")],
-    )
+    part(CEILINGS, [("square product", "TFLOP/s"), ("copy", "GB/s")])
     for group in size.groups:
         aims = {"utilisation": Goal(45, at_most=False)} if group == largest else {}
         for variant in denoise_variants(group):
@@ -164,13 +156,9 @@ def measure_ceilings(bench: Benchmark) -> None:
     clock, network = bench.clock, bench.size.network
     large = clock.device.type == "cuda" and network.hidden_size > 256  # the smallest shape is for tests
     dtype, side, size = bench.policy.network.dtype, 8192 if large else 1024, (4 if large else 1 / 8) * clocks.GIB
-    tokens = max(bench.size.groups) * bench.size.image_tokens
-    squares = clocks.matmul_tflops(clock, [(side, side, side)], dtype, bench.share_s)
+    squares = clocks.matmul_tflops(clock, side, dtype, bench.share_s)
     bench.report.add(CEILINGS, "square product", squares, f"side {side}")
-    layer = clocks.matmul_tflops(clock, clocks.layer_shapes(network, tokens), dtype, bench.share_s)
-    bench.report.add(CEILINGS, "a layer's products", layer, f"{tokens} tokens")
     bench.report.add(CEILINGS, "copy", clocks.copy_gbs(clock, int(size), bench.share_s), "read and written")
-    bench.report.add(CEILINGS, "sum", clocks.stream_gbs(clock, int(size) // 2, bench.share_s), "read and written")
 
 
 def reading(bench: Benchmark, group: int, differing: bool) -> MoTContext:

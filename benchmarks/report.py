@@ -22,9 +22,7 @@ from benchmarks.clock import GIB, NotMeasuredError
 from unigrpo_cli.errors import TooLargeError
 
 NOT_REACHED = "not reached"
-RELATIVE = "relative"
-"""The unit of a difference between two ways to the same number; it alone may be 0."""
-LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "accelerate", "trl")
+LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "accelerate")
 
 
 def environment() -> dict[str, Any]:
@@ -117,8 +115,7 @@ class Report:
         Raises:
             ValueError: when the number is none that can be true.
         """
-        least_is_zero = self.rows[part, name].unit == RELATIVE
-        if not (math.isfinite(value) and (value > 0 or (least_is_zero and value == 0))):
+        if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{part}, {name}: measured {value}")
         self._put(replace(self.rows[part, name], value=float(value), note=note))
         return value

@@ -123,11 +123,10 @@ def prompt_text(size: Size) -> str:
     return " ".join(f"w{k}" for k in range(size.given // 3))
 
 
-def made_up_tokenizer(vocabulary: int, spare: int | None = None) -> Tokenizer:
-    """One token per made-up word; `spare` ids of the head stay without one, as some of BAGEL's do."""
-    spare = max(1, vocabulary // 400) if spare is None else spare
+def made_up_tokenizer(vocabulary: int) -> Tokenizer:
+    """One token per made-up word; some ids of the head stay without one, as some of BAGEL's do."""
     special = [OPEN, CLOSE, *BOUNDARY, UNKNOWN]
-    count = vocabulary - spare - len(special)
+    count = vocabulary - max(1, vocabulary // 400) - len(special)
     words = {word: k for k, word in enumerate([*special, *(f"w{k}" for k in range(count))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

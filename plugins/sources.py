@@ -218,7 +218,7 @@ class ImprovementReward:
         self.options = options
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse another reward that scores segments or groups, which a source has none of, and what that one refuses."""
+        """Refuse another reward that scores segments or groups, and what that reward itself refuses."""
         self.other = context.other_reward(self.options.of)
         if getattr(self.other, "scope", "sample") != "sample" or getattr(self.other, "segments", ()):
             raise RewardError(

@@ -451,7 +451,7 @@ class MoTPolicy:
         return self
 
     def save(self, directory: Path, base: str, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter on `base` where there is one, else a complete model directory (see `weights.save_model`)."""
+        """Write the adapter on `base` where there is one, else a model directory (`weights.save_model`)."""
         if self.adapter is not None:
             lora.save_adapters(self.network, directory, base)
             return
