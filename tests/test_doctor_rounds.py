@@ -10,7 +10,6 @@ import pytest
 
 from tests import small, test_doctor
 from unigrpo_cli import replay, rollout
-from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.run.doctor import FAULT, Finding, examine
@@ -42,10 +41,6 @@ def test_a_sound_program_has_no_fault(settings: list[str]) -> None:
     assert not found, {name: f.seen for name, f in found.items()}
 
 
-def noise_shared_between_rounds(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "derive", lambda seed, *keys: seed if keys[0] == "round" else derive(seed, *keys))
-
-
 def another_episodes_image_shown(monkeypatch: MonkeyPatch) -> None:
     show = MoTPolicy.show
     monkeypatch.setattr(MoTPolicy, "show", lambda policy, images, how: show(policy, images[1:] + images[:1], how))
@@ -68,7 +63,6 @@ def scored_without_the_image(monkeypatch: MonkeyPatch) -> None:
 
 
 PLANTED = [
-    (noise_shared_between_rounds, "group-noise", "image 2"),
     (another_episodes_image_shown, "looks", "not its latest"),
     (another_image_read_than_recorded, "tokens", "the network received the image"),
     (scored_under_another_image, "tokens", "replayed is the image"),

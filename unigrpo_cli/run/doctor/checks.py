@@ -63,18 +63,6 @@ CHECKS = (
         "raise sampling.max_new_tokens, or add the reward length",
     ),
     DoctorCheck(
-        "group-noise",
-        image_checks.group_noise,
-        "episodes or rounds share noise, or it has the wrong size, so a group explores less than its size suggests",
-        REPORT,
-    ),
-    DoctorCheck(
-        "window",
-        image_checks.window,
-        "members of a group have noise at different steps, so their rewards cannot be compared and training collapses",
-        REPORT,
-    ),
-    DoctorCheck(
         "schedule",
         image_checks.schedule,
         "a step is sampled at one time and scored at another, or a network call is missing",

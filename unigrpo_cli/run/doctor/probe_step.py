@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli import train
-from unigrpo_cli.algo import flow
-from unigrpo_cli.algo.objective import Objective, Scores, per_action, per_episode_mean, step_log_ratios
+from unigrpo_cli.algo.objective import Scores, per_action
 from unigrpo_cli.config import Config
-from unigrpo_cli.episode import Episode, Prompt
+from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DivergedError
 from unigrpo_cli.parallel.workers import sequential
 from unigrpo_cli.rewards.scorer import Scorer
@@ -33,8 +31,6 @@ from unigrpo_cli.run.doctor.recording import (
     RecordedRollout,
     Recording,
     TrialUpdate,
-    action_ids,
-    scored_ids,
 )
 from unigrpo_cli.train import MicroBatch
 from unigrpo_cli.training.optimizer import make_optimizer
@@ -136,13 +132,9 @@ def _replay(
     traces, keeper = recorder.take(), Gradients(recorder)
     batches = sum(len(share) for share in minibatches)
     traces = traces[:: max(1, len(traces) // batches)]  # the first of each replay; guidance has contexts besides
-    rows = [_rows_of(m, episodes) for share in minibatches for m in share]
-    found = RecordedReplay(minibatches, rows, traces, [], {}, {}, [])
-    probes = [_with_probe_advantages(share) for share in minibatches]
+    found = RecordedReplay(minibatches, traces, [], {})
     try:
-        found.loss_errors.extend(_loss_errors(m, objective) for share in probes for m in share)
-        found.by_term.update(_gradients_by_term(recorder, probes[0][0], objective, config))
-        for share in probes:
+        for share in map(_with_probe_advantages, minibatches):
             found.terms.append(train.update(_trial_state(recorder, keeper), share, objective, config).terms)
     except torch.OutOfMemoryError:
         raise
@@ -154,79 +146,6 @@ def _replay(
     largest = keeper.largest() if keeper.found else {}
     named = recorder.policy.named_parameters()
     found.gradients.update({name: largest.get(id(p)) for name, p in named if p.requires_grad})
-    return found
-
-
-def _rows_of(m: MicroBatch, episodes: Sequence[Episode]) -> list[int]:
-    """The episode of each row of a micro-batch: the one with the nearest latents, and the same tokens."""
-
-    def apart(recorded: Tensor, scored: Tensor) -> float:
-        if recorded.shape != scored.shape:
-            return float("inf")
-        return float((recorded.double() - scored.cpu().double()).abs().mean())
-
-    def distance(k: int, row: int) -> tuple[float, bool]:
-        images, gap = episodes[k].images, 0.0
-        if m.batch.actions.images and images:
-            gap = apart(images[0].before, m.batch.actions.images[0].x_BKND[row])
-        elif m.batch.actions.noised and images:
-            x = m.batch.actions.noised[0]
-            gap = apart(images[0].latent, flow.data_estimate(x.x_BKND, x.target_BKND, x.t_BK[..., None, None])[row, 0])
-        return gap, action_ids(episodes[k]) != scored_ids(m, row)
-
-    return [min(range(len(episodes)), key=partial(distance, row=b)) for b in range(len(m.rows))]
-
-
-def _loss_errors(m: MicroBatch, objective: Objective) -> dict[str, Tensor]:
-    """How far the loss's gradient is from the policy gradient, relative, per row [B], for text actions and steps.
-
-    At the old policy the gradient of the clipped objective is that of advantage times log-probability, averaged over
-    an episode's actions. Both are taken with respect to the scores, without another pass through the network.
-    """
-    plain = replace(objective, penalty="none", text_kl=0.0)
-    old, actions, rows = m.old_scores, m.batch.actions, len(m.rows)
-    log_prob_BL = old.log_prob_BL.clone().requires_grad_()
-    velocities = tuple(v.clone().requires_grad_() for v in old.velocities)
-    new = Scores(log_prob_BL, old.entropy_BL, velocities)
-    total = train.unigrpo_loss(actions, new, old, m.reference, m.advantages, plain, episodes=rows).total
-    weighted_B = plain.text_weight * per_episode_mean(m.advantages.text_BL * log_prob_BL, actions.mask_BL)
-    if velocities and plain.image_weight and actions.images:
-        image_BK = torch.cat(m.advantages.images, dim=1) * step_log_ratios(actions, new, old, plain)
-        weighted_B = weighted_B + plain.image_weight * image_BK.mean(dim=1)
-    wanted = -weighted_B.sum() / rows
-    inputs = [log_prob_BL, *velocities]
-    found, own = (torch.autograd.grad(x, inputs, allow_unused=True, materialize_grads=True) for x in (total, wanted))
-    errors = {}
-    for kind, part in (("text", slice(0, 1)), ("image", slice(1, None))):
-        if found[part] and (kind == "text" or actions.images):
-            a, b = (torch.cat([g.flatten(1) for g in grads[part]], dim=1) for grads in (found, own))
-            size = b.norm(dim=1)
-            errors[kind] = torch.where(size > 0, (a - b).norm(dim=1) / size, a.norm(dim=1)).cpu()
-    return errors
-
-
-def _gradients_by_term(
-    recorder: Recorder, m: MicroBatch, objective: Objective, config: Config
-) -> dict[str, dict[str, float]]:
-    """Largest gradient of each expert from the text and from the image term alone, without penalties."""
-    plain = replace(objective, penalty="none", text_kl=0.0)
-    found: dict[str, dict[str, float]] = {}
-    for term, alone in (("text", replace(plain, image_weight=0.0)), ("image", replace(plain, text_weight=0.0))):
-        if not (alone.text_weight or alone.image_weight):
-            continue
-        keeper = Gradients(recorder)
-        try:
-            train.update(_trial_state(recorder, keeper), [m], alone, config)
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-        finally:
-            _clear_gradients(recorder)
-        largest = keeper.largest() if keeper.found else {}
-        found[term] = {
-            expert: max((largest.get(id(p)) or 0.0 for p in own), default=0.0)
-            for expert, own in recorder.trainable().items()
-        }
     return found
 
 

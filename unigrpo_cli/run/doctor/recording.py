@@ -57,23 +57,16 @@ class RecordedReplay:
     """The episodes as training replays them, and the first update's gradients with known advantages.
 
     Args:
-        minibatches: micro-batches of each update; `rows` the episode of each row of each micro-batch.
+        minibatches: micro-batches of each update.
         traces: the network's inputs when the old policy was scored, one per micro-batch.
         terms: terms of each update.
         gradients: largest magnitude by parameter name; None where there was none.
-        by_term: largest gradient of each expert from the text or the image term alone, on the first micro-batch:
-            `by_term["text"]["image"]` is what the text term teaches the image expert.
-        loss_errors: of each micro-batch, by kind: how far the loss's gradient is from that of advantage times
-            log-probability, relative, per row.
     """
 
     minibatches: list[list[MicroBatch]]
-    rows: list[list[int]]
     traces: list[Trace]
     terms: list[dict[str, float]]
     gradients: dict[str, float | None]
-    by_term: dict[str, dict[str, float]]
-    loss_errors: list[dict[str, Tensor]]
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -194,8 +187,8 @@ class Recording:
         if self.replay is not None:
             episodes, micro_batches = self.episodes, self.replay.micro_batches
             traces = [*self.replay.traces, *(Trace() for _ in micro_batches)]
-            for trace, m, rows in zip(traces, micro_batches, self.replay.rows, strict=False):
-                yield from ((trace, m, b, episodes[k]) for b, k in enumerate(rows))
+            for trace, m in zip(traces, micro_batches, strict=False):
+                yield from ((trace, m, b, episodes[k]) for b, k in enumerate(m.rows))
 
     def replayed_images(self) -> Iterator[tuple[str, int, ImageActions, ImageSteps, list[VelocityCall]]]:
         """Each image of a replayed row: its name, the row, its record, what is scored, the network's calls if any.

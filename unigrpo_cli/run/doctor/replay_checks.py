@@ -24,7 +24,7 @@ def replayable(r: Recording) -> Outcome:
         return fault(r.trouble["replay"])
     count = sum(len(m.rows) for m in r.replay.micro_batches)
     seen = f"{count} episodes in {len(r.replay.micro_batches)} micro-batches"
-    if sorted(k for rows in r.replay.rows for k in rows) != list(range(len(r.episodes))):
+    if sorted(k for m in r.replay.micro_batches for k in m.rows) != list(range(len(r.episodes))):
         return fault(f"{seen}, but not each episode once")
     return Outcome(OK, None, None, seen)
 
