@@ -117,7 +117,6 @@ def settings(arguments: argparse.Namespace, size: Size, device: torch.device) ->
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
-    """The command's options, with what depends on the machine filled in."""
     parser = argparse.ArgumentParser(description="What BAGEL's shape costs on this machine, with random weights.")
     parser.add_argument("--size", choices=list(SIZES), default="7b")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")

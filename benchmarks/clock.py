@@ -49,7 +49,6 @@ class Clock:
             raise NotMeasuredError(f"no time: needs about {seconds:.0f} s of the {max(0, self.left_s):.0f} s left")
 
     def once(self, run: Callable[[], object]) -> float:
-        """Seconds of one call."""
         began = self.now()
         run()
         return self.now() - began
@@ -82,7 +81,6 @@ class Clock:
         return _resident_gib("VmHWM")
 
     def held_gib(self) -> float:
-        """Memory in use now, GiB."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) / GIB
         return _resident_gib("VmRSS")

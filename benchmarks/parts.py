@@ -96,7 +96,6 @@ class Benchmark:
 
 
 def rows_of(size: Size, *, goals: bool) -> list[Row]:
-    """Every row of the report, in order."""
     largest = max(size.groups)
     found: list[Row] = []
 

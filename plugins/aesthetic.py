@@ -53,12 +53,10 @@ class AestheticReward:
         self.batch_size = options.batch_size
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse to start without a head."""
         if self.options.head is None:
             self._head_file(context, self._model(context))
 
     def setup(self, context: RewardContext) -> None:
-        """Load the head and the encoder, which other rewards may share."""
         from unigrpo_cli.errors import RewardError
         from unigrpo_plugins.encoders import shared_encoder
         from unigrpo_plugins.weights import load_state

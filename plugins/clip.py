@@ -43,13 +43,11 @@ class ClipReward:
         self.batch_size = options.batch_size
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse to start without a model."""
         from unigrpo_plugins.encoders import named_model
 
         named_model(context, self.name, self.options.model, "model")
 
     def setup(self, context: RewardContext) -> None:
-        """Load the model, or share it with other rewards."""
         from unigrpo_plugins.encoders import shared_encoder
 
         o = self.options
@@ -58,7 +56,6 @@ class ClipReward:
         self.prompt_length = self.encoder.prompt_length(self.name)
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Warn about prompts beyond the text encoder's context."""
         self.prompt_length.check(metadata)
 
     def score(self, batch: RewardBatch) -> RewardOutput:

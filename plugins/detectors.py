@@ -48,7 +48,6 @@ COCO_DETECTORS = {
 
 
 def coco_choices() -> str:
-    """The option for each detector of COCO's 80 classes, for errors."""
     return "; ".join(f"@detector={name} ({what})" for name, what in COCO_DETECTORS.items())
 
 

@@ -38,7 +38,6 @@ class PromptLength:
         self._warned = False
 
     def check(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Warn about the prompts of a run before sampling."""
         self.info([str(row.get("prompt", "")) for row in metadata])
 
     def info(self, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -112,7 +112,6 @@ class GenEvalReward:
         self.counting_threshold = detector.counting_threshold if o.counting_threshold is None else o.counting_threshold
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse prompts about classes that the detector does not know."""
         for m in metadata:
             for item in [*m["include"], *m.get("exclude", [])]:
                 if item.get("color", COLORS[0]) not in COLORS:

@@ -80,7 +80,6 @@ class Verdict:
 
     @property
     def soft(self) -> float:
-        """Mean of the graded requirements."""
         return sum(requirement.soft for requirement in self.requirements) / len(self.requirements)
 
     def part(self, kind: str) -> float | None:

@@ -33,7 +33,6 @@ class Head:
 
     @property
     def width(self) -> int:
-        """Width of its input."""
         return self.layers[0][0].shape[1]
 
     def __call__(self, x_BE: Tensor) -> Tensor:
@@ -45,7 +44,6 @@ class Head:
         return x_BE.squeeze(-1)
 
     def double(self) -> Head:
-        """The same in fp64."""
         return Head(tuple((w.double(), b.double()) for w, b in self.layers), self.relu)
 
 

@@ -39,7 +39,6 @@ class AnswerCache:
         self._off = False
 
     def get(self, key: str) -> Any:
-        """The value of a key, or None."""
         row = self._with(lambda db: db.execute("SELECT value FROM answers WHERE key = ?", (key,)).fetchone())
         try:
             return None if row is None else json.loads(row[0])

@@ -73,7 +73,6 @@ class OcrReward:
         self.batch_size = options.batch_size
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse to start without a recogniser."""
         if self.options.recogniser is None:
             raise RewardError(
                 "reward 'ocr': name a recogniser, e.g. ocr@recogniser=microsoft/trocr-base-printed (one line of text) "
@@ -81,7 +80,6 @@ class OcrReward:
             )
 
     def setup(self, context: RewardContext) -> None:
-        """Load the recogniser."""
         self.check_options(context, ())
         name = self.options.recogniser
         assert name is not None
@@ -238,7 +236,6 @@ def _rapid() -> RapidRecogniser:
 
 
 def load_recogniser(context: RewardContext, name: str, precision: str) -> Recogniser | RapidRecogniser:
-    """Load a recogniser of a supported kind."""
     if name == RAPID:
         return _rapid()
     from transformers import AutoConfig, AutoModelForImageTextToText

@@ -46,7 +46,6 @@ class PickScoreModel:
         return self.model.config.text_config.max_position_embeddings
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, start and end included."""
         return len(self.processor.tokenizer(text, truncation=False)["input_ids"])
 
     def scores(self, batch: RewardBatch) -> torch.Tensor:
@@ -85,7 +84,6 @@ class PickScoreReward:
             self.range = (-100 / UNIT, 100 / UNIT)
 
     def setup(self, context: RewardContext) -> None:
-        """Load model and processor."""
         o = self.options
         self.shared = context.shared
         self.key = ("pickscore", o.model, o.processor or "", o.precision)
@@ -93,7 +91,6 @@ class PickScoreReward:
         self.prompt_length = PromptLength(self.name, self.model.context_length, self.model.count_tokens)
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Warn about prompts beyond the text encoder's context."""
         self.prompt_length.check(metadata)
 
     def _load(self, context: RewardContext) -> PickScoreModel:
@@ -143,7 +140,6 @@ class HPSv2Reward:
         self.batch_size = options.batch_size
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse to start without weights."""
         from unigrpo_cli.errors import RewardError
         from unigrpo_plugins.weights import conversion
 
@@ -154,7 +150,6 @@ class HPSv2Reward:
             )
 
     def setup(self, context: RewardContext) -> None:
-        """Load the model."""
         from unigrpo_plugins.encoders import shared_encoder
         from unigrpo_plugins.weights import find_weights
 
@@ -168,7 +163,6 @@ class HPSv2Reward:
         self.prompt_length = self.encoder.prompt_length(self.name)
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Warn about prompts beyond the text encoder's context."""
         self.prompt_length.check(metadata)
 
     def score(self, batch: RewardBatch) -> RewardOutput:

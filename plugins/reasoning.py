@@ -46,7 +46,6 @@ class LengthReward:
         self.options = options
 
     def setup(self, context: RewardContext) -> None:
-        """Load the tokenizer, if tokens are counted."""
         if self.options.unit == "tokens":
             self.tokenizer = self._read_tokenizer(context)
 

@@ -81,7 +81,6 @@ class RemoteReward:
             raise self._malformed(f"/v1/info: {type(error).__name__}: {error}") from error
 
     def check_metadata(self, metadata: list[Any]) -> None:
-        """Let the server check the prompts before sampling."""
         rows = [dict(row) for row in metadata] if "metadata" in self.sends else [{} for _ in metadata]
         # this side has checked the reasoning already, by the same `needs`
         self._ask("POST", "/v1/check", {"metadata": rows, "has_reasoning": True})

@@ -93,7 +93,6 @@ class PlanReward:
         pass
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse prompts that do not say what answers them."""
         lacking = [row for row in metadata if not {"include", "target", "scene"} & row.keys()]
         if lacking:
             raise RewardError(

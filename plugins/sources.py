@@ -104,7 +104,6 @@ class SourceFidelityReward:
         self.batch_size = options.batch_size
 
     def setup(self, context: RewardContext) -> None:
-        """Load the model that compares; pixels need none."""
         o = self.options
         if o.by == "pixels" and (o.model or o.pretrained):
             raise RewardError("reward 'source-fidelity': @model is for @by=clip or @by=features")
@@ -143,7 +142,6 @@ class SourceFidelityReward:
 
 
 def sources_of(batch: RewardBatch, name: str) -> list[Pixels]:
-    """The source of each sample."""
     found = [source for source in batch.sources if source is not None]
     if len(found) < len(batch):
         raise RewardError(f"reward {name!r} needs the picture that an episode was given; use sampling.program=edit")
@@ -157,7 +155,6 @@ def _picture(pixels: Pixels) -> Image:
 
 
 def _sized(pixels: Pixels, shape: tuple[int, ...]) -> Pixels:
-    """A picture at another one's size."""
     import numpy as np
 
     if pixels.shape == shape:
@@ -166,7 +163,6 @@ def _sized(pixels: Pixels, shape: tuple[int, ...]) -> Pixels:
 
 
 def _cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Cosine of two feature maps at each position."""
     import numpy as np
 
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
@@ -228,7 +224,6 @@ class ImprovementReward:
             self.other.check_options(context, metadata)
 
     def setup(self, context: RewardContext) -> None:
-        """Set the other reward up; range, needs and direction are its own."""
         self.check_options(context, ())
         if hasattr(self.other, "setup"):
             self.other.setup(context)

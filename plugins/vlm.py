@@ -108,7 +108,6 @@ class VlmReward:
         return f"VlmReward(mode={self.mode!r}, model={self.options.model!r})"
 
     def check_options(self, context: RewardContext, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse to start without a judge."""
         if self.options.url is None and self.options.model is None and not context.embedded:
             raise RewardError(
                 "reward 'vlm': no judge was named; write vlm@url=http://localhost:8000/v1@model=NAME, or "

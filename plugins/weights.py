@@ -110,7 +110,6 @@ def _only_file(path: Path, where: str) -> Path:
 
 
 def load_state(path: Path, where: str) -> dict[str, Any]:
-    """Tensors by name."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -145,7 +144,6 @@ def load_transformer(context: RewardContext, reward: str, factory: Any, name: st
 
 
 def dtype_of(precision: str) -> Any:
-    """The torch dtype of a precision option."""
     import torch
 
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

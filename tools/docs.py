@@ -51,7 +51,6 @@ def hooks() -> str:
 
 
 def rewards() -> str:
-    """The built-in rewards and their options."""
     plugins = Plugins()
     plugins.load()
     blocks = []
@@ -98,7 +97,6 @@ def doctor() -> str:
 
 
 def commands() -> str:
-    """The options of every command."""
     from unigrpo_cli.cli import app
 
     blocks = []
@@ -166,7 +164,6 @@ def regenerated(text: str) -> str:
 
 
 def documents() -> list[Path]:
-    """All Markdown files with generated parts."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
     return [path for path in sorted(found) if _PART.search(path.read_text())]
 

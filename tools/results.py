@@ -51,7 +51,6 @@ class Table:
         return [*self.settings, *self.cells[cell]]
 
     def command(self, cell: str) -> str:
-        """The sweep that measures a cell."""
         seeds = ",".join(map(str, self.seeds))
         sets = " ".join(f"--set {text}" for text in self.texts(cell))
         return f"unigrpo sweep --reward {self.reward} --seeds {seeds} {sets} --out {RUNS}/{self.name}/{cell}"
@@ -62,7 +61,6 @@ class Table:
 
 
 def tables() -> list[Table]:
-    """The tables of results/tables.toml."""
     return [Table(**table) for table in tomllib.loads((RESULTS / "tables.toml").read_text())["table"]]
 
 
@@ -157,7 +155,6 @@ def verdict(low: float, high: float) -> str:
 
 
 def page() -> str:
-    """results/README.md."""
     parts = [(RESULTS / "head.md").read_text().rstrip()]
     for table in tables():
         if table.path.is_file():
@@ -198,7 +195,6 @@ def _section(table: Table) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """The three uses of this program."""
     match arguments:
         case []:
             (RESULTS / "README.md").write_text(page())

@@ -66,7 +66,6 @@ def rated(count: int, seed: int) -> tuple[list[Image.Image], Tensor]:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Correlation of ranks."""
     ranks = torch.stack([x.argsort().argsort().float() for x in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 

@@ -245,7 +245,6 @@ def written(traces: Mapping[str, Sequence[Row]]) -> str:
 
 
 def read(text: str) -> dict[str, list[Row]]:
-    """What `written` wrote."""
     traces: dict[str, list[Row]] = {}
     for line in text.splitlines()[2:]:
         if line.startswith("["):

@@ -48,7 +48,6 @@ class Prompt:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The pictures that are files."""
         return tuple(picture for picture in self.pictures if isinstance(picture, str))
 
 
@@ -189,7 +188,6 @@ class Group:
 
 
 def flatten(groups: Sequence[Group]) -> list[Episode]:
-    """Episodes of all groups, group after group."""
     return [episode for group in groups for episode in group.episodes]
 
 

@@ -62,7 +62,6 @@ class Evaluation:
         return len(self.prompt_ids)
 
     def means(self) -> dict[str, float]:
-        """Reward name to mean over images."""
         return {name: estimate.mean for name, estimate in self.scores.items()}
 
     def report(self, values: bool = False) -> dict[str, Any]:
@@ -292,7 +291,6 @@ def paired(first: Evaluation, second: Evaluation) -> bool:
 
 
 def load_report(path: Path) -> Evaluation:
-    """An evaluation from a file that holds its raw values."""
     try:
         return _read_report(parse_json(read_text(path)))
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:

@@ -125,7 +125,6 @@ def replayed_tokens(episode: Episode, draws: int = 0) -> int:
 
 
 def preamble_of(segments: Sequence[Segment]) -> Given:
-    """The given segments before the first action."""
     return tuple(takewhile(lambda s: isinstance(s, GivenText | GivenImage), segments))  # type: ignore[arg-type]
 
 
@@ -413,7 +412,6 @@ def _passes_of(image: NoisyImage, copies: int) -> list[NoisyImage]:
 
 
 def _all_velocities(passes: list[PolicyOutput]) -> Tensor:
-    """Velocities [B, K, N, D] of all noisy states."""
     found = [out.velocity_BKND for out in passes if out.velocity_BKND is not None]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 

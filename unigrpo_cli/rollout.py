@@ -147,7 +147,6 @@ Given = tuple[GivenText | GivenImage, ...]
 
 
 def _given(policy: Policy, program: Program, prompt: Prompt, think: bool) -> Given:
-    """What is given before the first action of a program."""
     program.refuse_without_picture(prompt.text, prompt.image)
     given = policy.preamble(prompt, think)
     return given if program.reads_prompt else given[:-1]
@@ -320,7 +319,6 @@ def read_given(policy: Policy, given: Sequence[Given]) -> Context:
 
 
 def read_images(policy: Policy, context: Context, images: Sequence[GivenImage]) -> Context:
-    """The context after one image per row."""
     latent = torch.stack([image.latent for image in images]).to(policy.device)
     return policy.encode_image(context, latent, images[0].grid, views_of(images))
 
@@ -408,7 +406,6 @@ def without_text(preamble: Given) -> Given:
 
 
 def texts_alone(preamble: Given) -> Given:
-    """What is given, without pictures."""
     return tuple(s for s in preamble if isinstance(s, GivenText))
 
 

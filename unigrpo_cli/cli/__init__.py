@@ -86,7 +86,6 @@ def _usage_message(message: str) -> str:
 
 
 def main() -> None:
-    """Entry point."""
     from unigrpo_cli.cli.common import plugin_commands
 
     code = 1

@@ -279,7 +279,6 @@ def _noticed_exit() -> Iterator[None]:
 
 
 def print_json(content: Any) -> None:
-    """Print the one object (or list) to stdout."""
     from unigrpo_cli.io.json import to_json
 
     stream = _json_stream[-1]

@@ -20,7 +20,6 @@ def settings(incomplete: str) -> list[str]:
 
 
 def presets(incomplete: str) -> list[str]:
-    """Names of presets."""
     from unigrpo_cli.config import PRESETS
 
     return [name for name in PRESETS if name.startswith(incomplete)]

@@ -97,7 +97,6 @@ def evaluate(
 
 
 def _refuse_repeated(models: list[str]) -> None:
-    """Each model is evaluated once."""
     for name in models:
         if models.count(name) > 1:
             raise UsageError(f"--compare {name} is given {models.count(name)} times; give each model once")
@@ -179,7 +178,6 @@ def _write(run: Run, report: dict[str, Any], ranks: Ranks) -> None:
 
 
 def _choices(config: Config, only_these: bool) -> list[RewardSpec]:
-    """The rewards to evaluate with."""
     from unigrpo_cli.rewards.spec import parse_rewards
     from unigrpo_cli.run.setup import watched_choices
     from unigrpo_cli.suites import SHAPES

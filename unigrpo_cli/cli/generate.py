@@ -120,7 +120,6 @@ def _prompts(texts: list[str], file: Path | None, images: list[Path]) -> list[Pr
 
 
 def _sample(policy: Policy, prompts: Sequence[Prompt], samples: int, settings: Config, display: Display) -> list[Group]:
-    """`samples` episodes of every prompt."""
     from dataclasses import replace
 
     from unigrpo_cli.episode import flatten

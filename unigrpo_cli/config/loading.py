@@ -189,7 +189,6 @@ def _check_keys(values: dict, section: type[BaseModel], prefix: str) -> None:
 
 
 def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[str, Any]]:
-    """All dotted keys with their description and default."""
     keys: dict[str, tuple[str, Any]] = {}
     for name, info in section.model_fields.items():
         inner = info.annotation

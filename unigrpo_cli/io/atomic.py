@@ -196,7 +196,6 @@ def verify_checksums(directory: Path, skip: Collection[str] = ()) -> str | None:
 
 
 def digest_of(path: Path) -> str:
-    """The sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

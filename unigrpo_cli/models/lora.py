@@ -80,7 +80,6 @@ def _kept_wide(matrix: nn.Linear) -> Linear:
 
 
 def adapter_of(network: nn.Module) -> Adapter | None:
-    """What adapters a network has."""
     config: LoraConfig | None = getattr(network, "adapter_config", None)
     if config is None:
         return None

@@ -23,7 +23,6 @@ def launched() -> tuple[int, int, int]:
 
 
 def address() -> tuple[str, int]:
-    """Host and port where the ranks meet."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UsageError(

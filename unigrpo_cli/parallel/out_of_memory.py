@@ -24,7 +24,6 @@ cuBLAS reports NOT_INITIALIZED when its own workspace does not fit."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _MESSAGES.search(str(error)) is not None

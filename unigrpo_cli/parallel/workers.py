@@ -79,7 +79,6 @@ class Worker:
             raise
 
     def cancel_queued(self) -> None:
-        """Drop calls that have not started."""
         with suppress(queue.Empty):
             while True:
                 if (call := self._calls.get_nowait()) is not None:

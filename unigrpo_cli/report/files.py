@@ -98,7 +98,6 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
-    """A JSON file of some kind; {} where there is none."""
     try:
         return kind.model_validate_json(read_text(path)).model_dump()
     except FileNotFoundError:

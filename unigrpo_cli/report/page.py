@@ -68,7 +68,6 @@ def _policy(scripts: Sequence[str], served: bool) -> str:
 
 
 def write(path: Path, parts: Iterator[str]) -> int:
-    """Write a page and return its size in bytes."""
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for part in parts:
             file.write(part)

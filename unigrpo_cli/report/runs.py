@@ -95,7 +95,6 @@ def read_runs(paths: Sequence[Path]) -> list[ReportRun]:
 
 
 def run_directories(paths: Sequence[Path]) -> list[Path]:
-    """The directories of `read_runs`, each once."""
     found = [own for path in paths for own in _expanded(path)]
     return list({path.resolve(): path for path in found}.values())
 

@@ -15,7 +15,6 @@ def traced_steps(run: ReportRun) -> list[int]:
 
 
 def load_step(run: ReportRun, step: int) -> StepTrace:
-    """The trace of a step of `traced_steps`."""
     if run.kind == ROLLOUT:
         return load_traces(run.directory)[0]
     return load_trace(run.directory / "traces" / f"step_{step:06d}")

@@ -61,7 +61,6 @@ def export_run(run: ReportRun, directory: Path) -> UnipoExport:
 
 
 def _trained(run: ReportRun) -> dict[int, dict[str, float]]:
-    """The metrics of all steps that made an update of text."""
     curves = read_curves(run.directory / "metrics.jsonl", most_points=sys.maxsize)
     named = (curves.values or {}).items()
     rows = {s: {name: v for name, own in named if (v := own[k]) is not None} for k, s in enumerate(curves.steps)}

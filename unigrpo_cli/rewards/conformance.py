@@ -110,7 +110,6 @@ def edit_samples(seed: int = 0) -> list[Sample]:
 
 
 def fitting_samples(needs: Collection[str], segments: Collection[str]) -> list[Sample]:
-    """Samples that have what a reward needs and the segments that it scores."""
     if "metadata:target" in needs:
         return edit_samples()
     return (
@@ -195,7 +194,6 @@ def _checks(scorer: Scorer, samples: Sequence[Sample], max_seconds: float | None
 
 
 def _of_answer(first: RewardResult, loaded: LoadedReward, seconds: float, max_seconds: float | None) -> list[Check]:
-    """Checks of one answer."""
     abstained, count = int((~first.valid).sum()), len(first.valid)
     low, high = loaded.range
     known = first.scores[first.valid]
@@ -324,7 +322,6 @@ class _UnreadablePicture(RewardBatch):
 
     @property
     def refused(self) -> bool:
-        """Whether the picture was used."""
         return self.__dict__.get("_refused", False)
 
     def _refuse(self) -> NoReturn:

@@ -135,7 +135,6 @@ class RewardServer(ThreadingHTTPServer):
             yield self.rewards
 
     def check(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether prompts carry what the reward needs."""
         rows = body.get("metadata")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise HttpError(400, "`metadata` must be a list of objects")
@@ -150,7 +149,6 @@ class RewardServer(ThreadingHTTPServer):
         return {"protocol": PROTOCOL, "ok": True}
 
     def score(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores of the samples in a request."""
         step, split = body.get("step", 0), body.get("split", "train")
         if type(step) is not int or split not in ("train", "eval"):
             raise HttpError(400, '`step` must be a whole number and `split` "train" or "eval"')
@@ -401,7 +399,6 @@ def _pixels(k: int, text: Any) -> NDArray[np.uint8]:
 
 @contextmanager
 def _picture(k: int, text: Any) -> Iterator[Image.Image]:
-    """A PNG whose header is read; its pixels are decoded when they are used."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             yield image
@@ -410,7 +407,6 @@ def _picture(k: int, text: Any) -> Iterator[Image.Image]:
 
 
 def _hostname(url: str) -> str:
-    """The host of a URL; empty when it has none."""
     try:
         return (urlsplit(url).hostname or "").removesuffix(".")
     except ValueError:

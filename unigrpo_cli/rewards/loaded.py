@@ -115,7 +115,6 @@ class LoadedReward:
 
     @property
     def label(self) -> str:
-        """The reward in messages."""
         return f"reward {self.alias!r} ({self.entry.address})"
 
     @property
@@ -173,7 +172,6 @@ class LoadedReward:
             self.call("teardown")
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the reward, if it has it."""
         if hasattr(self.reward, method):
             return self._wait(self._start(getattr(self.reward, method), *arguments), method)
         return None
@@ -207,8 +205,6 @@ class LoadedReward:
         self.worker.close()
 
     def _start(self, function: Callable[..., Any], *arguments: Any) -> Future:
-        """Queue a call of plugin code."""
-
         def call() -> Any:
             with self._directory.entered():
                 return function(*arguments)
@@ -304,13 +300,11 @@ class LoadedReward:
             )
 
     def warn_once(self, kind: str, message: str) -> None:
-        """One warning of a kind in a run."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=2)
 
     def record_abstentions(self, valid: NDArray[np.bool_]) -> None:
-        """Count on which samples the reward abstained."""
         self.recent.extend((~valid).tolist())
         share = sum(self.recent) / max(len(self.recent), 1)
         if share > self.limits.max_abstain:
@@ -352,7 +346,6 @@ class LoadedReward:
 
 
 def load_reward(spec: RewardSpec, plugins: Plugins, limits: RewardLimits) -> LoadedReward:
-    """A reward of a run, not set up yet."""
     entry, reward = make_reward(spec, plugins)
     return LoadedReward(spec, entry, reward, limits)
 

@@ -54,7 +54,6 @@ class RewardEntry:
         return f"{self.origin}/{self.name}"
 
     def factory(self) -> Any:
-        """The reward's class."""
         if self._factory is None and not self._error:
             try:
                 with WorkingDirectory().entered():
@@ -95,7 +94,6 @@ class RewardRegistry:
         self.entries.append(entry)
 
     def find(self, name: str) -> RewardEntry:
-        """The reward of a name or `origin/name`."""
         found = [e for e in self.entries if name in (e.name, e.address)]
         chosen = [e for e in found if e.override] or found
         if len(chosen) == 1:
@@ -141,7 +139,6 @@ class Plugins:
                 self._load_named(text)
 
     def call(self, hook: str, **arguments: Any) -> Any:
-        """Call a hook of all plugins."""
         caller = getattr(self.manager.hook, hook)
         try:
             with WorkingDirectory().entered():

@@ -106,7 +106,6 @@ class Scorer:
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Declared range by alias, of the rewards active in training."""
         return {r.alias: r.range for r in self.active("train")}
 
     def set_ranges(self, ranges: Sequence[tuple[float, float]]) -> None:
@@ -405,6 +404,5 @@ def _immutable(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _shown(row: Mapping[str, Any]) -> str:
-    """The beginning of a prompt, quoted."""
     text = str(row.get("prompt", ""))
     return repr(text if len(text) <= 60 else f"{text[:60]} ...")

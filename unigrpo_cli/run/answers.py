@@ -144,7 +144,6 @@ def _saved(directory: Path, keep: Keep | None) -> list[Answer]:
 
 
 def _scores(directory: Path, episodes: int) -> list[float | None]:
-    """`score` of every episode in rewards.json."""
     path = directory / "rewards.json"
     again = "score the episodes with `unigrpo rollout --from DIR --out OTHER`"
     try:

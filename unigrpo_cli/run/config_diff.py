@@ -82,7 +82,6 @@ class Change:
 
 
 def effect_of(key: str) -> Effect:
-    """The class of a dotted key."""
     return EFFECTS.get(key) or SECTIONS[key.partition(".")[0]]
 
 
@@ -101,7 +100,6 @@ def changes(old: dict[str, Any], new: Config) -> list[Change]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A checkpoint's configuration by dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and not key.endswith("options"):

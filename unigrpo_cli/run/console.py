@@ -122,7 +122,6 @@ class Display:
 
     @contextmanager
     def training(self, total: int, done: int, names: Sequence[str]) -> Iterator[TrainingView]:
-        """Live progress of a training run."""
         view = TrainingView(self, total, done, names)
         if view.live and not self.quiet:
             with Live(get_renderable=view.render, console=self.console, refresh_per_second=4, transient=True):

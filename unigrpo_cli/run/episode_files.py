@@ -61,7 +61,6 @@ def packed(groups: Sequence[Group]) -> tuple[str, dict[str, Tensor]]:
 
 
 def unpacked(text: str, tensors: dict[str, Tensor]) -> list[Group]:
-    """The inverse of `packed`."""
     return list(_groups(json.loads(text)["groups"], tensors, finite=False))
 
 
@@ -74,7 +73,6 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
 
 
 def load_episodes(directory: Path) -> list[Group]:
-    """Read what `save_episodes` wrote."""
     try:
         data = json.loads(read_text(directory / "episodes.json"))
         refuse_odd_text(data)
@@ -129,7 +127,6 @@ def _groups(rows: list[dict], tensors: dict[str, Tensor], finite: bool) -> Itera
 
 
 def _pack(segment: Segment) -> tuple[dict, dict[str, Tensor]]:
-    """A segment as JSON values and named tensors."""
     kind = next(name for name, cls in _KINDS.items() if type(segment) is cls)
     plain: dict[str, Any] = {"kind": kind}
     tensors = {}

@@ -49,7 +49,6 @@ class Exported:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory is a run or a checkpoint of one."""
     return os.path.isdir(directory / "checkpoints") or os.path.isfile(directory / STATE)
 
 
@@ -133,7 +132,6 @@ def _name_base(path: Path, base: str) -> None:
 
 
 def exported(directory: Path) -> list[str]:
-    """The files of a directory that `export` wrote."""
     names = files_in(directory)
     if CARD not in names or not any(_is_exported(name) and name.endswith(".safetensors") for name in names):
         raise UsageError(f"{directory} is no run and no exported model: make one with `unigrpo export RUN --out DIR`")

@@ -40,7 +40,6 @@ def ratio_limits(policy: TrainablePolicy, objective: ObjectiveConfig) -> dict[st
 
 
 def clips_of(objective: ObjectiveConfig) -> dict[str, float]:
-    """The clip ranges of text and image."""
     image = objective.fpo_clip if objective.image == "fpo" else objective.image_clip
     return {"text": objective.text_clip, "image": image}
 

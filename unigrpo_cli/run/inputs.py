@@ -101,7 +101,6 @@ def _held_out_line(config: Config, training: int, held_out: int) -> str:
 
 
 def _refuse_unknown_best(config: Config, rewards: Sequence[RewardSpec]) -> None:
-    """`eval.best` must name a reward of the evaluation."""
     names = [reward.alias for reward in rewards]
     if config.eval.best and config.eval.best not in names:
         hint = suggest(config.eval.best, names)

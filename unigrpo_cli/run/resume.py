@@ -96,7 +96,6 @@ def choose_checkpoint(run: Path, wanted: Path | None, warn: Say) -> Path | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
     wrong = missing_part(checkpoint)
     if wrong is not None and "checkpoint format" in wrong:
         read_state(checkpoint)

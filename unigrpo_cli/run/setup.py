@@ -72,7 +72,6 @@ def choose_attention(name: str) -> None:
 
 
 def _device_of_rank(config: Config, here: int) -> torch.device:
-    """The device of this rank."""
     if not torch.distributed.is_initialized():
         raise UsageError("only train, eval and rollout run in several processes; start this without a launcher")
     if ":" in config.device:
@@ -218,7 +217,6 @@ def is_embedded(policy: Policy) -> bool:
 
 
 def warn_of_unknown_words(policy: Policy, prompts: Sequence[Prompt], warn: Callable[[str], None]) -> None:
-    """Say which words of the prompts the model cannot read."""
     unknown = sorted({word for prompt in prompts for word in policy.unknown_words(prompt.text)})
     if unknown:
         more = " ..." if len(unknown) > 5 else ""

@@ -95,7 +95,6 @@ def runs_of(
 
 
 def _values_of(vary: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each key, in the order in which they were given."""
     values: dict[str, list[str]] = {}
     for text in vary:
         key, found, value = (part.strip() for part in text.partition("="))

@@ -69,7 +69,6 @@ def _plain(value: Any) -> Any:
 
 
 def trace_directories(run: Path) -> list[Path]:
-    """The traces of a run, in the order of their steps."""
     return sorted(p for p in run.glob("traces/step_*") if p.name[5:].isdigit())
 
 
@@ -86,7 +85,6 @@ def load_traces(run: str | Path) -> list[StepTrace]:
 
 
 def load_trace(directory: Path) -> StepTrace:
-    """Read what `save_trace` wrote."""
     try:
         content = parse_json(read_text(directory / JSON))
         refuse_odd_text(content)

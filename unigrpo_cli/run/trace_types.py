@@ -215,11 +215,9 @@ class RewardRow:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> RewardRow:
-        """From a row of rewards.json."""
         return cls(row["rewards"], row["components"], row["info"], row.get("segments", {}))
 
     def of_segment(self, name: str) -> Rewards:
-        """Scores of one segment alone, by reward."""
         return {reward: own[name] for reward, own in self.segments.items() if name in own}
 
 

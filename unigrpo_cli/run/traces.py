@@ -166,7 +166,6 @@ def _episode(
 
 
 def _last(advantage_S: Tensor, episode: Episode) -> float:
-    """The advantage of an episode's last acted segment."""
     acted = sum(isinstance(s, TextActions | ImageActions) for s in episode.segments)
     return float(advantage_S[acted - 1])
 
@@ -281,7 +280,6 @@ def token_pieces(decode: Callable[[Tensor], str], ids_L: NDArray[np.int64]) -> t
 
 
 def _text_values(m: MicroBatch, again: ScoredAgain, objective: Objective, denominator: int) -> Values:
-    """Tokens [B, L] of a micro-batch."""
     scores = {"old": m.old, "new": m.new, "after": again.after, "reference": again.reference}
     found = {f"log_prob_{name}_L": s.log_prob_BL for name, s in scores.items() if s is not None}
     found["advantage_L"] = advantage_BL = m.advantages.text_BL

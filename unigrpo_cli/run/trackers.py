@@ -55,7 +55,6 @@ class Trackers:
             self._working[name] = start()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """The numbers of a line of metrics.jsonl, under the same names."""
         numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for name, tracker in list(self._working.items()):
             with self._watched(name):
@@ -68,7 +67,6 @@ class Trackers:
                 _log_image(name, tracker, np.asarray(picture.convert("RGB")), sheet, step)
 
     def finish(self) -> None:
-        """Send what is left."""
         for name, tracker in list(self._working.items()):
             with self._watched(name):
                 tracker.finish()

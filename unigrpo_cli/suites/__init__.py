@@ -72,7 +72,6 @@ class SuiteRegistry:
         self.add("geneval", geneval_rows, summary="GenEval's 553 prompts, regenerated")
 
     def add(self, name: str, load: Callable[[], list[dict[str, Any]]], *, summary: str = "") -> None:
-        """Add a suite under a new name."""
         if name in self.suites:
             raise UsageError(f"there is a suite {name!r} already; choose another name")
         self.suites[name] = Suite(name, summary, load)

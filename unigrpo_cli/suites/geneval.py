@@ -88,5 +88,4 @@ def _entry(tag: str, include: list[dict[str, Any]], words: str) -> dict[str, Any
 
 
 def geneval_file() -> str:
-    """The official metadata file's text."""
     return "".join(json.dumps(row) + "\n" for row in geneval_rows())

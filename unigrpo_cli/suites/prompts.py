@@ -146,7 +146,6 @@ def _checked(place: str, path: Path, row: Any) -> dict[str, Any]:
 
 
 def _check_clauses(place: str, row: dict[str, Any]) -> None:
-    """Refuse malformed clauses of GenEval."""
     for kind in ("include", "exclude"):
         items = row.get(kind, [])
         if not isinstance(items, list) or (kind == "include" and not items):

@@ -42,12 +42,10 @@ class Change:
 
 
 def scene_of(rows: Any) -> Scene:
-    """A scene from metadata."""
     return tuple(Thing(*row) for row in rows)
 
 
 def rows_of(scene: Scene) -> list[list[str]]:
-    """A scene as metadata."""
     return [[thing.color, thing.shape, thing.cell] for thing in scene]
 
 
@@ -118,7 +116,6 @@ def _article(noun: str) -> str:
 
 
 def held_out_request(request: str) -> bool:
-    """Whether a request belongs to the held-out split."""
     digest = hashlib.sha256(f"{SPLIT_SALT}:{request}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 

@@ -112,7 +112,6 @@ def request_of(metadata: dict) -> str:
 
 
 def held_out(metadata: dict) -> bool:
-    """Whether a request belongs to the held-out split."""
     digest = hashlib.sha256(f"{SPLIT_SALT}:{request_of(metadata)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 

@@ -58,7 +58,6 @@ def reflection_text(seen: Scene, target: Scene) -> str:
 
 
 def parse_reflection(text: str) -> Reflection | None:
-    """What a text says, or None when it is not in the grammar."""
     words = text.split()
     if len(words) < 3 or words[0] != THINK_OPEN or words[-1] != THINK_CLOSE:
         return None

@@ -45,7 +45,6 @@ class Critique:
 
 
 def critique_text(critique: Critique) -> str:
-    """A critique in words."""
     parts = [critique.fault] if critique.fault else []
     for thing in by_cell(critique.scene):
         verdict = LOST if thing.cell in critique.lost else KEEP
@@ -54,7 +53,6 @@ def critique_text(critique: Critique) -> str:
 
 
 def parse_critique(text: str) -> Critique | None:
-    """What a text says, or None when it is not in the grammar."""
     words = text.split()
     if len(words) < 3 or words[0] != THINK_OPEN or words[-1] != THINK_CLOSE:
         return None
@@ -76,7 +74,6 @@ def parse_critique(text: str) -> Critique | None:
 
 
 def true_critique(metadata: Mapping[str, Any]) -> Critique:
-    """The diagnosis of a restore."""
     tag = metadata["tag"]
     return Critique(tag if tag in OVERALL else "", by_cell(scene_of(metadata["scene"])), tuple(metadata["lost"]))
 
@@ -110,7 +107,6 @@ def degrade(
 
 
 def held_out_scene(scene: Scene) -> bool:
-    """Whether a scene belongs to the held-out split."""
     digest = hashlib.sha256(f"{SPLIT_SALT}:{rows_of(by_cell(scene))}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
@@ -126,7 +122,6 @@ def draw_restore(tag: str, rng: np.random.Generator, held_out: bool = False) -> 
 
 
 def original_picture(metadata: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """The picture before its fault."""
     return Canvas.draw(np.random.default_rng(metadata["seed"])).paint(scene_of(metadata["scene"]))
 
 

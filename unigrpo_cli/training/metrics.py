@@ -75,7 +75,6 @@ def _duplicates(groups: Sequence[Sequence[bytes]]) -> float:
 
 
 def _words(episode: Episode) -> bytes:
-    """A digest of all that was written in an episode."""
     return _digest([s.ids for s in episode.segments if isinstance(s, TextActions)])
 
 

@@ -54,7 +54,6 @@ def _numbers(segment: object) -> tuple[Tensor, ...]:
 
 
 def _finite(scores: Scores, mask_BL: Tensor) -> Tensor:
-    """Whether all scores are finite, on their device."""
     text = scores.log_prob_BL.isfinite()
     if mask_BL.shape == text.shape:
         text = text | ~mask_BL

@@ -22,7 +22,6 @@ KINDS = {
 
 
 def audit(release: Release, sizes: Any) -> Audit:
-    """Facts, lines and problems of a directory."""
     config = release.config
     stored = [*release.tensors.values(), *release.autoencoder_tensors.values()]
     parts = {
@@ -58,7 +57,6 @@ def audit(release: Release, sizes: Any) -> Audit:
 
 
 def part_of(name: str) -> str:
-    """Which part of the model a tensor of the network belongs to."""
     if "_moe_gen" in name:
         return "image expert"
     return next((part for part, prefixes in PARTS if name.startswith(prefixes)), "unknown")

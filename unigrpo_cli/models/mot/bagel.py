@@ -92,7 +92,6 @@ class Release:
 
     @cached_property
     def wanted(self) -> Shapes:
-        """Names and shapes that the network needs from the files."""
         shapes = network_shapes(self.config)
         return {name: shape for name, shape in shapes.items() if name in self.tensors or name not in TABLES}
 

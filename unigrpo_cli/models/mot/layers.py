@@ -275,7 +275,6 @@ class PositionTable(nn.Module):
 
 
 def is_on_host(parameter: nn.Parameter) -> nn.Parameter:
-    """A frozen copy in host memory."""
     return nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=False)
 
 

@@ -215,7 +215,6 @@ class MoTPolicy:
         return Resize(largest, min(largest, 16 * vision.patch_size), vision.patch_size)
 
     def require_vision(self) -> VisionConfig:
-        """The vision tower's sizes."""
         vision = self.network.config.vision
         if vision is None:
             raise UsageError("this model has no vision tower: it sees pictures as latents alone, to paint from them")

@@ -26,7 +26,6 @@ class Resize:
     stride: int
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """New width and height."""
         scale = max(min(self.longest / max(width, height), 1.0), self.shortest / min(width, height))
         new = self._scaled(width, height, scale)
         if new[0] * new[1] > MOST_PIXELS:

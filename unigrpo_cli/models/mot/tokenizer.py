@@ -15,7 +15,6 @@ UNKNOWN = "<unk>"
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:
-    """The id of a special token."""
     found = tokenizer.token_to_id(name)
     if found is None:
         raise WeightsError(f"the tokenizer lacks {name}; models in BAGEL's format need it")

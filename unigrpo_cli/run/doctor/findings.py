@@ -77,7 +77,6 @@ def faults(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def line(finding: Finding) -> str:
-    """A finding in one line."""
     return f"{finding.name}: {finding.seen}; {finding.means}; {finding.remedy}"
 
 
@@ -103,5 +102,4 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def report(findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
-    """The content of doctor.json."""
     return {"faults": len(faults(findings)), "seconds": seconds, "checks": rows(findings)}

@@ -134,7 +134,6 @@ class Recording:
 
     @property
     def low_precision(self) -> bool:
-        """Whether the network computes in less than fp32."""
         return torch.finfo(self.policy.dtype).bits < 32
 
     def painted(self) -> Iterator[tuple[str, int, ImageActions, list[VelocityCall]]]:
@@ -246,7 +245,6 @@ def recorded_inputs(episode: Episode, budget: Callable[[int], int] = lambda k: 0
 
 
 def action_ids(episode: Episode) -> list[int]:
-    """The sampled token ids of an episode."""
     return [i for s in episode.segments if isinstance(s, TextActions) for i in s.ids.tolist()]
 
 
@@ -261,5 +259,4 @@ def label(episode: Episode) -> str:
 
 
 def image_label(episode: Episode, k: int) -> str:
-    """The episode, and which of several images."""
     return f"{label(episode)}, image {k + 1}" if len(episode.images) > 1 else label(episode)

@@ -37,7 +37,6 @@ class History:
     ratio_limits: Mapping[str, float]
 
     def now(self, key: str, missing: float = math.nan) -> float:
-        """The current step's value."""
         return self.last[-1].get(key, missing)
 
     def start(self, key: str) -> float:
@@ -50,7 +49,6 @@ class History:
         return [row.get(key, math.nan) for row in self.last]
 
     def full(self) -> bool:
-        """Whether there are enough steps for a trend."""
         return len(self.last) == LAST
 
     def rewards(self) -> list[Row]:
