@@ -56,7 +56,6 @@ class GenEvalReward:
     summary = "objects, counts, colours and positions of the prompt (GenEval's rules on detections)"
     range = (0.0, 1.0)
     needs = frozenset({"image", "metadata:include"})
-    batch_size = None
     licence = "rules: facts of GenEval (MIT); detector `shapes`: ours; others: that of their weights"
     Options = GenEvalOptions
 

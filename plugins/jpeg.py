@@ -25,7 +25,6 @@ class JpegReward:
     summary = "size as a JPEG: simple pictures, or busy ones"
     range = (-math.inf, 0.0)
     needs = frozenset({"image"})
-    batch_size = None
     licence = "ours"
     Options = JpegOptions
 

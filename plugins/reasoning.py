@@ -38,7 +38,6 @@ class LengthReward:
     summary = "length of the reasoning inside a range"
     range = (0.0, 1.0)
     needs = frozenset({"reasoning"})
-    batch_size = None
     licence = "ours"
     Options = LengthOptions
 
@@ -116,7 +115,6 @@ class FormatReward:
     summary = "1 when the reasoning has the format: think tags, or a regular expression"
     range = (0.0, 1.0)
     needs = frozenset({"reasoning"})
-    batch_size = None
     licence = "ours"
     Options = FormatOptions
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unigrpo_cli import Options as NoOptions
-from unigrpo_cli import RewardBatch, RewardContext, RewardOutput, Sample
+from unigrpo_cli import RewardBatch, RewardOutput, Sample
+from unigrpo_plugins.shapes import ShapesReward, shown_scenes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ class TextOnPicture(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-class ReflectionReward:
+class ReflectionReward(ShapesReward):
     """Share of a text's statements about its picture that are true, by the detector (shapes world).
 
     A text is about the picture that the model looked at last: the one it painted, or the source that it was given. Its
@@ -35,24 +35,10 @@ class ReflectionReward:
 
     name = "reflection"
     summary = "share of what a text says of its picture that is true (shapes world)"
-    range = (0.0, 1.0)
     needs = frozenset({"texts", "pictures", "metadata"})
     segments = frozenset({"text"})
-    batch_size = None
-    licence = "ours"
-    Options = NoOptions
-
-    def __init__(self, options: NoOptions):
-        pass
-
-    def setup(self, context: RewardContext) -> None:
-        from unigrpo_plugins.detector_shapes import ShapesDetector
-
-        self.detector = ShapesDetector()
 
     def score(self, batch: RewardBatch) -> RewardOutput:
-        from unigrpo_plugins.shapes import shown_scenes
-
         texts = [looked for k, sample in enumerate(batch.samples) for looked in _texts_on_pictures(k, sample)]
         shown = shown_scenes(self.detector, [t.pixels for t in texts])
         named: list[dict[str, float]] = [{} for _ in batch.samples]

@@ -40,7 +40,6 @@ class RemoteReward:
     summary = "a reward of another process or machine, by `unigrpo rewards serve`"
     range = (-math.inf, math.inf)
     needs: frozenset[str] = frozenset()
-    batch_size = None
     licence = "that of the served reward"
     Options = RemoteOptions
 

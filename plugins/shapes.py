@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from unigrpo_cli import Options as NoOptions
-from unigrpo_cli import RewardBatch, RewardContext
+from unigrpo_cli import RewardBatch
 from unigrpo_cli.errors import RewardError
 
 if TYPE_CHECKING:
@@ -50,24 +50,25 @@ def said_scene(text: str | None) -> Scene | None:
     return None if critique is None else critique.scene
 
 
-class FidelityReward:
+class ShapesReward:
+    """What the rewards of the shapes world share: scores in [0, 1], no options, nothing to load but a detector."""
+
+    range = (0.0, 1.0)
+    licence = "ours"
+    Options: type[NoOptions] = NoOptions
+
+    def __init__(self, options: Any):
+        from unigrpo_plugins.detector_shapes import ShapesDetector
+
+        self.options, self.detector = options, ShapesDetector()
+
+
+class FidelityReward(ShapesReward):
     """1 when the picture shows exactly what the text right before it says, thing by thing: colour, shape and cell."""
 
     name = "fidelity"
     summary = "1 when the picture shows exactly the written plan (shapes world)"
-    range = (0.0, 1.0)
     needs = frozenset({"image", "texts"})
-    batch_size = None
-    licence = "ours"
-    Options = NoOptions
-
-    def __init__(self, options: NoOptions):
-        pass
-
-    def setup(self, context: RewardContext) -> None:
-        from unigrpo_plugins.detector_shapes import ShapesDetector
-
-        self.detector = ShapesDetector()
 
     def score(self, batch: RewardBatch) -> list[float]:
         said = [said_scene(sample.preceding_text) for sample in batch.samples]
@@ -75,7 +76,7 @@ class FidelityReward:
         return [float(a is not None and Counter(a) == Counter(b)) for a, b in zip(said, shown, strict=True)]
 
 
-class PlanReward:
+class PlanReward(ShapesReward):
     """1 when the text right before the picture, painted faithfully, would answer the prompt.
 
     An edit plan must carry the instruction out and keep all else; a critique must be the true one.
@@ -83,14 +84,7 @@ class PlanReward:
 
     name = "plan"
     summary = "1 when the written plan answers the prompt (shapes world)"
-    range = (0.0, 1.0)
     needs = frozenset({"texts", "metadata"})
-    batch_size = None
-    licence = "ours"
-    Options = NoOptions
-
-    def __init__(self, options: NoOptions):
-        pass
 
     def check_metadata(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         lacking = [row for row in metadata if not {"include", "target", "scene"} & row.keys()]
@@ -121,19 +115,12 @@ def _right(text: str | None, metadata: Mapping[str, Any]) -> bool:
     return satisfies(said, metadata)
 
 
-class OriginalReward:
+class OriginalReward(ShapesReward):
     """1 minus the mean absolute difference from the picture before it was degraded."""
 
     name = "original"
     summary = "likeness to the picture before its fault (restores of the shapes world)"
-    range = (0.0, 1.0)
     needs = frozenset({"image", "metadata:scene"})
-    batch_size = None
-    licence = "ours"
-    Options = NoOptions
-
-    def __init__(self, options: NoOptions):
-        pass
 
     def score(self, batch: RewardBatch) -> list[float]:
         import numpy as np
@@ -144,19 +131,12 @@ class OriginalReward:
         return [1 - float(np.abs(x - y).mean()) / 255 for x, y in zip(batch.pixels, wanted, strict=True)]
 
 
-class CleanReward:
+class CleanReward(ShapesReward):
     """Evenness of the background: 1 minus ten times its deviation."""
 
     name = "clean"
     summary = "evenness of the background; falls when a policy drifts into texture (shapes world)"
-    range = (0.0, 1.0)
     needs = frozenset({"image"})
-    batch_size = None
-    licence = "ours"
-    Options = NoOptions
-
-    def __init__(self, options: NoOptions):
-        pass
 
     def score(self, batch: RewardBatch) -> list[float]:
         from unigrpo_plugins.detector_shapes import background_deviation

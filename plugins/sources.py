@@ -13,6 +13,7 @@ from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput
 from unigrpo_cli.errors import RewardError
+from unigrpo_plugins.shapes import ShapesReward, shown_scenes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ class EditOptions(Options):
     )
 
 
-class EditReward:
+class EditReward(ShapesReward):
     """The instruction is done, and the other things are kept: by what a detector sees (shapes world).
 
     A share of things, not of cells or pixels: a lost thing must cost more than an eighth.
@@ -38,23 +39,11 @@ class EditReward:
 
     name = "edit"
     summary = "the instruction is done and all else kept (edits of the shapes world)"
-    range = (0.0, 1.0)
     needs = frozenset({"image", "metadata:source", "metadata:target"})
-    batch_size = None
-    licence = "ours"
     Options = EditOptions
-
-    def __init__(self, options: EditOptions):
-        self.options = options
-
-    def setup(self, context: RewardContext) -> None:
-        from unigrpo_plugins.detector_shapes import ShapesDetector
-
-        self.detector = ShapesDetector()
 
     def score(self, batch: RewardBatch) -> RewardOutput:
         from unigrpo_cli.toy.edits import edit_outcome
-        from unigrpo_plugins.shapes import shown_scenes
 
         shown = shown_scenes(self.detector, batch.pixels)
         found = [edit_outcome(scene, m) for scene, m in zip(shown, batch.metadata, strict=True)]

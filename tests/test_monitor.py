@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -23,7 +22,6 @@ from unigrpo_cli.algo.objective import Actions, Objective, Scores, text_term
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, Group, Prompt, TextActions
-from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.rewards.batch import RewardResult
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -197,16 +195,11 @@ CASES: dict[str, tuple[list[Row], list[Row]]] = {
     "rollout-drift": (_after(1, 2, text__drift_mean=0.03), _after(1, 9, text__drift_mean=0.01)),
     "clip-high": (_after(0, 3, text__clip_fraction=0.6), _after(0, 9, text__clip_fraction=0.4)),
     "kl-large": (_after(0, 3, text__approx_kl=0.1), _after(0, 2, text__approx_kl=0.1)),
-    "penalty-stuck": (
-        [{"image/first_velocity-mse": 0.0}] * 3,
-        [{"image/first_velocity-mse": 0.0, "image/grad_norm": 0.0}] * 9,  # nothing has moved
-    ),
     "entropy-collapse": (_after(5, 3, text__entropy=0.05), _after(5, 9, text__entropy=0.1)),
     "entropy-explosion": (_after(5, 3, text__entropy=2.5), _after(5, 9, text__entropy=2.0)),
     "text-truncated": (_after(0, 3, text__truncated=0.9), _after(0, 9, text__truncated=0.4)),
     "text-shrinking": (_after(5, 3, text__length=3.0), _after(5, 9, text__length=5.0)),
     "identical-images": (_after(0, 3, image__duplicates=1.0), _after(0, 9, image__duplicates=0.05)),
-    "identical-texts": (_after(0, 5, text__duplicates=1.0), _after(0, 9, text__duplicates=0.98)),
     "zero-spread": (_after(0, 3, advantage__zero_groups=0.7), _after(0, 9, advantage__zero_groups=0.4)),
     "constant-reward": (_after(0, 3, reward__a__spread=0.0), _after(0, 9, reward__b__spread=0.0)),
     "reward-falling": (
@@ -218,10 +211,6 @@ CASES: dict[str, tuple[list[Row], list[Row]]] = {
         _columns("reward/a", WAVE, reward__b=[-0.1 * k for k in range(22)]),
     ),
     "abstentions": (_after(5, 3, reward__b__abstained=0.2), _after(0, 12, reward__b__abstained=0.2)),
-    "gradient-lost": (
-        _after(0, 3, text__grad_norm=0.0),
-        _after(0, 9, text__grad_norm=0.0, advantage__zero=1.0),  # nothing to learn
-    ),
 }
 
 
@@ -410,16 +399,6 @@ def _stale_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "score_old_and_reference", stale)
 
 
-def _adapters_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The penalty of every first update is 0."""
-
-    @contextmanager
-    def left_on(policy: MoTPolicy) -> Iterator[MoTPolicy]:
-        yield policy
-
-    monkeypatch.setattr(MoTPolicy, "reference", left_on)
-
-
 def _one_seed_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(seed: int, *key: object) -> int:
         return derive(seed, *(key[:1] if len(key) == 2 else key))  # (prompt, member): without the member
@@ -427,30 +406,23 @@ def _one_seed_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_module, "derive", shared)
 
 
-def _freeze_text(state: TrainState) -> None:
-    for parameter in state.policy.trainable()["text"]:
-        parameter.requires_grad_(False)
-
-
 def _nothing(_: object) -> None:
     pass
 
 
 @pytest.mark.parametrize(
-    ("steps", "setting", "of", "plant", "spoil", "wanted"),
+    ("steps", "setting", "of", "plant", "wanted"),
     [
-        (1, "train.minibatches=1", "bright", _stale_scores, _nothing, {"first-ratio text"}),
-        (3, "train.finetune=lora", "bright", _adapters_stay_on, _nothing, {"penalty-stuck image"}),
-        (3, "seed=0", "bright", _one_seed_for_a_group, _nothing, {"identical-images image"}),
-        (3, "seed=0", "same", _nothing, _nothing, {"constant-reward same", "zero-spread"}),
-        (3, "seed=0", "bright", _nothing, _freeze_text, {"gradient-lost text"}),
+        (1, "train.minibatches=1", "bright", _stale_scores, {"first-ratio text"}),
+        (3, "seed=0", "bright", _one_seed_for_a_group, {"identical-images image"}),
+        (3, "seed=0", "same", _nothing, {"constant-reward same", "zero-spread"}),
     ],
 )
 def test_a_planted_fault_gives_its_warning(
-    monkeypatch: pytest.MonkeyPatch, steps: int, setting: str, of: str, plant: Callable, spoil: Callable, wanted: set
+    monkeypatch: pytest.MonkeyPatch, steps: int, setting: str, of: str, plant: Callable, wanted: set
 ) -> None:
     plant(monkeypatch)
-    assert wanted <= _warned(steps, setting, of=of, spoil=spoil)[0]
+    assert wanted <= _warned(steps, setting, of=of)[0]
 
 
 def test_statistics_change_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:

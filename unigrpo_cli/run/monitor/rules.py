@@ -83,14 +83,6 @@ def _kl_large(h: History, kind: str) -> str | None:
     return f"the updates of one step move {kind} by a KL of {value:.3g} (limit {limit:g})" if value > limit else None
 
 
-def _penalty_stuck(h: History, kind: str) -> str | None:
-    penalty = h.config.objective.penalty
-    moved = len(h.last) > 1 and h.last[-2].get("image/grad_norm", 0.0) > 0 and h.config.train.lr_image > 0
-    if not (moved and h.now(f"image/first_{penalty}") == 0):
-        return None
-    return f"the {penalty} penalty is exactly 0 at the first update of a step although the policy has moved"
-
-
 def _entropy_low(h: History, kind: str) -> str | None:
     value, start = h.now("text/entropy"), h.start("text/entropy")
     if not value < h.config.monitor.entropy * start:
@@ -120,10 +112,6 @@ def _same_images(h: History, kind: str) -> str | None:
     if not value > h.config.monitor.duplicates:
         return None
     return f"{value:.0%} of images are identical to another image of their group"
-
-
-def _same_texts(h: History, kind: str) -> str | None:
-    return "every text is identical to another text of its group" if h.now("text/duplicates") == 1 else None
 
 
 def _zero_groups(h: History, kind: str) -> str | None:
@@ -156,13 +144,6 @@ def _abstaining(h: History, name: str) -> str | None:
     if not (value > h.config.monitor.abstained and value > 2 * start):
         return None
     return f"reward {name} abstains on {value:.0%} of samples; at the start it was {start:.0%}"
-
-
-def _no_gradient(h: History, kind: str) -> str | None:
-    taught = f"{kind}/loss" in h.last[-1] and h.now("advantage/zero") < 1
-    if not taught or h.now(f"{kind}/grad_norm", 0.0):
-        return None
-    return f"the {kind} expert gets no gradient although its loss is part of the objective"
 
 
 PERSISTENT = (3, 5)  # a single outlier does not warn
@@ -205,15 +186,6 @@ RULES = (
         "`text/approx_kl` is above `monitor.kl_text`, or `image/kl_old` above `monitor.kl_image`",
         "each step changes the policy a lot, which often precedes a collapse",
         "lower the learning rate, or raise objective.text_kl or objective.penalty_weight",
-    ),
-    Rule(
-        "penalty-stuck",
-        _penalty_stuck,
-        "image",
-        (2, 2),
-        "the penalty at the first update of a step is exactly 0 although the step before had a gradient",
-        "the reference moves with the policy: adapters stay on, or the frozen copy shares its weights",
-        "check the policy's `reference()`; suspect a plugin that wraps the network first",
     ),
     Rule(
         "entropy-collapse",
@@ -261,15 +233,6 @@ RULES = (
         "compare the members in `unigrpo rollout --out DIR`: each needs its own seed",
     ),
     Rule(
-        "identical-texts",
-        _same_texts,
-        "text",
-        (5, 5),
-        "`text/duplicates` is 1",
-        "sampling is greedy, or the entropy has collapsed",
-        "set sampling.temperature=1, or see entropy-collapse",
-    ),
-    Rule(
         "zero-spread",
         _zero_groups,
         "run",
@@ -313,15 +276,5 @@ RULES = (
         "`abstained` is above `monitor.abstained` and above twice its share at the start",
         "samples have become unreadable for the reward, or its server fails more often",
         "read the notes in rewards.json of `unigrpo rollout`; reward.max_abstain sets when a run stops",
-    ),
-    Rule(
-        "gradient-lost",
-        _no_gradient,
-        "expert",
-        PERSISTENT,
-        "an expert has a loss and some advantages are not 0, but its `grad_norm` is 0 or missing",
-        "its weights are frozen or detached from the loss",
-        "check train.experts, train.extra_modules and objective.grad_through_context; suspect a plugin that freezes "
-        "weights",
     ),
 )
