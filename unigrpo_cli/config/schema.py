@@ -22,6 +22,8 @@ AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=0, le=100)]
+Noise = Annotated[float, Field(ge=1e-3, le=10)]  # less is lost to rounding, more overflows
 
 
 class Section(BaseModel):
@@ -52,7 +54,7 @@ class SamplingConfig(Section):
     )
     think: bool = Field(True, description="write reasoning before the image")
     max_new_tokens: Positive = Field(1024, description="longest text in tokens, stop token included")
-    temperature: NonNegative = Field(1.0, description="softmax temperature of sampling and of log-probs [paper: 1]")
+    temperature: Scale = Field(1.0, description="softmax temperature of sampling and of log-probs [paper: 1]")
     height: Positive = Field(1024, description="image height in pixels [paper: 1024]")
     width: Positive = Field(1024, description="image width in pixels [paper: 1024]")
     steps: Positive = Field(24, description="denoising steps (network calls) per image [paper: 25 points = 24 calls]")
@@ -60,7 +62,7 @@ class SamplingConfig(Section):
         3.0, description="time shift of the denoising schedule; 0: that of the model's own sampler [paper: 3]"
     )
     sde: Literal["flow", "dance", "cps"] = Field("flow", description="stochastic transition [paper: flow]")
-    noise_level: AboveZero = Field(0.8, description="noise scale `a` of the stochastic transition [paper: 0.8]")
+    noise_level: Noise = Field(0.8, description="noise scale `a` of the stochastic transition [paper: 0.8]")
     window: Literal["all", "fixed", "random", "sliding"] = Field(
         "random", description="which steps are stochastic; one choice per rollout [paper: random]"
     )
@@ -69,12 +71,12 @@ class SamplingConfig(Section):
         (0, 5), description="half-open range of steps that contains the window [paper: 0, 5]"
     )
     window_period: Positive = Field(25, description="training steps between moves of a sliding window")
-    guidance_text: NonNegative = Field(
+    guidance_text: Scale = Field(
         1.0,
         description="classifier-free guidance in rollout, replay and gradients, against the context without the prompt "
         "[paper: 1, off]. Evaluation has scales of its own; interval and renormalisation are eval's for both",
     )
-    guidance_image: NonNegative = Field(1.0, description="the same for images, as eval.guidance_image")
+    guidance_image: Scale = Field(1.0, description="the same for images, as eval.guidance_image")
     batch_size: Count = Field(
         0,
         description="episodes sampled in one batch; 0: as many as fit in memory. Changes speed only; in bf16 "
@@ -260,15 +262,15 @@ class EvalConfig(Section):
     )
     samples: Few = Field(1, description="images per prompt")
     limit: Count = Field(0, description="only the first n prompts of each task; 0: all")
-    temperature: NonNegative = Field(1.0, description="softmax temperature of the reasoning; 0: greedy")
+    temperature: Scale = Field(1.0, description="softmax temperature of the reasoning; 0: greedy")
     steps: Positive = Field(49, description="denoising steps (network calls) per image [paper: 50 points = 49 calls]")
     rewards: tuple[str, ...] = Field((), description="more rewards to report next to the trained ones")
     every: Count = Field(0, description="training steps between evaluations; 0: only before and after training")
     best: str = Field("", description="reward whose held-out mean selects the checkpoint kept as checkpoints/best")
-    guidance_text: NonNegative = Field(
+    guidance_text: Scale = Field(
         1.0, description="classifier-free guidance scale against the context without the prompt; 1: off"
     )
-    guidance_image: NonNegative = Field(
+    guidance_image: Scale = Field(
         1.0,
         description="guidance scale against the context without images and reasoning; needs guidance_text above 1",
     )
@@ -478,24 +480,16 @@ class Config(Section):
         s = self.sampling
         if s.window == "all" and s.steps < 2:
             raise ValueError("sampling.window=all excludes the last step; set sampling.steps=2 or more")
-        if not 1e-3 <= s.noise_level <= 10:
-            raise ValueError(
-                f"sampling.noise_level={s.noise_level:g}: set 0.001 to 10; less is lost to rounding, more overflows"
-            )
         for name, steps, temperature in (
             ("sampling", s.steps, s.temperature),
             ("eval", self.eval.steps, self.eval.temperature),
         ):
-            if temperature and not 0.01 <= temperature <= 100:
-                raise ValueError(f"{name}.temperature={temperature:g}: set 0.01 to 100, or 0 for greedy")
+            if 0 < temperature < 0.01:
+                raise ValueError(f"{name}.temperature={temperature:g}: set 0.01 or more, or 0 for greedy")
             # The grid's smallest interval is 1 / (1 + (steps - 1) max(shift, 1 / shift)); fp32 resolves 6e-8.
             if s.shift and steps * max(s.shift, 1 / s.shift) > 1e6:
                 raise ValueError(
                     f"sampling.shift={s.shift:g} with {name}.steps={steps} puts times less than 1e-6 apart; "
                     "set a shift nearer to 1 or fewer steps"
                 )
-        for key in ("eval.guidance_text", "eval.guidance_image", "sampling.guidance_text", "sampling.guidance_image"):
-            section, name = key.split(".")
-            if (scale := getattr(getattr(self, section), name)) > 100:
-                raise ValueError(f"{key}={scale:g}: set a scale up to 100")
         return self
