@@ -441,7 +441,6 @@ WARM, LORA = ["sampling.temperature=0.7"], ["train.finetune=lora"]
         (penalty_of_the_wrong_sign, "reference", "drives", []),
         (_advantages(lambda a: a.roll(1, 0)), "advantages", "", []),
         (_advantages(lambda a: -a), "advantages", "has the smaller advantage", []),
-        (advantages_counted_within_micro_batches, "advantages", "is replayed with advantage", []),
     ],
 )
 def test_a_planted_fault_is_found_by_one_check(
@@ -462,6 +461,7 @@ def test_a_planted_fault_is_found_by_one_check(
         (truncated_text_left_open, "stop-token", "not closed", SHORT),
         (recorded_at_another_temperature, "temperature text-drift", "log-probabilities are off", WARM),
         (replayed_at_another_temperature, "temperature text-drift", "replay uses 1", WARM),
+        (advantages_counted_within_micro_batches, "replay", "not each episode once", []),
         (seed_without_effect, "repeats", "the same seed gives other episodes", []),
         (schedule_off_by_one_in_rollout, "schedule", "the network received t", []),
         (schedule_with_a_call_missing, "schedule", "3 network calls", ["sampling.window_range=[0, 2]"]),
