@@ -109,9 +109,7 @@ def test_a_sound_run_has_no_fault(settings: list[str]) -> None:
     found = _examine(*settings, thorough=True)
     assert not _faults(found), {n: f.seen for n, f in found.items() if f.verdict == FAULT}
     assert list(found) == [check.name for check in CHECKS]
-    assert settings or {n for n, f in found.items() if f.verdict == "skipped"} == {
-        "looks"
-    }  # one round looks at nothing
+    assert settings or all(f.verdict != "skipped" for f in found.values())
     for finding in found.values():
         assert bool(finding.means) == bool(finding.remedy) == (finding.verdict not in ("ok", "skipped"))
 
@@ -196,31 +194,6 @@ def encoded_again_in_replay(monkeypatch: MonkeyPatch) -> None:
     _collated(monkeypatch, lambda segment: _encoded_again(tokenizer, segment))
 
 
-def dropped_stop_token(monkeypatch: MonkeyPatch) -> None:
-    def without(policy, text):
-        if not text.finished:
-            return text
-        return replace(text, ids=text.ids[:-1], log_prob=text.log_prob[:-1], closing=(policy.stop_id,))
-
-    _texts(monkeypatch, without)
-
-
-def _forced(text: Any) -> Any:
-    """The sampled stop token becomes a forced one."""
-    if not isinstance(text, TextActions) or not text.finished:
-        return text
-    own = {"ids": text.ids[:-1], "log_prob": text.log_prob[:-1], "closing": (int(text.ids[-1]),)}
-    return replace(text, finished=False, **own)
-
-
-def forced_stop_token_in_rollout(monkeypatch: MonkeyPatch) -> None:
-    _texts(monkeypatch, lambda policy, text: _forced(text))
-
-
-def forced_stop_token_in_replay(monkeypatch: MonkeyPatch) -> None:
-    _collated(monkeypatch, _forced)
-
-
 def truncated_text_left_open(monkeypatch: MonkeyPatch) -> None:
     _texts(monkeypatch, lambda policy, text: replace(text, closing=()))
 
@@ -236,20 +209,8 @@ def _token(monkeypatch: MonkeyPatch, sampled: Callable, scored: Callable, *modul
         monkeypatch.setattr(module, "token", faulty)
 
 
-def sampled_at_another_temperature(monkeypatch: MonkeyPatch) -> None:
-    _token(monkeypatch, lambda t: 0.5, lambda t: t, rollout)
-
-
 def recorded_at_another_temperature(monkeypatch: MonkeyPatch) -> None:
     _token(monkeypatch, lambda t: t, lambda t: 2 * t, rollout)
-
-
-def forgotten_temperature(monkeypatch: MonkeyPatch) -> None:
-    _token(monkeypatch, lambda t: 1.0, lambda t: 1.0, rollout, replay)
-
-
-def forgotten_temperature_in_scores(monkeypatch: MonkeyPatch) -> None:
-    _token(monkeypatch, lambda t: t, lambda t: 1.0, rollout, replay)
 
 
 def replayed_at_another_temperature(monkeypatch: MonkeyPatch) -> None:
@@ -258,6 +219,15 @@ def replayed_at_another_temperature(monkeypatch: MonkeyPatch) -> None:
 
 
 # ----- planted faults: images
+
+
+def noise_shared_by_a_group(monkeypatch: MonkeyPatch) -> None:
+    sample = rollout.sample_image
+
+    def faulty(policy, context, sampling, given, own, grid=None, unconditional=None):
+        return sample(policy, context, sampling, given, [own[0]] * len(own), grid, unconditional)
+
+    monkeypatch.setattr(rollout, "sample_image", faulty)
 
 
 def seed_without_effect(monkeypatch: MonkeyPatch) -> None:
@@ -429,11 +399,6 @@ WARM, LORA = ["sampling.temperature=0.7"], ["train.finetune=lora"]
 @pytest.mark.parametrize(
     ("plant", "check", "seen", "settings"),
     [
-        (forced_stop_token_in_rollout, "stop-token", "truncated after", LONG),
-        (forced_stop_token_in_replay, "stop-token", "not scored in replay", LONG),
-        (sampled_at_another_temperature, "temperature", "of tokens would be sampled differently", []),
-        (forgotten_temperature, "temperature", "are off", WARM),
-        (forgotten_temperature_in_scores, "temperature", "are off", WARM),
         (adapters_left_on_in_the_reference, "reference", "moved the reference", LORA),
         (reference_that_is_the_policy, "reference", "", []),
         (reference_that_is_the_old_policy, "reference", "exactly 0", []),
@@ -457,11 +422,11 @@ def test_a_planted_fault_is_found_by_one_check(
     [
         (encoded_again_in_rollout, "tokens", "recorded is", []),
         (encoded_again_in_replay, "tokens", "replayed is", []),
-        (dropped_stop_token, "stop-token", "", LONG),
-        (truncated_text_left_open, "stop-token", "not closed", SHORT),
-        (recorded_at_another_temperature, "temperature text-drift", "log-probabilities are off", WARM),
-        (replayed_at_another_temperature, "temperature text-drift", "replay uses 1", WARM),
+        (truncated_text_left_open, "tokens", "recorded is", SHORT),
+        (recorded_at_another_temperature, "text-drift", "", WARM),
+        (replayed_at_another_temperature, "text-drift", "", WARM),
         (advantages_counted_within_micro_batches, "replay", "not each episode once", []),
+        (noise_shared_by_a_group, "group-noise", "(correlation 1.00)", []),
         (seed_without_effect, "repeats", "the same seed gives other episodes", []),
         (schedule_off_by_one_in_rollout, "schedule", "the network received t", []),
         (schedule_with_a_call_missing, "schedule", "3 network calls", ["sampling.window_range=[0, 2]"]),
@@ -652,7 +617,7 @@ def test_rewards(functions: tuple, thorough: bool, check: str, verdict: str, see
 
 
 def test_the_recorder_changes_nothing_and_records_every_input(tiny: MoTPolicy) -> None:
-    """Rollout and replay through it are equal to the bit, and replay's logits are those of the rollout."""
+    """Rollout and replay through it are equal to the bit."""
     sampling, window = train_sampling(_config()), flow.Window(0, 2)
     plain = flatten(rollout.rollout(tiny, PROMPTS, 3, sampling, window, 0))
     recorder = Recorder(tiny)
@@ -668,10 +633,6 @@ def test_the_recorder_changes_nothing_and_records_every_input(tiny: MoTPolicy) -
     assert torch.equal(direct.log_prob_BL, through.log_prob_BL)
     assert torch.equal(direct.velocities[0], through.velocities[0])
     (trace,) = recorder.take()
-    sampled = {prefix: logits for own in traces for prefix, logits in own.logits.items()}
-    assert trace.logits
-    for prefix, logits in trace.logits.items():
-        torch.testing.assert_close(logits, sampled[prefix], rtol=1e-6, atol=1e-6)
     assert len(trace.prefixes) == 6
 
 

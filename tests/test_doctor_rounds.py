@@ -10,8 +10,8 @@ import pytest
 
 from tests import small, test_doctor
 from unigrpo_cli import replay, rollout
+from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.run.doctor import FAULT, Finding, examine
 
 MonkeyPatch = pytest.MonkeyPatch
@@ -41,9 +41,8 @@ def test_a_sound_program_has_no_fault(settings: list[str]) -> None:
     assert not found, {name: f.seen for name, f in found.items()}
 
 
-def another_episodes_image_shown(monkeypatch: MonkeyPatch) -> None:
-    show = MoTPolicy.show
-    monkeypatch.setattr(MoTPolicy, "show", lambda policy, images, how: show(policy, images[1:] + images[:1], how))
+def noise_shared_between_rounds(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "derive", lambda seed, *keys: seed if keys[0] == "round" else derive(seed, *keys))
 
 
 def another_image_read_than_recorded(monkeypatch: MonkeyPatch) -> None:
@@ -63,7 +62,7 @@ def scored_without_the_image(monkeypatch: MonkeyPatch) -> None:
 
 
 PLANTED = [
-    (another_episodes_image_shown, "looks", "not its latest"),
+    (noise_shared_between_rounds, "group-noise", "image 2"),
     (another_image_read_than_recorded, "tokens", "the network received the image"),
     (scored_under_another_image, "tokens", "replayed is the image"),
     (scored_without_the_image, "tokens", "replayed is"),

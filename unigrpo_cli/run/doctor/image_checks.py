@@ -1,4 +1,4 @@
-"""Checks of sampled images: time grid, latents, and what an episode looks at."""
+"""Checks of sampled images: noise, time grid, latents."""
 
 from __future__ import annotations
 
@@ -8,13 +8,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unigrpo_cli.episode import PAINTED, Episode, GivenImage, ImageActions, TextActions, flatten
-from unigrpo_cli.run.doctor.findings import OK, Outcome, fault, judged, skipped
-from unigrpo_cli.run.doctor.recording import Recording, label
+from unigrpo_cli.algo import flow
+from unigrpo_cli.episode import Episode, ImageActions, TextActions, flatten
+from unigrpo_cli.run.doctor.findings import OK, Outcome, fault, skipped
+from unigrpo_cli.run.doctor.recording import Recording
 
 ROUNDED = 0.05  # share of fp32 latents that fit 16 bits; by chance about 1e-4 of them fit fp16
-ROUNDING = 1e-3  # largest difference of an image's latents that are encoded twice, on a GPU
+ALIKE = 0.5  # correlation of two noises; below 0.2 for independent noises of 768 numbers
+SPREAD = (0.7, 1.4)  # deviation of standard normal noise, as recovered from a step
 TIME = 1e-6  # largest difference of two times that are meant to be equal
+
+
+def group_noise(r: Recording) -> Outcome:
+    """Initial and step noises, as recovered from the recorded velocities, all differ and are standard normal."""
+    names, noises = [], []
+    for name, _, image, calls in r.painted():
+        names.append(f"the initial noise of {name}")
+        noises.append(calls[0].x_ND.flatten().float())
+        for j, k in enumerate(image.window.steps):
+            if k < len(calls) and calls[k].v_ND.shape == image.before[j].shape:
+                step = _transition(image, calls[k].v_ND, image.before[j], k)
+                names.append(f"the noise at step {k} of {name}")
+                noises.append(((image.after[j] - step.mean) / step.std).flatten().float())
+    if len(noises) < 2:
+        return skipped("there is only one noise")
+    common = min(len(n) for n in noises)  # edited pictures may differ in size
+    unit = torch.nn.functional.normalize(torch.stack([n[:common] for n in noises]), dim=1)
+    correlation = (unit @ unit.T).fill_diagonal_(0).abs()
+    value = float(correlation.max())
+    if value > ALIKE:
+        a, b = divmod(int(correlation.argmax()), len(noises))
+        return fault(f"{names[a]} equals {names[b]} (correlation {value:.2f})", value, ALIKE)
+    deviations = [float(n.std()) for n in noises]
+    low, high = min(deviations), max(deviations)
+    if not (SPREAD[0] <= low and high <= SPREAD[1]):
+        return fault(f"noises have deviations from {low:.2f} to {high:.2f}, not 1", high, SPREAD[1])
+    return Outcome(OK, value, ALIKE, f"largest correlation of {len(noises)} noises")
+
+
+def _transition(image: ImageActions, v_ND: Tensor, x_ND: Tensor, k: int) -> flow.Transition:
+    t = image.times
+    return flow.transition(image.sde, x_ND, v_ND.float(), t[k], t[k + 1], noise_level=image.noise_level, t_second=t[1])
 
 
 def schedule(r: Recording) -> Outcome:
@@ -77,29 +111,6 @@ def latents(r: Recording) -> Outcome:
 def _same(received: Sequence[Tensor], recorded: Tensor) -> bool:
     found = torch.stack(list(received))
     return found.shape == recorded.shape and torch.equal(found, recorded)
-
-
-def looks(r: Recording) -> Outcome:
-    """What an episode looks at is its own latest image, as `sampling.show_images` says."""
-    how, count, gap = r.config.sampling.show_images, 0, 0.0
-    for episode in r.episodes:
-        latest: ImageActions | None = None
-        for segment in episode.segments:
-            if isinstance(segment, ImageActions):
-                latest = segment
-            elif isinstance(segment, GivenImage) and segment.role == PAINTED:
-                count += 1
-                if latest is None or not torch.equal(segment.pixels, latest.pixels):
-                    return fault(f"{label(episode)} looks at an image that is not its latest")
-                (wanted,) = r.policy.show([latest], how)
-                for a, b in ((segment.latent, wanted.latent), (segment.view, wanted.view)):
-                    if (a is None) != (b is None) or (a is not None and b is not None and a.shape != b.shape):
-                        return fault(f"{label(episode)} looks at its image in another way than {how}")
-                    if a is not None and b is not None and a.numel():
-                        gap = max(gap, float((a.double() - b.double()).abs().max()))
-    if not count:
-        return skipped("no episode looks at its images")
-    return judged(gap, ROUNDING, f"{count} images looked at, each the episode's latest")
 
 
 def repeats(r: Recording) -> Outcome:
