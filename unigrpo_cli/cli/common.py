@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,8 @@ def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with stdout_for_json(kwargs.get("json", False)), _noticed_exit():
+        quiet = kwargs.get("quiet", False)
+        with stdout_for_json(kwargs.get("json", False)), _announced_torch(quiet), _noticed_exit():
             return guarded(*args, **kwargs)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -144,6 +146,27 @@ def _refuse_unprintable_out(out: Path | None) -> None:
         str(out).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"--out {out}: the name is not UTF-8; choose another --out") from error
+
+
+class _TorchNotice:
+    """An import hook that finds nothing: it prints a line when torch is imported, which takes seconds."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("loading torch ...", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _announced_torch(quiet: bool) -> Iterator[None]:
+    notice = _TorchNotice()
+    if not quiet and "torch" not in sys.modules and (os.environ.get("RANK") or "0") == "0":
+        sys.meta_path.insert(0, notice)
+    try:
+        yield
+    finally:
+        if notice in sys.meta_path:
+            sys.meta_path.remove(notice)
 
 
 def resolve_config(
