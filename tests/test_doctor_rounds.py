@@ -12,6 +12,7 @@ from tests import small, test_doctor
 from unigrpo_cli import replay, rollout
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.episode import Prompt
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.run.doctor import FAULT, Finding, examine
 
 MonkeyPatch = pytest.MonkeyPatch
@@ -45,6 +46,11 @@ def noise_shared_between_rounds(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "derive", lambda seed, *keys: seed if keys[0] == "round" else derive(seed, *keys))
 
 
+def another_episodes_image_shown(monkeypatch: MonkeyPatch) -> None:
+    show = MoTPolicy.show
+    monkeypatch.setattr(MoTPolicy, "show", lambda policy, images, how: show(policy, images[1:] + images[:1], how))
+
+
 def another_image_read_than_recorded(monkeypatch: MonkeyPatch) -> None:
     read = rollout.read_images
     monkeypatch.setattr(
@@ -63,6 +69,7 @@ def scored_without_the_image(monkeypatch: MonkeyPatch) -> None:
 
 PLANTED = [
     (noise_shared_between_rounds, "group-noise", "image 2"),
+    (another_episodes_image_shown, "looks", "not its latest"),
     (another_image_read_than_recorded, "tokens", "the network received the image"),
     (scored_under_another_image, "tokens", "replayed is the image"),
     (scored_without_the_image, "tokens", "replayed is"),

@@ -44,6 +44,19 @@ CHECKS = (
         REPORT,
     ),
     DoctorCheck(
+        "stop-token",
+        text_checks.stop_token,
+        "the stop token is an action: if it is not scored, the policy does not learn to stop; if the network does not "
+        "receive it, the image has another context in rollout than in replay",
+        REPORT,
+    ),
+    DoctorCheck(
+        "temperature",
+        text_checks.temperature,
+        "tokens are sampled, recorded or scored at different temperatures, so another policy is trained than sampled",
+        REPORT,
+    ),
+    DoctorCheck(
         "truncation",
         text_checks.truncation,
         "images are painted from unfinished text, and the policy does not learn to stop",
@@ -53,6 +66,12 @@ CHECKS = (
         "group-noise",
         image_checks.group_noise,
         "episodes or rounds share noise, or it has the wrong size, so a group explores less than its size suggests",
+        REPORT,
+    ),
+    DoctorCheck(
+        "window",
+        image_checks.window,
+        "members of a group have noise at different steps, so their rewards cannot be compared and training collapses",
         REPORT,
     ),
     DoctorCheck(
@@ -68,6 +87,13 @@ CHECKS = (
         REPORT,
     ),
     DoctorCheck(
+        "looks",
+        image_checks.looks,
+        "an episode looks at an image that it did not paint, or in another way than sampling.show_images says, so its "
+        "words and its next image are about something else",
+        REPORT,
+    ),
+    DoctorCheck(
         "repeats",
         image_checks.repeats,
         "the seed does not determine the episodes: a run can be neither repeated nor resumed exactly",
@@ -78,7 +104,7 @@ CHECKS = (
         "replay",
         replay_checks.replayable,
         "the sampled episodes cannot be scored again, so nothing can be trained",
-        "fix the faults above first",
+        "fix the faults above first; the cause is usually the window or the temperature",
     ),
     DoctorCheck(
         "text-ratio",

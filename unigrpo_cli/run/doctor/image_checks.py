@@ -1,4 +1,4 @@
-"""Checks of sampled images: noise, time grid, latents."""
+"""Checks of sampled images: noise, stochastic window, time grid, latents."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
-from unigrpo_cli.episode import Episode, ImageActions, TextActions, flatten
-from unigrpo_cli.run.doctor.findings import OK, Outcome, fault, skipped
-from unigrpo_cli.run.doctor.recording import Recording
+from unigrpo_cli.episode import PAINTED, Episode, GivenImage, ImageActions, TextActions, flatten
+from unigrpo_cli.run.doctor.findings import OK, Outcome, fault, judged, skipped
+from unigrpo_cli.run.doctor.recorder import VelocityCall
+from unigrpo_cli.run.doctor.recording import Recording, label
 
 ROUNDED = 0.05  # share of fp32 latents that fit 16 bits; by chance about 1e-4 of them fit fp16
 ALIKE = 0.5  # correlation of two noises; below 0.2 for independent noises of 768 numbers
 SPREAD = (0.7, 1.4)  # deviation of standard normal noise, as recovered from a step
+ROUNDING = 1e-3  # largest difference of an image's latents that are encoded twice, on a GPU
 TIME = 1e-6  # largest difference of two times that are meant to be equal
 
 
@@ -49,6 +51,50 @@ def group_noise(r: Recording) -> Outcome:
 def _transition(image: ImageActions, v_ND: Tensor, x_ND: Tensor, k: int) -> flow.Transition:
     t = image.times
     return flow.transition(image.sde, x_ND, v_ND.float(), t[k], t[k + 1], noise_level=image.noise_level, t_second=t[1])
+
+
+def window(r: Recording) -> Outcome:
+    """All episodes have the window of this step, with noise in its steps and in no other."""
+    s = r.config.sampling
+    rounds: dict[int, set[tuple[int, int]]] = {}
+    for _, k, image, _ in r.painted():
+        rounds.setdefault(k, set()).add((image.window.start, image.window.size))
+    low, high = (0, s.steps - 1) if s.window == "all" else s.window_range
+    wanted = s.steps - 1 if s.window == "all" else s.window_size
+    if not r.scores_steps:
+        low = high = wanted = 0
+    for recorded in rounds.values():
+        if len(recorded) > 1:
+            shown = ", ".join(str(w) for w in sorted(recorded))
+            return fault(f"{len(recorded)} windows in one round (start, size): {shown}", len(recorded), 1)
+        (start, size) = next(iter(recorded))
+        last = start + size - 1
+        if not (low <= start and last < high and size == wanted):
+            seen = f"noise at steps {start} to {last}; the settings ask for {wanted} steps within [{low}, {high})"
+            return fault(seen, 1, 1)
+    for name, _, image, calls in r.painted():
+        noisy, window = _noisy_steps(image, calls), image.window
+        if noisy != set(window.steps):
+            last = window.start + window.size - 1
+            seen = f"{name} has noise at steps {sorted(noisy)}, its window is {window.start} to {last}"
+            return fault(seen, 1, 0)
+    if not wanted:
+        return Outcome(OK, 0, 0, f"no step has noise in all {len(r.episodes)} episodes: final latents are scored")
+    steps = "; ".join(f"steps {start} to {start + size - 1}" for ((start, size),) in rounds.values())
+    return Outcome(OK, 1, 1, f"{steps} in all {len(r.episodes)} episodes")
+
+
+def _noisy_steps(image: ImageActions, calls: Sequence[VelocityCall]) -> set[int]:
+    """The steps that do not end where Euler's step would."""
+    ends = [call.x_ND for call in calls[1:]] + [image.latent]
+    noisy = set()
+    for k, (call, end) in enumerate(zip(calls, ends, strict=True)):
+        if k + 1 < len(image.times):
+            straight = flow.euler(call.x_ND.float(), call.v_ND.float(), image.times[k], image.times[k + 1])
+            std = _transition(image, call.v_ND, call.x_ND.float(), k).std.mean()
+            if float((end - straight).abs().mean()) > 0.1 * float(std) + 1e-4:
+                noisy.add(k)
+    return noisy
 
 
 def schedule(r: Recording) -> Outcome:
@@ -111,6 +157,29 @@ def latents(r: Recording) -> Outcome:
 def _same(received: Sequence[Tensor], recorded: Tensor) -> bool:
     found = torch.stack(list(received))
     return found.shape == recorded.shape and torch.equal(found, recorded)
+
+
+def looks(r: Recording) -> Outcome:
+    """What an episode looks at is its own latest image, as `sampling.show_images` says."""
+    how, count, gap = r.config.sampling.show_images, 0, 0.0
+    for episode in r.episodes:
+        latest: ImageActions | None = None
+        for segment in episode.segments:
+            if isinstance(segment, ImageActions):
+                latest = segment
+            elif isinstance(segment, GivenImage) and segment.role == PAINTED:
+                count += 1
+                if latest is None or not torch.equal(segment.pixels, latest.pixels):
+                    return fault(f"{label(episode)} looks at an image that is not its latest")
+                (wanted,) = r.policy.show([latest], how)
+                for a, b in ((segment.latent, wanted.latent), (segment.view, wanted.view)):
+                    if (a is None) != (b is None) or (a is not None and b is not None and a.shape != b.shape):
+                        return fault(f"{label(episode)} looks at its image in another way than {how}")
+                    if a is not None and b is not None and a.numel():
+                        gap = max(gap, float((a.double() - b.double()).abs().max()))
+    if not count:
+        return skipped("no episode looks at its images")
+    return judged(gap, ROUNDING, f"{count} images looked at, each the episode's latest")
 
 
 def repeats(r: Recording) -> Outcome:

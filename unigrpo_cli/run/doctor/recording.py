@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance, guided
 from unigrpo_cli.algo.objective import ImageSteps
+from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, TextActions, flatten
 from unigrpo_cli.models.policy import TrainablePolicy
@@ -170,7 +171,7 @@ class Recording:
         prefix = self.image_calls(episode.images[-1])[0].prefix
         if isinstance(episode.segments[-1], ImageActions):
             return prefix
-        recorded = recorded_inputs(episode)
+        recorded = recorded_inputs(episode).items
 
         def alike(other: Prefix) -> tuple[int, int]:
             """How many first items agree, and how near the length is."""
@@ -203,17 +204,44 @@ class Recording:
                 yield image_label(episode, k), b, image, steps, own
 
 
-def recorded_inputs(episode: Episode) -> list[Item]:
-    """What an episode says the network received: ids, and digests of the images that were looked at."""
+@dataclass(frozen=True)
+class RecordedText:
+    """A sampled text: the seed of its draws, its budget, the number of items before it, its segment."""
+
+    seed: int
+    budget: int
+    before: int
+    text: TextActions
+
+
+@dataclass(frozen=True)
+class RecordedInputs:
+    """What an episode says the network received: ids, and digests of the images that were looked at; its texts."""
+
+    items: list[Item]
+    texts: list[RecordedText]
+
+
+def recorded_inputs(episode: Episode, budget: Callable[[int], int] = lambda k: 0) -> RecordedInputs:
+    """What is recorded of an episode; `budget` gives the most tokens of a text by its round."""
     items: list[Item] = []
+    texts: list[RecordedText] = []
+    images, said = 0, 0  # rounds so far, texts in this one
     for segment in episode.segments:
         if isinstance(segment, GivenText):
             items += segment.ids.tolist()
         elif isinstance(segment, GivenImage):
             items += [digest_of(x) for x in (segment.latent, segment.view) if x is not None and len(x)]
-        elif isinstance(segment, TextActions):
-            items += [*segment.opening, *segment.ids.tolist(), *segment.closing]
-    return items
+        elif isinstance(segment, ImageActions):
+            images, said = images + 1, 0
+        else:
+            seed = derive(episode.seed, "round", images) if images else episode.seed
+            items += segment.opening
+            own = derive(seed, "text", said) if said else seed
+            texts.append(RecordedText(own, budget(images), len(items), segment))
+            items += [*segment.ids.tolist(), *segment.closing]
+            said += 1
+    return RecordedInputs(items, texts)
 
 
 def action_ids(episode: Episode) -> list[int]:

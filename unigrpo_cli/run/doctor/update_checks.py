@@ -9,6 +9,7 @@ from itertools import islice
 
 from unigrpo_cli.algo.credit import IMAGE
 from unigrpo_cli.episode import Episode, ImageActions, TextActions
+from unigrpo_cli.run.doctor.credit_checks import credited
 from unigrpo_cli.run.doctor.findings import OK, WARN, Outcome, fault, judged, skipped
 from unigrpo_cli.run.doctor.probe_step import difference
 from unigrpo_cli.run.doctor.recording import Recording, label
@@ -32,7 +33,7 @@ def advantages(r: Recording) -> Outcome:
             if used != own:
                 seen = f"segment {s} of {label(episode)} is replayed with advantage {used:+.3f}, its own is {own:+.3f}"
                 return fault(seen, abs(used - own), 0.0)
-    return _order(r)
+    return credited(r) or _order(r)
 
 
 def _used(m: MicroBatch, row: int, episode: Episode) -> list[list[float]]:
