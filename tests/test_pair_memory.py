@@ -122,6 +122,36 @@ def test_sizes_of_a_directory_are_those_of_its_networks(tmp_path: Path) -> None:
         assert (sizes.token_dim, sizes.pixels_per_token, sizes.grid(16, 24)) == (16, 4, (4, 6))
 
 
+def test_another_reasoner_is_counted_instead_of_the_text_encoder(tmp_path: Path) -> None:
+    model, words = tiny_pair.write("z-image", tmp_path / "model"), tiny_pair.tokenizer()
+    other = tiny_pair.reasoner(16, 9, len(words), tied=False)
+    other.save_pretrained(tmp_path / "lm")
+    words.save_pretrained(tmp_path / "lm")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = [
+        "train",
+        "--dry-run",
+        "--json",
+        "--model",
+        model,
+        "--reward",
+        "jpeg",
+        "--prompts",
+        tmp_path / "prompts.txt",
+    ]
+    settings = ["dtype=float32", "train.finetune=full", "sampling.height=8", "sampling.width=8"]
+    trained = {}
+    for reasoner in ("", str(tmp_path / "lm")):
+        own = [*settings, f"model_options.reasoner={reasoner}"]
+        done = unigrpo(*map(str, given), *(word for setting in own for word in ("--set", setting)))
+        trained[reasoner] = json.loads(done.stdout)["trained_parameters"]
+    own, others = (
+        sum(p.numel() for m in lm.model.layers for p in m.parameters() if p.ndim == 2)
+        for lm in (tiny_pair.pipeline("z-image").text_encoder, other)
+    )
+    assert trained[str(tmp_path / "lm")] - trained[""] == others - own > 0
+
+
 def test_a_dry_run_of_a_pair_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a hub id that is not here: released sizes; a smaller device names settings that a pair has."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -136,3 +166,11 @@ def test_a_dry_run_of_a_pair_needs_no_weights(tmp_path: Path, monkeypatch: pytes
     done = unigrpo("train", *given, *plan[:4], "memory_gb=40", "--set", "train.finetune=full")
     assert done.exit_code == 1 and "does not fit" in done.stderr
     assert "reference_device" not in done.stderr and "vae_tile_rows" not in done.stderr
+
+
+def test_a_dry_run_of_a_quantized_base_says_what_its_time_leaves_out() -> None:
+    given = ["--model", "ByteDance-Seed/BAGEL-7B-MoT", "--reward", "jpeg", "--set", "device=cuda"]
+    plan = ["train", "--dry-run", *given, "--set", "memory_gb=80", "--set", "train.finetune=lora"]
+    quantized = unigrpo(*plan, "--set", "model_options.quantize=nf4")
+    assert "evaluations and making quantised matrices whole (" in quantized.stdout
+    assert "without rewards and evaluations (" in unigrpo(*plan).stdout

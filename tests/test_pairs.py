@@ -236,7 +236,6 @@ def test_activation_checkpointing_changes_no_gradient(kind: str, directories: di
     ("change", "says"),
     [
         ({"extra_modules": ("head",)}, "train.extra_modules is for"),
-        ({"shard_over": 2}, "ranks.weights=whole"),
         ({"reference_on_host": True}, "train.reference_device=host"),
     ],
 )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,12 +23,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests import tiny_pair, two_ranks
+from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models.family import MODELS
+from unigrpo_cli.models.pair.facts import PAINTERS
 from unigrpo_cli.parallel import join
 from unigrpo_cli.parallel.join import gpu_index, gpu_of_rank, share_gpu
 from unigrpo_cli.parallel.launch import address, launched
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.replay import split_up
+from unigrpo_cli.run.memory.kinds import training_memory, workload
 
 TESTS = Path(__file__).parent
 SCENES = (
@@ -45,7 +50,7 @@ SCENES = (
     "uneven_program",
     "abstaining_judge",
     "imitated",
-    *(RESUMED := ("saved_full", "saved_lora", "restored_full", "restored_lora")),
+    *(RESUMED := tuple(f"{verb}_{what}" for verb in ("saved", "restored") for what in two_ranks.TRAINED)),
 )
 CONTROLS = (*SCENES[:5], "abstaining_judge", "imitated", *RESUMED)
 STEPS = 3
@@ -97,7 +102,8 @@ def finished(processes: Sequence[subprocess.Popen], seconds: float) -> list[tupl
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes and one found."""
     out = tmp_path_factory.mktemp("ranks")
-    tiny_pair.write("z-image", out / "pair")
+    for kind in tiny_pair.KINDS:
+        tiny_pair.write(kind, out / kind)
     pair = launch(2, str(TESTS / "two_ranks.py"), str(out), *SCENES)
     try:
         two_ranks.main(out, CONTROLS)  # which waits for what the others save, and they for this
@@ -365,16 +371,36 @@ def test_no_thread_of_the_group_outlives_it() -> None:
         assert (code, output.split("\n")[:2]) == (0, ["inside True 2", "left 0"]), errors
 
 
-@pytest.mark.parametrize("finetune", ["full", "lora"])
-def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, finetune: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "file"),
+    [
+        ("full", "ema.safetensors"),
+        ("lora", "adapter_model.safetensors"),
+        ("pair", "transformer/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, what: str, file: str) -> None:
     """Two ranks' checkpoint in one process and the other way round: files of the same names and tensors."""
     for written, resumed in ((2, 1), (1, 2)):
-        assert told(played, f"restored_{finetune}", resumed, 0)["step"] == 3
-        went_on = weights(played, f"restored_{finetune}", resumed)
-        assert apart(went_on, weights(played, f"saved_{finetune}", written)) < TOLERANCE
-    one, two = (played / f"{finetune}.{world}" for world in (1, 2))
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    for name in ("optimizer.safetensors", "adapter_model.safetensors" if finetune == "lora" else "ema.safetensors"):
+        assert told(played, f"restored_{what}", resumed, 0)["step"] == 2
+        went_on = weights(played, f"restored_{what}", resumed)
+        assert apart(went_on, weights(played, f"saved_{what}", written)) < TOLERANCE
+    assert apart(weights(played, f"saved_{what}", 2, 0), weights(played, f"saved_{what}", 2, 1)) == 0
+    assert told(played, f"saved_{what}", 2, 0)["sharded"] == (what != "lora")
+    one, two = (played / f"{what}.{world}" for world in (1, 2))
+    assert sorted(p.relative_to(one) for p in one.rglob("*")) == sorted(p.relative_to(two) for p in two.rglob("*"))
+    for name in ("optimizer.safetensors", file):
         a, b = load_file(one / name), load_file(two / name)
         assert {n: (x.shape, x.dtype) for n, x in a.items()} == {n: (x.shape, x.dtype) for n, x in b.items()}
-    assert json.loads((one / "state.json").read_text())["step"] == 2
+    assert json.loads((one / "state.json").read_text())["step"] == 1
+
+
+@patch.dict(PAINTERS, {two_ranks.PADDED.pipeline: two_ranks.PADDED})
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_of_a_pair_holds_the_weights_that_are_planned(played: Path, world: int) -> None:
+    config = load_config(overrides=["train.finetune=full", "dtype=float32"])
+    work = workload(MODELS.sizes(str(played / "flux2-klein"))[1], config, world=world)
+    planned = [i.bytes for i in training_memory(work).always if i.name.endswith("weights") or i.name == "reference"]
+    assert told(played, "saved_pair", world, 0)["held"] == sum(planned)
+    names = [i.name for phase in training_memory(work).phases for i in phase.items]
+    assert ("gathered weights" in names) == ("gathered matrices" in names) == (world == 2)

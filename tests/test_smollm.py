@@ -52,10 +52,11 @@ SMALL = (
     *("sampling.height=8", "sampling.width=8", "sampling.steps=1", "sampling.window_range=[0, 1]"),
     *("sampling.window_size=1", "sampling.max_new_tokens=16", "sampling.batch_size=8", "dtype=float32", "threads=1"),
     *("train.finetune=lora", "train.lora_rank=8", "train.experts=text", "objective.image_weight=0"),
-    *("train.lr_text=1e-3", "train.prompts_per_step=1", "train.group_size=8", "train.minibatches=1"),
+    *("train.prompts_per_step=1", "train.group_size=8", "train.minibatches=1"),
     *("train.micro_batch_size=8", "doctor.at_start=off", "train.samples_every=0", "train.checkpoint_every=100"),
     *("eval.every=0", "eval.best="),
 )
+STOP = r"format@match=search@pattern=\.\s*$"
 
 
 def _greedy(model: Path, prompt: str) -> str:
@@ -70,19 +71,36 @@ def _greedy(model: Path, prompt: str) -> str:
     return words.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_it_thinks_and_learns_to_be_brief(model: Path, tmp_path: Path) -> None:
-    """Text alone, under a reward on the words: it learns to end its text, and keeps writing words."""
-    (tmp_path / "prompts.txt").write_text("a cat on a chair\n")
-    words = ["--model", str(model)]
-    words += [word for setting in SMALL for word in ("--set", setting)]
-    greedy = ["--temperature", "0", "--out", tmp_path / "pictures", "--json"]
-    done = unigrpo("generate", "a red circle", *words, *greedy)
+def _scores(model: Path, out: Path, name: str, *given: str) -> np.ndarray:
+    """Mean score of each step of a training run on the words."""
+    prompts = out / "prompts.txt"
+    prompts.write_text("a cat on a chair\n")
+    settings = [word for setting in (*SMALL, *given) for word in ("--set", setting)]
+    run = ["--model", model, "--prompts", prompts, "--reward", name, "--out", out / "run"]
+    done = unigrpo("train", *map(str, run), *settings)
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line[f"reward/{name.partition('@')[0]}"] for line in lines])
+
+
+def test_it_writes_what_transformers_does(model: Path, tmp_path: Path) -> None:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    greedy = ["--model", str(model), "--temperature", "0", "--out", tmp_path / "pictures", "--json"]
+    done = unigrpo("generate", "a red circle", *settings, *greedy)
     assert done.exit_code == 0, done.output
     written = json.loads(done.stdout)["images"][0]["reasoning"]
     assert len(written.split()) > 3 and _greedy(model, "a red circle").startswith(written)
-    given = ["--prompts", tmp_path / "prompts.txt", "--reward", "length@low=3@high=6@slack=6", "--steps", "8"]
-    done = unigrpo("train", *words, *given, "--out", tmp_path / "run")
-    assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scores = np.array([line["reward/length"] for line in lines])
+
+
+def test_it_learns_to_be_brief(model: Path, tmp_path: Path) -> None:
+    """Text alone, under a reward on the words: it learns to end its text, and keeps writing words."""
+    scores = _scores(model, tmp_path, "length@low=3@high=6@slack=6", "train.steps=8", "train.lr_text=1e-3")
     assert scores[-3:].mean() > scores[:2].mean() + 0.4  # seen: 0.15 and 0.96
+
+
+@pytest.mark.parametrize("shuffled", ["false", "true"])
+def test_it_learns_a_format(shuffled: str, model: Path, tmp_path: Path) -> None:
+    """Texts that end in a full stop: learnt from their scores, and not from shuffled advantages."""
+    group = ("train.group_size=16", "train.steps=14", "train.lr_text=3e-4", f"advantage.shuffle={shuffled}")
+    gain = np.diff([own.mean() for own in np.split(_scores(model, tmp_path, STOP, *group), [4, 11])[::2]])[0]
+    assert gain < 0.1 if shuffled == "true" else gain > 0.4  # seen: 0.62 and -0.11

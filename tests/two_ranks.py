@@ -17,25 +17,27 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 
 from tests import small
+from tests.tiny_pair import SMALL
 from tools.toy_answers import write_answers
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import RewardError, UsageError
-from unigrpo_cli.models.lora import load_adapters
 from unigrpo_cli.models.mot.config import computes_wide
 from unigrpo_cli.models.mot.policy import MoTPolicy
+from unigrpo_cli.models.pair.facts import PAINTERS
 from unigrpo_cli.models.pair.family import PairFamily
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.models.sharding import whole
 from unigrpo_cli.parallel.join import join_ranks
-from unigrpo_cli.parallel.ranks import Ranks
+from unigrpo_cli.parallel.ranks import Ranks, local
 from unigrpo_cli.programs import PROGRAMS, Program
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
@@ -157,11 +159,15 @@ def two_rounds(ranks: Ranks, _out: Path) -> Found:
     return trained(ranks, "train.finetune=lora", *rounds, "advantage.credit=reward-to-go")
 
 
-def pair(ranks: Ranks, out: Path) -> Found:
+def load_pair(directory: Path) -> TrainablePolicy:
     """A language model and a painter, written beforehand: of several ranks only the first can."""
-    device, dtype = torch.device("cpu"), torch.float32
-    model = PairFamily().load(out / "pair", None, device=device, dtype=dtype, vae_tile_rows=0)
-    return trained(ranks, "train.finetune=lora", model=model)
+    return PairFamily().load(
+        directory, None, device=torch.device("cpu"), dtype=torch.float32, vae_tile_rows=0
+    )  # fmt: skip
+
+
+def pair(ranks: Ranks, out: Path) -> Found:
+    return trained(ranks, "train.finetune=lora", model=load_pair(out / "z-image"))
 
 
 def judged_on_first(ranks: Ranks, _out: Path) -> Found:
@@ -283,33 +289,57 @@ def uneven_texts(ranks: Ranks, _out: Path) -> Found:
         MoTPolicy.logits, MoTPolicy.gathered = original, whole_weights
 
 
-def _saved(ranks: Ranks, out: Path, finetune: str) -> Found:
-    """Two steps, a checkpoint, and a third step: what going on from it has to come to."""
-    config = load_config(overrides=[*SETTINGS, f"train.finetune={finetune}"])
-    state = state_of(config, ranks)
+TRAINED = {
+    "full": ["train.finetune=full"],
+    "lora": ["train.finetune=lora"],
+    "pair": [
+        *("train.finetune=full", "train.activation_checkpointing=true", "train.minibatches=1", "train.group_size=2"),
+        *("sampling.max_new_tokens=3", "sampling.steps=2", "sampling.window_range=[0, 1]", "sampling.window_size=1"),
+    ],
+}
+PADDED = replace(SMALL, padded_to=48)
+"""With which one rank's texts have two lengths, the other's one: the painter passes each length by itself."""
+
+
+def _model(out: Path, what: str) -> TrainablePolicy:
+    return load_pair(out / "flux2-klein") if what == "pair" else build_model(seed=3, width=32, layers=2)
+
+
+@patch.dict(PAINTERS, {PADDED.pipeline: PADDED})
+def _saved(ranks: Ranks, out: Path, what: str) -> Found:
+    """A step, a checkpoint, and a second step: what going on from it has to come to."""
+    config = load_config(overrides=[*SETTINGS, *TRAINED[what]])
+    state = state_of(config, ranks, _model(out, what))
     state.origin = Origin(config, Reference("none", ""), prompt_list(PROMPTS), ())
     state.generators = read_generators()
     with rewards() as judges:
-        for _ in range(2):
-            step(state, judges, config)
-        place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
-        save_checkpoint(state, place / f"{finetune}.{ranks.world}")
         step(state, judges, config)
-    return weights_of(state), {}
+        place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
+        save_checkpoint(state, place / f"{what}.{ranks.world}")
+        step(state, judges, config)
+    return weights_of(state), {"sharded": state.policy.is_sharded, "held": _held(state.policy)}
 
 
-def _restored(ranks: Ranks, out: Path, finetune: str) -> Found:
-    """The third step from the checkpoint that the other number of ranks wrote."""
-    checkpoint = out / f"{finetune}.{3 - ranks.world}"
+def _held(policy: TrainablePolicy) -> int:
+    """Bytes of weights on this rank, the reference included."""
+    with policy.reference() as reference:
+        both = [p for one in (policy, reference) for _, p in one.named_parameters()]
+    return sum(local(p).nbytes for p in {id(p): p for p in both}.values())
+
+
+@patch.dict(PAINTERS, {PADDED.pipeline: PADDED})
+def _restored(ranks: Ranks, out: Path, what: str) -> Found:
+    """The second step from the checkpoint that the other number of ranks wrote."""
+    checkpoint = out / f"{what}.{3 - ranks.world}"
     until = time.monotonic() + 120
     while not checkpoint.is_dir() and time.monotonic() < until:
         time.sleep(0.2)
-    config = load_config(overrides=[*SETTINGS, f"train.finetune={finetune}"])
-    model = build_model(seed=3, width=32, layers=2)
-    if finetune == "lora":
-        load_adapters(model.network, checkpoint)
+    config = load_config(overrides=[*SETTINGS, *TRAINED[what]])
+    model = _model(out, what)
+    if what == "lora":
+        model.load_adapter(checkpoint)
     policy = prepare_policy(model, config, ranks)
-    if finetune == "full":
+    if what != "lora":
         policy.restore(checkpoint)
     state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
     restore_checkpoint(state, checkpoint, read_state(checkpoint))
@@ -360,9 +390,9 @@ SCENES = {
 
 
 SCENES |= {
-    f"{verb}_{finetune}": partial(scene, finetune=finetune)
+    f"{verb}_{what}": partial(scene, what=what)
     for verb, scene in (("saved", _saved), ("restored", _restored))
-    for finetune in ("full", "lora")
+    for what in TRAINED
 }
 
 

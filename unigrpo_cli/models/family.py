@@ -87,7 +87,9 @@ class ModelFamily(Protocol):
         """A digest that tells these weights from others at little cost."""
         ...
 
-    def sizes(self, directory: Path, weights_file: str | None) -> Any: ...
+    def sizes(self, directory: Path, weights_file: str | None, **options: Any) -> Any:
+        """Sizes of a model with the options of `load`."""
+        ...
 
     def published(self, model: str) -> Any: ...
 
@@ -157,20 +159,28 @@ class ModelRegistry:
         known = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none is installed"
         raise WeightsError(f"{directory} is a model of no known family ({known})")
 
-    def sizes(self, model: str, weights_file: str | None = None, fetch: bool = True) -> tuple[ModelFamily, Any, bool]:
+    def sizes(
+        self, model: str, weights_file: str | None = None, fetch: bool = True, given: Mapping[str, Any] | None = None
+    ) -> tuple[ModelFamily, Any, bool]:
         """Family and sizes of a model, and whether they are only the published ones of a model that is not here.
+
+        Args:
+            given: `model_options`.
 
         Raises:
             WeightsError: as `find`, and when the model's files are damaged.
+            UsageError: as `family_options`.
         """
         try:
             found = self.find(model, fetch)
         except NotFetchedError:
             for family in self.families():
                 if (sizes := family.published(model)) is not None:
+                    family_options(family, given or {})
                     return family, sizes, True
             raise
-        return found.family, found.family.sizes(found.directory, weights_file or found.weights_file), False
+        options = family_options(found.family, given or {})
+        return found.family, found.family.sizes(found.directory, weights_file or found.weights_file, **options), False
 
 
 def is_adapter(directory: Path) -> bool:

@@ -2,8 +2,9 @@
 
 Each rank keeps an even part of every weight of every layer, of its gradient and of its moments; a layer is gathered
 when it is passed and dropped afterwards. Everything outside the layers (embeddings, head, last norms, projections,
-the vision tower) stays whole on every rank. Gathered weights are the fp32 masters, so each number is what one
-process computes. A pass through a sharded network is a collective: all ranks must make equally many.
+the vision tower) stays whole on every rank. A pair is sharded matrix by matrix. Gathered weights are the fp32 masters,
+so each number is what one process computes. A pass through a sharded network is a collective: all ranks must make
+equally many.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from unigrpo_cli.models.mot.layers import widen
@@ -35,11 +38,13 @@ def shard(network: nn.Module, layers: Sequence[nn.Module], world: int) -> None:
     for layer in layers:
         fp32_masters(layer)
         fully_shard(layer, mesh=mesh)
+    kind = type(network)
     fully_shard(network, mesh=mesh, ignored_params=outside)
     modules: list[Any] = [*layers, network]
     for module in modules:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a factor is a kind of sum that gloo does not have
+    network.__class__ = kind  # transformers looks up by the class which states a network gives
 
 
 def fp32_masters(module: nn.Module) -> None:
@@ -51,6 +56,15 @@ def fp32_masters(module: nn.Module) -> None:
 
 def is_sharded(network: nn.Module) -> bool:
     return any(map(is_shared, network.parameters()))
+
+
+def most_passes(network: nn.Module, own: int) -> int:
+    """How many passes every rank makes where the network is sharded and this rank needs its own number."""
+    if not is_sharded(network):
+        return own
+    count = torch.tensor(own)
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    return int(count)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class MoTFamily:
     def digest(self, directory: Path, weights_file: str | None) -> str:
         return weights_digest(read_release(directory, weights_file))
 
-    def sizes(self, directory: Path, weights_file: str | None) -> MoTSizes:
+    def sizes(self, directory: Path, weights_file: str | None, options: BaseOptions | None = None) -> MoTSizes:
         release = read_release(directory, weights_file).refuse_problems()
         return MoTSizes(release.config, release.autoencoder)
 

@@ -53,8 +53,8 @@ class PairFamily:
     def digest(self, directory: Path, weights_file: str | None) -> str:
         return read_pipeline(directory).digest()
 
-    def sizes(self, directory: Path, weights_file: str | None) -> PairSizes:
-        return sizes_of(read_pipeline(directory).refuse_problems())
+    def sizes(self, directory: Path, weights_file: str | None, options: PairOptions | None = None) -> PairSizes:
+        return sizes_of(read_pipeline(directory, options.reasoner if options else "").refuse_problems())
 
     def published(self, model: str) -> PairSizes | None:
         return next((sizes for name, sizes in PUBLISHED.items() if name in model.lower()), None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.pair.facts import KLEIN, Z_IMAGE, PainterFacts
+from unigrpo_cli.models.sharding import most_passes
 
 Condition = Sequence[Tensor]
 """The states [T, C] that condition each row's image."""
@@ -60,12 +61,14 @@ def _z_image(network: Any, x_MND: Tensor, t_M: Tensor, grid: tuple[int, int], ro
 
 
 def _klein(network: Any, x_MND: Tensor, t_M: Tensor, grid: tuple[int, int], rows: Condition) -> Tensor:
-    """FLUX.2 has no mask over the text, so rows of one length pass together."""
+    """FLUX.2 has no mask over the text, so rows of one length pass together; sharded, on all ranks equally often."""
     device, lengths = x_MND.device, [len(row) for row in rows]
+    groups = sorted(set(lengths))
+    groups += groups[:1] * (most_passes(network, len(groups)) - len(groups))
     zero = torch.zeros(1, device=device)
     image_ids = torch.cartesian_prod(zero, *(torch.arange(n, device=device).float() for n in grid), zero)
     out = torch.empty_like(x_MND)
-    for length in sorted(set(lengths)):
+    for length in groups:
         at = torch.tensor([k for k, n in enumerate(lengths) if n == length], device=device)
         text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(length, device=device).float())
         found = network(

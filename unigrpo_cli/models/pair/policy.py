@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,7 +26,8 @@ from unigrpo_cli.models.pair.pipeline import Pipeline
 from unigrpo_cli.models.pair.reasoner import PairContext, Reasoner
 from unigrpo_cli.models.policy import Adapter, Finetune, Lengths, NoisyImage, PolicyOutput
 from unigrpo_cli.models.quantized import kind_of, make_plain
-from unigrpo_cli.models.sharding import fp32_masters
+from unigrpo_cli.models.sharding import fp32_masters, shard, whole
+from unigrpo_cli.parallel.ranks import is_shared
 
 EXPERTS = {REASONER: "text", PAINTER: "image"}
 
@@ -39,6 +40,8 @@ class PairPolicy:
         networks: both, by the folders of a diffusers pipeline.
         instruction: a system turn before the prompt when the model thinks; "" for none.
         frozen: a copy of the starting weights when all weights are trained. With adapters it is None.
+        hollow: the networks without their sharded matrices, to be filled for sampling and saving; None when all
+            weights are whole.
     """
 
     networks: nn.ModuleDict
@@ -49,6 +52,7 @@ class PairPolicy:
     pipeline: Pipeline
     instruction: str = ""
     frozen: nn.ModuleDict | None = None
+    hollow: nn.ModuleDict | None = None
 
     # ----- words
 
@@ -203,7 +207,7 @@ class PairPolicy:
 
     @property
     def is_sharded(self) -> bool:
-        return False
+        return self.hollow is not None
 
     @property
     def adapter(self) -> Adapter | None:
@@ -230,8 +234,6 @@ class PairPolicy:
         """
         if wanted.extra_modules:
             raise UsageError("train.extra_modules is for models of family mot; leave it out")
-        if wanted.shard_over > 1:
-            raise UsageError("weights of a pair are not sharded; give ranks.weights=whole")
         if wanted.reference_on_host:
             raise UsageError("train.reference_device=host is for models of family mot; leave it out")
         refuse_full_tuning(kind_of(self.networks), wanted.full)
@@ -243,6 +245,8 @@ class PairPolicy:
                 if EXPERTS[part] in wanted.experts:
                     weights.make_trainable(self.networks[part], pattern)
             policy = self._with_frozen_copy()
+            if wanted.shard_over > 1:
+                policy = policy._sharded(targets, wanted.shard_over)
             fp32_masters(self.networks)
         else:
             for k, (part, pattern) in enumerate(targets.items()):
@@ -268,6 +272,32 @@ class PairPolicy:
         frozen = copy.deepcopy(self.networks, memo=kept).requires_grad_(False)
         return replace(self, frozen=frozen)
 
+    def _sharded(self, targets: Mapping[str, str], world: int) -> PairPolicy:
+        """The same policy with the matrices of both networks and of the reference shared out over ranks, one by one.
+
+        Not layer by layer: keys and values leave a layer through the cache, where FSDP does not see their gradients.
+        """
+        assert self.frozen is not None
+        memo = {id(p): p for p in self.networks.parameters()}
+        for part, pattern in targets.items():
+            for matrix in weights.matrices(self.networks[part], pattern).values():
+                memo |= {id(p): nn.Parameter(p.detach().to("meta")) for p in matrix.parameters()}
+        hollow = copy.deepcopy(self.networks, memo=memo)
+        for networks in (self.frozen, self.networks):
+            for part, pattern in targets.items():
+                called = networks[part].base_model if part == REASONER else networks[part]
+                shard(called, [*weights.matrices(networks[part], pattern).values()], world)
+        return replace(self, hollow=hollow)
+
+    def _filled(self, change: Callable[[Tensor], Tensor]) -> PairPolicy:
+        """The policy with whole weights, the sharded ones changed; its other weights are shared."""
+        assert self.hollow is not None
+        memo = {}
+        for (_, own), (_, place) in zip(self.named_parameters(), self.hollow.named_parameters(), strict=True):
+            full = nn.Parameter(change(whole(own.detach())), own.requires_grad) if is_shared(own) else place
+            memo[id(place)] = full
+        return self._with(copy.deepcopy(self.hollow, memo=memo))
+
     def _with(self, networks: nn.ModuleDict) -> PairPolicy:
         """This policy with other networks and no reference."""
         return replace(
@@ -276,6 +306,7 @@ class PairPolicy:
             reasoner=replace(self.reasoner, network=networks[REASONER]),
             painter=replace(self.painter, network=networks[PAINTER]),
             frozen=None,
+            hollow=None,
         )
 
     @contextmanager
@@ -293,10 +324,14 @@ class PairPolicy:
 
     @contextmanager
     def gathered(self) -> Iterator[PairPolicy]:
-        yield self
+        """The policy with whole weights in the dtype that the networks compute in, gone afterwards."""
+        yield self._filled(lambda full: full.to(self.dtype)) if self.is_sharded else self
 
     def gathered_on_host(self, keep: bool) -> PairPolicy:
-        return self
+        """The policy with whole weights in host memory, to be saved; without `keep` they come to nothing."""
+        if not self.is_sharded:
+            return self
+        return self._filled(lambda full: full.to("cpu" if keep else "meta"))
 
     # ----- files
 

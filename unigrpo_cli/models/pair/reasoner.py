@@ -193,9 +193,7 @@ class Reasoner:
         """Rows filled up with the states of padding tokens, to the next multiple of `padded_to`."""
         unit, lengths = self.words.padded_to, [len(row) for row in rows]
         lacking = [-n % unit for n in lengths]
-        if not max(lacking):
-            return tuple(rows)
-        pads = torch.full((len(rows), max(lacking)), self.words.pad_id, device=self.device)
+        pads = torch.full((len(rows), max(1, *lacking)), self.words.pad_id, device=self.device)  # ranks pass alike
         found, _ = self._pass(context, pads, torch.zeros_like(pads, dtype=torch.bool))
         states = self._chosen(found.hidden_states)
         return tuple(torch.cat([row, more[:n]]) for row, more, n in zip(rows, states, lacking, strict=True))

@@ -24,6 +24,7 @@ from unigrpo_cli.models.mot.weights import read_tensors
 from unigrpo_cli.models.pair.facts import AUTOENCODER, INDEX, PAINTER, REASONER, SCHEDULER, TARGETS_LM, TOKENIZER
 from unigrpo_cli.models.pair.pipeline import Pipeline, read_pipeline
 from unigrpo_cli.models.quantized import quantize_layers
+from unigrpo_cli.models.sharding import own_part
 
 OPTIONS = "unigrpo.json"
 """The options a pair was trained with; they go with its weights."""
@@ -89,16 +90,19 @@ def _quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def matrices(network: nn.Module, targets: str) -> dict[str, nn.Linear]:
+    """The matrices that `targets` matches, by name."""
+    pattern = re.compile(targets)
+    return {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)}
+
+
 def make_trainable(network: nn.Module, targets: str) -> None:
     """Give the matrices that `targets` matches gradients, in layers that compute in their input's dtype."""
-    pattern = re.compile(targets)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear) and pattern.fullmatch(name):
-            with torch.device("meta"):
-                own = Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            own.weight, own.bias = module.weight, module.bias
-            parent, _, last = name.rpartition(".")
-            setattr(network.get_submodule(parent), last, own.requires_grad_(True))
+    for name, module in matrices(network, targets).items():
+        with torch.device("meta"):
+            own = Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        own.weight, own.bias = module.weight, module.bias
+        network.set_submodule(name, own.requires_grad_(True))
 
 
 # ----- files
@@ -197,4 +201,4 @@ def restore(networks: nn.ModuleDict, directory: Path) -> None:
                 refuse_non_finite(tensor, name, directory)
                 if tensor.shape != own[name].shape:
                     raise WeightsError(f"{directory} holds a model of other sizes than the one that was trained")
-                own[name].copy_(tensor)
+                own[name].copy_(own_part(tensor, own[name]))

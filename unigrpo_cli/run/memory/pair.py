@@ -38,17 +38,22 @@ class PairWorkload(Workload):
         return self.pair.reasoner if expert == TEXT else self.pair.painter
 
     @property
-    def sharded(self) -> bool:
-        return False
-
-    @property
     def trained(self) -> int:
         own = [self.network(expert) for expert in (TEXT, IMAGE) if self.trains(expert)]
         return sum(self.rank * n.sides if self.lora else n.trained for n in own)
 
     @property
     def trained_on_rank(self) -> int:
-        return self.trained
+        return self.part(self.trained)
+
+    def part(self, numbers: int) -> int:
+        """This rank's part of numbers in the layers' matrices."""
+        return -(-numbers // self.world) if self.sharded else numbers
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in the matrices of both networks' layers."""
+        return self.pair.reasoner.trained + self.pair.painter.trained
 
     @property
     def adapters(self) -> int:
@@ -64,9 +69,18 @@ class PairWorkload(Workload):
         return sum(self.quantized_bytes((1, n.trained)) for n in both) if self.quantize == "nf4" else 0
 
     @property
+    def largest_matrix(self) -> int:
+        return max(self.pair.reasoner.largest, self.pair.painter.largest)
+
+    @property
     def whole_matrix(self) -> Item:
-        largest = max(self.pair.reasoner.largest, self.pair.painter.largest)
-        return item("a whole matrix", "the largest", weights=largest, bytes=self.whole_number_bytes)
+        return item("a whole matrix", "the largest", weights=self.largest_matrix, bytes=self.whole_number_bytes)
+
+    def gathered(self, count: int) -> Item | None:
+        """With sharded weights the current matrix is whole and the next is being gathered; backward adds a gradient."""
+        if not self.sharded:
+            return None
+        return item("gathered matrices", "the largest", matrices=count, weights=self.largest_matrix, bytes=FP32)
 
     @property
     def latent_tokens(self) -> int:
@@ -95,10 +109,11 @@ class PairWorkload(Workload):
 
 def training_memory(work: PairWorkload) -> Memory:
     """Memory of a training run."""
-    moments = item("Adam's moments", trained_weights=work.trained, bytes=2 * FP32)
+    moments = item("Adam's moments", trained_weights=work.trained_on_rank, bytes=2 * FP32)
     reference = None
     if not work.lora:
-        reference = item("reference", "frozen copies", weights=work.trained, bytes=work.dtype_bytes)
+        frozen = work.part(work.matrices) if work.sharded else work.trained  # a rank's part is its own, trained or not
+        reference = item("reference", "frozen copies", weights=frozen, bytes=work.dtype_bytes)
     always = (*_weights(work, adapted=work.lora), reference, moments)
     phases = (*sampling_phases(work, adapted=work.lora), *replay_phases(work), _optimizer_step(work))
     return Memory(present(*always), phases)
@@ -113,12 +128,12 @@ def sampling_memory(work: PairWorkload, adapted: bool) -> Memory:
 
 def _weights(work: PairWorkload, adapted: bool) -> tuple[Item | None, ...]:
     full = 0 if work.lora else work.trained
-    frozen = work.pair.reasoner.parameters + work.pair.painter.parameters - full
-    matrices = 0 if work.quantize == PLAIN else work.pair.reasoner.trained + work.pair.painter.trained
+    outside = work.pair.reasoner.parameters + work.pair.painter.parameters - work.matrices
+    frozen = outside + (work.part(work.matrices - full) if work.quantize == PLAIN else 0)
     return (
-        item("frozen weights", "both networks", weights=frozen - matrices, bytes=work.dtype_bytes),
-        Item("quantized weights", work.quantized, f"{matrices:,} numbers in {work.quantize}, and their scales"),
-        item("trained weights", "fp32 masters", weights=full, bytes=FP32),
+        item("frozen weights", "both networks", weights=frozen, bytes=work.dtype_bytes),
+        Item("quantized weights", work.quantized, f"{work.matrices:,} numbers in {work.quantize}, and their scales"),
+        item("trained weights", "fp32 masters", weights=work.part(full), bytes=FP32),
         item("adapters", f"rank {work.rank} x (rows + columns)", weights=work.adapters, bytes=FP32)
         if adapted
         else None,
@@ -140,13 +155,18 @@ def sampling_phases(work: PairWorkload, adapted: bool) -> tuple[Phase, ...]:
     layer = _one_layer(work, IMAGE, rows * work.image_tokens, adapted)
     pictures = item("pictures", "twice 3 channels in fp32", rows=rows, pixels=s.height * s.width, bytes=6 * FP32)
     decoder = decoder_item(work.pair.widths, s.height, s.width, 0)
+    gathered = None
+    if work.sharded:  # sampling uses a whole copy of the matrices in the networks' dtype
+        gathered = item("gathered weights", "all matrices", weights=work.matrices, bytes=b)
     found: dict[str, tuple[Item | None, ...]] = {
         "sampling, text": (cache, logits, states, work.whole_matrix) if work.sampled_tokens else (),
         "sampling, image": (cache, states, layer, latents, work.whole_matrix),
         "sampling, pixels": (cache, decoder, pictures),
     }
     count = work.concurrent_batches
-    return tuple(Phase(name, concurrent_items(count, *items)) for name, items in found.items() if items)
+    return tuple(
+        Phase(name, (*present(gathered), *concurrent_items(count, *items))) for name, items in found.items() if items
+    )
 
 
 def _one_layer(work: PairWorkload, expert: str, tokens: int, adapted: bool) -> Item:
@@ -176,17 +196,19 @@ def replay_phases(work: PairWorkload) -> tuple[Phase, ...]:
     )
     logits = item("logits", note, tokens=tokens, vocabulary=work.pair.vocab_size, bytes=5 * FP32) if tokens else None
     recorded = _recorded_steps(work)
-    gradients = item("gradients", trained_weights=work.trained, bytes=FP32)
+    gradients = item("gradients", trained_weights=work.trained_on_rank, bytes=FP32)
     count = work.concurrent_micro_batches
     more = None
     if count > 1:
-        more = item("each micro-batch's gradients", sets=count + 1, trained_weights=work.trained, bytes=FP32)
+        more = item("each micro-batch's gradients", sets=count + 1, trained_weights=work.trained_on_rank, bytes=FP32)
     derivatives = item("derivatives", "inside an MLP", tokens=images or text,
                        numbers=2 * work.network(IMAGE if images else TEXT).inner, bytes=work.dtype_bytes)  # fmt: skip
     saved = (*_saved_items(work, text, images), logits, derivatives, work.whole_matrix)
     return (
-        Phase("replay", present(recorded, *concurrent_items(count, layer, logits, work.whole_matrix))),
-        Phase("update", present(recorded, gradients, more, *concurrent_items(count, *saved))),
+        Phase(
+            "replay", present(recorded, *concurrent_items(count, layer, logits, work.whole_matrix), work.gathered(2))
+        ),
+        Phase("update", present(recorded, gradients, more, *concurrent_items(count, *saved), work.gathered(3))),
     )
 
 
@@ -220,6 +242,6 @@ def _recorded_steps(work: PairWorkload) -> Item | None:
 
 
 def _optimizer_step(work: PairWorkload) -> Phase:
-    denominators = item("denominators", trained_weights=0 if work.cpu else work.trained, bytes=FP32)
-    gradients = item("gradients", trained_weights=work.trained, bytes=FP32)
+    denominators = item("denominators", trained_weights=0 if work.cpu else work.trained_on_rank, bytes=FP32)
+    gradients = item("gradients", trained_weights=work.trained_on_rank, bytes=FP32)
     return Phase("optimizer step", present(_recorded_steps(work), gradients, denominators))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_cli.config import Config, with_values
 from unigrpo_cli.errors import TooLargeError, UsageError
 from unigrpo_cli.models.base_options import refuse_full_tuning
-from unigrpo_cli.models.family import MODELS, family_options
+from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.parallel.launch import launched
 from unigrpo_cli.run.memory.formulas import GIB, Memory
 from unigrpo_cli.run.memory.kinds import training_memory, workload
@@ -189,13 +189,12 @@ def _with_pictures(work: Workload, pictures: int) -> Workload:
 
 def _model_sizes(base: str, config: Config, fetch: bool) -> tuple[Any, bool]:
     """The family's sizes of a model, and whether these are only the published sizes of a model that is not here."""
-    family, sizes, published = MODELS.sizes(base, fetch=fetch)
+    family, sizes, published = MODELS.sizes(base, fetch=fetch, given=config.model_options)
     if sizes is None:
         raise UsageError(
             f"the memory of models of family {family.name} is not estimated; give sampling.batch_size and "
             "train.micro_batch_size, and leave out --dry-run"
         )
-    family_options(family, config.model_options)  # refuses those that are unknown
     return sizes, published
 
 
@@ -273,10 +272,9 @@ def _changes(work: Workload) -> Iterator[Change]:
         yield {"sampling.batch_size": max(1, s.batch_size // 4)}
     if work.autoencoder is not None and not s.vae_tile_rows:
         yield {"sampling.vae_tile_rows": 64}
-    pair = isinstance(work, PairWorkload)
-    if work.world > 1 and not work.lora and not work.sharded and not pair:
+    if work.world > 1 and not work.lora and not work.sharded:
         yield {"ranks.weights": "shard"}
-    if t.finetune == "full" and t.reference_device == "device" and not work.cpu and not pair:
+    if t.finetune == "full" and t.reference_device == "device" and not work.cpu and not isinstance(work, PairWorkload):
         yield {"train.reference_device": "host"}
     if work.lora and work.quantize != "nf4":
         yield {"model_options": {**work.config.model_options, "quantize": "nf4"}}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from unigrpo_cli.models.base_options import PLAIN
 from unigrpo_cli.run.memory.flops import FLOPS, FLOPS_FP32, FROM_HOST, MEMORY, step_seconds
 from unigrpo_cli.run.memory.formulas import Item, Phase
 from unigrpo_cli.run.memory.plan import TIGHT, Plan, describe_sizes
@@ -81,8 +82,11 @@ def hours(plan: Plan) -> str:
     steps = plan.work.config.train.steps
     total = step_seconds(plan.work) * steps / 3600
     rate = FLOPS if plan.work.config.dtype == "bfloat16" else FLOPS_FP32
+    left_out = "rewards and evaluations"
+    if plan.work.quantize != PLAIN:
+        left_out = "rewards, evaluations and making quantised matrices whole"
     return (
-        f"time: at least {_short(total)} hours for {steps} steps, without rewards and evaluations (assumed, not "
+        f"time: at least {_short(total)} hours for {steps} steps, without {left_out} (assumed, not "
         f"measured: {rate / 1e12:g} TFLOP/s, {MEMORY / 1e12:g} TB/s of memory)"
     )
 
