@@ -285,7 +285,7 @@ class PairPolicy:
         hollow = copy.deepcopy(self.networks, memo=memo)
         for networks in (self.frozen, self.networks):
             for part, pattern in targets.items():
-                called = networks[part].base_model if part == REASONER else networks[part]
+                called: Any = networks[part].base_model if part == REASONER else networks[part]
                 shard(called, [*weights.matrices(networks[part], pattern).values()], world)
         return replace(self, hollow=hollow)
 
