@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from unigrpo_cli.cli import app
+from tests.commands import unigrpo
 
 TINY = Path(__file__).parent / "golden" / "bagel_tiny"
 SMALL = [
     "--preset=paper",
     "--set=sampling.height=32",
     "--set=sampling.width=48",
-    "--set=sampling.max_new_tokens=8",
-    "--set=sampling.steps=6",
-    "--set=eval.steps=6",
+    "--set=sampling.max_new_tokens=6",
+    "--set=sampling.steps=4",
+    "--set=sampling.window_range=[0,3]",
+    "--set=eval.steps=2",
+    "--set=sampling.batch_size=6",  # in bf16 another batch rounds otherwise
 ]
 FEW = [
     "--set=train.prompts_per_step=2",
-    "--set=train.group_size=3",
+    "--set=train.group_size=2",
     "--set=train.micro_batch_size=2",
     "--set=train.lora_rank=2",
     "--set=train.lr_text=1e-3",
@@ -31,19 +32,20 @@ FEW = [
     "--set=eval.limit=1",
     "--set=eval.rewards=[]",
 ]
+LORA, FULL, NO_DOCTOR = "--set=train.finetune=lora", "--set=train.finetune=full", "--set=doctor.at_start=off"
 
 
 def _do(*arguments: str | Path) -> dict:
     """The JSON of a command that must succeed."""
-    done = CliRunner().invoke(app, [*(str(a) for a in arguments), "--json"])
+    done = unigrpo(*arguments, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     return json.loads(done.stdout)
 
 
-@pytest.fixture
-def brightness(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def brightness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward that no two pictures share."""
-    path = tmp_path / "brightness.py"
+    path = tmp_path_factory.mktemp("reward") / "brightness.py"
     path.write_text(
         "import numpy as np\nfrom unigrpo_cli import reward\n\n\n"
         '@reward("brightness", range=(0, 1))\ndef brightness(images):\n'
@@ -52,24 +54,36 @@ def brightness(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("finetune", "dtype"), [("lora", "bfloat16"), ("full", "float32")])
-def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path, finetune: str, dtype: str) -> None:
-    """Ratio exactly 1 at step 0; every other command takes what training left; a resumed run goes on."""
+def _trained(base: Path, run: Path, brightness: Path, *settings: str) -> dict:
+    """Two steps on a copy of the tiny release: the summary of `train`."""
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("golden.*"))
     reward = ["--reward", "brightness", "--plugin", brightness]
-    run = tmp_path / "run"
-    settings = [*SMALL, f"--set=dtype={dtype}"]
-    trained = _do(
-        "train",
-        "--model",
-        TINY,
-        *reward,
-        *settings,
-        *FEW,
-        "--steps=2",
-        f"--set=train.finetune={finetune}",
-        "--out",
-        run,
-    )
+    return _do("train", "--model", base, *reward, *SMALL, *FEW, "--steps=2", *settings, "--out", run)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, brightness: Path) -> dict:
+    """A run of adapters in bf16, as its summary; `base` is beside it."""
+    place = tmp_path_factory.mktemp("adapted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIGRPO_DISABLE_PLUGIN_AUTOLOAD", "1")
+        return _trained(place / "base", place / "run", brightness, LORA, "--set=dtype=bfloat16")
+
+
+def test_adapters_train_and_other_commands_take_them(adapted: dict, tmp_path: Path, brightness: Path) -> None:
+    _check(adapted, tmp_path, brightness, "bfloat16")
+
+
+@pytest.mark.long
+def test_all_weights_train_and_other_commands_take_them(tmp_path: Path, brightness: Path) -> None:
+    trained = _trained(tmp_path / "base", tmp_path / "run", brightness, FULL, NO_DOCTOR, "--set=dtype=float32")
+    _check(trained, tmp_path, brightness, "float32")
+    assert _do("train", "--resume", tmp_path / "run", "--plugin", brightness, "--steps=3")["steps"] == 3
+
+
+def _check(trained: dict, out: Path, brightness: Path, dtype: str) -> None:
+    """Ratio exactly 1 at step 0; every other command takes what training left."""
+    run, base, checkpoint = (Path(trained["run"]), Path(trained["run"]).parent / "base", Path(trained["checkpoint"]))
     assert trained["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
     # Seen: words 0 in both; images 1.2e-7 in fp32 and 6.6e-5 in bf16.
     drift = trained["rollout_drift_max_abs"]
@@ -80,66 +94,47 @@ def test_train_eval_generate_rollout_and_resume(tmp_path: Path, brightness: Path
         assert row["text/grad_norm"] > 0
         assert row["image/grad_norm"] > 0
     assert metrics[1]["image/velocity-mse"] > 0, "both experts moved, so the reference is another"
-    checkpoint = Path(trained["checkpoint"])
-    left = {"lora": "adapter_model.safetensors", "full": "ae.safetensors"}[finetune]
-    assert (checkpoint / left).is_file()
-    adapted = ["--model", TINY, "--adapter", checkpoint] if finetune == "lora" else ["--model", checkpoint]
-    before = _do("generate", "a red cube", "--model", TINY, *settings, "--out", tmp_path / "g0")["images"]
-    after = _do("generate", "a red cube", *adapted, *settings, "--out", tmp_path / "g1")["images"]
+    lora = dtype == "bfloat16"
+    assert (checkpoint / ("adapter_model.safetensors" if lora else "ae.safetensors")).is_file()
+    adapted = ["--model", base, "--adapter", checkpoint] if lora else ["--model", checkpoint]
+    settings, reward = [*SMALL, f"--set=dtype={dtype}"], ["--reward", "brightness", "--plugin", brightness]
+    before = _do("generate", "a red cube", "--model", base, *settings, "--out", out / "g0")["images"]
+    after = _do("generate", "a red cube", *adapted, *settings, "--out", out / "g1")["images"]
     assert Image.open(after[0]["path"]).size == (48, 32)
     assert Image.open(before[0]["path"]).tobytes() != Image.open(after[0]["path"]).tobytes()
-    report = _do("eval", *adapted, *reward, *settings, *FEW, "--suite=shapes", "--out", tmp_path / "e")
+    report = _do("eval", *adapted, *reward, *settings, *FEW, "--suite=shapes", "--out", out / "e")
     assert report["scores"]["brightness"]["mean"] == pytest.approx(trained["eval_after"]["brightness"], abs=1e-6)
-    rolled = _do("rollout", *adapted, *reward, *settings, "--limit=1", "--group-size=2", "--out", tmp_path / "r")
+    rolled = _do("rollout", *adapted, *reward, *settings, "--limit=1", "--group-size=2", "--out", out / "r")
     assert rolled["episodes"] == 2
-    more = _do("train", "--resume", run, "--plugin", brightness, "--steps=3")
-    assert more["steps"] == 3
 
 
-def test_a_runs_own_sampling_is_how_it_is_sampled(tmp_path: Path, brightness: Path) -> None:
-    """`--model RUN` needs no size: the run says what it was trained at. What is typed outranks it."""
-    reward = ["--reward", "brightness", "--plugin", brightness]
-    _do(
-        "train",
-        "--model",
-        TINY,
-        *reward,
-        *SMALL,
-        *FEW,
-        "--steps=1",
-        "--set=train.finetune=lora",
-        "--out",
-        tmp_path / "run",
-    )
-    few = ["--set=eval.steps=3"]
-    own = _do("generate", "a cube", "--model", tmp_path / "run", *few, "--out", tmp_path / "a")["images"]
-    typed = _do(
-        "generate", "a cube", "--model", tmp_path / "run", *few, "--set=sampling.height=16", "--out", tmp_path / "b"
-    )["images"]
-    assert Image.open(own[0]["path"]).size == (48, 32)
-    assert Image.open(typed[0]["path"]).size == (48, 16)
+def test_a_runs_own_sampling_is_how_it_is_sampled(adapted: dict, tmp_path: Path) -> None:
+    """`--model RUN` and an adapter of RUN need no size: the run has it. What is typed outranks it."""
+    run = ["--model", adapted["run"]]
+    adapter = ["--model", Path(adapted["run"]).parent / "base", "--adapter", adapted["checkpoint"]]
+    for k, (words, size) in enumerate(
+        ((run, (48, 32)), ([*run, "--set=sampling.height=16"], (48, 16)), (adapter, (48, 32)))
+    ):
+        (image,) = _do("generate", "a cube", *words, "--out", tmp_path / str(k))["images"]
+        assert Image.open(image["path"]).size == size
 
 
-def test_an_adapter_brings_its_runs_sampling_and_a_moved_base_is_found_again(tmp_path: Path, brightness: Path) -> None:
-    """`--model BASE --adapter RUN/checkpoints/N` is sampled as `--model RUN`; a base may move."""
-    base = tmp_path / "base"
-    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("golden.*"))
-    reward, run = ["--reward", "brightness", "--plugin", brightness], tmp_path / "run"
-    settings = [*SMALL, *FEW, "--set=train.finetune=lora"]
-    trained = _do("train", "--model", base, *reward, *settings, "--steps=1", "--out", run)
-    few = ["--set=eval.steps=2", "--model", base, "--adapter", trained["checkpoint"]]
-    image = _do("generate", "a cube", *few, "--out", tmp_path / "a")["images"][0]
-    assert Image.open(image["path"]).size == (48, 32)
-    go_on = ["train", "--resume", str(run), "--plugin", str(brightness), "--steps=2"]
+def test_a_moved_base_is_found_again(adapted: dict, tmp_path: Path, brightness: Path) -> None:
+    base, run = Path(adapted["run"]).parent / "base", tmp_path / "run"
+    shutil.copytree(adapted["run"], run, symlinks=True)
+    go_on = ["train", "--resume", run, "--plugin", brightness, "--steps=3"]
     for other, why in (
-        (["--model", str(TINY)], "continues with the model the run started from"),
+        (["--model", TINY], "continues with the model the run started from"),
         (["--weights-file", "nonsense.safetensors"], "cannot change in a run"),
     ):
-        refused = CliRunner().invoke(app, [*go_on, *other])
+        refused = unigrpo(*go_on, *other)
         assert refused.exit_code == 2
         assert why in refused.stderr
-    base.rename(tmp_path / "elsewhere")
-    assert _do(*go_on, "--model", tmp_path / "elsewhere")["steps"] == 2
+    moved = base.rename(tmp_path / "elsewhere")
+    try:
+        assert _do(*go_on, NO_DOCTOR, "--model", moved)["steps"] == 3
+    finally:
+        moved.rename(base)
 
 
 def test_a_bagel_comes_with_the_papers_preset_at_its_own_size(tmp_path: Path) -> None:
@@ -182,11 +177,11 @@ def test_training_on_edits_from_a_file(tmp_path: Path, brightness: Path) -> None
     (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows, {"prompt": "a cube"}]))
     reward = ["--reward", "brightness", "--plugin", brightness]
     told = ["--prompts", tmp_path / "edits.jsonl", "--set=eval.suite=" + str(tmp_path / "edits.jsonl")]
-    few = [*SMALL, *FEW, "--set=train.prompts_per_step=3", "--set=train.minibatches=1", "--set=train.finetune=lora"]
+    few = [*SMALL, *FEW, "--set=train.prompts_per_step=3", "--set=train.minibatches=1", LORA, NO_DOCTOR]
     done = _do("train", "--model", TINY, *reward, *told, *few, "--steps=1", "--out", tmp_path / "run")
     assert done["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
     (tmp_path / "edits.jsonl").write_text('{"prompt": "x", "image": "gone.png"}')
-    refused = CliRunner().invoke(app, ["generate", "--prompts", str(tmp_path / "edits.jsonl"), "--model", str(TINY)])
+    refused = unigrpo("generate", "--prompts", tmp_path / "edits.jsonl", "--model", TINY)
     assert refused.exit_code == 2
     assert "edits.jsonl:1: image 'gone.png' is not a file next to" in refused.stderr
 
@@ -197,7 +192,7 @@ def test_what_cannot_be_shown_pictures_says_so_and_leaves_nothing(tmp_path: Path
         (["--image", str(tmp_path / "p.png"), "--answer"], "no vision tower"),
         (["--image", "gone.png"], "no picture"),
     ):
-        done = CliRunner().invoke(app, ["generate", "red", *extra, "--out", str(tmp_path / "out")])
+        done = unigrpo("generate", "red", *extra, "--out", tmp_path / "out")
         assert done.exit_code == 2
         assert says in done.stderr
         assert not (tmp_path / "out").exists()
@@ -207,7 +202,7 @@ def test_two_rounds_train_and_are_painted(tmp_path: Path, brightness: Path) -> N
     """Adapters on two rounds by BAGEL's own way to look; the trained adapter reflects, guided, in evaluation."""
     reward = ["--reward", "brightness", "--plugin", brightness]
     rounds = ["--set=sampling.program=reflect", "--set=sampling.rounds=2", "--set=sampling.round_max_new_tokens=[6, 4]"]
-    settings = [*SMALL, *rounds, "--set=dtype=bfloat16", "--set=train.finetune=lora"]
+    settings = [*SMALL, *rounds, "--set=dtype=bfloat16", LORA, NO_DOCTOR]
     run = tmp_path / "run"
     trained = _do("train", "--model", TINY, *reward, *settings, *FEW, "--steps=1", "--out", run)
     assert trained["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}

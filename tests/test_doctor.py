@@ -58,7 +58,7 @@ def _config(*settings: str) -> Config:
 
 def _state(*settings: str) -> TrainState:
     config = _config(*settings)
-    model = build_model(seed=3, width=32, layers=2)
+    model = build_model(seed=3, width=32, layers=1)
     if config.dtype == "bfloat16":
         model.network.to(torch.bfloat16)
     policy = prepare_policy(model, config)
@@ -93,17 +93,22 @@ def _faults(found: dict[str, Finding]) -> set[str]:
     "settings",
     [
         [],
-        ["train.finetune=lora"],
-        ["sampling.think=false"],
-        ["train.experts=text", "objective.text_kl=0.1"],
         ["train.experts=image", "train.finetune=lora", "objective.penalty=latent-kl"],
         ["dtype=bfloat16"],
-        ["objective.grad_through_context=false", "sampling.sde=cps", "sampling.temperature=0.6"],
         ["objective.penalty=none", "train.minibatches=2", "sampling.window=all", "sampling.sde=dance"],
         ["objective.image=fpo", "sampling.think=false"],
         ["objective.image=nft", "train.minibatches=2"],
-        ["sampling.guidance_text=3", "eval.guidance_interval=[-1,1]", "sampling.window=all"],
         ["sampling.guidance_text=3", "sampling.guidance_image=2", "sampling.rounds=2", "objective.penalty=latent-kl"],
+        *(
+            pytest.param(row, marks=pytest.mark.long)
+            for row in (
+                ["train.finetune=lora"],
+                ["sampling.think=false"],
+                ["train.experts=text", "objective.text_kl=0.1"],
+                ["objective.grad_through_context=false", "sampling.sde=cps", "sampling.temperature=0.6"],
+                ["sampling.guidance_text=3", "eval.guidance_interval=[-1,1]", "sampling.window=all"],
+            )
+        ),
     ],
 )
 def test_a_sound_run_has_no_fault(settings: list[str]) -> None:
@@ -481,18 +486,23 @@ AT_END, TO_GO = ([*TWO, f"advantage.credit={credit}"] for credit in ("terminal",
         (forced_stop_token_in_rollout, "stop-token", "truncated after", LONG),
         (forced_stop_token_in_replay, "stop-token", "not scored in replay", LONG),
         (sampled_at_another_temperature, "temperature", "of tokens would be sampled differently", []),
-        (forgotten_temperature, "temperature", "are off", WARM),
         (forgotten_temperature_in_scores, "temperature", "are off", WARM),
         (adapters_left_on_in_the_reference, "reference", "moved the reference", LORA),
-        (reference_that_is_the_policy, "reference", "", []),
         (reference_that_is_the_old_policy, "reference", "exactly 0", []),
         (penalty_without_gradient, "reference", "no gradient", []),
         (penalty_of_the_wrong_sign, "reference", "drives", []),
-        (_advantages(lambda a: a.roll(1, 0)), "advantages", "", []),
         (_advantages(lambda a: -a), "advantages", "has the smaller advantage", []),
         (rewards_credited_one_segment_earlier, "advantages", "a reward is credited to another segment", TO_GO),
-        (_advantages(lambda a: a.roll(1, 1)), "advantages", "a reward is credited to another segment", TO_GO),
         (_advantages(lambda a: a * torch.arange(4)), "advantages", "segments of a/0 have different advantages", AT_END),
+        *(
+            pytest.param(*row, marks=pytest.mark.long)
+            for row in (
+                (forgotten_temperature, "temperature", "are off", WARM),
+                (reference_that_is_the_policy, "reference", "", []),
+                (_advantages(lambda a: a.roll(1, 0)), "advantages", "", []),
+                (_advantages(lambda a: a.roll(1, 1)), "advantages", "a reward is credited to another segment", TO_GO),
+            )
+        ),
     ],
 )
 def test_a_planted_fault_is_found_by_one_check(
@@ -521,10 +531,10 @@ def test_a_planted_fault_is_found_by_one_check(
         (schedule_off_by_one_in_rollout, "schedule", "the network received t", []),
         (schedule_with_a_call_missing, "schedule", "3 network calls", ["sampling.window_range=[0, 2]"]),
         (schedule_off_by_one_in_replay, "schedule image-drift", "replayed at", []),
-        (_rounded_in_rollout(torch.bfloat16), "latents", "fit 16 bits", []),
         (_rounded_in_rollout(torch.float16), "latents", "fit 16 bits", []),
-        (_rounded_in_replay("x_BKND"), "latents", "(before)", []),
+        pytest.param(_rounded_in_rollout(torch.bfloat16), "latents", "fit 16 bits", [], marks=pytest.mark.long),
         (_rounded_in_replay("x_next_BKND"), "latents", "(after)", []),
+        pytest.param(_rounded_in_replay("x_BKND"), "latents", "(before)", [], marks=pytest.mark.long),
         (stale_old_policy, "text-ratio image-ratio", "log-ratio 0 before an update", []),
         (old_scores_from_rollout, "text-ratio", "", []),
         (detached_velocities, "gradients", "image expert", []),
@@ -542,7 +552,7 @@ def test_a_planted_fault_is_found(
 
 def test_a_frozen_expert_is_found_and_a_frozen_part_of_a_layer_is_not() -> None:
     state = _state()
-    for parameter in state.policy.network.language_model.model.layers[1].mlp_moe_gen.parameters():
+    for parameter in state.policy.network.language_model.model.layers[0].mlp_moe_gen.parameters():
         parameter.requires_grad_(False)
     assert not _faults(_examine(state=state))
     for parameter in list(state.policy.trainable()["image"]):
@@ -565,7 +575,7 @@ def _rounding(monkeypatch: MonkeyPatch, size: float) -> None:
 
 @pytest.mark.parametrize(
     ("on_cpu", "size", "verdict"),
-    [(True, 1e-6, FAULT), (False, 0.0, "ok"), (False, 1e-6, "warn"), (False, 0.01, FAULT)],
+    [(True, 1e-6, FAULT), (False, 1e-6, "warn"), (False, 0.01, FAULT)],
 )
 def test_rounding_of_the_first_ratio_is_a_fault_on_the_cpu_only(
     monkeypatch: MonkeyPatch, on_cpu: bool, size: float, verdict: str
@@ -735,6 +745,6 @@ def test_every_check_is_documented() -> None:
     assert all(f"| `{check.name}` |" in text and check.means and check.remedy for check in CHECKS)
 
 
-@pytest.mark.parametrize("settings", [AT_END, TO_GO, [*TO_GO, "advantage.discount=0.5", "sampling.stop_phrase=red"]])
+@pytest.mark.parametrize("settings", [AT_END, [*TO_GO, "advantage.discount=0.5", "sampling.stop_phrase=red"]])
 def test_credit_of_several_rounds_passes(settings: list[str]) -> None:
     assert "advantages" not in _faults(_examine(*settings))

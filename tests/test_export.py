@@ -25,6 +25,7 @@ from unigrpo_cli.run.setup import load_policy
 BAGEL = Path(__file__).parent / "golden" / "bagel_tiny"
 TINY = (
     *("train.steps=3", "train.samples_every=3", "eval.every=0", "eval.best=", "sampling.steps=3", "eval.samples=2"),
+    *("train.checkpoint_every=3", "train.trace_every=0", "sampling.max_new_tokens=3"),
     *("sampling.window_range=[0,2]", "sampling.window_size=1", "doctor.at_start=off", "dtype=bfloat16"),
     *("train.finetune=lora", "train.lora_rank=2", "train.lr_image=1e-2", "train.lr_text=1e-2"),
 )
@@ -45,17 +46,33 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
+NAMED = ("--base", "ByteDance-Seed/BAGEL-7B-MoT")
+
+
+@pytest.fixture(scope="module")
+def adapter(run: Path) -> Path:
+    """Its export, with the base's name on the hub."""
+    done = unigrpo("export", run / "checkpoints" / "last", "--out", run.parent / "adapter", *NAMED)
+    assert done.exit_code == 0 and "warning" not in done.stderr, done.output
+    return run.parent / "adapter"
+
+
+@pytest.fixture(scope="module")
+def merged_weights(run: Path) -> Path:
+    done = unigrpo("export", run, "--merge", "--out", run.parent / "merged", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["kind"] == "merged"
+    return run.parent / "merged"
+
+
 def _states(policy) -> torch.Tensor:
     ids = policy.given("prompt", "a red cube").ids[None]
     with torch.no_grad():
         return policy.forward(policy.empty_context(1), ids).hidden_BLC
 
 
-def test_merged_weights_compute_what_the_adapter_does_in_the_official_names(run: Path, tmp_path: Path) -> None:
-    done = unigrpo("export", run, "--merge", "--out", tmp_path / "m", "--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["kind"] == "merged"
-    merged, base = read_release(tmp_path / "m"), read_release(run.parent / "BAGEL")
+def test_merged_weights_compute_what_the_adapter_does_in_the_official_names(run: Path, merged_weights: Path) -> None:
+    merged, base = read_release(merged_weights), read_release(run.parent / "BAGEL")
     assert not merged.problems and merged.config == base.config
     shapes = [{name: t.shape for name, t in release.tensors.items()} for release in (merged, base)]
     assert shapes[0] == shapes[1], "names and shapes of the release"
@@ -64,37 +81,32 @@ def test_merged_weights_compute_what_the_adapter_does_in_the_official_names(run:
     assert wide and all(".layers." in name for name in wide), "what changed is kept from bf16's rounding"
     config = load_config(overrides=["device=cpu"])
     with_adapter = _states(load_policy(str(run), None, config))
-    torch.testing.assert_close(_states(load_model(tmp_path / "m")), with_adapter, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_states(load_model(merged_weights)), with_adapter, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(_states(load_model(base.directory)), with_adapter, atol=1e-3), "training moved it"
 
 
-def test_an_adapter_loads_in_peft_and_names_its_base(run: Path, tmp_path: Path) -> None:
+def test_an_adapter_loads_in_peft_and_names_its_base(run: Path, adapter: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     warned = unigrpo("export", run, "--out", tmp_path / "warned")
     assert "others do not have; give its hub id with --base" in warned.stderr
-    named = ["--base", "ByteDance-Seed/BAGEL-7B-MoT"]
-    done = unigrpo("export", run / "checkpoints" / "last", "--out", tmp_path / "a", *named)
-    assert done.exit_code == 0 and "warning" not in done.stderr, done.output
-    names = {path.name for path in (tmp_path / "a").iterdir()}
+    names = {path.name for path in adapter.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "samples.png", "curves.png"}
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "ByteDance-Seed/BAGEL-7B-MoT"
     base = load_model(run.parent / "BAGEL")
-    wrapped = PeftModel.from_pretrained(base.network, str(tmp_path / "a"))
-    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    wrapped = PeftModel.from_pretrained(base.network, str(adapter))
+    saved = load_file(adapter / "adapter_model.safetensors")
     assert saved
     own = dict(wrapped.named_parameters())
     for name, value in saved.items():
         torch.testing.assert_close(own[name.replace(".weight", ".default.weight")].float(), value.float())
-    again = unigrpo("export", run, "--out", tmp_path / "a")
+    again = unigrpo("export", run, "--out", adapter)
     assert again.exit_code == 2 and "not empty" in again.stderr
 
 
-def test_the_card_has_scores_intervals_curve_rewards_and_settings(run: Path, tmp_path: Path) -> None:
-    checkpoint = run / "checkpoints" / "last"
-    unigrpo("export", run, "--out", tmp_path / "a", "--base", "ByteDance-Seed/BAGEL-7B-MoT")
-    for path in (checkpoint, tmp_path / "a"):
+def test_the_card_has_scores_intervals_curve_rewards_and_settings(run: Path, adapter: Path, tmp_path: Path) -> None:
+    for path in (run / "checkpoints" / "last", adapter):
         card = ModelCard.load(path / "README.md")
         after = json.loads((run / "eval_after.json").read_text())["scores"]["moody"]
         low, high = after["ci95"]
@@ -112,7 +124,7 @@ def test_the_card_has_scores_intervals_curve_rewards_and_settings(run: Path, tmp
         assert "PeftModel.from_pretrained" in card.text
     assert (card.data.base_model, card.data.license) == ("ByteDance-Seed/BAGEL-7B-MoT", "apache-2.0")
     assert "(samples.png)" in card.text and "(curves.png)" in card.text
-    with Image.open(tmp_path / "a" / "curves.png") as picture:
+    with Image.open(adapter / "curves.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 1, "something is drawn"
     copy = tmp_path / "edited"
     shutil.copytree(run, copy, symlinks=True)
@@ -130,19 +142,15 @@ def standin(monkeypatch: pytest.MonkeyPatch):
         yield server
 
 
-def test_a_run_is_exported_and_pushed(run: Path, tmp_path: Path, standin: Hub) -> None:
-    named = ["--base", "ByteDance-Seed/BAGEL-7B-MoT"]
-    done = unigrpo("push", run, "--repo", "me/drawn", "--private", *named, "--json")
+def test_a_run_is_exported_and_pushed(run: Path, adapter: Path, merged_weights: Path, standin: Hub) -> None:
+    done = unigrpo("push", run, "--repo", "me/drawn", "--private", *NAMED, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["url"] == f"{standin.url}/me/drawn"
     assert standin.private == {"me/drawn": True}
-    unigrpo("export", run, "--out", tmp_path / "a", *named)
-    assert standin.files["me/drawn"] == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    merged = tmp_path / "m"
-    unigrpo("export", run, "--merge", "--out", merged)
-    assert unigrpo("push", merged, "--repo", "me/whole").exit_code == 0
+    assert standin.files["me/drawn"] == {path.name: path.read_bytes() for path in adapter.iterdir()}
+    assert unigrpo("push", merged_weights, "--repo", "me/whole").exit_code == 0
     assert standin.private["me/whole"] is False
-    assert standin.files["me/whole"] == {path.name: path.read_bytes() for path in merged.iterdir()}
+    assert standin.files["me/whole"] == {path.name: path.read_bytes() for path in merged_weights.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -156,10 +164,9 @@ def test_a_run_is_exported_and_pushed(run: Path, tmp_path: Path, standin: Hub) -
     ],
 )
 def test_only_files_of_an_export_are_pushed(
-    run: Path, tmp_path: Path, standin: Hub, more: str, options: list[str], said: str
+    adapter: Path, tmp_path: Path, standin: Hub, more: str, options: list[str], said: str
 ) -> None:
-    (tmp_path / "card").mkdir()
-    unigrpo("export", run, "--out", tmp_path / "card")
+    shutil.copytree(adapter, tmp_path / "card")
     (tmp_path / "card" / more).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "card" / more).write_text("hf_secret")
     done = unigrpo("push", tmp_path / "card", "--repo", "me/drawn", *options)
@@ -188,16 +195,23 @@ def test_an_early_checkpoint_shows_nothing_of_later_steps(
 @pytest.mark.parametrize(
     ("where", "repo", "token", "code", "said"),
     [
-        ("run", "me/drawn", "hf_wrong", 1, "cannot push to me/drawn .* log in with `hf auth login`"),
-        ("run", "a/b/c", "", 2, "write it as ORG/NAME"),
+        ("adapter", "me/drawn", "hf_wrong", 1, "cannot push to me/drawn .* log in with `hf auth login`"),
+        ("adapter", "a/b/c", "", 2, "write it as ORG/NAME"),
         ("BAGEL", "me/drawn", "", 2, "make one with `unigrpo export RUN --out DIR`"),
     ],
 )
 def test_what_cannot_be_pushed(
-    run: Path, standin: Hub, monkeypatch: pytest.MonkeyPatch, where: str, repo: str, token: str, code: int, said: str
+    adapter: Path,
+    standin: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    repo: str,
+    token: str,
+    code: int,
+    said: str,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token or standin.token)
-    done = unigrpo("push", run.parent / where, "--repo", repo)
+    done = unigrpo("push", adapter.parent / where, "--repo", repo)
     assert done.exit_code == code, done.output
     assert re.search(said, " ".join(done.stderr.split()))
     assert not standin.files

@@ -32,8 +32,8 @@ SETTINGS = [
     "sampling.window_size=2",
     "objective.penalty_weight=0",
     "objective.image_clip=1e-4",
-    "train.steps=40",
-    "train.prompts_per_step=4",
+    "train.steps=24",
+    "train.prompts_per_step=2",
     "train.group_size=24",
     "train.minibatches=2",
     "train.micro_batch_size=48",
@@ -43,7 +43,6 @@ SETTINGS = [
 ]
 WORDS, LIGHT = 0.4, 0.015  # gains that count as learning; five seeds gave 0.65 and 0.035 or more
 STILL_WORDS, STILL_LIGHT = 0.1, 0.01  # and as not learning; the controls gave 0.05 and 0.008 or less
-HALF = 24
 CONTROL = ("advantage.shuffle=false", "advantage.shuffle=true")
 PROMPTS = [Prompt(t, t) for t in ("a red circle", "two blue stars", "a heart", "a cross above a square")]
 
@@ -61,21 +60,21 @@ def light(pixels):
     return [float(p.mean()) for p in pixels]
 
 
-def _train(*settings: str) -> tuple[list[StepResult], MoTPolicy]:
+def _train(*settings: str, rewarded: str = "red,light") -> tuple[list[StepResult], MoTPolicy]:
     config = load_config(overrides=[*SETTINGS, *settings])
     policy = prepare_policy(build_model(seed=3, width=32, layers=2), config)
     state = TrainState(policy, make_optimizer(policy, config))
     steps: list[StepResult] = []
-    with _rewards(config) as rewards:
+    with _rewards(config, rewarded) as rewards:
         train(state, PROMPTS, rewards, config, lambda step: bool(steps.append(step)))
     return steps, policy
 
 
-def _rewards(config: Config) -> Scorer:
+def _rewards(config: Config, rewarded: str) -> Scorer:
     plugins = Plugins()
     plugins.rewards.add("red", red)
     plugins.rewards.add("light", light)
-    return Scorer(parse_rewards(["red,light"]), plugins, RewardContext("cpu", config.seed, True, True))
+    return Scorer(parse_rewards([rewarded]), plugins, RewardContext("cpu", config.seed, True, True))
 
 
 def _course(steps: list[StepResult]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +97,6 @@ def test_one_advantage_teaches_words_and_pixels() -> None:
     words, brightness = _course(steps)
     assert _gain(words) > WORDS, words
     assert _gain(brightness) > LIGHT, brightness
-    assert _gain(words[:HALF]) > WORDS and _gain(brightness[:HALF]) > LIGHT, "half a run is enough to tell a control"
     assert all(f"{kind}/first_max_abs_log_ratio" in steps[0].metrics for kind in ("text", "image"))
     assert all(step.metrics.get("text/first_max_abs_log_ratio", 0) == 0 for step in steps)
     assert all(step.metrics.get("image/first_max_abs_log_ratio", 0) == 0 for step in steps)
@@ -107,7 +105,7 @@ def test_one_advantage_teaches_words_and_pixels() -> None:
 
 
 def test_the_text_expert_alone_learns_words_only() -> None:
-    steps, policy = _train("train.experts=text", f"train.steps={HALF}")
+    steps, policy = _train("train.experts=text", "train.steps=16")
     words, brightness = _course(steps)
     assert _gain(words) > WORDS, words
     assert abs(_gain(brightness)) < STILL_LIGHT, brightness
@@ -115,7 +113,8 @@ def test_the_text_expert_alone_learns_words_only() -> None:
 
 
 def test_the_image_expert_alone_learns_pixels_only() -> None:
-    steps, policy = _train("train.experts=image")
+    """Words that are never learnt spread rewards as much at the end as at the start, so they weigh less here."""
+    steps, policy = _train("train.experts=image", "train.lr_image=4e-3", rewarded="red:0.3,light")
     words, brightness = _course(steps)
     assert abs(_gain(words)) < STILL_WORDS, words
     assert _gain(brightness) > LIGHT, brightness
@@ -126,27 +125,23 @@ def test_the_image_expert_alone_learns_pixels_only() -> None:
 def test_final_latents_noised_again_teach_pixels(objective: str) -> None:
     """Sampled by Euler steps alone, without words. Shuffled advantages teach nothing."""
     short = [f"objective.image={objective}", "objective.draws=3", "train.experts=image", "sampling.think=false"]
-    short += ["train.group_size=12"]
+    short += ["train.prompts_per_step=4", "train.group_size=12"]
     gains = [_gain(_course(_train(*short, "train.steps=14", shuffle)[0])[1]) for shuffle in CONTROL]
     assert gains[0] > LIGHT and abs(gains[1]) < STILL_LIGHT, gains
 
 
 def test_without_a_learning_rate_nothing_moves() -> None:
-    steps, policy = _train("train.lr_text=0", "train.lr_image=0", f"train.steps={HALF}")
+    steps, policy = _train("train.lr_text=0", "train.lr_image=0", "train.steps=6")
     for own, start in zip(policy.network.parameters(), policy.frozen.parameters(), strict=True):
         assert torch.equal(own, start)
-    words, brightness = _course(steps)
-    assert abs(_gain(words)) < STILL_WORDS
-    assert abs(_gain(brightness)) < STILL_LIGHT
-    latents = {steps[k].groups[0].episodes[0].images[0].latent.sum().item() for k in range(8)}
-    assert len(latents) == 8, "every step has noise of its own"
+    latents = {step.groups[0].episodes[0].images[0].latent.sum().item() for step in steps}
+    assert len(latents) == 6, "every step has noise of its own"
 
 
-def test_shuffled_advantages_teach_nothing() -> None:
-    """Half of three runs: each is a random walk. Of twelve whole ones one found the word all the same (0.46)."""
-    courses = [
-        _course(_train("advantage.shuffle=true", f"train.steps={HALF}", f"seed={seed}")[0]) for seed in (1, 2, 3)
-    ]
+@pytest.mark.parametrize("seeds", [(1,), pytest.param((1, 2, 3), marks=pytest.mark.long)])
+def test_shuffled_advantages_teach_nothing(seeds: tuple[int, ...]) -> None:
+    """A random walk; the median of several."""
+    courses = [_course(_train("advantage.shuffle=true", f"seed={seed}")[0]) for seed in seeds]
     words, brightness = np.median([[_gain(own) for own in course] for course in courses], axis=0)
     assert words < STILL_WORDS
     assert brightness < STILL_LIGHT

@@ -50,7 +50,7 @@ SMALL = [
     "objective.penalty_weight=0.1",
     "objective.image_clip=1e-4",
     "objective.draws=2",
-    "train.steps=6",
+    "train.steps=3",
     "train.prompts_per_step=2",
     "train.group_size=3",
     "train.micro_batch_size=8",
@@ -79,8 +79,9 @@ FIELDS = {
     f"{section}.{name}": choices
     for section, own in SECTIONS.items()
     for name, field in own.model_fields.items()
-    if (choices := _choices(f"{section}.{name}", field.annotation))
+    if name != "report_to" and (choices := _choices(f"{section}.{name}", field.annotation))
 }
+"""Trackers get numbers and give none: `test_trackers.py` is about them."""
 NUMBERS = [
     "train.minibatches=1",
     "train.epochs=2",
@@ -177,12 +178,12 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor], expert: str = "") -> bool
 
 
 @pytest.mark.parametrize(
-    "settings", [(), *((s,) for s in [*NAMED, *NUMBERS]), *CROSSED, *_combinations(5)], ids=",".join
+    "settings", [(), *((s,) for s in [*NAMED, *NUMBERS]), *CROSSED, *_combinations(3)], ids=",".join
 )
-def test_six_steps(settings: Sequence[str]) -> None:
+def test_three_steps(settings: Sequence[str]) -> None:
     steps, weights, trained = _run(*settings)
     config = _config(*settings)
-    assert len(steps) == 6
+    assert len(steps) == 3
     for step in steps:
         assert not {name: value for name, value in _numbers(step).items() if not math.isfinite(value)}
         for name in ("text/first_max_abs_log_ratio", "image/first_max_abs_log_ratio"):
@@ -198,9 +199,9 @@ def test_six_steps(settings: Sequence[str]) -> None:
         # Without words, the text expert learns through the context alone, and some of its last layer not at all.
         assert own <= moved or (expert == "text" and not config.sampling.think)
 
-    again, weights_again, _ = _run(*settings, "train.steps=2")
-    assert [_numbers(s) for s in again] == [_numbers(s) for s in steps[:2]]
-    assert _equal(weights_again[-1], weights[2])
+    again, weights_again, _ = _run(*settings, "train.steps=1")
+    assert [_numbers(s) for s in again] == [_numbers(steps[0])]
+    assert _equal(weights_again[-1], weights[1])
 
 
 def test_the_list_is_the_configurations_own() -> None:
@@ -208,8 +209,8 @@ def test_the_list_is_the_configurations_own() -> None:
     assert {"sampling.sde=dance", "sampling.window=all", "train.finetune=lora"} <= set(NAMED)
     everything = [s for own in FIELDS.values() for s in own]
     assert len(everything) == len(set(everything)) > 35
-    assert sum(_config(s) == _config() for s in everything) == len(FIELDS) - 2, (
-        "train.extra_modules and train.report_to name none by default"
+    assert sum(_config(s) == _config() for s in everything) == len(FIELDS) - 1, (
+        "train.extra_modules names none by default"
     )
 
 
