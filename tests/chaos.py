@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a process with threads cannot be forked
 os.environ["UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script
+
+from tests.commands import Process, command_line
 
 REWARD = """
 import random
@@ -67,64 +69,10 @@ def command(run: Path, plugin: Path, settings: Sequence[str]) -> list[str]:
     return ["train", "--plugin", str(plugin), "--reward", "moody", "--resume", "auto", "--out", str(run), *words]
 
 
-class Life:
-    """A process that trains, forked from this one or fresh, with what it says in a file."""
-
-    def __init__(self, arguments: Sequence[str], log: Path, fresh: bool):
-        self.fresh = fresh
-        self.code: int | None = None
-        with log.open("ab") as said:
-            if fresh:
-                code = [sys.executable, "-c", "from unigrpo_cli.cli import main; main()"]
-                self.process = subprocess.Popen([*code, *arguments], stdout=said, stderr=said)
-                self.pid = self.process.pid
-                return
-            self.pid = os.fork()
-            if self.pid == 0:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                sys.argv = ["unigrpo", *arguments]
-                _train_and_exit()
-
-    def ended(self, wait: bool = False) -> int | None:
-        """Its exit status, negative for a signal; None while it lives."""
-        if self.fresh:
-            return self.process.wait() if wait else self.process.poll()
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self.ended(wait=True)
-
-
-def _train_and_exit() -> None:
-    code = 1
-    try:
-        from unigrpo_cli.cli import main
-
-        main()
-    except SystemExit as error:
-        code = int(error.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def has_gpu() -> bool:
-    """Asked in another process: CUDA cannot be used after a fork in a process that has initialised it."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def import_everything() -> None:
     """What a life would spend seconds on."""
     import peft  # noqa: F401
-    import torch
+    import torch._dynamo  # by an optimizer
 
     import unigrpo_cli.run.start  # noqa: F401
     from unigrpo_cli.models import lora  # noqa: F401
@@ -137,12 +85,12 @@ def writing(run: Path) -> list[Path]:
     return list((run / "checkpoints").glob("step_*.partial"))
 
 
-def wait_and_kill(life: Life, run: Path, dice: random.Random, longest: float, aimed: bool) -> bool:
+def wait_and_kill(life: Process, run: Path, dice: random.Random, longest: float, aimed: bool) -> bool:
     """Let a life go on for a random time, or until a checkpoint is being written; whether it had to be killed."""
     began, skip = time.monotonic(), dice.randrange(2) if aimed else 0
     until = began + dice.uniform(0.0, longest)
     seen: set[str] = set()
-    while life.ended() is None:
+    while life.code is None:
         if aimed:
             seen |= {path.name for path in writing(run)}
             if len(seen) > skip:
@@ -154,7 +102,8 @@ def wait_and_kill(life: Life, run: Path, dice: random.Random, longest: float, ai
         time.sleep(MOMENT)
     else:
         return False
-    life.kill()
+    life.send(signal.SIGKILL)
+    life.ended()
     return True
 
 
@@ -237,36 +186,39 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for every life")
     parser.add_argument("--keep", type=Path, help="a directory for the runs, kept; default a temporary one")
     given = parser.parse_args()
-    given.fresh = given.fresh or has_gpu()
     if not given.fresh:
         import_everything()
     with tempfile.TemporaryDirectory() as temporary:
-        return chaos(given, given.keep or Path(temporary))
+        return chaos(given.keep or Path(temporary), given.kills, given.seed, given.set, given.fresh)
 
 
-def chaos(given: argparse.Namespace, place: Path) -> int:
+def chaos(place: Path, wanted: int, seed: int, settings: Sequence[str], fresh: bool = False) -> int:
     """All lives; 0 when every run is what the one left alone is."""
-    dice, plugin, log = random.Random(given.seed), write_inputs(place), place / "log.txt"
+    dice, plugin, log = random.Random(seed), write_inputs(place), place / "log.txt"
     alone = place / "alone"
+
+    def live(run: Path) -> Process:
+        return Process(command_line, *command(run, plugin, settings), stdout=log, stderr=log, fresh=fresh)
+
     began = time.monotonic()
-    if Life(command(alone, plugin, given.set), log, given.fresh).ended(wait=True) != 0:
+    if live(alone).ended(3600)[0] != 0:
         print(f"the run that was left alone failed:\n{log.read_text()[-2000:]}")
         return 1
     longest = time.monotonic() - began
     print(f"left alone: {longest:.1f} s", flush=True)
     kills = inside = runs = equal = 0
-    while kills < given.kills or not runs:
+    while kills < wanted or not runs:
         runs += 1
         run = place / f"run{runs}"
         while True:
-            life = Life(command(run, plugin, given.set), log, given.fresh)
-            if kills < given.kills and wait_and_kill(life, run, dice, longest, aimed=kills % 2 == 0):
+            life = live(run)
+            if kills < wanted and wait_and_kill(life, run, dice, longest, aimed=kills % 2 == 0):
                 kills += 1
                 hit = where(run)
                 inside += "checkpoints/step_" in hit
                 print(f"kill {kills:3d}  run {runs}  {hit}", flush=True)
                 continue
-            code = life.ended(wait=True)
+            code = life.ended(3600)[0]
             break
         if code != 0:
             print(f"run {runs} ended with {code}:\n{log.read_text()[-2000:]}")

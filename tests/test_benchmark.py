@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,23 @@ from unigrpo_cli.models.mot.config import network_shapes
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _each_once() -> Iterator[None]:
+    """No repeated measurements, however long one takes here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bagel, "SHARES", 1e9)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str]:
-    """The report of one run in a process of its own, its Markdown, and what it printed."""
+    """The report of one run, its Markdown, and what it printed."""
     directory = tmp_path_factory.mktemp("benchmark")
-    options = ["--size", "tiny", "--device", "cpu", "--profile", "--budget-s", "60"]
+    options = ["--size", "tiny", "--device", "cpu", "--profile", "--budget-s", "600"]
     files = ["--json", str(directory / "found.json"), "--markdown", str(directory / "found.md")]
-    command = [sys.executable, str(ROOT / "benchmarks" / "bagel.py"), *options, *files]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-    assert not done.returncode, done.stderr
-    return json.loads((directory / "found.json").read_text()), (directory / "found.md").read_text(), done.stdout
+    with redirect_stdout(io.StringIO()) as printed:
+        bagel.main([*options, *files])
+    return json.loads((directory / "found.json").read_text()), (directory / "found.md").read_text(), printed.getvalue()
 
 
 def test_every_row_is_there_and_is_a_true_number(finished: tuple[dict, str, str]) -> None:
@@ -72,7 +80,7 @@ def test_what_does_not_fit_is_named_and_the_rest_goes_on(monkeypatch: pytest.Mon
         return own(bench, group, config)
 
     monkeypatch.setattr(parts, "watched_rollout", large_groups_do_not_fit)
-    found = bagel.main(["--size", "tiny", "--device", "cpu", "--budget-s", "60"]).json()
+    found = bagel.main(["--size", "tiny", "--device", "cpu", "--budget-s", "600"]).json()
     missing = {r["part"]: r["reason"] for r in found["not_run"]}
     assert missing.pop("rollout, group of 4") == "did not fit: needs 2.5 GiB"
     assert list(missing) == ["in all"]

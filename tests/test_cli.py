@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import Result
 
-from tests.commands import unigrpo
+from tests.commands import Process, command_line, unigrpo
 from unigrpo_cli.cli import common, completion
 
 FAST = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=2"]
@@ -163,29 +163,6 @@ def test_a_broken_plugin_is_listed_with_its_reason(tmp_path: Path, monkeypatch: 
 # ----- what is refused
 
 
-def _command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The real entry point in a process of its own."""
-    code = "from unigrpo_cli.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
-
-
-EACH = """
-import sys
-from unigrpo_cli.cli import main
-
-for arguments in {commands!r}:
-    sys.argv = ["unigrpo", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        print(end.code, flush=True)
-"""
 UNKNOWN = [
     (["train", "--lr", "1e-5"], "no option --lr: use --set train.lr_text and train.lr_image"),
     (["train", "--output-dir", "x"], "no option --output-dir: use --out"),
@@ -198,29 +175,21 @@ UNKNOWN = [
 ]
 
 
-def test_unknown_options_and_commands_are_one_line_each() -> None:
-    """Words of other tools and misspelt ones, one after the other in a process of their own."""
-    code = EACH.format(commands=[arguments for arguments, _ in UNKNOWN])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["2"] * len(UNKNOWN), done.stderr
-    for line, (_, says) in zip(done.stderr.strip().splitlines(), UNKNOWN, strict=True):
-        assert line.startswith("error: ") and says in line
+@pytest.mark.parametrize(("arguments", "says"), UNKNOWN)
+def test_unknown_options_and_commands_are_one_line_each(arguments: list[str], says: str) -> None:
+    """Words of other tools and misspelt ones."""
+    code, output, errors = Process(command_line, *arguments).ended()
+    (line,) = errors.splitlines()
+    assert (code, output) == (2, "")
+    assert line.startswith("error: ") and says in line
 
 
-def test_help_and_listing_import_no_torch_and_help_shows_the_reward_grammar() -> None:
-    """The slow part of a start is torch; a line says so when it is imported, see `test_remote.py`."""
-    code = "import sys; from unigrpo_cli.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    for arguments in (["--help"], ["train", "--help"], ["rewards", "list"], ["--version"]):
-        broken = (
-            {"UNIGRPO_PLUGINS": "/nowhere.py", "UNIGRPO_PLUGINS_DIR": "/nowhere"} if arguments[0] == "--help" else {}
-        )
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | broken)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("False\n")
-        assert done.stderr == ""
-        if arguments[0] == "train":
-            assert "[alias=]name[:weight](@key=value)*" in done.stdout.replace("\n", "").replace(" ", "")
+def test_help_works_beside_broken_plugins_and_shows_the_reward_grammar() -> None:
+    for command in ([], ["train"]):
+        broken = {"UNIGRPO_PLUGINS": "/nowhere.py", "UNIGRPO_PLUGINS_DIR": "/nowhere"}
+        code, output, errors = Process(command_line, *command, "--help", **broken).ended()
+        assert (code, errors) == (0, "")
+    assert "[alias=]name[:weight](@key=value)*" in output.replace("\n", "").replace(" ", "")
 
 
 def test_completion_of_rewards_settings_and_presets() -> None:
@@ -271,20 +240,21 @@ def test_commands_in_messages_quote_paths(tmp_path: Path) -> None:
         assert not found, f"{path}: {found}: put it in quoted()"
 
 
-def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path) -> None:
+def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path, small_model: Path) -> None:
     plugin = _reward(tmp_path, "time.sleep(600)")
-    began = time.monotonic()
-    more = ["--plugin", plugin, "--out", tmp_path / "run", "--set", "reward.timeout_s=1"]
-    done = _command("train", "--reward", "mine", *more, *FAST)
-    assert done.returncode == 3
-    assert time.monotonic() - began < 60
+    more = ["--plugin", plugin, "--model", small_model, "--out", tmp_path / "run", "--set", "threads=1"]
+    hung = Process(command_line, "train", "--reward", "mine", *more, *FAST, "--set", "reward.timeout_s=1")
+    code, _, errors = hung.ended(60)
+    assert code == 3, errors
 
 
-def test_a_plugin_cannot_spoil_stdout_or_the_working_directory(tmp_path: Path) -> None:
+def test_a_plugin_cannot_spoil_stdout_or_the_working_directory(tmp_path: Path, small_model: Path) -> None:
     """It prints by every way, changes directory, and leaves a child running that inherits what can be inherited."""
     plugin = tmp_path / "rude.py"
     plugin.write_text(RUDE)
-    flags = "rollout --model embedded --limit 1 --group-size 2 --out kept/run --json --reward rude --plugin rude.py"
+    flags = (
+        f"rollout --model {small_model} --limit 1 --group-size 2 --out kept/run --json --reward rude --plugin rude.py"
+    )
     code = f"import sys; sys.argv[1:] = {flags.split()}; from unigrpo_cli.cli import main; main()"
     began = time.monotonic()
     with (tmp_path / "stderr").open("w") as stderr:  # a file, which nobody waits for
@@ -336,9 +306,10 @@ def unigrpo_register_rewards(registry):
 
 
 def test_a_plugin_that_ends_the_process_is_reported(tmp_path: Path) -> None:
-    done = _command("rewards", "test", "mine", "--plugin", _reward(tmp_path, "__import__('os')._exit(0)"))
-    assert done.returncode == 3
-    assert "os._exit(0)" in done.stderr
+    plugin = _reward(tmp_path, "__import__('os')._exit(0)")
+    code, _, errors = Process(command_line, "rewards", "test", "mine", "--plugin", plugin).ended()
+    assert code == 3
+    assert "os._exit(0)" in errors
 
 
 @pytest.mark.parametrize(("status", "child", "ends"), [(0, False, 3), (7, False, 7), (0, True, 0)])

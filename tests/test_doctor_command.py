@@ -35,9 +35,8 @@ TINY_RUN = [
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--reward", "clip,geneval"],
+        ["--reward", "clip,geneval,redness", "--plugin", EXAMPLES / "custom_reward" / "redness.py"],
         ["--reward", "aesthetic,vlm,jpeg,length,format,plan,fidelity,clean", "--set", "train.finetune=lora"],
-        ["--reward", "redness", "--plugin", EXAMPLES / "custom_reward" / "redness.py"],
     ],
 )
 def test_the_embedded_model_and_our_rewards_are_sound(arguments: list) -> None:

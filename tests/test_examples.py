@@ -7,29 +7,25 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from unigrpo_cli.cli import app
+from tests.commands import unigrpo
 from unigrpo_cli.config import load_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path) -> None:
+SMALL = ["train.prompts_per_step=2", "train.group_size=2", "eval.limit=1", "doctor.at_start=off"]
+SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
+
+
+def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path, small_model: Path) -> None:
     path = EXAMPLES / "custom_reward" / "redness.py"
     code = path.read_text().split('"""')[2]
     assert len([line for line in code.splitlines() if line.strip()]) == 4
-    tested = CliRunner().invoke(app, ["rewards", "test", "redness", "--plugin", str(path)])
+    tested = unigrpo("rewards", "test", "redness", "--plugin", path)
     assert tested.exit_code == 0, tested.output
-    small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=1"]
-    trained = CliRunner().invoke(
-        app,
-        [
-            "train",
-            *("--reward", "redness", "--plugin", str(path), "--steps", "1"),
-            *("--out", str(tmp_path / "run"), "--json", *small),
-        ],
-    )
+    run = ["--steps", 1, "--out", tmp_path / "run", "--model", small_model, "--json"]
+    trained = unigrpo("train", "--reward", "redness", "--plugin", path, *run, *SETTINGS)
     assert trained.exit_code == 0, trained.output
     summary = json.loads(trained.stdout)
     assert 0 < summary["eval_after"]["redness"] < 1
@@ -38,15 +34,13 @@ def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path) -> None:
 
 
 def test_the_plugin_that_writes_csv_is_ten_lines_and_writes_a_line_per_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = EXAMPLES / "metrics_csv" / "metrics_csv.py"
     assert len([line for line in path.read_text().split('"""')[2].splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
-    small = ["train.prompts_per_step=2", "train.group_size=2", "eval.limit=1", "doctor.at_start=off"]
-    settings = [word for setting in small for word in ("--set", setting)]
-    command = ["train", "--reward", "clean", "--plugin", str(path), "--steps", "2", "--out", "run", *settings]
-    done = CliRunner().invoke(app, command)
+    run = ["--steps", 2, "--out", "run", "--model", small_model]
+    done = unigrpo("train", "--reward", "clean", "--plugin", path, *run, *SETTINGS)
     assert done.exit_code == 0, done.output
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     lines = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
@@ -58,19 +52,19 @@ def test_the_plugin_that_writes_csv_is_ten_lines_and_writes_a_line_per_step(
 
 def test_examples_are_listed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    listed = json.loads(CliRunner().invoke(app, ["examples", "--json"]).stdout)["examples"]
+    listed = json.loads(unigrpo("examples", "--json").stdout)["examples"]
     pages = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
     assert {row["name"] for row in listed} == pages
     assert all(row["summary"] for row in listed)
     for name in pages:
-        assert CliRunner().invoke(app, ["examples", name]).exit_code == 0
+        assert unigrpo("examples", name).exit_code == 0
         tracked = {p.relative_to(EXAMPLES / name) for p in (EXAMPLES / name).rglob("*") if p.is_file()}
         copied = {p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file()}
         assert copied == {p for p in tracked if not {"__pycache__", ".pytest_cache"} & set(p.parts)}
-    again = CliRunner().invoke(app, ["examples", "embedded"])
+    again = unigrpo("examples", "embedded")
     assert again.exit_code == 2
     assert "choose another --out" in again.stderr
-    wrong = CliRunner().invoke(app, ["examples", "embeded", "--out", "x"])
+    wrong = unigrpo("examples", "embeded", "--out", "x")
     assert wrong.exit_code == 2
     assert "did you mean embedded" in wrong.stderr
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import command, write_inputs
+from tests.commands import Process, command_line
 from unigrpo_cli.run.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -23,23 +24,30 @@ SETTINGS = ("train.steps=2", "eval.every=0", "eval.best=''", "train.samples_ever
 POSIX = pytest.mark.skipif(os.name == "nt", reason="pipes, /dev/full and SIGHUP of POSIX")
 
 
-def start(run: Path, *settings: str, **how: object) -> subprocess.Popen:
-    line = command(run, write_inputs(run.parent), (*SETTINGS, *settings))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*UNIGRPO, *line], env=environment, text=True, **how)  # type: ignore[call-overload]
+@pytest.fixture
+def run(tmp_path: Path, small_model: Path) -> Path:
+    """Where a run shall be, with its inputs beside it."""
+    write_inputs(tmp_path)
+    (tmp_path / "model").symlink_to(small_model)
+    return tmp_path / "run"
+
+
+def start(run: Path, *settings: str, **files: Path) -> Process:
+    small = (f"model={run.with_name('model')}", *SETTINGS, *settings)
+    return Process(command_line, *command(run, run.with_name("moody.py"), small), **files)
 
 
 @POSIX
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_pipe_that_closes_and_a_full_log_do_not_stop_a_run(tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        process = start(tmp_path / "run", stdout=subprocess.PIPE, stderr=full)
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(120) == 0
-    assert (tmp_path / "run" / "checkpoints" / "step_000002" / "SHA256SUMS").is_file()
-    assert (tmp_path / "run" / "summary.json").is_file()
+def test_a_pipe_that_closes_and_a_full_log_do_not_stop_a_run(run: Path) -> None:
+    pipe = run.with_name("pipe")
+    os.mkfifo(pipe)
+    process = start(run, stdout=pipe, stderr=Path("/dev/full"))
+    with pipe.open() as output:
+        output.readline()
+    assert process.ended()[0] == 0
+    assert (run / "checkpoints" / "step_000002" / "SHA256SUMS").is_file()
+    assert (run / "summary.json").is_file()
 
 
 @POSIX
@@ -72,26 +80,19 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 @POSIX
 @pytest.mark.parametrize("ignored", [False, True])
-def test_hanging_up_saves_a_checkpoint(tmp_path: Path, ignored: bool) -> None:
+def test_hanging_up_saves_a_checkpoint(run: Path, ignored: bool) -> None:
     """As Ctrl-C: the step is finished. Under nohup the run continues."""
-    run = tmp_path / "run"
-    reset = signal.SIG_IGN if ignored else signal.SIG_DFL
-    process = start(
-        run,
-        "train.steps=400",
-        "train.checkpoint_every=0",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, reset),
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    process = start(run, "train.steps=400", "train.checkpoint_every=0")
+    signal.signal(signal.SIGHUP, before)
     metrics = run / "metrics.jsonl"
     _wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 0, 120)
-    process.send_signal(signal.SIGHUP)
+    process.send(signal.SIGHUP)
     if ignored:
-        before = metrics.stat().st_size
-        _wait_for(lambda: metrics.stat().st_size > before, 60)
-        process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+        size = metrics.stat().st_size
+        _wait_for(lambda: metrics.stat().st_size > size, 60)
+        process.send(signal.SIGTERM)
+    code, _, errors = process.ended()
+    assert code == 130, errors
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert checkpoints(run)[-1].name == f"step_{last:06d}"

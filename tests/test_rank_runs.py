@@ -6,21 +6,22 @@ The longer ones run by `UNIGRPO_LONG_TESTS=1 python -m pytest -q tests/test_rank
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from tests.test_ranks import finished, free_port, launch
-from unigrpo_cli.cli import app
+from tests.commands import Process, command_line, unigrpo
+from tests.test_ranks import free_port, launch
 from unigrpo_cli.episode import flatten
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 
@@ -33,9 +34,11 @@ SMALL = [
     *("--set", "train.samples_every=0"),
     *("--set", "eval.limit=1"),
     *("--set", "eval.steps=2"),
+    *("--set", "eval.rewards=[]"),
     *("--set", "sampling.steps=6"),
+    *("--set", "doctor.at_start=off"),
+    *("--set", "threads=1"),
 ]
-PROGRAM = ("-c", "from unigrpo_cli.cli import main; main()")
 JUDGE = """
 from unigrpo_cli import reward
 
@@ -46,10 +49,18 @@ def bright(images, step, split):
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> list[str]:
+def judge(tmp_path: Path, small_model: Path) -> list[str]:
     path = tmp_path / "judge.py"
     path.write_text(JUDGE)
-    return ["--plugin", str(path)]
+    return ["--plugin", str(path), "--model", str(small_model)]
+
+
+def run_by_two(*command: object, **variables: str) -> list[Process]:
+    return launch(2, command_line, *command, **variables)
+
+
+def ended(processes: Sequence[Process]) -> list[tuple[int, str, str]]:
+    return [process.ended() for process in processes]
 
 
 def steps_in(run: Path) -> list[int]:
@@ -74,23 +85,17 @@ def error_lines(text: str) -> list[str]:
 def test_a_killed_rank_ends_the_other_and_one_process_goes_on(tmp_path: Path, judge: list[str]) -> None:
     """SIGKILL, as the out-of-memory killer does it: one line that names the rank, and no hang in a collective."""
     run = tmp_path / "run"
-    command = [*PROGRAM, *SMALL, *judge, "--out", str(run), "--steps", "500"]
-    first, second = launch(2, *command, UNIGRPO_SILENCE="5")
-    try:
-        until(lambda: len(steps_in(run)) >= 2 or first.poll() is not None)
-        second.send_signal(signal.SIGKILL)
-        began = time.monotonic()
-        ((code, _, errors),) = finished([first], 60)
-        assert time.monotonic() - began < 60
-    finally:
-        second.kill()
-        second.communicate()
+    first, second = run_by_two(*SMALL, *judge, "--out", run, "--steps", 500, UNIGRPO_SILENCE="3")
+    until(lambda: len(steps_in(run)) >= 2 or first.code is not None)
+    second.send(signal.SIGKILL)
+    began = time.monotonic()
+    code, _, errors = first.ended()
+    assert time.monotonic() - began < 60
     assert code == 1
     (line,) = error_lines(errors)
-    assert line.startswith("error: rank 1 is gone: no sign of it for 5 s"), errors
+    assert line.startswith("error: rank 1 is gone: no sign of it for 3 s"), errors
     done = max(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit())
-    more = [*judge, "--resume", "auto", "--out", str(run), "--steps", str(done + 1), "--json"]
-    resumed = CliRunner().invoke(app, ["train", *more])
+    resumed = unigrpo("train", *judge[:2], "--resume", "auto", "--out", run, "--steps", done + 1, "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["steps"] == done + 1
     assert steps_in(run) == list(range(1, done + 2))
@@ -100,12 +105,12 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(tmp_path: Path, ju
 def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
     """Three groups on two ranks, and a saved one, of which the first has none: the same episodes and rewards."""
     command = ["rollout", "--limit", "3", "--group-size", "2", "--reward", "jpeg,length:0", "--json"]
-    command += ["--set", "sampling.steps=6"]
+    command += ["--set", "sampling.steps=6", "--set", "threads=1"]
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    pair = launch(2, *PROGRAM, *command, "--out", str(two))
-    alone = CliRunner().invoke(app, [*command, "--out", str(one), "--set", "threads=1"])
+    pair = run_by_two(*command, "--out", two)
+    alone = unigrpo(*command, "--out", one)
     assert alone.exit_code == 0, alone.output
-    (code, output, errors), (other, silent, _) = finished(pair, 120)
+    (code, output, errors), (other, silent, _) = ended(pair)
     assert code == other == 0, errors
     assert silent == "", "one rank speaks"
     summary = json.loads(output)
@@ -122,9 +127,9 @@ def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
         torch.testing.assert_close(mine.images[0].latent, theirs.images[0].latent, rtol=1e-4, atol=1e-4)
     first = load_episodes(two)[:1]
     save_episodes(first, tmp_path / "first")
-    scoring = ["rollout", "--from", str(tmp_path / "first"), "--reward", "jpeg,length:0", "--out", str(again)]
-    ended = finished(launch(2, *PROGRAM, *scoring, "--set", "reward.scoring_rank=first"), 120)
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    scoring = ["rollout", "--from", tmp_path / "first", "--reward", "jpeg,length:0", "--out", again]
+    scored = ended(run_by_two(*scoring, "--set", "reward.scoring_rank=first", "--set", "threads=1"))
+    assert [code for code, _, _ in scored] == [0, 0], scored
     assert json.loads((again / "rewards.json").read_text()) == json.loads((two / "rewards.json").read_text())[:2]
     assert [e.seed for e in flatten(load_episodes(again))] == [e.seed for e in flatten(first)]
 
@@ -132,10 +137,10 @@ def test_a_rollout_by_two_is_that_of_one(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, judge: list[str]) -> None:
     run = tmp_path / "run"
-    pair = launch(2, *PROGRAM, *SMALL, *judge, "--out", str(run), "--steps", "500", "--json")
+    pair = run_by_two(*SMALL, *judge, "--out", run, "--steps", 500, "--json")
     until(lambda: len(steps_in(run)) >= 1)
-    pair[1].send_signal(signal.SIGTERM)
-    (code, output, errors), (other, silent, _) = finished(pair, 60)
+    pair[1].send(signal.SIGTERM)
+    (code, output, errors), (other, silent, _) = ended(pair)
     assert code == other == 130, errors
     summary = json.loads(output)
     assert summary["interrupted"]
@@ -143,23 +148,23 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, jud
     steps = steps_in(run)
     assert steps == list(range(1, summary["steps"] + 1))
     assert (run / "checkpoints" / f"step_{summary['steps']:06d}" / "state.json").is_file()
-    pair = launch(2, *PROGRAM, *SMALL, *judge, "--resume", str(run), "--steps", str(len(steps) + 1), "--json")
-    (code, output, errors), _ = finished(pair, 120)
+    more = ["--resume", run, "--steps", len(steps) + 1, "--json"]
+    (code, output, errors), _ = ended(run_by_two(*SMALL, *judge, *more))
     assert code == 0, errors
     assert json.loads(output)["steps"] == len(steps) + 1
 
 
 @pytest.mark.long
-def test_a_judge_that_fails_on_one_rank_is_one_line_and_loses_no_step(tmp_path: Path) -> None:
+def test_a_judge_that_fails_on_one_rank_is_one_line_and_loses_no_step(tmp_path: Path, judge: list[str]) -> None:
     path = tmp_path / "judge.py"
     fails = '    if split == "train" and step == 2 and os.environ["RANK"] == "1":\n        raise OSError("gone")\n'
     head, tail = JUDGE.split("    return")
     path.write_text("import os\n" + head + fails + "    return" + tail)
     run = tmp_path / "run"
-    more = ["--set", "train.checkpoint_every=0", "--plugin", str(path), "--out", str(run), "--steps", "5"]
-    ended = finished(launch(2, *PROGRAM, *SMALL, *more), 120)
-    assert [code for code, _, _ in ended] == [3, 3], ended
-    (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
+    more = ["--set", "train.checkpoint_every=0", "--out", run, "--steps", 5]
+    both = ended(run_by_two(*SMALL, *judge, *more))
+    assert [code for code, _, _ in both] == [3, 3], both
+    (line,) = [line for _, _, errors in both for line in error_lines(errors)]
     assert line.startswith("error: rank 1: reward 'bright'")
     assert "OSError: gone" in line
     assert (run / "checkpoints" / "step_000002" / "state.json").is_file()
@@ -181,10 +186,9 @@ def test_when_the_first_rank_fails_alone_the_other_ends_as_it_does(tmp_path: Pat
     """The place where ranks meet goes with it, so it stays until it was heard: one line, one code, no noise."""
     hook = tmp_path / "hook.py"
     hook.write_text(ONE_SIDED)
-    more = ["--plugin", str(hook), "--out", str(tmp_path / "run"), "--steps", "1", "--set", "doctor.at_start=off"]
-    ended = finished(launch(2, *PROGRAM, *SMALL, *judge, *more), 120)
-    (code, _, errors), (other, _, silent) = ended
-    assert code == other == 3, ended
+    more = ["--plugin", hook, "--out", tmp_path / "run", "--steps", 1]
+    (code, _, errors), (other, _, silent) = ended(run_by_two(*SMALL, *judge, *more))
+    assert code == other == 3, errors + silent
     (line,) = error_lines(errors)
     assert line.startswith("error: rank 0:") and "no advantages here" in line
     assert not silent
@@ -193,30 +197,26 @@ def test_when_the_first_rank_fails_alone_the_other_ends_as_it_does(tmp_path: Pat
 def test_who_waits_for_the_others_can_be_interrupted() -> None:
     """They meet outside Python, where no signal is seen; another rank may take half an hour to come."""
     port = free_port()
-    (process,) = launch(1, *PROGRAM, "train", WORLD_SIZE="2", MASTER_PORT=str(port))
+    (process,) = launch(1, command_line, "train", WORLD_SIZE="2", MASTER_PORT=str(port))
 
     def meets() -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    try:
-        until(meets)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+    until(meets)
+    time.sleep(0.5)
+    process.send(signal.SIGTERM)
+    code, _, errors = process.ended(20)
+    assert code == 130
     assert errors.splitlines()[-1] == "interrupted"
 
 
 @pytest.mark.long
 def test_what_is_wrong_for_all_is_said_once(tmp_path: Path, judge: list[str]) -> None:
     run = tmp_path / "run"
-    pair = launch(2, *PROGRAM, *SMALL, *judge, "--set", "train.prompts_per_step=2", "--out", str(run))
-    ended = finished(pair, 120)
-    assert [code for code, _, _ in ended] == [2, 2]
-    (line,) = [line for _, _, errors in ended for line in error_lines(errors)]
+    both = ended(run_by_two(*SMALL, *judge, "--set", "train.prompts_per_step=2", "--out", run))
+    assert [code for code, _, _ in both] == [2, 2]
+    (line,) = [line for _, _, errors in both for line in error_lines(errors)]
     assert "2 ranks x train.minibatches=2 must divide it" in line
     assert not run.exists()
 
@@ -247,12 +247,11 @@ def test_launchers_start_what_one_process_does(tmp_path: Path, judge: list[str],
 def test_an_evaluation_by_two_is_that_of_one(tmp_path: Path) -> None:
     """Two pictures for a prompt of each task: the same report and pictures, told once; and a gate that fails."""
     command = ["eval", "--limit", "1", "--samples", "2", "--reward", "jpeg,geneval", "--json"]
-    command += ["--set", "eval.steps=2"]
-    gate = ["--fail-under", "jpeg=1.1"]
-    pair = launch(2, *PROGRAM, *command, *gate, "--out", str(tmp_path / "two"))
-    alone = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "one"), "--set", "threads=1"])
+    command += ["--set", "eval.steps=2", "--set", "threads=1"]
+    pair = run_by_two(*command, "--fail-under", "jpeg=1.1", "--out", tmp_path / "two")
+    alone = unigrpo(*command, "--out", tmp_path / "one")
     assert alone.exit_code == 0, alone.output
-    (code, output, errors), (other, silent, _) = finished(pair, 120)
+    (code, output, errors), (other, silent, _) = ended(pair)
     assert (code, other) == (4, 0), errors
     (line,) = error_lines(errors)
     assert "under --fail-under jpeg=1.1" in line
@@ -300,13 +299,14 @@ cli.main()
 )
 def test_one_of_several_ends_before_python_takes_itself_apart(asked: str, code: int, world: int, last: str) -> None:
     """Its threads may still want Python, which aborts; one process alone ends as any program."""
-    ((found, output, _),) = finished(launch(1, "-c", DISMANTLED, asked, WORLD_SIZE=str(world)), 60)
-    assert (found, output.splitlines()[-1]) == (code, last)
+    command = [sys.executable, "-c", DISMANTLED, asked]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": str(world)})
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, last)
 
 
 def test_a_command_of_one_process_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    refused = CliRunner().invoke(app, ["generate", "a red circle", "--out", str(tmp_path / "pictures")])
+    refused = unigrpo("generate", "a red circle", "--out", tmp_path / "pictures")
     assert refused.exit_code == 2
     assert "run in several processes; start this without a launcher" in refused.stderr

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests import tiny_pair, two_ranks
+from tests.commands import Process, command_line
+from tests.two_ranks import STEPS
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.family import MODELS
@@ -34,12 +35,10 @@ from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.replay import split_up
 from unigrpo_cli.run.memory.kinds import training_memory, workload
 
-TESTS = Path(__file__).parent
 SCENES = (
     "lora",
     "replicated",
     "sharded",
-    "two_rounds",
     "pair",
     "checkpointed",
     "whole_control",
@@ -50,12 +49,12 @@ SCENES = (
     "uneven_program",
     "abstaining_judge",
     "imitated",
-    *(RESUMED := tuple(f"{verb}_{what}" for verb in ("saved", "restored") for what in two_ranks.TRAINED)),
+    "pair_full",
+    *(RESTORED := tuple(f"restored_{what}" for what in two_ranks.TRAINED)),
 )
-CONTROLS = (*SCENES[:5], "abstaining_judge", "imitated", *RESUMED)
-STEPS = 3
+CONTROLS = (*SCENES[:4], "abstaining_judge", "imitated", "pair_full", *RESTORED)
 TOLERANCE = 1e-5
-"""Largest difference of a weight after three steps (six updates of up to 1e-3 each) between one process and two.
+"""Largest difference of a weight after two steps (four updates of up to 1e-3 each) between one process and two.
 
 Sums of gradients round in another order, and AdamW divides by their size: 2.4e-6 was measured."""
 
@@ -66,36 +65,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(world: int, *command: str, **more: str) -> list[subprocess.Popen]:
-    """Processes as torchrun starts them."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    address["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = []
-    for rank in range(world):
-        environment = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        found.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=environment | more,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return found
-
-
-def finished(processes: Sequence[subprocess.Popen], seconds: float) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each; all are ended when one takes too long."""
-    found = []
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=seconds)
-            found.append((process.returncode, output, errors))
-    finally:
-        for process in processes:
-            process.kill()
-    return found
+def launch(world: int, run: Callable[..., None], *given: object, fresh: bool = False, **more: str) -> list[Process]:
+    """Processes with the variables that torchrun sets."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | more for rank in range(world)]
+    return [Process(run, *given, fresh=fresh, **variables) for variables in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +78,11 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     for kind in tiny_pair.KINDS:
         tiny_pair.write(kind, out / kind)
-    pair = launch(2, str(TESTS / "two_ranks.py"), str(out), *SCENES)
+    pair = launch(2, two_ranks.main, out, SCENES)
     try:
         two_ranks.main(out, CONTROLS)  # which waits for what the others save, and they for this
     finally:
-        ended = finished(pair, 180)
+        ended = [process.ended(180) for process in pair]
     assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
     return out
 
@@ -202,20 +176,14 @@ def test_waiting_for_ranks_that_do_not_come_is_said_and_ends(rank: int, missing:
     """Without a launcher that notices: a line within seconds, and an end by itself."""
     port = str(free_port())
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "RANK": str(rank)}
-    code = "from unigrpo_cli.cli import main; main()"
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--reward", "geneval"],
-        env=os.environ | address | {"UNIGRPO_JOIN_TIMEOUT": "3"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    waiting = Process(command_line, "train", "--reward", "geneval", UNIGRPO_JOIN_TIMEOUT="3", **address)
+    code, _, errors = waiting.ended()
     assert time.monotonic() - began < 100
-    lines = [line for line in done.stderr.splitlines() if "waiting" in line]
+    lines = [line for line in errors.splitlines() if "waiting" in line]
     assert lines[0] == f"rank {rank} is waiting for {missing} at 127.0.0.1:{port}, for up to 3 s"
     assert f"error: rank {rank} gave up after 3 s of waiting for {missing}" in lines[1]
-    assert (done.returncode, len(lines)) == (2, 2)
+    assert (code, len(lines)) == (2, 2)
 
 
 def test_an_address_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,12 +227,12 @@ def test_ranks_that_share_a_gpu(other: list | None, shared: bool) -> None:
 # ----- two are one
 
 
-@pytest.mark.parametrize("scene", SCENES[:5])
+@pytest.mark.parametrize("scene", SCENES[:4])
 def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None:
     """The same episodes, advantages and, to the rounding of sums, the same weights; to the bit on both ranks."""
     one = told(played, scene, 1, 0)["steps"]
     two = [told(played, scene, 2, rank)["steps"] for rank in range(2)]
-    for k in range(STEPS):
+    for k in range(len(one)):
         assert [two[rank][k]["prompts"] for rank in range(2)] == [["a", "c"], ["b", "d"]]
         for key in ("texts", "advantages", "scores"):
             whole = Ranks(0, 2).joined([two[rank][k][key] for rank in range(2)], 2)
@@ -276,7 +244,8 @@ def test_two_ranks_learn_what_one_process_does(played: Path, scene: str) -> None
     first, second = weights(played, scene, 2, 0), weights(played, scene, 2, 1)
     assert apart(first, second) == 0
     assert 0 < apart(first, weights(played, scene, 1)) < TOLERANCE
-    assert sum(value != 0 for step in one for value in step["advantages"]) > 40, "there was little to learn"
+    advantages = [value for step in one for value in step["advantages"]]
+    assert sum(map(bool, advantages)) > 0.6 * len(advantages), "there was little to learn"
 
 
 def test_sharded_weights_compute_what_whole_ones_do(played: Path) -> None:
@@ -290,24 +259,24 @@ def test_the_first_rank_may_judge_for_all(played: Path) -> None:
     """The same weights to the bit; the other rank set nothing up and asked nobody."""
     assert apart(weights(played, "judged_on_first", 2), weights(played, "lora", 2)) == 0
     found = [told(played, "judged_on_first", 2, rank) for rank in range(2)]
-    assert [f["asked"] for f in found] == [2 * 6 * STEPS, 0]
-    assert [told(played, "lora", 2, rank)["asked"] for rank in range(2)] == [6 * STEPS, 6 * STEPS]
+    assert [f["asked"] for f in found] == [2 * 4 * STEPS, 0]
+    assert [told(played, "lora", 2, rank)["asked"] for rank in range(2)] == [4 * STEPS, 4 * STEPS]
 
 
 def test_an_update_refused_on_one_rank_is_refused_on_both(played: Path) -> None:
     for rank in range(2):
         skipped = [step["skipped"] for step in told(played, "refused", 2, rank)["steps"]]
-        assert skipped[0] is None and skipped[2] is None
-        assert skipped[1].startswith("update 2 of 2: rank 1: the loss is nan")
+        assert skipped[1] is None
+        assert skipped[0].startswith("update 2 of 2: rank 1: the loss is nan")
     assert apart(weights(played, "refused", 2, 0), weights(played, "refused", 2, 1)) == 0
 
 
 def test_texts_of_other_lengths_hold_nobody_up(played: Path) -> None:
-    """With sharded weights one rank writes one word per text, the other 24."""
+    """With sharded weights one rank writes one word per text, the other 12."""
     for rank in range(2):
         metrics = [step["metrics"] for step in told(played, "uneven_texts", 2, rank)["steps"]]
-        assert [m["text/length"] for m in metrics] == [(1 + 24) / 2] * STEPS
-        assert [m["text/truncated"] for m in metrics] == [1 / 2] * STEPS
+        assert [m["text/length"] for m in metrics] == [(1 + 12) / 2]
+        assert [m["text/truncated"] for m in metrics] == [1 / 2]
 
 
 def test_a_judge_that_fails_on_one_rank_fails_on_both(played: Path) -> None:
@@ -337,27 +306,24 @@ def test_two_ranks_imitate_what_one_process_does(played: Path) -> None:
 def test_abstentions_are_counted_over_all_ranks(played: Path) -> None:
     """A quarter of all, which may be, is half of one rank's: no rank stops, and each knows of all."""
     alone = told(played, "abstaining_judge", 1, 0)["abstained"]
-    assert sum(alone) * 4 == len(alone) == 12 * STEPS
+    assert sum(alone) * 4 == len(alone) == 8
     for rank in range(2):
         assert told(played, "abstaining_judge", 2, rank)["abstained"] == alone
 
 
-LEFT = """
-import os
-import torch
-torch.set_num_threads(2 + int(os.environ["RANK"]))
-from unigrpo_cli.parallel.join import join_ranks
+def leave() -> None:
+    """Join a group and leave it."""
+    torch.set_num_threads(2 + int(os.environ["RANK"]))
+    with join.join_ranks() as ranks:
+        ranks.wait()
+        from torch import _dynamo  # noqa: F401  with it comes torch.distributed.nn
 
-def threads():
-    tasks = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
-    return sum("gloo" in name for name in tasks)
+        print("inside", group_threads() > 0, torch.get_num_threads())
+    print("left", group_threads())
 
-with join_ranks() as ranks:
-    ranks.wait()
-    import torch._dynamo  # with it comes torch.distributed.nn
-    print("inside", threads() > 0, torch.get_num_threads())
-print("left", threads())
-"""
+
+def group_threads() -> int:
+    return sum("gloo" in comm.read_text() for comm in Path("/proc/self/task").glob("*/comm"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of libraries are read from /proc")
@@ -367,32 +333,33 @@ def test_no_thread_of_the_group_outlives_it() -> None:
 
     Ranks that start with 2 and 3 torch threads both compute with 2, else they make different numbers of collectives.
     """
-    for code, output, errors in finished(launch(2, "-c", LEFT), 180):
+    for process in launch(2, leave, fresh=True):
+        code, output, errors = process.ended()
         assert (code, output.split("\n")[:2]) == (0, ["inside True 2", "left 0"]), errors
 
 
 @pytest.mark.parametrize(
     ("what", "file"),
     [
-        ("full", "ema.safetensors"),
+        ("sharded", "ema.safetensors"),
         ("lora", "adapter_model.safetensors"),
-        ("pair", "transformer/diffusion_pytorch_model.safetensors"),
+        ("pair_full", "transformer/diffusion_pytorch_model.safetensors"),
     ],
 )
 def test_a_checkpoint_goes_on_under_another_number_of_ranks(played: Path, what: str, file: str) -> None:
     """Two ranks' checkpoint in one process and the other way round: files of the same names and tensors."""
     for written, resumed in ((2, 1), (1, 2)):
-        assert told(played, f"restored_{what}", resumed, 0)["step"] == 2
+        assert told(played, f"restored_{what}", resumed, 0)["step"] == STEPS
         went_on = weights(played, f"restored_{what}", resumed)
-        assert apart(went_on, weights(played, f"saved_{what}", written)) < TOLERANCE
-    assert apart(weights(played, f"saved_{what}", 2, 0), weights(played, f"saved_{what}", 2, 1)) == 0
-    assert told(played, f"saved_{what}", 2, 0)["sharded"] == (what != "lora")
+        assert apart(went_on, weights(played, what, written)) < TOLERANCE
+    assert apart(weights(played, what, 2, 0), weights(played, what, 2, 1)) == 0
+    assert told(played, what, 2, 0)["sharded"] == (what != "lora")
     one, two = (played / f"{what}.{world}" for world in (1, 2))
     assert sorted(p.relative_to(one) for p in one.rglob("*")) == sorted(p.relative_to(two) for p in two.rglob("*"))
     for name in ("optimizer.safetensors", file):
         a, b = load_file(one / name), load_file(two / name)
         assert {n: (x.shape, x.dtype) for n, x in a.items()} == {n: (x.shape, x.dtype) for n, x in b.items()}
-    assert json.loads((one / "state.json").read_text())["step"] == 1
+    assert json.loads((one / "state.json").read_text())["step"] == STEPS - 1
 
 
 @patch.dict(PAINTERS, {two_ranks.PADDED.pipeline: two_ranks.PADDED})
@@ -401,6 +368,6 @@ def test_a_rank_of_a_pair_holds_the_weights_that_are_planned(played: Path, world
     config = load_config(overrides=["train.finetune=full", "dtype=float32"])
     work = workload(MODELS.sizes(str(played / "flux2-klein"))[1], config, world=world)
     planned = [i.bytes for i in training_memory(work).always if i.name.endswith("weights") or i.name == "reference"]
-    assert told(played, "saved_pair", world, 0)["held"] == sum(planned)
+    assert told(played, "pair_full", world, 0)["held"] == sum(planned)
     names = [i.name for phase in training_memory(work).phases for i in phase.items]
     assert ("gathered weights" in names) == ("gathered matrices" in names) == (world == 2)

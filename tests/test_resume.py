@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from tests.chaos import REWARD, command, differences, write_inputs
+from tests.chaos import REWARD, chaos, command, differences, write_inputs
 from tests.commands import unigrpo
 from tools.toy_model import build_model
 from unigrpo_cli.config import config_keys, load_config
@@ -112,7 +112,10 @@ def _lines(result: Result, word: str) -> list[str]:
 ROUNDS = "sampling.program=reflect sampling.rounds=2 advantage.credit=reward-to-go"
 
 
-@pytest.mark.parametrize("settings", ["", "dtype=bfloat16", f"dtype=bfloat16 train.finetune=lora {ROUNDS}"])
+@pytest.mark.parametrize(
+    "settings",
+    ["", pytest.param("dtype=bfloat16", marks=pytest.mark.long), f"dtype=bfloat16 train.finetune=lora {ROUNDS}"],
+)
 def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Path, settings: str) -> None:
     """Weights, moments, generators, facts, metrics, samples, evaluations and links, with a reward that draws."""
     whole, parts = tmp_path / "whole" if settings else alone, tmp_path / "parts"
@@ -132,27 +135,15 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path, plugin: Path, alone: Pa
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(1, 1), pytest.param(3, 5, marks=pytest.mark.long)])
-def test_chaos(tmp_path: Path, kills: int, seed: int) -> None:
+def test_chaos(tmp_path: Path, plugin: Path, capsys: pytest.CaptureFixture, kills: int, seed: int) -> None:
     """SIGKILLs, one at least inside a checkpoint's writing, and the same to the bit."""
-    code = [
-        sys.executable,
-        str(Path(__file__).parent / "chaos.py"),
-        "--kills",
-        str(kills),
-        "--seed",
-        str(seed),
-        "--set",
-        "train.steps=6",
-    ]
-    root = str(Path(__file__).parents[1])
-    found = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*code, "--keep", str(tmp_path)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": found}
+    assert (
+        chaos(tmp_path, kills, seed, ("train.steps=6", f"model={plugin.with_name('model')}", "doctor.at_start=off"))
+        == 0
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    verdict = done.stdout.splitlines()[-1]
+    verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith(f"{kills} kill")
-    assert " 0 inside" not in verdict, done.stdout
+    assert " 0 inside" not in verdict
 
 
 def test_states_of_generators_come_back() -> None:

@@ -8,14 +8,12 @@ import os
 import re
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.chaos import REWARD, SETTINGS, differences, write_inputs
-from tests.commands import unigrpo
+from tests.commands import Process, command_line, unigrpo
 from tools.toy_model import build_model
 from unigrpo_cli.config import Config, load_config, to_toml
 from unigrpo_cli.errors import UsageError
@@ -136,11 +134,9 @@ def test_a_killed_sweep_that_is_resumed_ends_as_an_undisturbed_one(place: Path, 
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     done = unigrpo(*_sweep(place, alone), *VARY, "--json")
     assert done.exit_code == 0, done.output
-    command = [sys.executable, "-c", "from unigrpo_cli.cli import main; main()", *_sweep(place, killed), *VARY]
-    dead = subprocess.run(
-        command, env=os.environ | {"TEST_KILL_AFTER": str(2 * SEEDS + 2)}, capture_output=True, text=True
-    )
-    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    dead = Process(command_line, *_sweep(place, killed), *VARY, TEST_KILL_AFTER=str(2 * SEEDS + 2))
+    code, _, errors = dead.ended(600)
+    assert code == -signal.SIGKILL, errors
     states = [row["state"] for row in json.loads((killed / "sweep.json").read_text())["runs"]]
     assert states == ["finished"] * SEEDS + ["unfinished"] * SEEDS
     assert len((killed / "lr_image=0.0001_seed=0" / "metrics.jsonl").read_text().splitlines()) == 1

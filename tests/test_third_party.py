@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,9 +12,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from unigrpo_cli.cli import app
+from tests.commands import Process, unigrpo
 from unigrpo_cli.cli.common import load_plugins
 from unigrpo_cli.rewards.conformance import check_reward
 from unigrpo_cli.rewards.registry import Plugins
@@ -23,18 +21,6 @@ from unigrpo_cli.run.console import Display
 
 ROOT = Path(__file__).parents[1]
 AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
-
-COMMANDS = """
-import sys
-from unigrpo_cli.cli import main
-
-for arguments in {commands!r}:
-    sys.argv = ["unigrpo", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, (arguments, end.code)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +39,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_example_package_is_found_tested_and_trained_on(installed: Path, tmp_path: Path) -> None:
-    """Three commands in one fresh process that knows the package by its installation alone."""
+def test_the_example_package_is_found_tested_and_trained_on(
+    installed: Path, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its installation alone."""
     (found,) = distributions(path=[str(installed)])
     assert [(p.group, p.name) for p in found.entry_points] == [("unigrpo.rewards", "sharpness")]
-    small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=4", "--set", "eval.limit=1"]
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.delenv(AUTOLOAD)
+    small = ["train.prompts_per_step=2", "train.group_size=4", "eval.limit=1", "doctor.at_start=off"]
+    settings = [word for setting in small for word in ("--set", setting)]
     run = tmp_path / "run"
     commands = [
-        ["rewards", "list", "--json"],
-        ["rewards", "test", "sharpness@half=0.01", "--json"],
-        ["train", "--reward", "sharpness", "--steps", "1", "--out", str(run), "--json", *small],
+        ["rewards", "list"],
+        ["rewards", "test", "sharpness@half=0.01"],
+        ["train", "--reward", "sharpness", "--steps", "1", "--out", run, "--model", small_model, *settings],
     ]
-    environment = {key: value for key, value in os.environ.items() if key != AUTOLOAD}
-    environment["PYTHONPATH"] = os.pathsep.join([str(installed), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS.format(commands=commands)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    listed, tested, trained = map(json.loads, done.stdout.splitlines())
+    done = [unigrpo(*command, "--json") for command in commands]
+    assert [result.exit_code for result in done] == [0, 0, 0], done[-1].output
+    listed, tested, trained = (json.loads(result.stdout) for result in done)
     (row,) = [row for row in listed["rewards"] if row["name"] == "sharpness"]
     assert (row["origin"], row["version"], row["state"]) == ("unigrpo-reward-sharpness", "0.1.0", "ok")
     assert row["range"] == [0, 1]
@@ -85,15 +67,15 @@ def test_the_example_package_is_found_tested_and_trained_on(installed: Path, tmp
     assert json.loads((run / "metrics.jsonl").read_text())["reward/sharpness"] > 0
 
 
-def test_the_example_packages_own_tests_pass(installed: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "examples" / "unigrpo-reward-sharpness",
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 0, done.stdout
+def run_pytest(*arguments: str) -> None:
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
+
+
+def test_the_example_packages_own_tests_pass() -> None:
+    package = str(ROOT / "examples" / "unigrpo-reward-sharpness")
+    tests = Process(run_pytest, "-c", f"{package}/pyproject.toml", "--rootdir", package, package)
+    code, output, _ = tests.ended()
+    assert code == 0, output
 
 
 def _from_the_docs() -> str:
@@ -147,18 +129,14 @@ def test_new_files_of_every_kind_pass_their_own_tests(tmp_path: Path) -> None:
     """What `rewards new` writes works as it is written, judge and package included."""
     folders = [tmp_path / "files"] * 4 + [tmp_path / "package"]
     for kind, folder in zip(("function", "class", "segments", "vlm", "package"), folders, strict=True):
-        made = CliRunner().invoke(app, ["rewards", "new", f"my_{kind}", "--kind", kind, "--out", str(folder)])
+        made = unigrpo("rewards", "new", f"my_{kind}", "--kind", kind, "--out", folder)
         assert made.exit_code == 0, made.output
-        again = CliRunner().invoke(app, ["rewards", "new", f"my_{kind}", "--kind", kind, "--out", str(folder)])
+        again = unigrpo("rewards", "new", f"my_{kind}", "--kind", kind, "--out", folder)
         assert again.exit_code == 2
     package = tmp_path / "package" / "unigrpo-reward-my-package"
     assert 'my_package = "unigrpo_reward_my_package:my_package"' in (package / "pyproject.toml").read_text()
-    pytest_here = [sys.executable, "-m", "pytest", "-q", "-c", str(package / "pyproject.toml")]
-    done = subprocess.run(
-        [*pytest_here, "--rootdir", str(package), str(tmp_path / "files"), str(package)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "5 passed" in done.stdout
+    folders = [str(tmp_path / "files"), str(package)]
+    tests = Process(run_pytest, "-c", str(package / "pyproject.toml"), "--rootdir", str(package), *folders)
+    code, output, _ = tests.ended()
+    assert code == 0, output
+    assert "5 passed" in output

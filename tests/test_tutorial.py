@@ -7,29 +7,39 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from unigrpo_cli.cli import app
+from tests.commands import unigrpo
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
-RUN = re.compile(r"<!-- run(?:: (?P<kind>\w+))? -->\n```\n(?P<lines>.*?)```", re.DOTALL)
-FEW = ["--set", "eval.limit=1"]
-SHORT = [*FEW, "--steps", "1", "--set", "train.prompts_per_step=2", "--set", "train.group_size=4"]
-APPENDED = {None: [], "few": FEW, "short": SHORT}
+RUN = re.compile(r"<!-- run -->\n```\n(.*?)```", re.DOTALL)
+
+
+def _less(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+LESS = {
+    "eval": ["--limit", "1", *_less("eval.steps=2")],
+    "rollout": ["--group-size", "2"],
+    "train": [
+        "--steps=1",
+        *_less("eval.limit=1", "eval.steps=2", "train.prompts_per_step=2", "train.group_size=2", "doctor.at_start=off"),
+    ],
+    "doctor": _less("sampling.steps=4", "sampling.window_range=[0, 3]", "sampling.window_size=2"),
+}
+"""What follows the options of a command here, so that it is short."""
 
 
 def test_every_command_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands marked `run`; `few` and `short` append options, so that evaluations and training are short here."""
     monkeypatch.chdir(tmp_path)
     (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "redness.py").write_text(source)
     done = []
-    for match in RUN.finditer(PAGE):
-        for line in match["lines"].strip().splitlines():
+    for lines in RUN.findall(PAGE):
+        for line in lines.strip().splitlines():
             program, *arguments = shlex.split(line)
             assert program == "unigrpo"
-            more = APPENDED[match["kind"]] if arguments[0] in ("train", "eval") else []
-            result = CliRunner().invoke(app, [*arguments, *more])
+            result = unigrpo(*arguments, *LESS.get(arguments[0], []))
             assert result.exit_code == 0, f"{line}: {result.output}"
             done.append(arguments[0])
     assert len(done) == PAGE.count("\nunigrpo ") - 1, "all commands but the one that resumes an interrupted run"

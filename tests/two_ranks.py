@@ -1,17 +1,11 @@
-"""What each of two processes does in tests/test_ranks.py: a program, for a process group cannot be two in one.
-
-    python tests/two_ranks.py OUT SCENE...
-
-Writes what it found as OUT/<scene>.<rank>.json and tensors as .safetensors; with one process it is its own control.
-"""
+"""What each of two processes does in tests/test_ranks.py, and one alone as their control."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -60,7 +54,7 @@ SETTINGS = [
     "objective.penalty_weight=0.1",
     "objective.text_kl=0.01",
     "train.prompts_per_step=4",
-    "train.group_size=3",
+    "train.group_size=2",
     "train.minibatches=2",
     "train.micro_batch_size=4",
     "train.lr_text=1e-3",
@@ -68,6 +62,7 @@ SETTINGS = [
     "train.lora_rank=2",
     "advantage.normalize=batch",
 ]
+STEPS = 2
 PROMPTS = [Prompt(name, text) for name, text in (("a", "a red circle"), ("b", "two blue stars"), ("c", "a heart"))]
 PROMPTS.append(Prompt("d", "a green square above a red ring"))
 
@@ -118,16 +113,30 @@ def weights_of(state: TrainState) -> dict[str, torch.Tensor]:
     return {n: whole(p).detach().clone() for n, p in state.policy.named_parameters()}
 
 
-def trained(ranks: Ranks, *settings: str, model: TrainablePolicy | None = None) -> Found:
-    """Three steps: the weights, and each step's metrics, advantages and texts."""
+def trained(
+    ranks: Ranks,
+    *settings: str,
+    steps: int = 1,
+    model: TrainablePolicy | None = None,
+    saved: Path | None = None,
+) -> Found:
+    """Steps of two updates: the weights, and each step's metrics, advantages and texts.
+
+    Args:
+        saved: a checkpoint of all but the last step.
+    """
     config = load_config(overrides=[*SETTINGS, *settings])
     state = state_of(config, ranks, model)
+    state.origin = Origin(config, Reference("none", ""), prompt_list(PROMPTS), ())
+    state.generators = read_generators()
     on_first = config.reward.scoring_rank == "first" and not ranks.alone
-    steps = []
+    found = []
     with rewards(first_rank_only=on_first, local=ranks.first or not on_first) as judges:
-        for _ in range(3):
+        for k in range(steps):
+            if saved is not None and k == steps - 1:  # others than the first leave an empty directory
+                save_checkpoint(state, saved if ranks.first else saved.parent / "scratch" / saved.name)
             done = step(state, judges, config)
-            steps.append(
+            found.append(
                 {
                     "metrics": done.metrics,
                     "skipped": done.skipped,
@@ -138,32 +147,69 @@ def trained(ranks: Ranks, *settings: str, model: TrainablePolicy | None = None) 
                 }
             )
         asked, abstained = judges.rewards[0].reward.asked, judges.abstentions()["bright"]
-    return weights_of(state), {"steps": steps, "asked": asked, "setups": Bright.setups, "abstained": abstained}
+    kept = {"sharded": state.policy.is_sharded, "held": _held(state.policy)}
+    asked = {"asked": asked, "setups": Bright.setups, "abstained": abstained}
+    return weights_of(state), {"steps": found, **asked, **kept}
 
 
-def lora(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.finetune=lora")
+def _held(policy: TrainablePolicy) -> int:
+    """Bytes of weights on this rank, the reference included."""
+    with policy.reference() as reference:
+        both = [p for one in (policy, reference) for _, p in one.named_parameters()]
+    return sum(local(p).nbytes for p in {id(p): p for p in both}.values())
 
 
-def replicated(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.finetune=full", "ranks.weights=whole", 'train.extra_modules=["embeddings"]')
-
-
-def sharded(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.finetune=full", 'train.extra_modules=["embeddings"]')
-
-
-def two_rounds(ranks: Ranks, _out: Path) -> Found:
-    """A look at the first picture, and every segment's own returns."""
-    rounds = ("sampling.program=reflect", "sampling.rounds=2", "sampling.show_images=latents")
-    return trained(ranks, "train.finetune=lora", *rounds, "advantage.credit=reward-to-go")
+TRAINED = {
+    "lora": ("train.finetune=lora",),
+    "sharded": ("train.finetune=full", 'train.extra_modules=["embeddings"]'),
+    "pair_full": (
+        *("train.finetune=full", "train.activation_checkpointing=true", "train.minibatches=1"),
+        *("sampling.max_new_tokens=3", "sampling.steps=2", "sampling.window_range=[0, 1]", "sampling.window_size=1"),
+    ),
+}
+PADDED = replace(SMALL, padded_to=48)
+"""With which one rank's texts have two lengths, the other's one: the painter passes each length by itself."""
 
 
 def load_pair(directory: Path) -> TrainablePolicy:
     """A language model and a painter, written beforehand: of several ranks only the first can."""
-    return PairFamily().load(
-        directory, None, device=torch.device("cpu"), dtype=torch.float32, vae_tile_rows=0
-    )  # fmt: skip
+    return PairFamily().load(directory, None, device=torch.device("cpu"), dtype=torch.float32, vae_tile_rows=0)
+
+
+def _model(out: Path, what: str) -> TrainablePolicy:
+    return load_pair(out / "flux2-klein") if what == "pair_full" else build_model(seed=3, width=32, layers=2)
+
+
+@patch.dict(PAINTERS, {PADDED.pipeline: PADDED})
+def _saved(ranks: Ranks, out: Path, what: str) -> Found:
+    return trained(ranks, *TRAINED[what], steps=STEPS, model=_model(out, what), saved=out / f"{what}.{ranks.world}")
+
+
+@patch.dict(PAINTERS, {PADDED.pipeline: PADDED})
+def _restored(ranks: Ranks, out: Path, what: str) -> Found:
+    """The last step from the checkpoint that the other number of ranks wrote."""
+    checkpoint = out / f"{what}.{3 - ranks.world}"
+    until = time.monotonic() + 120
+    while not checkpoint.is_dir() and time.monotonic() < until:
+        time.sleep(0.2)
+    config = load_config(overrides=[*SETTINGS, *TRAINED[what]])
+    model = _model(out, what)
+    if what == "lora":
+        model.load_adapter(checkpoint)
+    policy = prepare_policy(model, config, ranks)
+    if what != "lora":
+        policy.restore(checkpoint)
+    state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
+    restore_checkpoint(state, checkpoint, read_state(checkpoint))
+    with rewards() as judges:
+        step(state, judges, config)
+    return weights_of(state), {"step": state.step}
+
+
+def replicated(ranks: Ranks, _out: Path) -> Found:
+    """Two rounds: a look at the first picture, and every segment's own returns."""
+    rounds = ("sampling.program=reflect", "sampling.rounds=2", "sampling.show_images=latents")
+    return trained(ranks, *TRAINED["sharded"], "ranks.weights=whole", *rounds, "advantage.credit=reward-to-go")
 
 
 def pair(ranks: Ranks, out: Path) -> Found:
@@ -171,7 +217,7 @@ def pair(ranks: Ranks, out: Path) -> Found:
 
 
 def judged_on_first(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.finetune=lora", "reward.scoring_rank=first")
+    return trained(ranks, "train.finetune=lora", "reward.scoring_rank=first", steps=STEPS)
 
 
 BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfloat16")
@@ -188,29 +234,29 @@ def whole_control(ranks: Ranks, _out: Path) -> Found:
 
 
 def refused(ranks: Ranks, _out: Path) -> Found:
-    """A loss that is not a number on the last rank alone, in the second of three steps' second update."""
+    """A loss that is not a number on the last rank alone, in the first step's second update."""
     original, calls = train.unigrpo_loss, []
 
     def sometimes(*given: Any, **more: Any) -> Any:
         loss = original(*given, **more)
         calls.append(None)
-        if ranks.rank == ranks.world - 1 and len(calls) == 4:
+        if ranks.rank == ranks.world - 1 and len(calls) == 2:
             return replace(loss, total=loss.total * math.nan)
         return loss
 
     train.unigrpo_loss = sometimes
     try:
-        return trained(ranks, "train.finetune=full", "train.micro_batch_size=8")
+        return trained(ranks, "train.finetune=full", "train.micro_batch_size=8", steps=STEPS)
     finally:
         train.unigrpo_loss = original
 
 
 def failing_judge(ranks: Ranks, _out: Path) -> Found:
-    """A reward that fails on the last rank alone, in the second step."""
+    """A reward that fails on the last rank alone."""
     original = Bright.score
 
     def score(self: Any, batch: Any) -> list[float]:
-        if batch.step == 1 and ranks.rank == ranks.world - 1:
+        if ranks.rank == ranks.world - 1:
             raise OSError("judge is down")
         return original(self, batch)
 
@@ -284,68 +330,9 @@ def uneven_texts(ranks: Ranks, _out: Path) -> Found:
 
     MoTPolicy.logits, MoTPolicy.gathered = logits, watched
     try:
-        return trained(ranks, "sampling.max_new_tokens=24")
+        return trained(ranks, "sampling.max_new_tokens=12")
     finally:
         MoTPolicy.logits, MoTPolicy.gathered = original, whole_weights
-
-
-TRAINED = {
-    "full": ["train.finetune=full"],
-    "lora": ["train.finetune=lora"],
-    "pair": [
-        *("train.finetune=full", "train.activation_checkpointing=true", "train.minibatches=1", "train.group_size=2"),
-        *("sampling.max_new_tokens=3", "sampling.steps=2", "sampling.window_range=[0, 1]", "sampling.window_size=1"),
-    ],
-}
-PADDED = replace(SMALL, padded_to=48)
-"""With which one rank's texts have two lengths, the other's one: the painter passes each length by itself."""
-
-
-def _model(out: Path, what: str) -> TrainablePolicy:
-    return load_pair(out / "flux2-klein") if what == "pair" else build_model(seed=3, width=32, layers=2)
-
-
-@patch.dict(PAINTERS, {PADDED.pipeline: PADDED})
-def _saved(ranks: Ranks, out: Path, what: str) -> Found:
-    """A step, a checkpoint, and a second step: what going on from it has to come to."""
-    config = load_config(overrides=[*SETTINGS, *TRAINED[what]])
-    state = state_of(config, ranks, _model(out, what))
-    state.origin = Origin(config, Reference("none", ""), prompt_list(PROMPTS), ())
-    state.generators = read_generators()
-    with rewards() as judges:
-        step(state, judges, config)
-        place = out if ranks.first else out / "scratch"  # where others than the first leave an empty directory
-        save_checkpoint(state, place / f"{what}.{ranks.world}")
-        step(state, judges, config)
-    return weights_of(state), {"sharded": state.policy.is_sharded, "held": _held(state.policy)}
-
-
-def _held(policy: TrainablePolicy) -> int:
-    """Bytes of weights on this rank, the reference included."""
-    with policy.reference() as reference:
-        both = [p for one in (policy, reference) for _, p in one.named_parameters()]
-    return sum(local(p).nbytes for p in {id(p): p for p in both}.values())
-
-
-@patch.dict(PAINTERS, {PADDED.pipeline: PADDED})
-def _restored(ranks: Ranks, out: Path, what: str) -> Found:
-    """The second step from the checkpoint that the other number of ranks wrote."""
-    checkpoint = out / f"{what}.{3 - ranks.world}"
-    until = time.monotonic() + 120
-    while not checkpoint.is_dir() and time.monotonic() < until:
-        time.sleep(0.2)
-    config = load_config(overrides=[*SETTINGS, *TRAINED[what]])
-    model = _model(out, what)
-    if what == "lora":
-        model.load_adapter(checkpoint)
-    policy = prepare_policy(model, config, ranks)
-    if what != "lora":
-        policy.restore(checkpoint)
-    state = TrainState(policy, make_optimizer(policy, config), ranks=ranks)
-    restore_checkpoint(state, checkpoint, read_state(checkpoint))
-    with rewards() as judges:
-        step(state, judges, config)
-    return weights_of(state), {"step": state.step}
 
 
 def imitated(ranks: Ranks, out: Path) -> Found:
@@ -371,10 +358,7 @@ def imitated(ranks: Ranks, out: Path) -> Found:
 SCENES = {
     f.__name__: f
     for f in (
-        lora,
         replicated,
-        sharded,
-        two_rounds,
         pair,
         checkpointed,
         whole_control,
@@ -389,24 +373,14 @@ SCENES = {
 }
 
 
-SCENES |= {
-    f"{verb}_{what}": partial(scene, what=what)
-    for verb, scene in (("saved", _saved), ("restored", _restored))
-    for what in TRAINED
-}
+SCENES |= {what: partial(_saved, what=what) for what in TRAINED}
+SCENES |= {f"restored_{what}": partial(_restored, what=what) for what in TRAINED}
 
 
-def main(out: Path, scenes: list[str]) -> None:
+def main(out: Path, scenes: Sequence[str]) -> None:
+    """Write what each scene finds as OUT/<scene>.<world>.<rank>.json and its tensors as .safetensors."""
     with join_ranks() as ranks:
         for name in scenes:
-            began = time.perf_counter()
             tensors, found = SCENES[name](ranks, out)
-            found["seconds"] = time.perf_counter() - began
             save_file(tensors, out / f"{name}.{ranks.world}.{ranks.rank}.safetensors")
             (out / f"{name}.{ranks.world}.{ranks.rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
-    os._exit(0)  # as the command does: see `unigrpo_cli.cli.main`
