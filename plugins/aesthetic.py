@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from unigrpo_cli import Options, RewardBatch, RewardContext
-from unigrpo_plugins.heads import Head, folded, read_head
+from unigrpo_plugins.heads import read_head
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +65,7 @@ class AestheticReward:
         model = self._model(context)
         pretrained = o.pretrained or (PRETRAINED if model == MODEL else None)
         path = self._head_file(context, model)
-        self.head: Head = folded(
-            read_head(load_state(path, f"reward {self.name!r}"), path.name, o.activation), path.name
-        )
+        self.head = read_head(load_state(path, f"reward {self.name!r}"), path.name, o.activation)
         self.shared = context.shared
         self.encoder, self.key = shared_encoder(context, self.name, model, pretrained, o.precision)
         width = self._width()

@@ -1,8 +1,7 @@
 """Aesthetic heads: from an image embedding of length 1 to one number.
 
 LAION's version 1 is one linear layer (`weight`, `bias`). Version 2 has five. In its `linearMSE` files there is only
-dropout between them, so they are folded into one affine map. The `reluMSE` files have activations. The numbers of the
-layers tell which it is.
+dropout between them; the `reluMSE` files have activations. The numbers of the layers tell which it is.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
 """Numbers of the linear layers in nn.Sequential: a dropout follows the first three, or an activation and a dropout."""
-FOLD_TOLERANCE = 1e-4
 _LAYER = re.compile(r"layers\.(\d+)\.(?:weight|bias)")
 
 
@@ -42,9 +40,6 @@ class Head:
             if self.relu and at < len(self.layers) - 1:
                 x_BE = x_BE.relu()
         return x_BE.squeeze(-1)
-
-    def double(self) -> Head:
-        return Head(tuple((w.double(), b.double()) for w, b in self.layers), self.relu)
 
 
 def read_head(state: Mapping[str, Tensor], name: str, activation: str = "auto") -> Head:
@@ -92,26 +87,6 @@ def _chained(layers: tuple[tuple[Tensor, Tensor], ...], relu: bool, name: str) -
             f"reward 'aesthetic': the layers of {name} do not lead from an embedding to one number: "
             f"{', '.join(map(str, ends))}"
         )
+    if not all(bool(x.isfinite().all()) for layer in layers for x in layer):
+        raise RewardError(f"reward 'aesthetic': {name} holds NaN or infinity; fetch or convert it again")
     return Head(tuple((w.float(), b.float()) for w, b in layers), relu)
-
-
-def folded(head: Head, name: str) -> Head:
-    """A head without activations as one affine map, checked against its layers."""
-    import torch
-
-    if head.relu:
-        return head
-    exact = head.double()
-    weight, bias = exact.layers[0]
-    for next_weight, next_bias in exact.layers[1:]:
-        weight, bias = next_weight @ weight, next_weight @ bias + next_bias
-    one = Head(((weight.float(), bias.float()),), relu=False)
-    generator = torch.Generator().manual_seed(0)
-    x_BE = torch.nn.functional.normalize(torch.randn(256, head.width, generator=generator), dim=-1)
-    error = float((one(x_BE).double() - exact(x_BE.double())).abs().max())
-    if not error <= FOLD_TOLERANCE:  # also refuses NaN
-        raise RewardError(
-            f"reward 'aesthetic': the layers of {name} folded into one differ from them by {error:.2g} on random "
-            f"vectors (at most {FOLD_TOLERANCE:g} is accepted): its weights are broken, or not those of a head"
-        )
-    return one

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tools.toy_aesthetic import rated, spearman
+from tools.toy_aesthetic import rated
 from unigrpo_cli import RewardContext
 from unigrpo_cli.errors import RewardError
+from unigrpo_cli.rewards.agreement import spearman
 from unigrpo_cli.rewards.batch import RewardBatch
 from unigrpo_cli.rewards.conformance import check_reward, example_samples
 from unigrpo_cli.rewards.registry import Plugins
@@ -25,7 +26,7 @@ from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_plugins.aesthetic import AestheticReward
 from unigrpo_plugins.clip import ClipReward
 from unigrpo_plugins.encoders import key_of, shared_encoder
-from unigrpo_plugins.heads import folded, read_head
+from unigrpo_plugins.heads import read_head
 
 ROOT = Path(__file__).parents[1]
 HEAD = ROOT / "unigrpo_cli" / "toy" / "weights" / "aesthetic" / "head.safetensors"
@@ -71,11 +72,10 @@ def unit(count: int, width: int) -> Tensor:
 # ----- heads
 
 
-def test_a_head_without_activations_is_one_affine_map() -> None:
+def test_a_head_without_activations_is_its_layers() -> None:
     module, x = laion(768), unit(50, 768)
     assert sorted({int(k.split(".")[1]) for k in state_of(module)}) == [0, 2, 4, 6, 7]
-    head = folded(read_head(state_of(module), "linearMSE"), "linearMSE")
-    assert len(head.layers) == 1
+    head = read_head(state_of(module), "linearMSE")
     with torch.no_grad():  # fp32 sums of five layers
         torch.testing.assert_close(head(x), module(x).squeeze(-1), atol=1e-5, rtol=0)
 
@@ -83,27 +83,27 @@ def test_a_head_without_activations_is_one_affine_map() -> None:
 def test_a_head_with_activations_stays_one() -> None:
     module, x = laion(768, relu=True), unit(50, 768)
     assert sorted({int(k.split(".")[1]) for k in state_of(module)}) == [0, 3, 6, 9, 11]
-    head = folded(read_head(state_of(module), "reluMSE"), "reluMSE")
+    head = read_head(state_of(module), "reluMSE")
     assert len(head.layers) == 5
     with torch.no_grad():
         torch.testing.assert_close(head(x), module(x).squeeze(-1), atol=1e-6, rtol=0)
-    wrong = folded(read_head(state_of(module), "reluMSE", activation="none"), "reluMSE")
+    wrong = read_head(state_of(module), "reluMSE", activation="none")
     assert (wrong(x) - head(x)).abs().max() > 1e-3, "the activations must matter for this test to mean anything"
 
 
 def test_version_one_is_one_layer() -> None:
     module, x = nn.Linear(512, 1), unit(5, 512)
-    head = folded(read_head(module.state_dict(), "sa_0_4_vit_b_32_linear"), "v1")
+    head = read_head(module.state_dict(), "sa_0_4_vit_b_32_linear")
     with torch.no_grad():
         torch.testing.assert_close(head(x), module(x).squeeze(-1), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("factor", [1e9, float("nan"), float("inf")])
-def test_a_fold_that_is_not_the_head_is_refused(factor: float) -> None:
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_head_that_is_not_finite_is_refused(factor: float) -> None:
     state = state_of(laion(64))
     state["layers.7.weight"] = state["layers.7.weight"] * factor
-    with pytest.raises(RewardError, match=r"folded into one differ from them by .*0.0001 is accepted"):
-        folded(read_head(state, "odd"), "odd")
+    with pytest.raises(RewardError, match="holds NaN or infinity"):
+        read_head(state, "odd")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_the_shipped_head_has_laions_layout_and_ranks_unseen_pictures() -> None:
     assert HEAD.stat().st_size < 25_000
     images, truth = rated(250, seed=77)
     encoder, _ = shared_encoder(context(), "aesthetic", None, None)
-    scores = folded(read_head(state, HEAD.name), HEAD.name)(encoder.images(images))
+    scores = read_head(state, HEAD.name)(encoder.images(images))
     # .64 to .70 on 500 pictures for three seeds; the error of a rank correlation of 250 pairs is about .04
-    assert spearman(scores, truth) > 0.55
+    assert (spearman(scores.double().numpy(), truth.double().numpy()) or 0) > 0.55
     assert scores.min() > 0 and scores.max() < 10

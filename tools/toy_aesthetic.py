@@ -20,11 +20,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unigrpo_cli.rewards.agreement import spearman
 from unigrpo_cli.rewards.batch import RewardContext
 from unigrpo_cli.toy.prompts import TAGS, draw_metadata, draw_scene
 from unigrpo_cli.toy.render import render
 from unigrpo_cli.toy.world import Scene
 from unigrpo_plugins.encoders import EMBEDDED, load_encoder
+from unigrpo_plugins.heads import read_head
 
 WIDTHS = (48, 24, 16, 8, 1)
 NUMBERS = (0, 2, 4, 6, 7)  # of LAION's linear layers; dropout stands between
@@ -65,11 +67,6 @@ def rated(count: int, seed: int) -> tuple[list[Image.Image], Tensor]:
     return images, torch.tensor(ratings, dtype=torch.float32)
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([x.argsort().argsort().float() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
 def trained(x_BE: Tensor, ratings_B: Tensor, steps: int) -> dict[str, Tensor]:
     """The head's state dict after `steps` of full-batch Adam.
 
@@ -101,13 +98,6 @@ def trained(x_BE: Tensor, ratings_B: Tensor, steps: int) -> dict[str, Tensor]:
     }
 
 
-def scores_of(state: dict[str, Tensor], x_BE: Tensor) -> Tensor:
-    """What the head in a state dict says, layer by layer [B]."""
-    for n in NUMBERS:
-        x_BE = x_BE @ state[f"layers.{n}.weight"].T + state[f"layers.{n}.bias"]
-    return x_BE.squeeze(-1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -125,9 +115,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     save_file(state, args.out / "head.safetensors")
     unseen, truth = rated(500, args.seed + 1)
-    said = scores_of(state, encoder.images(unseen))
+    said = read_head(state, "head")(encoder.images(unseen))
     report = {
-        "held_out_spearman": round(spearman(said, truth), 3),
+        "held_out_spearman": round(spearman(said.double().numpy(), truth.double().numpy()) or 0.0, 3),
         "held_out_rmse": round(float((said - truth).square().mean().sqrt()), 3),
         "rating_deviation": round(float(truth.std()), 3),
         "range": [round(float(said.min()), 2), round(float(said.max()), 2)],

@@ -106,10 +106,6 @@ def rollout(
         window: of the first round's image.
         on_rows, on_episodes: called after each batch with the number of its episodes, and with the episodes.
         later_windows: of the images of later rounds, the last one repeated; empty: `window`.
-
-    Raises:
-        ValueError: when `sampling.batch_size` is not set.
-        UsageError: when there is no such program, or it needs pictures that the prompts do not bring.
     """
     if sampling.batch_size < 1:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unigrpo_cli.errors import WeightsError
 from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.models.files import refuse_non_finite, refuse_odd_files
+from unigrpo_cli.models.hub import first_line
 from unigrpo_cli.models.mot.layers import Linear, widen
 from unigrpo_cli.models.policy import Adapter
 
@@ -131,7 +132,7 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
         outcome = set_peft_model_state_dict(network, own_names)
         missing = _own_state(network).keys() - own_names.keys()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, re.error) as error:
-        raise WeightsError(f"{directory}: the adapter cannot be used here: {_first_line(error)}") from error
+        raise WeightsError(f"{directory}: the adapter cannot be used here: {first_line(error)}") from error
     if outcome.unexpected_keys:
         raise WeightsError(f"{directory}: the adapter does not fit, e.g. {outcome.unexpected_keys[0]}")
     if missing:
@@ -143,7 +144,7 @@ def _facts(path: Path) -> dict[str, Any]:
     try:
         facts = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged ({_first_line(error)}); fetch or save it again") from error
+        raise WeightsError(f"{path} is damaged ({first_line(error)}); fetch or save it again") from error
     if not isinstance(facts, dict):
         raise WeightsError(f"{path} is damaged (it holds no object); fetch or save it again")
     if facts.get("megatron_config") is not None:
@@ -159,7 +160,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} is damaged ({_first_line(error)}); fetch or save it again") from error
+        raise WeightsError(f"{path} is damaged ({first_line(error)}); fetch or save it again") from error
 
 
 def _refuse_rank(directory: Path, facts: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -174,11 +175,6 @@ def _refuse_rank(directory: Path, facts: dict[str, Any], state: dict[str, Tensor
                 f"{directory}: adapter_config.json says rank {rank!r}, {WEIGHTS} holds rank {held}; they are of "
                 "different adapters, fetch or save both again"
             )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from unigrpo_cli.run.config_diff import Effect, effect_of
 MOST_POINTS = 2_000
 """Points of a curve on a page; of longer runs every second, third, ... step is shown."""
 TRAIN, ROLLOUT, EVAL = "train", "rollout", "eval"
+NO_RESULT = (Effect.NONE, Effect.ROUNDING)
 FILES = {ROLLOUT: "episodes.json", EVAL: "eval.json", TRAIN: "config.toml"}
 """The file that shows what a directory is; a rollout has a config.toml too, so the order matters."""
 
@@ -84,7 +85,7 @@ class ReportRun:
     @property
     def same_setting(self) -> str:
         """Equal for runs that differ by nothing that changes a result but the seed."""
-        kept = {k: v for k, v in self.settings.items() if k != "seed" and _changes_results(k)}
+        kept = {k: v for k, v in self.settings.items() if k != "seed" and effect_of(k) not in NO_RESULT}
         return json.dumps([self.kind, kept], sort_keys=True, default=str)
 
 
@@ -133,13 +134,6 @@ def _read(directory: Path, name: str) -> ReportRun:
     curves = read_curves(directory / "metrics.jsonl") if kind == TRAIN else Curves()
     settings = read_settings(directory / "config.toml")
     return ReportRun(name, directory, kind, settings, curves, tuple(_scores(directory, name)))
-
-
-def _changes_results(key: str) -> bool:
-    try:
-        return effect_of(key) not in (Effect.NONE, Effect.ROUNDING)
-    except KeyError:  # a key of another version
-        return True
 
 
 def read_curves(path: Path, most_points: int = MOST_POINTS) -> Curves:

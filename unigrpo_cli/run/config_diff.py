@@ -1,4 +1,4 @@
-"""What a changed setting means for a resumed run: every key has a class."""
+"""What a changed setting means for a resumed run. A key without a class here counts as learned from."""
 
 from __future__ import annotations
 
@@ -33,21 +33,6 @@ _MEASURED = (
     "eval.suite eval.samples eval.limit eval.temperature eval.steps eval.rewards eval.guidance_text "
     "eval.guidance_image eval.guidance_interval eval.guidance_renorm eval.guidance_renorm_min eval.seed"
 )
-_LEARNED = (
-    "prompts seed dtype sampling.program sampling.rounds sampling.stop_phrase sampling.round_max_new_tokens "
-    "sampling.show_images sampling.guidance_text sampling.guidance_image "
-    "sampling.think sampling.max_new_tokens sampling.temperature sampling.height sampling.width "
-    "sampling.steps sampling.shift sampling.sde sampling.noise_level sampling.window sampling.window_size "
-    "sampling.window_range sampling.window_period objective.image objective.draws objective.fpo_clip "
-    "objective.nft_beta objective.text_weight objective.image_weight objective.text_clip "
-    "objective.image_clip objective.text_kl objective.trust_region objective.penalty objective.penalty_weight "
-    "objective.grad_through_context objective.grad_through_images "
-    "advantage.credit advantage.discount advantage.map advantage.map_ratio "
-    "advantage.normalize advantage.clamp advantage.combine advantage.shuffle "
-    "train.prompts_per_step "
-    "train.group_size train.minibatches train.epochs train.lr_text train.lr_image train.betas train.weight_decay "
-    "train.grad_clip train.warmup reward.names reward.options reward.on_error monitor.explosion"
-)
 _REFUSED = (
     "model model_options weights_file adapter train.finetune train.experts train.extra_modules train.lora_rank "
     "train.lora_alpha"
@@ -58,13 +43,13 @@ EFFECTS = {
         (Effect.NONE, _NONE),
         (Effect.ROUNDING, _ROUNDING),
         (Effect.MEASURED, _MEASURED),
-        (Effect.LEARNED, _LEARNED),
         (Effect.REFUSED, _REFUSED),
+        (Effect.LEARNED, "monitor.explosion"),
     )
     for key in keys.split()
 }
 GUIDANCE = ("eval.guidance_interval", "eval.guidance_renorm", "eval.guidance_renorm_min")
-SECTIONS = {"sft": Effect.LEARNED, "doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
+SECTIONS = {"doctor": Effect.NONE, "ranks": Effect.ROUNDING, "monitor": Effect.NONE}
 """Classes of whole sections; a key's own class comes first."""
 
 
@@ -82,7 +67,7 @@ class Change:
 
 
 def effect_of(key: str) -> Effect:
-    return EFFECTS.get(key) or SECTIONS[key.partition(".")[0]]
+    return EFFECTS.get(key) or SECTIONS.get(key.partition(".")[0], Effect.LEARNED)
 
 
 def changes(old: dict[str, Any], new: Config) -> list[Change]:
