@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 LARGEST_TEXT = 256 * 2**20
 LARGEST_LINE = 2**20
 LONGEST_PROMPT = 20_000
@@ -117,6 +119,14 @@ def decoded(content: bytes) -> str:
         return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not readable text: byte {error.start} is not UTF-8; save it as UTF-8") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in one line; of a schema's findings the first."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_input=False)[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def trimmed(text: str) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import read_text
+from unigrpo_cli.io.limits import read_text, reason_of
 from unigrpo_cli.run.config_diff import flat
 
 LARGEST_CURVES = 2**32
@@ -93,7 +93,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         return settings
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path} is not readable: {_reason(error)}; copy it from another run of this setting"
+            f"{path} is not readable: {reason_of(error)}; copy it from another run of this setting"
         ) from error
 
 
@@ -103,7 +103,7 @@ def read_json(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not readable: {_reason(error)}") from error
+        raise UsageError(f"{path} is not readable: {reason_of(error)}") from error
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -118,12 +118,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield Row.model_validate_json(line).model_dump(exclude_unset=True)
         except ValueError as error:
-            raise UsageError(f"{path}, line {number}: {_reason(error)}; `unigrpo train --resume` repairs it") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first fault that a schema found, in one line."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors(include_input=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+            raise UsageError(
+                f"{path}, line {number}: {reason_of(error)}; `unigrpo train --resume` repairs it"
+            ) from error

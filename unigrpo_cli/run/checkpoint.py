@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.io.atomic import SUMS, files_in, is_inside, new_directory, on_disk
+from unigrpo_cli.io.limits import reason_of
 from unigrpo_cli.models.sharding import own_part, whole
 from unigrpo_cli.rewards.loaded import RewardIdentity
 from unigrpo_cli.training.rng_state import Generators, GeneratorsRest
@@ -170,13 +171,8 @@ def read_state(directory: Path) -> StateFile:
     try:
         content = _schema().validate_json(text, strict=True)
         _check_ranges(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        reason = f"{where}: {first['msg']}" if where else first["msg"]
-        raise WeightsError(f"{path} is damaged ({reason}); resume from another checkpoint") from error
     except ValueError as error:
-        raise WeightsError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+        raise WeightsError(f"{path} is damaged ({reason_of(error)}); resume from another checkpoint") from error
     return content
 
 

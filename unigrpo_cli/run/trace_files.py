@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.atomic import new_directory
 from unigrpo_cli.io.json import to_json
-from unigrpo_cli.io.limits import parse_json, read_text, refuse_odd_text, refuse_special
+from unigrpo_cli.io.limits import parse_json, read_text, reason_of, refuse_odd_text, refuse_special
 from unigrpo_cli.run.trace_types import StepTrace
 
 FORMAT = 1
@@ -98,9 +98,5 @@ def load_trace(directory: Path) -> StepTrace:
                 table = table[part]
             table[own] = array
         return _schema().validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UsageError(f"{directory}: damaged trace ({reason}); {REMOVE}") from error
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UsageError(f"{directory}: damaged trace ({error}); {REMOVE}") from error
+        raise UsageError(f"{directory}: damaged trace ({reason_of(error)}); {REMOVE}") from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from unigrpo_cli.algo import flow
@@ -26,7 +26,7 @@ from unigrpo_cli.algo.objective import Objective, Scores, step_densities
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, GivenImage, GivenText, Group, ImageActions, Segment, TextActions, flatten
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import parse_json, read_text
+from unigrpo_cli.io.limits import parse_json, read_text, reason_of
 from unigrpo_cli.io.pictures import shrunk
 from unigrpo_cli.models.policy import Policy, TrainablePolicy
 from unigrpo_cli.parallel.ranks import Ranks
@@ -131,8 +131,7 @@ def rollout_trace(directory: Path) -> StepTrace:
             for g in groups
         ]
     except (OSError, ValueError, TypeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UsageError(f"{path} does not fit the episodes beside it ({reason}); {SCORE_AGAIN}") from error
+        raise UsageError(f"{path} does not fit the episodes beside it ({reason_of(error)}); {SCORE_AGAIN}") from error
     return StepTrace(0, None, None, {}, 0, None, tuple(found))
 
 
