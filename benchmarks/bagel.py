@@ -24,10 +24,8 @@ from benchmarks.clock import Clock
 from benchmarks.report import Report, environment, put_into
 from benchmarks.shapes import SIZES, Size, random_policy
 from unigrpo_cli.models.mot.config import network_shapes
-from unigrpo_cli.replay import collate, replay
 from unigrpo_cli.training.optimizer import prepare_policy
 
-PROFILE = "profile"
 SHARES = 40
 """A repeated measurement may take this part of the budget: there are about so many."""
 
@@ -58,44 +56,6 @@ def measurements(bench: parts.Benchmark) -> Iterator[tuple[str, Callable[[], Non
         yield from updating(micro_batch_size)
 
 
-# ----- operators
-
-
-def profile(bench: parts.Benchmark, title: str, run: Callable[[], object]) -> None:
-    """What a call spends its time in: operators by their own time, and on a card the kernels that they launch."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-
-    bench.clock.need(10)
-    on_card = bench.clock.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
-    own = "self_device_time_total" if on_card else "self_cpu_time_total"
-    with torch.no_grad():
-        run()
-        with torch.profiler.profile(activities=activities) as seen:
-            run()
-            bench.clock.now()
-    kinds = {"operators": DeviceType.CPU} | ({"kernels": DeviceType.CUDA} if on_card else {})
-    for kind, where in kinds.items():
-        spent = [(getattr(e, own), e.count, e.key[:100]) for e in seen.key_averages() if e.device_type == where]
-        spent = sorted((s for s in spent if s[0] > 0), reverse=True)
-        total = sum(s[0] for s in spent)
-        bench.report.add_profile(
-            f"{title}: {kind}", [{"name": name, "share": us / total, "calls": n} for us, n, name in spent[:12]]
-        )
-
-
-def profile_all(bench: parts.Benchmark) -> None:
-    """A denoise call of the largest group, then a replay of the first micro-batch; texts of differing length."""
-    group, micro_batch_size = max(bench.size.groups), bench.size.micro_batches[0]
-    with torch.no_grad():
-        run, _ = parts.denoise_call(bench, group, differing=True)
-    profile(bench, f"a denoise call of {group} rows", run)
-    own = parts.episodes_of(bench, micro_batch_size, parts.DIFFERING)[:micro_batch_size]
-    batch = collate(own, bench.policy.device)
-    profile(bench, f"a replay of {micro_batch_size} episodes", lambda: replay(bench.policy, batch))
-
-
 # ----- the command
 
 
@@ -123,7 +83,6 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a card, else float32")
     parser.add_argument("--json", type=Path, help="write the report there, after every row")
     parser.add_argument("--markdown", type=Path, help="put the table into that document, e.g. docs/performance.md")
-    parser.add_argument("--profile", action="store_true", help="also the operators of a denoise call and a replay")
     parser.add_argument("--budget-s", type=float, default=480, help="seconds for everything")
     parser.add_argument("--no-cudnn-attention", action="store_true", help="to compare: it plans every new length anew")
     arguments = parser.parse_args(given)
@@ -152,9 +111,6 @@ def main(given: Sequence[str] | None = None) -> Report:
             gc.collect()  # what an attempt leaves behind its traceback holds as long as it lasts
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if arguments.profile:
-            with report.attempt([PROFILE]):
-                profile_all(bench)
     report.write()
     if arguments.markdown:
         put_into(arguments.markdown, f"{arguments.size} on {device.type}", report.markdown())

@@ -105,8 +105,6 @@ class Report:
     def __init__(self, setting: dict[str, Any], rows: Sequence[Row], path: Path | None):
         self.setting, self.path = setting, path
         self.rows = {(row.part, row.name): row for row in rows}
-        self.profiles: dict[str, list[dict[str, Any]]] = {}
-        self.left_out: dict[str, str] = {}
         print("\n".join([self.line_of_settings(), "", *self.head]), flush=True)
 
     def add(self, part: str, name: str, value: float, note: str = "") -> float:
@@ -142,27 +140,14 @@ class Report:
         if reason is not None:
             for row in [r for r in self.rows.values() if r.part in parts and r.value is None]:
                 self._put(replace(row, note=reason))
-            for part in set(parts) - {r.part for r in self.rows.values()}:
-                self.left_out[part] = reason
-                print(f"{part}: {reason}", flush=True)
-                self.write()
-
-    def add_profile(self, title: str, spent: list[dict[str, Any]]) -> None:
-        """Where a call's time went: names, shares of it, counts."""
-        self.profiles[title] = spent
-        for s in spent:
-            print(f"{title}: {s['share']:6.1%} {s['calls']:6d} x {s['name']}", flush=True)
-        self.write()
 
     def json(self) -> dict[str, Any]:
         rows = self.rows.values()
         missing = [{"part": r.part, "name": r.name, "reason": r.note} for r in rows if r.value is None]
-        missing += [{"part": part, "name": part, "reason": reason} for part, reason in self.left_out.items()]
         return {
             "setting": self.setting,
             "rows": [row.json() for row in rows if row.value is not None],
             "not_run": missing,
-            "profiles": self.profiles,
         }
 
     def write(self) -> None:
@@ -175,9 +160,6 @@ class Report:
     def markdown(self) -> str:
         """The whole report: settings, table, operators."""
         lines = [self.line_of_settings() + ".", "", *self.head, *(row.markdown() for row in self.rows.values())]
-        for title, spent in self.profiles.items():
-            lines += ["", f"Time of {title}:", "", "| | share | calls |", "|---|---|---|"]
-            lines += [f"| `{s['name']}` | {s['share']:.1%} | {s['calls']} |" for s in spent]
         return "\n".join(lines)
 
 

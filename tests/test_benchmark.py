@@ -31,7 +31,7 @@ def _each_once() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str]:
     """The report of one run, its Markdown, and what it printed."""
     directory = tmp_path_factory.mktemp("benchmark")
-    options = ["--size", "tiny", "--device", "cpu", "--profile", "--budget-s", "600"]
+    options = ["--size", "tiny", "--device", "cpu", "--budget-s", "600"]
     files = ["--json", str(directory / "found.json"), "--markdown", str(directory / "found.md")]
     with redirect_stdout(io.StringIO()) as printed:
         bagel.main([*options, *files])
@@ -50,7 +50,6 @@ def test_every_row_is_there_and_is_a_true_number(finished: tuple[dict, str, str]
         part = parts.rollout_part(group)
         stages = sum(rows[part, name] for name in ("prefill", "thinking", "denoising", "decode"))
         assert 0.5 * rows[part, "rollout"] < stages <= rows[part, "rollout"]
-    assert all(p and sum(s["share"] for s in p) <= 1.001 for p in found["profiles"].values())
 
 
 def test_rows_are_printed_and_written(finished: tuple[dict, str, str]) -> None:
@@ -62,7 +61,7 @@ def test_rows_are_printed_and_written(finished: tuple[dict, str, str]) -> None:
 
 
 def test_what_finds_no_time_is_named(tmp_path: Path) -> None:
-    arguments = ["--size", "tiny", "--device", "cpu", "--budget-s", "0", "--profile"]
+    arguments = ["--size", "tiny", "--device", "cpu", "--budget-s", "0"]
     bagel.main([*arguments, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert [r["part"] for r in found["rows"]] == ["network"]
@@ -102,9 +101,8 @@ def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_it_runs_on_a_card() -> None:
-    found = bagel.main(["--size", "tiny", "--device", "cuda", "--budget-s", "120", "--profile"]).json()
+    found = bagel.main(["--size", "tiny", "--device", "cuda", "--budget-s", "120"]).json()
     assert found["not_run"] == []
-    assert any("kernels" in title for title in found["profiles"])
 
 
 def test_sizes_are_what_they_are_called() -> None:

@@ -56,11 +56,7 @@ class Ranks:
     # ----- shares
 
     def refuse_uneven(self, prompts: int, updates: int) -> None:
-        """Groups are never split, neither over ranks nor over updates.
-
-        Raises:
-            UsageError: with counts that work.
-        """
+        """Groups are never split, neither over ranks nor over updates."""
         step = self.world * updates
         if prompts % step:
             near = [n for n in (prompts // step * step, -(-prompts // step) * step) if n]
@@ -137,9 +133,6 @@ class Ranks:
         """Around work that each rank does by itself: an error on one is raised on all, as the same class.
 
         The body must not call collectives: ranks would wait for each other.
-
-        Raises:
-            UnigrpoError: the error of the first rank that has one, with its number.
         """
         if self.alone:
             yield

@@ -46,11 +46,7 @@ def prepare_policy(policy: TrainablePolicy, config: Config, ranks: Ranks = ALONE
 
 
 def shards(config: Config, ranks: Ranks) -> bool:
-    """Whether weights are shared out over ranks.
-
-    Raises:
-        UsageError: when they shall be, but cannot.
-    """
+    """Whether weights are shared out over ranks."""
     t, chosen = config.train, config.ranks.weights
     if ranks.alone or chosen == "whole" or (chosen == "auto" and t.finetune == "lora"):
         return False

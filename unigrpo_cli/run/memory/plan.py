@@ -70,10 +70,6 @@ def plan_of(config: Config, base: str, adapter: str | None, *, elsewhere: bool =
         base, adapter: as `find_checkpoint` returns them, or the configuration has them.
         elsewhere: only plan: nothing is fetched, and with `memory_gb` set no device is asked.
         pictures: how many a prompt brings at most; open sizes are found for the largest ones.
-
-    Raises:
-        WeightsError: when the model cannot be loaded.
-        UsageError: when it cannot paint that size, or the device is not there.
     """
     sizes, published = _model_sizes(base, config, fetch=not elsewhere)
     if elsewhere and config.memory_gb:
@@ -108,10 +104,6 @@ def with_batch_size(config: Config, prompts: Sequence[Prompt], samples: int, say
     Args:
         samples: pictures per prompt.
         say: told the number.
-
-    Raises:
-        WeightsError: when the model cannot be loaded.
-        UsageError: when it cannot paint that size, or the device is not there.
     """
     if config.sampling.batch_size:
         return config
