@@ -185,7 +185,7 @@ def measure_denoise(bench: Benchmark, group: int, part: str) -> None:
 
 
 def denoise_call(bench: Benchmark, group: int, *, differing: bool) -> tuple[Callable[[], object], MoTContext]:
-    """A call to be timed or profiled, and its context."""
+    """A call to be timed, and its context."""
     context = reading(bench, group, differing)
     x = torch.randn(group, bench.size.image_tokens, bench.policy.token_dim, device=bench.policy.device)
     t = torch.tensor(0.7, device=bench.policy.device)

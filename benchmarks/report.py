@@ -158,9 +158,8 @@ class Report:
         return ", ".join(f"{name} {value}" for name, value in self.setting.items() if value is not None)
 
     def markdown(self) -> str:
-        """The whole report: settings, table, operators."""
-        lines = [self.line_of_settings() + ".", "", *self.head, *(row.markdown() for row in self.rows.values())]
-        return "\n".join(lines)
+        """The whole report: settings and table."""
+        return "\n".join([self.line_of_settings() + ".", "", *self.head, *(r.markdown() for r in self.rows.values())])
 
 
 def needed_gib(message: str) -> float:
