@@ -20,6 +20,7 @@ from tiny_pair import KINDS
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.rng import derive, normal
+from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Prompt, TextActions, flatten
 from unigrpo_cli.errors import UsageError, WeightsError
 from unigrpo_cli.models.family import MODELS, family_options
@@ -31,6 +32,7 @@ from unigrpo_cli.models.pair.painters import patchify, unpatchify
 from unigrpo_cli.models.pair.policy import PairPolicy
 from unigrpo_cli.models.policy import Finetune
 from unigrpo_cli.rollout import Sampling, read_given, rollout
+from unigrpo_cli.run.setup import check_images
 from unigrpo_cli.testing import assert_policy_contract
 from unigrpo_cli.testing.policy import moved
 
@@ -245,6 +247,14 @@ def test_what_a_pair_cannot_do_is_refused(change: dict, says: str, directories: 
         policy.finetune(replace(_finetune(True), **change))
 
 
+@pytest.mark.parametrize("how", ["latents", "pixels+tower"])
+def test_a_program_that_looks_at_its_picture_is_refused(how: str, directories: dict[str, Path]) -> None:
+    settings = ["sampling.program=reflect", "sampling.rounds=2", f"sampling.show_images={how}"]
+    sizes = ["sampling.height=8", "sampling.width=8"]
+    with pytest.raises(UsageError, match=r"rounds=2, .* cannot look at pictures; leave them out$"):
+        check_images(_load(directories["z-image"]), load_config(overrides=[*settings, *sizes]))
+
+
 # ----- files
 
 
@@ -277,12 +287,14 @@ def test_adapters_load_in_peft_and_weights_in_diffusers(
 
 @each_kind
 def test_merged_adapters_are_a_pipeline_that_computes_the_same(
-    kind: str, directories: dict[str, Path], tmp_path: Path
+    kind: str, directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     policy, ids = moved(_load(directories[kind]).finetune(_finetune(False)), 0.1), torch.tensor([[1, 5, 9, 7]])
     with torch.no_grad():
         own = policy.reasoner.network(ids, output_hidden_states=True).hidden_states[-2]
+        capsys.readouterr()
         policy.merged().save(tmp_path / "m", "base")
+        assert capsys.readouterr() == ("", ""), "a library shows its own progress"
         states = _pipeline(kind, tmp_path / "m").text_encoder(ids, output_hidden_states=True).hidden_states[-2]
     assert policy.adapter is None
     torch.testing.assert_close(states, own, atol=1e-6, rtol=1e-5)

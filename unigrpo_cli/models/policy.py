@@ -93,6 +93,9 @@ class Policy(Protocol):
         Args:
             how: "latents", those that were painted; "pixels", the decoded picture's; "tower", the vision tower's
                 view of it; "pixels+tower", first the one, then the other.
+
+        Raises:
+            UsageError: when the model cannot look at them so, or at any; without images too.
         """
         ...
 

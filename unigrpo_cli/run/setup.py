@@ -202,11 +202,11 @@ def check_images(policy: Policy, config: Config) -> None:
         policy.grid(s.height, s.width)
     except ValueError as error:
         raise UsageError(f"sampling.height, sampling.width: {error}") from error
-    if s.rounds > 1 and "tower" in s.show_images:
+    if s.rounds > 1:
         try:
-            policy.require_vision()
+            policy.show([], s.show_images)
         except UsageError as error:
-            raise UsageError(f"sampling.show_images={s.show_images}: {error}; set latents or pixels") from error
+            raise UsageError(f"sampling.rounds={s.rounds}, sampling.show_images={s.show_images}: {error}") from error
 
 
 def is_embedded(policy: Policy) -> bool:

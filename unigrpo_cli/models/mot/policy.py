@@ -226,6 +226,10 @@ class MoTPolicy:
         Their own size is kept: it can be painted, so it can be read. (The official sampler brings every picture to its
         range of sizes, which changes nothing for pictures painted within it.)
         """
+        if "tower" in how and self.network.config.vision is None:
+            raise UsageError("this model has no vision tower; set latents or pixels")
+        if not images:
+            return []
         pixels_BHWC = torch.stack([image.pixels for image in images])
         if how == "latents":
             latents = [image.latent for image in images]

@@ -52,8 +52,8 @@ def _z_image(network: Any, x_MND: Tensor, t_M: Tensor, grid: tuple[int, int], ro
     longest, limit = max(len(row) for row in rows), network.config.axes_lens[0] - 2
     if -(-longest // 32) * 32 > limit:
         raise UsageError(
-            f"a prompt and its reasoning have {longest} tokens and the painter takes at most {limit}; reduce "
-            "sampling.max_new_tokens"
+            f"a prompt and its reasoning have {longest} tokens and the painter takes at most {limit}; shorten the "
+            "prompt, or reduce sampling.max_new_tokens"
         )
     images = unpatchify(x_MND, grid, channels_last=True)[:, :, None]
     out = network(list(images.unbind()), 1 - t_M, list(rows), return_dict=False)[0]

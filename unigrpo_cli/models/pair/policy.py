@@ -93,7 +93,7 @@ class PairPolicy:
         return self.preamble(prompt, True)
 
     def require_vision(self) -> object:
-        raise UsageError("a pair of a language model and a painter cannot be given pictures; leave the picture out")
+        raise UsageError("a pair of a language model and a painter cannot look at pictures; leave them out")
 
     def decode_text(self, ids: Tensor) -> str:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)

@@ -77,7 +77,7 @@ def load_networks(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report and progress bar of loading."""
+    """Without transformers' own reports and progress bars."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -145,7 +145,8 @@ def save(networks: nn.ModuleDict, source: Pipeline, options: Mapping[str, Any], 
         return
     for part, network in parts.items():
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-        network.save_pretrained(str(directory / part), state_dict=state)
+        with _quiet():
+            network.save_pretrained(str(directory / part), state_dict=state)
     try:
         shutil.copyfile(source.directory / INDEX, directory / INDEX)
         for part in (AUTOENCODER, SCHEDULER):
