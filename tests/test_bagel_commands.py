@@ -20,7 +20,6 @@ SMALL = [
     "--set=sampling.steps=4",
     "--set=sampling.window_range=[0,3]",
     "--set=eval.steps=2",
-    "--set=sampling.batch_size=6",  # in bf16 another batch rounds otherwise
 ]
 FEW = [
     "--set=train.prompts_per_step=2",
@@ -44,8 +43,9 @@ def _do(*arguments: str | Path) -> dict:
 
 @pytest.fixture(scope="module")
 def brightness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward that no two pictures share."""
+    """A reward that no two pictures share; beside it a suite of one prompt."""
     path = tmp_path_factory.mktemp("reward") / "brightness.py"
+    path.with_name("suite.txt").write_text("a red cube\n")
     path.write_text(
         "import numpy as np\nfrom unigrpo_cli import reward\n\n\n"
         '@reward("brightness", range=(0, 1))\ndef brightness(images):\n'
@@ -54,11 +54,15 @@ def brightness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _rewarded(plugin: Path) -> list[str | Path]:
+    return ["--reward", "brightness", "--plugin", plugin, f"--set=eval.suite={plugin.with_name('suite.txt')}"]
+
+
 def _trained(base: Path, run: Path, brightness: Path, *settings: str) -> dict:
     """Two steps on a copy of the tiny release: the summary of `train`."""
     shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("golden.*"))
-    reward = ["--reward", "brightness", "--plugin", brightness]
-    return _do("train", "--model", base, *reward, *SMALL, *FEW, "--steps=2", *settings, "--out", run)
+    reward = [*_rewarded(brightness), *SMALL, *FEW]
+    return _do("train", "--model", base, *reward, "--steps=2", *settings, "--out", run)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +101,12 @@ def _check(trained: dict, out: Path, brightness: Path, dtype: str) -> None:
     lora = dtype == "bfloat16"
     assert (checkpoint / ("adapter_model.safetensors" if lora else "ae.safetensors")).is_file()
     adapted = ["--model", base, "--adapter", checkpoint] if lora else ["--model", checkpoint]
-    settings, reward = [*SMALL, f"--set=dtype={dtype}"], ["--reward", "brightness", "--plugin", brightness]
+    settings, reward = [*SMALL, f"--set=dtype={dtype}"], _rewarded(brightness)
     before = _do("generate", "a red cube", "--model", base, *settings, "--out", out / "g0")["images"]
     after = _do("generate", "a red cube", *adapted, *settings, "--out", out / "g1")["images"]
     assert Image.open(after[0]["path"]).size == (48, 32)
     assert Image.open(before[0]["path"]).tobytes() != Image.open(after[0]["path"]).tobytes()
-    report = _do("eval", *adapted, *reward, *settings, *FEW, "--suite=shapes", "--out", out / "e")
+    report = _do("eval", *adapted, *reward, *settings, *FEW, "--out", out / "e")
     assert report["scores"]["brightness"]["mean"] == pytest.approx(trained["eval_after"]["brightness"], abs=1e-6)
     rolled = _do("rollout", *adapted, *reward, *settings, "--limit=1", "--group-size=2", "--out", out / "r")
     assert rolled["episodes"] == 2
@@ -200,11 +204,10 @@ def test_what_cannot_be_shown_pictures_says_so_and_leaves_nothing(tmp_path: Path
 
 def test_two_rounds_train_and_are_painted(tmp_path: Path, brightness: Path) -> None:
     """Adapters on two rounds by BAGEL's own way to look; the trained adapter reflects, guided, in evaluation."""
-    reward = ["--reward", "brightness", "--plugin", brightness]
     rounds = ["--set=sampling.program=reflect", "--set=sampling.rounds=2", "--set=sampling.round_max_new_tokens=[6, 4]"]
     settings = [*SMALL, *rounds, "--set=dtype=bfloat16", LORA, NO_DOCTOR]
     run = tmp_path / "run"
-    trained = _do("train", "--model", TINY, *reward, *settings, *FEW, "--steps=1", "--out", run)
+    trained = _do("train", "--model", TINY, *_rewarded(brightness), *settings, *FEW, "--steps=1", "--out", run)
     assert trained["ratio_step0_max_abs_log"] == {"text": 0.0, "image": 0.0}
     (row,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert row["text/grad_norm"] > 0

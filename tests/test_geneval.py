@@ -374,14 +374,15 @@ def test_a_tiny_bagel_trains_on_it(tmp_path: Path) -> None:
     settings = [
         "sampling.height=32",
         "sampling.width=48",
-        "sampling.max_new_tokens=8",
-        "sampling.steps=6",
-        "eval.steps=6",
+        "sampling.max_new_tokens=4",
+        "sampling.steps=4",
+        "sampling.window_range=[0,3]",
+        "eval.steps=2",
         "eval.limit=1",
         "eval.rewards=[]",
         "train.prompts_per_step=2",
         "train.group_size=2",
-        "train.lora_rank=2",
+        "doctor.at_start=off",
     ]
     arguments = ["train", "--model", str(tiny), "--reward", "geneval", "--steps", "1", "--preset", "paper"]
     sets = [f"--set={s}" for s in settings]

@@ -224,7 +224,7 @@ def test_the_verdict_is_printed_when_quiet(bagel: Path, unread: Path, gib: int, 
 
 
 def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
-    small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
+    small = ["--set", "doctor.at_start=off", "--set", "eval.steps=1", "--set", "eval.limit=1"]
     result = unigrpo("train", "--out", tmp_path / "r", "--steps", "0", "--set", "memory_gb=1000000", *small)
     assert result.exit_code == 0, result.output
     assert "memory_gb=1e+06, but there are only" in result.stderr
@@ -244,6 +244,7 @@ def test_pictures_that_come_with_prompts_take_room_in_the_plan(bagel: Path, unre
 def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     """Adapters as they are there; nothing is added to the run, and what cannot change is refused here, too."""
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
+    small += ["--set", "doctor.at_start=off", "--set", "eval.steps=1"]
     small += ["--set", "threads=1"]  # two would share out the batches
     lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"

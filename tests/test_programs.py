@@ -206,7 +206,7 @@ def mixed(model: MoTPolicy) -> list[Episode]:
 
 @pytest.mark.parametrize(
     ("full", "dtype", "through"),
-    [(True, torch.float32, False), (False, torch.bfloat16, False), (True, torch.bfloat16, True)],
+    [(True, torch.float32, True), (False, torch.bfloat16, False)],
 )
 def test_the_first_ratio_is_exactly_one_for_every_structure(full: bool, dtype: torch.dtype, through: bool) -> None:
     """In fp32 and bf16, with all weights and with adapters; micro-batches hold episodes of one structure."""

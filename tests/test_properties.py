@@ -136,7 +136,7 @@ def _samplings(draw: st.DrawFn) -> Config:
         raise
 
 
-@settings(PROPERTY, max_examples=100)
+@settings(PROPERTY, max_examples=40)
 @given(_samplings())
 def test_accepted_settings_give_finite_numbers(config: Config) -> None:
     """Walk the whole schedule in fp32, as rollout does, and score every stochastic step as replay does."""

@@ -274,7 +274,7 @@ def test_attention_over_words_in_fp64_is_what_keeps_drift_small(monkeypatch: pyt
     model = load_model("embedded")
 
     def mean_drift() -> float:
-        episodes = flatten(rollout(model, PROMPTS, 24, SAMPLING, flow.Window(0, 0), 0))
+        episodes = flatten(rollout(model, PROMPTS, 8, SAMPLING, flow.Window(0, 0), 0))
         batch = collate(episodes)
         with torch.no_grad():
             return drift([(batch, replay(model, batch, image=False))])["text/drift_mean"]

@@ -38,7 +38,7 @@ def _parts(episode: Episode) -> tuple[TextActions, ImageActions]:
 
 def test_batch_size_changes_no_sample(tiny: MoTPolicy) -> None:
     whole = flatten(_roll(tiny))
-    for rows in (1, 2, 5):
+    for rows in (1, 5):
         for a, b in zip(whole, flatten(_roll(tiny, batch_size=rows)), strict=True):
             (text_a, image_a), (text_b, image_b) = _parts(a), _parts(b)
             assert torch.equal(text_a.ids, text_b.ids)
@@ -83,7 +83,7 @@ def test_in_fp32_batches_differ_by_rounding_alone() -> None:
     model = load_model("embedded")
     prompts = [Prompt(t, t) for t in ("a red circle", "two blue stars and a green heart", "a heart above a cross")]
     one, many = (
-        flatten(rollout(model, prompts, 4, replace(SAMPLING, batch_size=rows), WINDOW, seed=3)) for rows in (1, 64)
+        flatten(rollout(model, prompts, 2, replace(SAMPLING, batch_size=rows), WINDOW, seed=3)) for rows in (1, 64)
     )
     for a, b in zip(one, many, strict=True):
         (text_a, image_a), (text_b, image_b) = _parts(a), _parts(b)

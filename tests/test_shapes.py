@@ -110,9 +110,9 @@ def test_a_plan_never_leans_on_a_diagonal(subject: str, target: str, relation: s
 
 
 def test_the_detector_sees_what_was_painted() -> None:
-    """Every thing in its colour, shape and cell, on 400 pictures; with slight noise too."""
+    """Every thing in its colour, shape and cell, on 120 pictures; with slight noise too."""
     rng = np.random.default_rng(1)
-    rows = [draw_metadata(TAGS[k % 6], rng) for k in range(400)]
+    rows = [draw_metadata(TAGS[k % 6], rng) for k in range(120)]
     scenes = [draw_scene(row, rng) for row in rows]
     for noise in (0.0, 8.0):
         images = [

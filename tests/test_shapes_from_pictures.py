@@ -164,11 +164,11 @@ def test_an_edit_leaves_other_cells_as_they_were_to_the_pixel() -> None:
 
 def test_no_edit_or_scene_to_restore_is_in_both_splits() -> None:
     rng = np.random.default_rng(8)
-    asked = [{draw_edit(EDITS[k % 5], rng, held)["prompt"] for k in range(1500)} for held in (False, True)]
+    asked = [{draw_edit(EDITS[k % 5], rng, held)["prompt"] for k in range(500)} for held in (False, True)]
     assert not asked[0] & asked[1]
     tags = restores.FAULTS
     shown = [
-        {str(restores.draw_restore(tags[k % 4], rng, held)["scene"]) for k in range(1500)} for held in (False, True)
+        {str(restores.draw_restore(tags[k % 4], rng, held)["scene"]) for k in range(500)} for held in (False, True)
     ]
     assert not shown[0] & shown[1]
     assert not asked[0] & {row["prompt"] for row in held_out_edits()}

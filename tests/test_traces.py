@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests import small
-from unigrpo_cli import RewardContext, load_traces
+from unigrpo_cli import RewardContext, load_episodes, load_traces
 from unigrpo_cli.config import load_config
 from unigrpo_cli.episode import Episode, ImageActions, TextActions
 from unigrpo_cli.errors import UsageError
@@ -362,6 +362,6 @@ def test_reading_imports_no_torch(run: Path) -> None:
         "assert 'numpy' not in sys.modules\n"
         f"(trace,) = unigrpo_cli.load_traces({str(run)!r})\n"
         "assert 'torch' not in sys.modules and trace.step == 1\n"
-        "assert unigrpo_cli.load_episodes.__module__ == 'unigrpo_cli.run.episode_files'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert load_episodes.__module__ == "unigrpo_cli.run.episode_files"

@@ -38,6 +38,7 @@ SMALL = [
     *("--set", "sampling.max_new_tokens=6"),
     *("--set", "sampling.steps=4"),
     *("--set", "sampling.window_range=[0, 3]"),
+    *("--set", "threads=1"),
     *("--set", "doctor.at_start=off"),  # it has tests of its own, and the first below
 ]
 

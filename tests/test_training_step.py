@@ -293,7 +293,7 @@ def test_epochs_and_updates_are_counted() -> None:
     assert state.between
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("minibatches", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_first_updates_old_scores_are_its_own(monkeypatch: pytest.MonkeyPatch, minibatches: int) -> None:
     """A separate pass changes no metric and no weight; only a run's first step makes one and reports the ratio."""
     own = train.score_old_and_reference
