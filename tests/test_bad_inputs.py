@@ -322,7 +322,7 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 HEAD = "language_model.lm_head.weight"
 EMA, LLM, STATE = "ema.safetensors", "llm_config.json", "state.json"
-AGAIN, DAMAGED_HEADER, OTHER = "fetch or save it again", "header is damaged", "another checkpoint"
+AGAIN, OTHER = "fetch or save it again", "another checkpoint"
 
 
 def model(name: str, damage: Callable[[Path], Any], *says: str, code: int = 5, command: list[Any] = GENERATE) -> Bad:
@@ -343,17 +343,6 @@ def _entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda header: header[HEAD].update(changes)
 
 
-def _twice(m: Path) -> None:
-    """A header that names one tensor twice, as JSON allows and a dict forgets."""
-    path = m / "ema.safetensors"
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = raw[8 : 8 + length].decode()
-    entry = json.dumps(json.loads(header)[HEAD])
-    new = ("{" + f'"{HEAD}": {entry}, ' + header.lstrip()[1:]).encode()
-    path.write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :])
-
-
 def _index(m: Path, table: Any) -> None:
     (m / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
 
@@ -363,25 +352,13 @@ MODELS = [
     model("weights-five-bytes", put(EMA, b"hello"), EMA, AGAIN),
     model("header-of-100-GB", put(EMA, struct.pack("<Q", 100 * 2**30) + b"{}"), EMA, AGAIN),
     model("header-of-2-to-the-63", put(EMA, b"\xff" * 8 + b"{}"), EMA, AGAIN),
-    model("header-deep", put(EMA, struct.pack("<Q", len(DEEP)) + DEEP.encode()), EMA, DAMAGED_HEADER),
-    model("header-a-list", put(EMA, struct.pack("<Q", 2) + b"[]"), EMA, DAMAGED_HEADER),
-    model("header-not-utf8", put(EMA, struct.pack("<Q", 4) + b'"\xff"}'), EMA, DAMAGED_HEADER),
-    model("tensor-twice", _twice, EMA, f"{HEAD} twice"),
-    weights("offset-negative", _entry(data_offsets=[-8, 100]), EMA, DAMAGED_HEADER),
-    weights("offset-huge", _entry(data_offsets=[0, 10**30]), EMA, "truncated"),
-    weights("offset-backwards", _entry(data_offsets=[100, 0]), EMA, DAMAGED_HEADER),
-    weights("offset-float", _entry(data_offsets=[0.5, 8.5]), EMA, DAMAGED_HEADER),
-    weights("offset-nan", _entry(data_offsets=[float("nan"), 8]), EMA, DAMAGED_HEADER),
-    weights(
-        "offsets-overlap", lambda h: h[HEAD].update(data_offsets=h["vae2llm.bias"]["data_offsets"]), EMA, DAMAGED_HEADER
-    ),
-    weights("shape-negative", lambda h: h[HEAD].update(shape=[-n for n in h[HEAD]["shape"]]), EMA, DAMAGED_HEADER),
-    weights("shape-text", _entry(shape="ab"), EMA, DAMAGED_HEADER),
-    weights("shape-huge", _entry(shape=[10**12, 10**12]), EMA, DAMAGED_HEADER),
+    weights("offset-huge", _entry(data_offsets=[0, 10**30]), EMA, AGAIN),
+    weights("offsets-overlap", lambda h: h[HEAD].update(data_offsets=h["vae2llm.bias"]["data_offsets"]), EMA, AGAIN),
+    weights("shape-huge", _entry(shape=[10**12, 10**12]), EMA, AGAIN),
     weights(
         "shape-turned", lambda h: h[HEAD].update(shape=h[HEAD]["shape"][::-1]), EMA, "another shape", command=TRAIN
     ),
-    weights("dtype-unknown", _entry(dtype="F3"), EMA, "not of floating-point"),
+    weights("dtype-unknown", _entry(dtype="F3"), EMA, AGAIN),
     model("weights-a-pickle", put(EMA, b"\x80\x04\x95" + b"." * 200), EMA, AGAIN),
     model("weights-a-directory", lambda m: ((m / EMA).unlink(), (m / EMA).mkdir()), EMA, "missing"),
     model("config-deep", put(LLM, DEEP), LLM, "fetch it again"),

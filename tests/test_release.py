@@ -63,11 +63,11 @@ def _set(name: str, key: str, value: object) -> Callable[[Path], None]:
 
 LAYER = "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"
 BROKEN = {
-    "truncated weights": (_cut("ema.safetensors", 300_000), "ema.safetensors: truncated, it has 300,000 bytes of"),
-    "truncated header": (_cut("ema.safetensors", 900), "ema.safetensors: damaged or truncated (no whole header)"),
-    "empty weights": (_cut("ema.safetensors", 0), "no whole header"),
-    "weights are a page of text": (_text("ema.safetensors", "<html>404</html>" * 9), "no whole header"),
-    "truncated autoencoder": (_cut("ae.safetensors", 1_000_000), "ae.safetensors: truncated"),
+    "truncated weights": (_cut("ema.safetensors", 300_000), "ema.safetensors: damaged or truncated"),
+    "truncated header": (_cut("ema.safetensors", 900), "ema.safetensors: damaged or truncated"),
+    "empty weights": (_cut("ema.safetensors", 0), "damaged or truncated"),
+    "weights are a page of text": (_text("ema.safetensors", "<html>404</html>" * 9), "damaged or truncated"),
+    "truncated autoencoder": (_cut("ae.safetensors", 1_000_000), "ae.safetensors: damaged or truncated"),
     "missing tensor": (_weights("ema.safetensors", lambda s: s.pop(LAYER)), f"1 tensor missing (e.g. {LAYER})"),
     "missing tensor of the tower": (
         _weights("ema.safetensors", lambda s: s.pop("vit_model.vision_model.post_layernorm.bias")),
@@ -151,33 +151,19 @@ def test_a_damaged_tokenizer_is_named(copy: Path) -> None:
         load_model(str(copy))
 
 
-def test_tensors_that_lie_about_their_size(copy: Path) -> None:
-    """A header whose bytes do not fit its shapes is damaged, whatever the file's length."""
-    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
-    (copy / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(WeightsError, match="a has a size that does not fit its shape"):
-        read_header(copy / "x.safetensors")
-
-
-@pytest.mark.parametrize("offsets", [[-8, 8], [0, 16]])
-def test_tensors_that_lie_over_each_other(tmp_path: Path, offsets: list[int]) -> None:
-    """Over the header, or over another tensor: such bytes are not weights."""
+@pytest.mark.parametrize(
+    ("shape", "offsets", "size"),
+    [([8], [16, 32], 32), ([4], [0, 16], 16), ([4], [-8, 8], 16), ([4], [24, 40], 40), ([4], [16, 32], 33)],
+)
+def test_bytes_that_no_tensor_or_two_tensors_hold(
+    tmp_path: Path, shape: list[int], offsets: list[int], size: int
+) -> None:
+    """Bytes that do not fit a shape, lie over other tensors or belong to none are not weights."""
     header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
-    header["b"] = {"dtype": "F32", "shape": [4], "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-    with pytest.raises(WeightsError, match="does not follow the tensor before it"):
-        read_header(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize(("offsets", "size", "says"), [([24, 40], 40, "not follow"), ([16, 32], 33, "1 bytes follow")])
-def test_bytes_that_belong_to_no_tensor(tmp_path: Path, offsets: list[int], size: int, says: str) -> None:
-    """Between two tensors, or after the last: whatever they are, no audit of the tensors sees them."""
-    header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
-    header["b"] = {"dtype": "F32", "shape": [4], "data_offsets": offsets}
+    header["b"] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-    with pytest.raises(WeightsError, match=says):
+    with pytest.raises(WeightsError, match="damaged or truncated"):
         read_header(tmp_path / "x.safetensors")
 
 
