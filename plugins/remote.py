@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unigrpo_cli import Options, RewardBatch, RewardContext, RewardOutput, Sample
 from unigrpo_cli.errors import RewardError
@@ -31,6 +31,25 @@ class RemoteOptions(Options):
     url: str = Field("", description="address of the server, as `unigrpo rewards serve` prints it")
     token_file: str | None = Field(None, description=f"file with the server's token; default ${TOKEN_ENV}")
     deadline_s: float = Field(100.0, gt=0, description="limit of seconds for one call with its retries")
+
+
+class ServedFacts(BaseModel):
+    """What `/v1/info` says of the served reward. Strict: the text "false" would count as true."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    summary: str
+    licence: str
+    range: tuple[float | None, float | None]
+    needs: frozenset[str]
+    sends: frozenset[str]
+    segments: frozenset[str] = frozenset()
+    scope: str
+    batch_size: int | None
+    higher_is_better: bool
+    max_bytes: int
+    max_pixels: int = 2**62
 
 
 class RemoteReward:
@@ -59,25 +78,21 @@ class RemoteReward:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         self.client = HttpClient(self.url, local=self.local, headers=headers)
         self.jitter = random.Random()  # its own: waiting must not move the run's random numbers
-        facts = self._ask("GET", "/v1/info")
+        answer = self._ask("GET", "/v1/info")
         try:
-            _check_types(facts)
-            low, high = facts["range"]
-            self.range = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
-            self.name = str(facts["name"])
-            self.needs = frozenset(map(str, facts["needs"]))
-            self.sends = frozenset(map(str, facts["sends"]))
-            self.segments = frozenset(map(str, facts.get("segments", ())))
-            self.scope = str(facts["scope"])
-            self.unit = int(facts["batch_size"] or 1)
-            # A reward that needs the whole rollout in one call cannot score a part of it early.
-            self.concurrency = 1 if facts["batch_size"] else 0
-            self.max_bytes = int(facts["max_bytes"])
-            self.max_pixels = int(facts.get("max_pixels", 2**62))
-            self.higher_is_better = facts["higher_is_better"]
-            self.summary, self.licence = str(facts["summary"]), str(facts["licence"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._malformed(f"/v1/info: {type(error).__name__}: {error}") from error
+            facts = ServedFacts.model_validate_json(json.dumps(answer))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise self._malformed(f"/v1/info: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        low, high = facts.range
+        self.range = (-math.inf if low is None else low, math.inf if high is None else high)
+        self.name, self.summary, self.licence = facts.name, facts.summary, facts.licence
+        self.needs, self.sends, self.segments = facts.needs, facts.sends, facts.segments
+        self.scope, self.unit = facts.scope, facts.batch_size or 1
+        # A reward that needs the whole rollout in one call cannot score a part of it early.
+        self.concurrency = 1 if facts.batch_size else 0
+        self.max_bytes, self.max_pixels = facts.max_bytes, facts.max_pixels
+        self.higher_is_better = facts.higher_is_better
 
     def check_metadata(self, metadata: list[Any]) -> None:
         rows = [dict(row) for row in metadata] if "metadata" in self.sends else [{} for _ in metadata]
@@ -244,30 +259,6 @@ class RemoteReward:
             f"reward 'remote': {self.url} did not answer as a reward server does ({what}); is @url= the address that "
             "`unigrpo rewards serve` printed, with the same version of unigrpo?"
         )
-
-
-FACTS: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "range": (list,),
-    "needs": (list,),
-    "sends": (list,),
-    "scope": (str,),
-    "batch_size": (int, type(None)),
-    "max_bytes": (int,),
-    "higher_is_better": (bool,),
-}
-"""Fields of /v1/info that decide what is sent and how scores are used, with their types."""
-
-
-def _check_types(facts: dict[str, Any]) -> None:
-    """Raise TypeError for a field of another type: the text "false" would count as true."""
-    for name, kinds in FACTS.items():
-        if type(facts[name]) not in kinds:
-            raise TypeError(f"{name} is {facts[name]!r}, not {' or '.join(k.__name__ for k in kinds)}")
-    if not all(type(bound) in (int, float, type(None)) for bound in facts["range"]):
-        raise TypeError(f"range is {facts['range']!r}, not two numbers")
-    if not all(type(text) is str for text in facts["needs"] + facts["sends"]):
-        raise TypeError("needs and sends are not lists of texts")
 
 
 def _png(pixels: Any) -> str:
