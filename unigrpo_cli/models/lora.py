@@ -132,7 +132,8 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
         outcome = set_peft_model_state_dict(network, own_names)
         missing = _own_state(network).keys() - own_names.keys()
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, re.error) as error:
-        raise WeightsError(f"{directory}: the adapter cannot be used here: {first_line(error)}") from error
+        why = " ".join(str(error).split("\n")[:2])  # torch names the first tensor in its second line
+        raise WeightsError(f"{directory}: the adapter cannot be used here: {type(error).__name__}: {why}") from error
     if outcome.unexpected_keys:
         raise WeightsError(f"{directory}: the adapter does not fit, e.g. {outcome.unexpected_keys[0]}")
     if missing:
