@@ -14,9 +14,6 @@ from torch import Tensor
 from unigrpo_cli.algo import flow, forward
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 
-PENALTIES = ("velocity-mse", "latent-kl", "none")
-IMAGE_OBJECTIVES = ("transition", "fpo", "nft")
-
 
 @dataclass(frozen=True)
 class ImageSteps:

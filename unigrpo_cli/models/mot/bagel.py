@@ -159,7 +159,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     ae_tensors = read_header(ae_path) if ae_path.is_file() else {}
     problems: list[str] = []
     try:
-        autoencoder = _autoencoder_config(ae_tensors, own) if ae_tensors else None
+        autoencoder = _autoencoder_config(ae_tensors) if ae_tensors else None
         config = _config(llm, own, directory, tensors, autoencoder)
     except IndexError as error:
         raise WeightsError(
@@ -175,9 +175,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
                 f"{len(tensors):,} tensors); fetch it again"
             )
     kind = "BAGEL" if config.pixels_per_latent > 1 else "pixels"
-    problems += _compare(
-        " + ".join(f.name for f in files), network_shapes(config), tensors, optional=TABLES, config=config
-    )
+    problems += _compare(" + ".join(f.name for f in files), network_shapes(config), tensors, optional=TABLES)
     if autoencoder is not None:
         problems += _compare(AUTOENCODER, autoencoder_shapes(autoencoder), ae_tensors)
         if autoencoder.pixels_per_latent != config.pixels_per_latent:
@@ -391,7 +389,7 @@ def _vision(directory: Path, tensors: dict[str, Stored]) -> VisionConfig | None:
     )
 
 
-def _autoencoder_config(tensors: dict[str, Stored], own: dict[str, Any]) -> AutoencoderConfig:
+def _autoencoder_config(tensors: dict[str, Stored]) -> AutoencoderConfig:
     """Levels, blocks and widths, from the tensors."""
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     blocks = _count(tensors, r"encoder\.down\.0\.block\.(\d+)\.")
@@ -416,7 +414,6 @@ def _compare(
     found: dict[str, Stored],
     *,
     optional: tuple[str, ...] = (),
-    config: MoTConfig | None = None,
 ) -> list[str]:
     """Differences between what is wanted and what a file holds, one line per kind."""
     missing = sorted(name for name in wanted.keys() - found.keys() if name not in optional)

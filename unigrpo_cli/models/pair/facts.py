@@ -6,7 +6,6 @@ Templates and layers are the defaults of diffusers' pipelines in code; sizes are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 REASONER, PAINTER, AUTOENCODER, TOKENIZER, SCHEDULER = "text_encoder", "transformer", "vae", "tokenizer", "scheduler"
 """Folders of a diffusers pipeline."""
@@ -104,11 +103,3 @@ class Schedule:
             return None
         share = (tokens - self.tokens[0]) / (self.tokens[1] - self.tokens[0])
         return self.mu[0] + share * (self.mu[1] - self.mu[0])
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 when it is not there."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
