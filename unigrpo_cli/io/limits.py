@@ -1,6 +1,6 @@
 """Files and text from outside, read within limits: size, nesting, and text that can be written again.
 
-Functions raise ValueError or OSError; the caller adds the file's name and the remedy.
+Functions raise ValueError or OSError, and the caller adds the file's name and the remedy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
+
+from unigrpo_cli.errors import UsageError
 
 LARGEST_TEXT = 256 * 2**20
 LARGEST_LINE = 2**20
@@ -41,37 +43,31 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and lines of a text file, without line ends, byte-order marks and invisible characters at both ends.
+    """Numbers and texts of a file's lines that are not blank, without byte-order marks and invisible characters around.
 
     Only a newline (or CR and newline) ends a line: JSON strings may hold U+2028. Files that were concatenated have a
     byte-order mark in the middle.
 
     Raises:
-        OSError, ValueError: as `read_text`; a LineError names the line.
+        OSError: when the file cannot be read.
+        UsageError: naming the line, when it is not text or too long.
     """
     with open_plain(path) as file:
         number = 0
         while line := file.readline(LARGEST_LINE + 1):
             number += 1
             if len(line) > LARGEST_LINE:
-                raise LineError(number, f"the line is too long; at most {LARGEST_LINE:,} bytes are read")
+                raise UsageError(f"{path}:{number}: the line is too long; at most {LARGEST_LINE:,} bytes are read")
             try:
                 text = trimmed(decoded(line))
             except ValueError as error:
-                raise LineError(number, str(error)) from error
+                raise UsageError(f"{path}:{number}: {error}") from error
             if "\r" in text:
-                raise LineError(
-                    number, "it holds a carriage return that ends no line; save the file with newlines (LF)"
+                raise UsageError(
+                    f"{path}:{number}: it holds a carriage return that ends no line; save the file with newlines (LF)"
                 )
-            yield number, text
-
-
-class LineError(ValueError):
-    """What is wrong with a line; `number` counts from 1."""
-
-    def __init__(self, number: int, text: str):
-        super().__init__(text)
-        self.number = number
+            if text:
+                yield number, text
 
 
 def open_plain(path: Path) -> Any:

@@ -17,7 +17,6 @@ from unigrpo_cli.episode import Episode, ImageActions, Segment, TextActions, fla
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.limits import (
     ENDS,
-    LineError,
     parse_json,
     read_ends,
     read_lines,
@@ -92,13 +91,11 @@ def _rows(path: Path) -> list[Answer]:
     if path.suffix != ".jsonl":
         raise UsageError(f"DATA {path}: give {ACCEPTED}")
     try:
-        found = [_row(path, number, line) for number, line in read_lines(path) if line]
+        found = [_row(path, number, line) for number, line in read_lines(path)]
     except FileNotFoundError as error:
         raise UsageError(f"no file or directory {path}: give {ACCEPTED}") from error
     except OSError as error:
         raise UsageError(f"{path} is not readable text ({error.strerror}); give {ACCEPTED}") from error
-    except LineError as error:
-        raise UsageError(f"{path}:{error.number}: {error}") from error
     if not found:
         raise UsageError(f"{path} holds no row; give {ACCEPTED}")
     return found
@@ -120,7 +117,7 @@ def _row(path: Path, number: int, line: str) -> Answer:
         picture = str((path.parent / image).absolute())
         refuse_odd_picture(picture)
     except (ValueError, UsageError) as error:
-        raise LineError(number, str(error)) from error
+        raise UsageError(f"{path}:{number}: {error}") from error
     return Answer(f"{path}:{number}", trimmed(row["prompt"]), reasoning, picture)
 
 

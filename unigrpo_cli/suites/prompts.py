@@ -13,7 +13,7 @@ import numpy as np
 
 from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError
-from unigrpo_cli.io.limits import LineError, parse_json, read_lines, refuse_odd_prompt, refuse_odd_text, trimmed
+from unigrpo_cli.io.limits import parse_json, read_lines, refuse_odd_prompt, refuse_odd_text, trimmed
 from unigrpo_cli.suites.tables import HUB, read_prompt_table
 from unigrpo_cli.toy.edits import train_edits
 from unigrpo_cli.toy.prompts import parse_prompt, train_prompts
@@ -90,15 +90,13 @@ def read_prompts(source: str | Path) -> list[Prompt]:
             rows = [_checked(place, path, row) for place, row in read_prompt_table(source)]
         elif path.suffix in LINES:
             read = _line if path.suffix == ".txt" else _object
-            rows = [read(path, number, line) for number, line in read_lines(path) if line]
+            rows = [read(path, number, line) for number, line in read_lines(path)]
         else:
             raise UsageError(f"prompts {source}: give {ACCEPTED}")
     except FileNotFoundError as error:
         raise UsageError(f"no prompts file {source}: give {ACCEPTED}") from error
     except OSError as error:
         raise UsageError(f"prompts file {source} is not readable text: {error.strerror}; give a file") from error
-    except LineError as error:
-        raise UsageError(f"{source}:{error.number}: {error}") from error
     if not rows:
         raise UsageError(f"prompts file {source} holds no prompt")
     return as_prompts(rows)
@@ -108,7 +106,7 @@ def _line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         refuse_odd_prompt(line)
     except ValueError as error:
-        raise LineError(number, str(error)) from error
+        raise UsageError(f"{path}:{number}: {error}") from error
     return typed_prompt(line)
 
 
@@ -116,7 +114,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise LineError(number, f"{error}; each line is one object") from error
+        raise UsageError(f"{path}:{number}: {error}; each line is one object") from error
     return _checked(f"{path}:{number}", path, row)
 
 

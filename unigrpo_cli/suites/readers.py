@@ -14,7 +14,6 @@ from typing import Any
 
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.limits import (
-    LineError,
     parse_json,
     read_lines,
     read_text,
@@ -36,13 +35,10 @@ class Reader:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """Numbers and lines that are not blank."""
     try:
-        return [(number, line) for number, line in read_lines(path) if line]
+        return list(read_lines(path))
     except OSError as error:
         raise UsageError(f"{path} is not readable text ({error.strerror}); give the suite's own file") from error
-    except LineError as error:
-        raise UsageError(f"{path}:{error.number}: {error}") from error
 
 
 def _objects(path: Path) -> list[tuple[int, Row]]:
