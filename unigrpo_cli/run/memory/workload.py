@@ -148,6 +148,12 @@ def _shapes(model: MoTConfig) -> Shapes:
 
 
 @cache
+def _first_layer(model: MoTConfig) -> Shapes:
+    """Its matrices. Sizes are searched for with hundreds of looks at them."""
+    return {name: s for name, s in _shapes(model).items() if name.startswith(f"{LAYERS}0.") and len(s) == 2}
+
+
+@cache
 def _layer_matrices(model: MoTConfig) -> Shapes:
     pattern = re.compile(rf"({LORA_TARGETS})\.weight")
     return {name: shape for name, shape in _shapes(model).items() if pattern.fullmatch(name)}
@@ -229,11 +235,8 @@ class Workload:
 
     def layer_matrices(self, expert: str, chosen: Callable[[str], bool] = lambda name: True) -> Shapes:
         """An expert's matrices in one layer."""
-        return {
-            name: shape
-            for name, shape in _shapes(self.model).items()
-            if name.startswith(f"{LAYERS}0.") and len(shape) == 2 and expert_of(name) == expert and chosen(name)
-        }
+        own = _first_layer(self.model).items()
+        return {name: shape for name, shape in own if expert_of(name) == expert and chosen(name)}
 
     # ----- ranks
 
