@@ -108,8 +108,8 @@ def main(given: Sequence[str] | None = None) -> Report:
         for part, measure in measurements(bench):
             with report.attempt([part]):
                 measure()
-            gc.collect()  # what an attempt leaves behind its traceback holds as long as it lasts
             if device.type == "cuda":
+                gc.collect()  # what an attempt leaves behind its traceback holds as long as it lasts
                 torch.cuda.empty_cache()
     report.write()
     if arguments.markdown:

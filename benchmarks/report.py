@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,21 @@ LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "accelerate")
 
 def environment() -> dict[str, Any]:
     """What any number depends on: machine, threads, libraries, commit, date. No name of a machine."""
-    installed = {d.metadata["name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "machine": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: torch.__version__ if name == "torch" else installed.get(name) for name in LIBRARIES},
+        **{name: torch.__version__ if name == "torch" else _installed(name) for name in LIBRARIES},
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _installed(name: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def commit() -> str:

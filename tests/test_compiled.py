@@ -48,8 +48,8 @@ def _compile_by(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_compiled_forward", lambda: made)
 
 
-def _drawn(policy: MoTPolicy, members: int, compiled: bool, rows: int = 8) -> list[Episode]:
-    sampling = replace(SAMPLING, compiled=compiled, batch_size=rows)
+def _drawn(policy: MoTPolicy, members: int, compiled: bool, rows: int = 8, think: bool = True) -> list[Episode]:
+    sampling = replace(SAMPLING, compiled=compiled, batch_size=rows, think=think)
     return flatten(rollout(policy, PROMPTS, members, sampling, WINDOW, 0))
 
 
@@ -61,15 +61,16 @@ def _same(ours: list[Episode], plain: list[Episode], tolerance: float) -> None:
         torch.testing.assert_close(a.images[-1].latent, b.images[-1].latent, rtol=0, atol=tolerance)
 
 
-def test_traced_layers_are_the_layers(tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("think", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_traced_layers_are_the_layers(tiny: MoTPolicy, monkeypatch: pytest.MonkeyPatch, think: bool) -> None:
     """With adapters, and masks for texts of two lengths; what was traced for some rows does for others."""
     add_adapters(tiny.network, LORA_TARGETS, rank=2, alpha=4.0, seed=0)
     backend = Traced()
     _compile_by(backend, monkeypatch)
-    _same(_drawn(tiny, 5, True), _drawn(tiny, 5, False), 0.0)
+    _same(_drawn(tiny, 5, True, think=think), _drawn(tiny, 5, False, think=think), 0.0)
     assert backend.calls > 2 * SAMPLING.steps, "every layer of every call"
     graphs = backend.graphs
-    _same(_drawn(tiny, 7, True), _drawn(tiny, 7, False), 0.0)
+    _same(_drawn(tiny, 7, True, think=think), _drawn(tiny, 7, False, think=think), 0.0)
     assert backend.graphs == graphs
 
 

@@ -38,7 +38,6 @@ from unigrpo_cli.io.atomic import (
     verify_checksums,
     write_text,
 )
-from unigrpo_cli.models.hub import embedded_directory
 from unigrpo_cli.models.mot.bagel import read_release, weights_digest
 from unigrpo_cli.run import summary
 from unigrpo_cli.run.checkpoint import (
@@ -592,7 +591,7 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [12]
 
 
-def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
+def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path, small_model: Path) -> None:
     """Evaluations of .5, .9, .2 and .3 after steps 1 to 4."""
     plugin = write_inputs(
         tmp_path,
@@ -601,10 +600,10 @@ def test_the_best_by_a_held_out_reward_is_kept(tmp_path: Path) -> None:
         '    value = next(TOLD) if split == "eval" else 0.5\n'
         "    return [value + 0.01 * (k % 2) for k in range(len(images))]\n",
     )
-    more = ["train.steps=4", "train.samples_every=0", "train.checkpoint_every=0", "train.keep_checkpoints=1"]
-    sets = [w for s in (*more, "eval.every=1", "eval.best=told") for w in ("--set", s)]
-    small = [a if a != "moody" else "told" for a in command(tmp_path / "run", plugin, ())]
-    _done(unigrpo(*small, *sets))
+    (tmp_path / "model").symlink_to(small_model)
+    more = ("train.steps=4", "train.samples_every=0", "train.checkpoint_every=0", "train.keep_checkpoints=1")
+    told = _command(tmp_path / "run", plugin, (*more, "eval.every=1", "eval.best=told"))
+    _done(unigrpo(*(word if word != "moody" else "told" for word in told)))
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000002", "step_000004"]
     assert os.readlink(tmp_path / "run" / "checkpoints" / "best") == "step_000002"
     record = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["record"]
@@ -688,9 +687,9 @@ def test_what_is_learnt_from_here_on_is_warned_of(copy: Path, plugin: Path, tmp_
 
 def test_the_reference_must_be_what_it_was(tmp_path: Path, plugin: Path) -> None:
     """A base may move; one with other weights is refused."""
-    base = Path(shutil.copytree(embedded_directory(), tmp_path / "base"))
+    base = Path(shutil.copytree(plugin.with_name("model"), tmp_path / "base"))
     run = tmp_path / "run"
-    small = [*command(run, plugin, ("train.steps=1", "eval.every=0", "eval.best=''")), "--model", base]
+    small = [*_command(run, plugin, ("train.steps=1", "eval.every=0", "eval.best=''")), "--model", base]
     _done(unigrpo(*small))
     before = weights_digest(read_release(base))
     base.rename(tmp_path / "moved")
