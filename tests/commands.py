@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from typer.testing import CliRunner, Result
 
 from unigrpo_cli.cli import app, main
@@ -47,6 +46,8 @@ class Process:
         fresh: bool = False,
         **environment: str,
     ):
+        import torch._dynamo  # which an optimizer imports, in seconds
+
         self.folder = tempfile.TemporaryDirectory()
         place = Path(self.folder.name)
         self.files = stdout or place / "stdout", stderr or place / "stderr"
