@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from unigrpo_cli.models.mot.layers import widen
 from unigrpo_cli.parallel.ranks import is_shared
+
+SHARDED: WeakSet[nn.Module] = WeakSet()
+"""Networks whose layers are shared out. A look at every weight would take a twentieth of a small model's step."""
 
 
 def shard(network: nn.Module, layers: Sequence[nn.Module], world: int) -> None:
@@ -45,6 +49,7 @@ def shard(network: nn.Module, layers: Sequence[nn.Module], world: int) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a factor is a kind of sum that gloo does not have
     network.__class__ = kind  # transformers looks up by the class which states a network gives
+    SHARDED.add(network)
 
 
 def fp32_masters(module: nn.Module) -> None:
@@ -55,7 +60,7 @@ def fp32_masters(module: nn.Module) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    return any(map(is_shared, network.parameters()))
+    return network in SHARDED
 
 
 def most_passes(network: nn.Module, own: int) -> int:
