@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.results import RESULTS, Cell, Table, collect, interval, page, read, tables, verdict
+from tools.results import RESULTS, Cell, Table, collect, goal, interval, page, read, tables, verdict
 from unigrpo_cli.config import load_config
 from unigrpo_cli.evaluate import load_report
 
@@ -39,7 +39,7 @@ def test_a_row_is_a_run_and_its_verdicts_have_its_score(table: Table) -> None:
         assert len({row["seed"] for row in cell.rows}) == len(cell.rows), name
         assert {row["seed"] for row in cell.rows} <= set(map(str, table.seeds)), name
         for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
-            assert own.mean() == pytest.approx(float(row[f"after/{table.reward}"]), abs=1e-4), (name, row["seed"])
+            assert own.mean() == pytest.approx(float(row[f"after/{table.judged}"]), abs=1e-4), (name, row["seed"])
 
 
 def test_the_interval_of_equal_seeds_is_that_of_their_prompts() -> None:
@@ -67,11 +67,17 @@ def test_differences_are_paired_by_prompt() -> None:
     assert [verdict(low, high), verdict(-0.2, -0.1), verdict(-0.1, 0.1)] == ["holds", "does not hold", "cannot be told"]
 
 
+def test_the_goal_is_reached_at_the_first_score_of_1_4_times_the_start() -> None:
+    row = {"before/geneval": "0.5", "curve": "1:2.0:0.6900 2:4.1:0.7000 3:6.0:0.9000"}
+    assert goal(row, "geneval") == ("2", "4.1")
+    assert goal(row | {"before/geneval": "0.7"}, "geneval") == ("never", "never")
+
+
 def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     """Two one-step runs by the sweep that is printed, collected and read back."""
     table = replace(tables()[0], name="short", seeds=[0, 1], cells={"joint": []})
     settings = ["train.steps=1", "train.prompts_per_step=1", "train.group_size=2", "train.minibatches=1"]
-    settings += ["eval.limit=2", "doctor.at_start=off", "threads=1"]
+    settings += ["eval.limit=2", "eval.every=1", "doctor.at_start=off", "threads=1"]
     table = replace(table, settings=settings)
     command = table.command("joint").replace("--out runs", f"--out {tmp_path}").split()
     subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
@@ -79,6 +85,10 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     cell = read(table, tmp_path / "short.csv")["joint"]
     assert [row["seed"] for row in cell.rows] == ["0", "1"]
     assert {(row["steps"], row["samples"]) for row in cell.rows} == {("1", "2")}
+    for row in cell.rows:
+        step, seconds, score = row["curve"].split(":")
+        assert (step, score) == ("1", row["after/geneval"])
+        assert float(seconds) == pytest.approx(float(row["train_seconds"]), abs=0.3)
     for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
         run = next((tmp_path / "short" / "joint").glob(f"*seed={row['seed']}*"))
         assert own.tolist() == load_report(run / "eval_after.json").values["geneval"].tolist()
@@ -94,5 +104,5 @@ def test_three_runs_picked_at_random_score_the_same_again(tmp_path: Path) -> Non
         subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
         (tmp_path / "again.csv").write_text(collect(one, tmp_path, "abc"))
         (again,) = read(one, tmp_path / "again.csv")[row["cell"]].rows
-        found, before = (float(r[f"after/{table.reward}"]) for r in (again, row))
+        found, before = (float(r[f"after/{table.judged}"]) for r in (again, row))
         assert found == pytest.approx(before, abs=1e-4 if again["torch"] == row["torch"] else 0.08)

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 RUNS = "runs"
 RESAMPLES = 4000
+GOAL = 1.4
+"""A leaderboard's goal: this many times the score before training."""
 FEWEST = 3
 """Seeds without which a claim gets no verdict."""
 FIRST = ("cell", "seed", "steps", "samples", "train_seconds", "commit", "torch")
@@ -33,7 +35,7 @@ class Table:
     """Cells that are compared.
 
     Args:
-        reward: the trained reward, whose held-out verdicts of 0 or 1 are compared prompt by prompt.
+        reward: the trained rewards; the held-out verdicts of 0 or 1 of the last one are compared prompt by prompt.
         settings: `--set` texts of all cells; `cells` has those of each.
         claims: pairs of cells: the first scores above the second.
     """
@@ -54,6 +56,10 @@ class Table:
         seeds = ",".join(map(str, self.seeds))
         sets = " ".join(f"--set {text}" for text in self.texts(cell))
         return f"unigrpo sweep --reward {self.reward} --seeds {seeds} {sets} --out {RUNS}/{self.name}/{cell}"
+
+    @property
+    def judged(self) -> str:
+        return self.reward.split(",")[-1]
 
     @property
     def path(self) -> Path:
@@ -86,8 +92,8 @@ def _row(table: Table, cell: str, run: Path, commit: str) -> dict[str, object]:
     summary = json.loads((run / "summary.json").read_text())
     config = tomllib.loads((run / "config.toml").read_text())
     before, after = (json.loads((run / f"eval_{when}.json").read_text()) for when in ("before", "after"))
-    train, values = config["train"], after["values"][table.reward]
-    assert set(values) <= {0.0, 1.0}, f"{run}: {table.reward} gives more than verdicts of 0 and 1"
+    train, values = config["train"], after["values"][table.judged]
+    assert set(values) <= {0.0, 1.0}, f"{run}: {table.judged} gives more than verdicts of 0 and 1"
     row: dict[str, object] = {
         "cell": cell,
         "seed": config["seed"],
@@ -99,7 +105,19 @@ def _row(table: Table, cell: str, run: Path, commit: str) -> dict[str, object]:
     }
     for when, report in (("before", before), ("after", after)):
         row |= {f"{when}/{name}": round(score["mean"], 4) for name, score in report["scores"].items()}
+    if config["eval"]["every"]:
+        row["curve"] = " ".join(_curve(run, f"eval/{table.judged}"))
     return row | {"verdicts": "".join(str(int(value)) for value in values)}
+
+
+def _curve(run: Path, metric: str) -> Iterator[str]:
+    """Step, seconds of training until then and held-out score of each evaluation during training."""
+    seconds = 0.0
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seconds += sum(value for key, value in row.items() if key.startswith("seconds/"))
+        if metric in row:
+            yield f"{row['step']}:{seconds:.1f}:{row[metric]:.4f}"
 
 
 # ----- from CSV to the page
@@ -149,6 +167,15 @@ def _drawn(cell: Cell, prompts: NDArray[np.int64], rng: np.random.Generator) -> 
     return float(cell.verdicts_SP[seeds][:, prompts].mean())
 
 
+def goal(row: dict[str, str], judged: str) -> tuple[str, str]:
+    """The first evaluated step whose score is at least GOAL times the one before training, and the seconds until then."""
+    for point in row.get("curve", "").split():
+        step, seconds, score = point.split(":")
+        if float(score) >= GOAL * float(row[f"before/{judged}"]):
+            return step, seconds
+    return "never", "never"
+
+
 def verdict(low: float, high: float) -> str:
     """What a difference's interval says of the claim that it is positive."""
     return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
@@ -167,19 +194,22 @@ def _section(table: Table) -> Iterator[str]:
     others = sorted(
         {key.removeprefix("after/") for row in cells.values() for key in row.rows[0] if key.startswith("after/")}
     )
-    others = [name for name in others if name != table.reward and "/" not in name]
+    others = [name for name in others if name != table.judged and "/" not in name]
     yield f"## {table.title}\n"
     yield f"`results/{table.path.name}`; intervals (95 %) over seeds and prompts.\n"
-    heads = ["cell", "runs", "steps", "samples", "minutes", "start", table.reward, *others]
+    heads = ["cell", "runs", "steps", "samples", "minutes", "start", table.judged, *others]
+    timed = any(cell.rows[0].get("curve") for cell in cells.values())
+    heads += [f"step of {GOAL} x start", "seconds until then"] if timed else []
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for name, cell in cells.items():
         mean, low, high = interval(cell)
         counts = [str(len(cell.rows)), f"{cell.mean('steps'):.0f}", f"{cell.mean('samples'):,.0f}"]
         minutes = f"{cell.mean('train_seconds') / 60:.2f}"
-        scores = [f"{cell.mean(f'before/{table.reward}'):.3f}", f"{mean:.3f} [{low:.3f}, {high:.3f}]"]
+        scores = [f"{cell.mean(f'before/{table.judged}'):.3f}", f"{mean:.3f} [{low:.3f}, {high:.3f}]"]
         more = [f"{cell.mean(f'after/{other}'):.3f}" for other in others]
-        yield "| " + " | ".join([name, *counts, minutes, *scores, *more]) + " |"
+        goals = [", ".join(column) for column in zip(*(goal(row, table.judged) for row in cell.rows), strict=True)]
+        yield "| " + " | ".join([name, *counts, minutes, *scores, *more, *(goals if timed else [])]) + " |"
     yield ""
     for first, second in table.claims:
         if min(len(cells[name].rows) if name in cells else 0 for name in (first, second)) < FEWEST:
