@@ -27,7 +27,7 @@ from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
 from unigrpo_cli.rollout import rollout
 from unigrpo_cli.train import MicroBatch, advantages, score_old_and_reference, training_step, update, with_advantages
-from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy
+from unigrpo_cli.training.optimizer import make_optimizer, prepare_policy, rate_factor
 from unigrpo_cli.training.schedule import objective_of
 from unigrpo_cli.training.state import TrainState
 
@@ -137,6 +137,18 @@ def test_warm_up_scales_the_first_updates() -> None:
         moved.append(max((after[n] - before[n]).abs().max().item() for n in before))
     assert moved[0] == pytest.approx(1e-3, rel=1e-2)
     assert moved[1] == pytest.approx(moved[0] / 4, rel=1e-2)
+
+
+@pytest.mark.parametrize(("warmup", "factors"), [(0, [1, 2 / 3, 1 / 2, 2 / 5]), (2, [1 / 2, 1, 1, 2 / 3, 1 / 2])])
+def test_learning_rates_decay_as_one_over_the_steps(warmup: int, factors: list[float]) -> None:
+    config = _config("train.lr_decay=2", f"train.warmup={warmup}")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer, found = torch.optim.AdamW([weight]), []
+    for _ in factors:
+        found.append(rate_factor(optimizer, config))
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert found == pytest.approx(factors)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:

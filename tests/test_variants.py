@@ -87,6 +87,7 @@ NUMBERS = [
     "train.epochs=2",
     "train.micro_batch_size=2",
     "train.warmup=5",
+    "train.lr_decay=2",
     "advantage.clamp=0.5",
     "sampling.guidance_text=3",
 ]

@@ -96,6 +96,8 @@ SMALL = (
     "train.prompts_per_step=4",
     "train.group_size=6",
     "train.micro_batch_size=8",
+    "train.minibatches=2",
+    "train.lr_decay=0",
     "train.steps=20",
 )
 RUNS = {
@@ -143,7 +145,17 @@ RUNS = {
         1e-6,
     ),
     "embedded": Run(
-        ("threads=1", "train.prompts_per_step=4", "train.group_size=6", "train.steps=3"),
+        (
+            "threads=1",
+            "objective.penalty_weight=0.01",
+            "train.prompts_per_step=4",
+            "train.group_size=6",
+            "train.minibatches=2",
+            "train.lr_text=3e-4",
+            "train.lr_image=2e-4",
+            "train.lr_decay=0",
+            "train.steps=3",
+        ),
         lambda: load_model("embedded"),
         5e-3,
     ),

@@ -59,6 +59,7 @@ SETTINGS = {
     "adam_beta1": "train.betas",
     "warmup_steps": "train.warmup",
     "lr_warmup_steps": "train.warmup",
+    "lr_scheduler_type": "train.lr_decay",
     "resume_from_checkpoint": "--resume",
     "output_dir": "--out",
     "save_dir": "--out",

@@ -208,6 +208,11 @@ class TrainConfig(Section):
     weight_decay: NonNegative = Field(0.0, description="AdamW weight decay")
     grad_clip: AboveZero = Field(1.0, description="largest gradient norm over all weights")
     warmup: Count = Field(0, description="optimizer steps of linear learning-rate warm-up")
+    lr_decay: Count = Field(
+        0,
+        description="optimizer steps n after which learning rates are half, after 2 n a third, and so on: "
+        "1 / (1 + step / n); 0: constant [paper: constant]",
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, slower"
     )

@@ -116,7 +116,7 @@ def optimizer_step(state: TrainState, config: Config, advantages: Sequence[Advan
     update_guard.remember_norms(norms, known, taught=ranks.any(bool(flag)))
     clip_gradients(parameters, total, config.train.grad_clip)
     for group in state.optimizer.param_groups:
-        group["lr"] = group["full_lr"] * warmup(state.optimizer, config)
+        group["lr"] = group["full_lr"] * rate_factor(state.optimizer, config)
     state.between = True
     state.optimizer.step()
     with ranks.together():
@@ -133,7 +133,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: floa
         torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
 
-def warmup(optimizer: torch.optim.Optimizer, config: Config) -> float:
-    """Share of the full learning rate at the coming optimizer step."""
-    done = max((int(s["step"]) for s in optimizer.state.values()), default=0)
-    return min(1.0, (done + 1) / config.train.warmup) if config.train.warmup else 1.0
+def rate_factor(optimizer: torch.optim.Optimizer, config: Config) -> float:
+    """Share of the full learning rate at the coming optimizer step: warm-up, then 1 / (1 + steps / lr_decay)."""
+    done, t = max((int(s["step"]) for s in optimizer.state.values()), default=0), config.train
+    rise = min(1.0, (done + 1) / t.warmup) if t.warmup else 1.0
+    return rise / (1 + max(0, done - t.warmup) / t.lr_decay) if t.lr_decay else rise

@@ -198,7 +198,7 @@ def _trial_update(
         trouble["no update"] = "too many trained weights to undo a trial update" if trained else "nothing is trained"
         return None
     start = [p.detach().clone() for p in trained] if small else None
-    rates = {"lr_text": TRIAL_RATE, "lr_image": TRIAL_RATE, "warmup": 0, "weight_decay": 0.0}
+    rates = {"lr_text": TRIAL_RATE, "lr_image": TRIAL_RATE, "warmup": 0, "lr_decay": 0, "weight_decay": 0.0}
     fast = config.model_copy(update={"train": config.train.model_copy(update=rates)})
     share = replay.minibatches[0]
     try:
