@@ -88,7 +88,7 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     for row in cell.rows:
         step, seconds, score = row["curve"].split(":")
         assert (step, score) == ("1", row["after/geneval"])
-        assert float(seconds) == pytest.approx(float(row["train_seconds"]), abs=0.3)
+        assert 0 < float(seconds) <= float(row["train_seconds"])
     for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
         run = next((tmp_path / "short" / "joint").glob(f"*seed={row['seed']}*"))
         assert own.tolist() == load_report(run / "eval_after.json").values["geneval"].tolist()
