@@ -168,7 +168,7 @@ def _drawn(cell: Cell, prompts: NDArray[np.int64], rng: np.random.Generator) -> 
 
 
 def goal(row: dict[str, str], judged: str) -> tuple[str, str]:
-    """The first evaluated step whose score is at least GOAL times the one before training, and the seconds until then."""
+    """The first evaluated step whose score is at least GOAL times the start, and the seconds of training until then."""
     for point in row.get("curve", "").split():
         step, seconds, score = point.split(":")
         if float(score) >= GOAL * float(row[f"before/{judged}"]):
