@@ -1,8 +1,8 @@
-"""Numbers, words and JSON in a judge's answer. Clear ones are read; for all others the result is None.
+"""Numbers, words and JSON in a judge's answer. Unambiguous ones are read; for all others the result is None.
 
-A rating stands on a line of its own: `7`, `7/10`, `7 out of 10`, `70%`, `Score: 7`, `**Rating:** 7/10`, or in a JSON
-object. Not read: an answer that is cut off, two different numbers, a range, a number above its scale, a number inside a
-sentence.
+Unambiguous: `7`, `7/10`, `7 out of 10`, `70%`, `Score: 7`, `**Rating:** 7/10`, an object in a ```json block.
+Not: an answer that is cut off, two different numbers, a range, a number above its scale, a number in a sentence
+without a label.
 """
 
 from __future__ import annotations
@@ -18,11 +18,22 @@ _LABEL = r"\b(?:score|rating|grade|answer|verdict|result|points)\b"
 _SCALE = r"(?:\((?P<scale>[^()\n]*)\)|(?:out of|of)[ \t]*(?P<top>[0-9]+))"
 _NUMBER = r"(?P<number>[-\u2212]?[0-9]+(?:\.[0-9]+)?)"
 _OVER = r"[ \t]*(?:(?P<percent>%)|\(?(?:/|out of|of)[ \t]*(?P<over>[0-9]+)\)?)"
-_RATING = re.compile(
-    rf"(?:(?:the |my |final |overall )*{_LABEL}[\"']?[ \t]*(?:{_SCALE}[ \t]*)?(?:[:=]|\bis\b)?[ \t]*)?"
-    rf"{_NUMBER}(?:{_OVER}(?:[ \t]*stars?)?)?\.?",
-    re.IGNORECASE,
+_LABELLED = re.compile(
+    rf"{_LABEL}[\"']?[ \t]*(?:{_SCALE}[ \t]*)?(?:[:=]|\bis\b)[ \t]*[\"']?{_NUMBER}(?:{_OVER})?", re.IGNORECASE
 )
+_FRACTION = re.compile(rf"{_NUMBER}{_OVER}", re.IGNORECASE)
+_WHOLE = re.compile(rf"(?:{_LABEL}[ \t]*)?{_NUMBER}(?:{_OVER})?\.?", re.IGNORECASE)
+_GOES_ON = re.compile(  # text behind a number that makes it another one, or one of several
+    r"""
+    [\w%\u00bd\u00bc\u00be]  # a word, a fraction
+    | [.,:][0-9]
+    | [ \t]* \(? (?: / | (?:out | of | out[ ]of) [ \t]* $ )  # a denominator that is cut off or not a number
+    | [ \t]* (?: [-\u2013\u2014~,;] | to\b | or\b | and\b )? [ \t]* [0-9]  # a range, an alternative
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_STARS = re.compile(r"[ \t]*(?:stars?\b|\u2605)", re.IGNORECASE)
+_COMES_FROM = re.compile(r"[\w.,/:\u2212-]$|[0-9][ \t]*(?:[-\u2013\u2014~]|to|or|and)[ \t]*$", re.IGNORECASE)
 _WORD = re.compile(rf"(?:{_LABEL}[ \t]*[:=]?[ \t]*)?[\"']?(yes|no)[\"']?[.!]?", re.IGNORECASE)
 
 
@@ -65,18 +76,23 @@ def rating(text: str, top: int, *, cut: bool = False) -> float | None:
         row = only_object(answer)
         named = [] if row is None else [v for k, v in row.items() if re.fullmatch(_LABEL, k)]
         return _of_value(named[0], top) if len(named) == 1 else None
-    lines = [line.strip() for line in _plain(answer).splitlines() if line.strip()]
-    matches = [(line, m) for line in lines if (m := _RATING.fullmatch(line.removeprefix("(").removesuffix(")")))]
-    if not matches or (cut and matches[-1][0] is lines[-1]):
-        return None
-    shares = {_share(m, top) for _, m in matches}
-    return shares.pop() if len(shares) == 1 else None
+    plain = _plain(answer)
+    if (whole := _WHOLE.fullmatch(plain)) is not None:
+        return None if cut else _share(whole, top)
+    labelled = list(_LABELLED.finditer(plain))
+    free = [m for m in _FRACTION.finditer(plain) if not any(a.start() < m.end() <= a.end() for a in labelled)]
+    unclear = any(_COMES_FROM.search(plain[: m.start()]) for m in free)
+    for m in (*labelled, *free):
+        unclear |= _GOES_ON.match(plain, m.end()) is not None or (cut and m.end() == len(plain))
+        unclear |= m["over"] is None and _STARS.match(plain, m.end()) is not None  # of how many?
+    shares = {_share(m, top) for m in (*labelled, *free)}
+    return shares.pop() if len(shares) == 1 and not unclear else None
 
 
 def grade(value: Any, low: int, high: int) -> float | None:
     """A grade from `low` to `high` in a JSON object: a number, or a text such as "4" or "4/5"."""
     if isinstance(value, str):
-        match = _RATING.fullmatch(_plain(value))
+        match = _WHOLE.fullmatch(_plain(value))
         if match is None or match["percent"] or _denominator(match, high) != high:
             return None
         value = float(match["number"].replace("\u2212", "-"))
@@ -110,7 +126,7 @@ def _plain(text: str) -> str:
 def _of_value(value: Any, top: int) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    match = _RATING.fullmatch(_plain(str(value)))
+    match = _WHOLE.fullmatch(_plain(str(value)))
     return None if match is None else _share(match, top)
 
 

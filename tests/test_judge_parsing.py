@@ -40,7 +40,7 @@ RATINGS = {
         "7", " 7\n", "7.", "7.0", "**7**", "`7`", "# 7", "```\n7\n```", "7/10", "7 / 10", "7 out of 10", "(7/10)",
         "70%", "Score: 7", "score=7", "**Score:** 7", "**Score: 7**", "Score: 7/10", "Rating: 7 out of 10",
         "Score: 70/100", "Rating: 7 (out of 10)", "Final score: 7.", "The score is 7.", "Score 7", "Score (0-10): 7",
-        "Score out of 10: 7", "Score\uff1a7", "Score: 7\n\nTwo of 3 dogs are red.",
+        "Score out of 10: 7", "Score\uff1a7", "I give it 7/10 because it is red.", "Score: 7\n\nTwo of 3 dogs are red.",
         "7/10\nScore: 7", '{"score": 7}', '{"rating": "7/10", "reason": "3 dogs"}', '```json\n{"Score": 7}\n```',
         "<think>3/10?</think>7",
     ],
@@ -49,8 +49,7 @@ RATINGS = {
     1.0: ["10", "10/10", "5/5", "100%"],
     0.0: ["0", "0/10"],
     math.nan: [
-        "", "seven", "\u0667", "I would say 7", "I give it 7/10 because it is red.",
-        "7 dogs", "7 or 8", "7-8", "7 8", "7\n8", "11", "-3", "1e1", "7\u00bd",
+        "", "seven", "\u0667", "I would say 7", "7 dogs", "7 or 8", "7-8", "7 8", "7\n8", "11", "-3", "1e1", "7\u00bd",
         "7/10 or 8/10", "7/10, 3/10", "between 6 and 8/10", "6-8/10", "12/10", "10/5", "150%", "7,5", "7,5/10", "7/",
         "7/1", "7 out of", "3/4", "7/1000", "7/10/2024", "1/10.5", "4 stars", "Score: 4 stars", "Score: 11",
         "Score: -3", "Score: 10.5", "Score: 6-7", "Score: 7 or 8", "Score: 7\nScore: 8", "Score: 7,5", "Score: seven",
