@@ -20,6 +20,7 @@ SETTINGS = (
     "sampling.window_range=[0, 3]",
     "sampling.window_size=2",
     "train.prompts_per_step=2",
+    "train.minibatches=2",
 )
 """What a test file sets beside these follows them in its own list."""
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two blue stars")]

@@ -23,6 +23,7 @@ SMALL = [
 ]
 FEW = [
     "--set=train.prompts_per_step=2",
+    "--set=train.minibatches=2",
     "--set=train.group_size=2",
     "--set=train.micro_batch_size=2",
     "--set=train.lora_rank=2",

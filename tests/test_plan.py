@@ -251,9 +251,9 @@ def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
     left_open = ["--set", "sampling.batch_size=0", "--set", "train.micro_batch_size=0"]
     begun = unigrpo("train", "--out", run, "--steps", "0", *lora, *small, *left_open, "--set", "memory_gb=2")
     assert begun.exit_code == 0
-    assert "sampling.batch_size=4, train.micro_batch_size=2: chosen for 2.0 GiB of memory" in begun.stdout
+    assert "sampling.batch_size=4, train.micro_batch_size=4: chosen for 2.0 GiB of memory" in begun.stdout
     kept = load_config(file=run / "config.toml")
-    assert (kept.sampling.batch_size, kept.train.micro_batch_size) == (4, 2), (
+    assert (kept.sampling.batch_size, kept.train.micro_batch_size) == (4, 4), (
         "numbers are written down, not the question"
     )
     drawn = model_defaults({"model": str(run)})["sampling"]

@@ -29,6 +29,7 @@ SMALL = [
     "train",
     *("--reward", "bright"),
     *("--set", "train.prompts_per_step=4"),
+    *("--set", "train.minibatches=2"),
     *("--set", "train.group_size=2"),
     *("--set", "train.checkpoint_every=1"),
     *("--set", "train.samples_every=0"),

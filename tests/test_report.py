@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> Non
 
 def test_seeds_of_one_setting_belong_together(tmp_path: Path) -> None:
     """What changes no result, and the seed, do not split; a learning rate does."""
-    for name, seed, own in (("a", 0, ()), ("b", 1, ("device=cpu",)), ("c", 0, ("train.lr_text=1e-3",))):
+    for name, seed, own in (("a", 0, ()), ("b", 1, ("device=cpu",)), ("c", 0, ("train.lr_text=5e-4",))):
         made_run(tmp_path / name, seed=seed, settings=own, traced=())
     a, b, c = read_runs([tmp_path])  # a directory of runs stands for them
     assert (a.name, b.name, c.name) == ("a", "b", "c")

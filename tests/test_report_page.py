@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     warnings = {k: ["entropy text"] for k in (3, 4)}
     made_run(directory / "a", seed=0, warnings=warnings)
     made_run(directory / "b", seed=1)
-    made_run(directory / "rounds", rounds=2, settings=("train.lr_text=1e-3",))
+    made_run(directory / "rounds", rounds=2, settings=("train.lr_text=5e-4",))
     write_report(read_runs([directory]), directory / "report.html")
     return directory / "report.html"
 

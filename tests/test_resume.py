@@ -167,7 +167,7 @@ def test_another_environment_and_another_number_of_threads_are_told_of(copy: Pat
     again = _done(unigrpo(*_command(copy, plugin, ("train.steps=5", "train.micro_batch_size=1"))))
     (line,) = _lines(again, "bitwise reproducible")
     assert f"package versions changed (torch 1.0 -> {versions['torch']})" in line
-    assert "train.micro_batch_size: 24 -> 1 (changes results by rounding alone)" in again.output
+    assert "train.micro_batch_size: 32 -> 1 (changes results by rounding alone)" in again.output
     assert json.loads(environment.read_text()) == versions
 
 
@@ -676,7 +676,7 @@ def test_what_is_learnt_from_here_on_is_warned_of(copy: Path, plugin: Path, tmp_
     sets = ["--set", "train.lr_text=1e-5", "--set", "eval.seed=7", "--prompts", prompts, "--steps", "5"]
     resumed = _done(unigrpo("train", "--resume", copy, "--plugin", edited, *sets))
     for text in (
-        "train.lr_text: 0.0003 -> 1e-05 (changes what is learned",
+        "train.lr_text: 0.001 -> 1e-05 (changes what is learned",
         "eval.seed: 42 -> 7 (evaluations before and after are not comparable)",
         "training prompts have changed",
         "reward 'moody' has changed",

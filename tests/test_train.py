@@ -30,6 +30,7 @@ from unigrpo_cli.training.schedule import prompts_for, window_of
 SMALL = [
     "train",
     *("--set", "train.prompts_per_step=2"),
+    *("--set", "train.minibatches=2"),
     *("--set", "train.group_size=3"),
     *("--set", "train.samples_every=0"),
     *("--set", "train.trace_every=0"),

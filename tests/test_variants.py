@@ -52,6 +52,7 @@ SMALL = [
     "objective.draws=2",
     "train.steps=3",
     "train.prompts_per_step=2",
+    "train.minibatches=2",
     "train.group_size=3",
     "train.micro_batch_size=8",
     "train.minibatches=2",

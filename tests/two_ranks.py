@@ -54,6 +54,7 @@ SETTINGS = [
     "objective.penalty_weight=0.1",
     "objective.text_kl=0.01",
     "train.prompts_per_step=4",
+    "train.minibatches=2",
     "train.group_size=2",
     "train.minibatches=2",
     "train.micro_batch_size=4",
