@@ -45,8 +45,15 @@ def moody(pixels):
 """
 PROMPTS = "a red circle\ntwo blue squares\na green heart\na red star above a blue circle\n"
 SETTINGS = (
-    *("train.steps=9", "train.prompts_per_step=2", "train.minibatches=2", "train.group_size=2", "train.checkpoint_every=2"),
-    *("train.keep_checkpoints=2", "train.samples_every=2", "eval.every=3", "eval.best=moody", "eval.limit=1"),
+    *("train.steps=9", "train.prompts_per_step=2", "train.minibatches=2", "train.group_size=2"),
+    *(
+        "train.checkpoint_every=2",
+        "train.keep_checkpoints=2",
+        "train.samples_every=2",
+        "eval.every=3",
+        "eval.best=moody",
+        "eval.limit=1",
+    ),
     *("eval.steps=2", "eval.rewards=[]", "sampling.steps=4", "sampling.window_range=[0,3]", "sampling.height=16"),
     *("sampling.width=16", "sampling.max_new_tokens=6", "threads=1", "device=cpu", "train.trace_every=2"),
 )
