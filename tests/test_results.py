@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tools.results import RESULTS, Cell, Table, collect, goal, interval, page, read, tables, verdict
+from tools.results import RESULTS, Cell, Table, _by_seed, collect, draw, goal, interval, page, read, tables, verdict
 from unigrpo_cli.config import load_config
 from unigrpo_cli.evaluate import load_report
 
@@ -30,7 +31,7 @@ def test_the_page_is_made_from_the_files() -> None:
 def test_every_cell_has_valid_settings_and_every_claim_its_cells(table: Table) -> None:
     for cell in table.cells:
         load_config(preset="embedded", overrides=table.texts(cell))
-    assert {name for claim in table.claims for name in claim} <= set(table.cells)
+    assert {name for claim in table.claims for name in claim[:2]} <= set(table.cells)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
@@ -71,6 +72,24 @@ def test_the_goal_is_reached_at_the_first_score_of_1_4_times_the_start() -> None
     row = {"before/geneval": "0.5", "curve": "1:2.0:0.6900 2:4.1:0.7000 3:6.0:0.9000"}
     assert goal(row, "geneval") == ("2", "4.1")
     assert goal(row | {"before/geneval": "0.7"}, "geneval") == ("never", "never")
+
+
+def test_a_claim_on_a_mean_holds_when_each_seed_is_above_each() -> None:
+    cells = {
+        name: Cell([{"after/clean": v} for v in values], np.zeros((len(values), 1)))
+        for name, values in (("a", ("0.93", "0.95")), ("b", ("0.90", "0.92")), ("c", ("0.91", "0.94")))
+    }
+    assert _by_seed("a", "b", cells, "clean") == "* a above b in clean: holds (0.930 to 0.950 against 0.900 to 0.920)."
+    assert "does not hold" in _by_seed("b", "a", cells, "clean")
+    assert "cannot be told" in _by_seed("a", "c", cells, "clean")
+
+
+def test_figures_are_drawn_at_the_size_of_the_kept_ones(tmp_path: Path) -> None:
+    for table in TABLES:
+        if table.figure:
+            draw(table, tmp_path / "figure.png")
+            with Image.open(tmp_path / "figure.png") as drawn, Image.open(table.path.with_suffix(".png")) as kept:
+                assert drawn.size == kept.size, table.name
 
 
 def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Table:
     Args:
         reward: the trained rewards; the held-out verdicts of 0 or 1 of the last one are compared prompt by prompt.
         settings: `--set` texts of all cells; `cells` has those of each.
-        claims: pairs of cells: the first scores above the second.
+        figure: what is drawn: `curve`, the score over seconds of training, or a column, the score over it.
+        claims: pairs of cells: the first scores above the second, or is above it in the column that is named third.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Table:
     settings: list[str]
     claims: list[list[str]]
     cells: dict[str, list[str]]
+    figure: str = ""
 
     def texts(self, cell: str) -> list[str]:
         """All `--set` texts of a cell."""
@@ -181,6 +183,16 @@ def verdict(low: float, high: float) -> str:
     return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
 
 
+def _by_seed(first: str, second: str, cells: dict[str, Cell], column: str) -> str:
+    """A claim on a mean without verdicts: it holds when each seed of the first cell is above each of the second."""
+    ours, theirs = (sorted(float(row[f"after/{column}"]) for row in cells[name].rows) for name in (first, second))
+    found = verdict(ours[0] - theirs[-1], ours[-1] - theirs[0])
+    return (
+        f"* {first} above {second} in {column}: {found} "
+        f"({ours[0]:.3f} to {ours[-1]:.3f} against {theirs[0]:.3f} to {theirs[-1]:.3f})."
+    )
+
+
 def page() -> str:
     parts = [(RESULTS / "head.md").read_text().rstrip()]
     for table in tables():
@@ -211,14 +223,18 @@ def _section(table: Table) -> Iterator[str]:
         goals = [", ".join(column) for column in zip(*(goal(row, table.judged) for row in cell.rows), strict=True)]
         yield "| " + " | ".join([name, *counts, minutes, *scores, *more, *(goals if timed else [])]) + " |"
     yield ""
-    for first, second in table.claims:
+    for first, second, *column in table.claims:
         if min(len(cells[name].rows) if name in cells else 0 for name in (first, second)) < FEWEST:
             yield f"* {first} above {second}: fewer than {FEWEST} seeds."
-            continue
-        mean, low, high = interval(cells[first], cells[second])
-        yield f"* {first} above {second}: {verdict(low, high)} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])."
+        elif column:
+            yield _by_seed(first, second, cells, column[0])
+        else:
+            mean, low, high = interval(cells[first], cells[second])
+            yield f"* {first} above {second}: {verdict(low, high)} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])."
     if missing := [name for name in table.cells if name not in cells]:
         yield f"* Not run yet: {', '.join(missing)}."
+    if table.figure:
+        yield f"\n![{table.title}]({table.name}.png)"
     yield "\n```"
     yield from (table.command(name) for name in cells)
     yield "```"
