@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
@@ -240,9 +241,37 @@ def _section(table: Table) -> Iterator[str]:
     yield "```"
 
 
+# ----- figures
+
+
+def draw(table: Table, path: Path) -> None:
+    """The table's figure: its curves over seconds of training, or each run's score over one of its columns."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, cell in read(table).items():
+        color = None
+        for row in cell.rows:
+            if table.figure == "curve":
+                points = [[float(v) for v in point.split(":")[1:]] for point in row["curve"].split()]
+                x, y = zip((0.0, float(row[f"before/{table.judged}"])), *points, strict=True)
+            else:
+                x, y = (float(row[f"after/{table.figure}"]),), (float(row[f"after/{table.judged}"]),)
+            style = "-" if table.figure == "curve" else "o"
+            (line,) = axes.plot(x, y, style, color=color, markersize=5, label=None if color else name)
+            color = line.get_color()
+    axes.set_xlabel("seconds of training" if table.figure == "curve" else table.figure)
+    axes.set_ylabel(f"held-out {table.judged}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def main(arguments: list[str]) -> None:
     match arguments:
         case []:
+            for table in tables():
+                if table.figure and table.path.is_file():
+                    draw(table, table.path.with_suffix(".png"))
             (RESULTS / "README.md").write_text(page())
         case ["commands", *names]:
             for table in tables():
