@@ -101,6 +101,7 @@ def test_it_learns_to_be_brief(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shuffled", ["false", "true"])
 def test_it_learns_a_format(shuffled: str, model: Path, tmp_path: Path) -> None:
     """Texts that end in a full stop: learnt from their scores, and not from shuffled advantages."""
-    group = ("train.group_size=16", "train.steps=14", "train.lr_text=3e-4", f"advantage.shuffle={shuffled}")
-    gain = np.diff([own.mean() for own in np.split(_scores(model, tmp_path, STOP, *group), [4, 11])[::2]])[0]
-    assert gain < 0.1 if shuffled == "true" else gain > 0.4  # seen: 0.62 and -0.11
+    group = ("train.group_size=16", "train.steps=20", "train.lr_text=3e-4", f"advantage.shuffle={shuffled}")
+    scores = _scores(model, tmp_path, STOP, *group)
+    gain = scores[-3:].mean() - scores[:4].mean()
+    assert abs(gain) < 0.15 if shuffled == "true" else gain > 0.4
