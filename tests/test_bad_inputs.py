@@ -352,6 +352,7 @@ MODELS = [
     model("weights-five-bytes", put(EMA, b"hello"), EMA, AGAIN),
     model("header-of-100-GB", put(EMA, struct.pack("<Q", 100 * 2**30) + b"{}"), EMA, AGAIN),
     model("header-of-2-to-the-63", put(EMA, b"\xff" * 8 + b"{}"), EMA, AGAIN),
+    weights("entry-array", lambda h: h.update({HEAD: list(h[HEAD].values())}), EMA, AGAIN),
     weights("offset-huge", _entry(data_offsets=[0, 10**30]), EMA, AGAIN),
     weights("offsets-overlap", lambda h: h[HEAD].update(data_offsets=h["vae2llm.bias"]["data_offsets"]), EMA, AGAIN),
     weights("shape-huge", _entry(shape=[10**12, 10**12]), EMA, AGAIN),

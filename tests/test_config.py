@@ -132,6 +132,12 @@ def _commands() -> dict[str, Any]:
     return dict(below(typer.main.get_command(app), ""))
 
 
+def test_a_runs_own_file_without_a_newer_setting_is_of_a_run_that_did_not_have_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(re.sub(r"lr_decay = .*\n", "", to_toml(load_config(preset="embedded"))))
+    assert (load_config(file=file).train.lr_decay, load_config(file=file, whole=True).train.lr_decay) == (40, 0)
+
+
 def test_unknown_presets() -> None:
     with pytest.raises(UsageError, match="unknown preset 'papre': did you mean paper"):
         load_config(preset="papre")

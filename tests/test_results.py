@@ -37,6 +37,9 @@ def test_every_cell_has_valid_settings_and_every_claim_its_cells(table: Table) -
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_a_row_is_a_run_and_its_verdicts_have_its_score(table: Table) -> None:
     for name, cell in read(table).items():
+        train = load_config(preset="embedded", overrides=table.texts(name)).train
+        samples = str(train.steps * train.prompts_per_step * train.group_size)
+        assert {row["samples"] for row in cell.rows} == {samples}, name
         assert len({row["seed"] for row in cell.rows}) == len(cell.rows), name
         assert {row["seed"] for row in cell.rows} <= set(map(str, table.seeds)), name
         for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):

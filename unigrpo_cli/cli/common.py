@@ -177,7 +177,7 @@ def resolve_config(
     Args:
         context: the command's context, with the value of every option.
         settings: options of this command and the settings they give, besides SETTINGS.
-        file: a TOML file, if it is not --config.
+        file: a run's own config.toml, in place of --config.
     """
     from unigrpo_cli.config import load_config
     from unigrpo_cli.run.setup import model_defaults
@@ -193,6 +193,7 @@ def resolve_config(
         overrides=given["overrides"],
         named=named,
         model_defaults=model_defaults,
+        whole=file is not None,
     )
     PROGRAMS.find(config.sampling.program)
     return config

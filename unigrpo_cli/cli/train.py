@@ -107,7 +107,7 @@ def opened(
         if resume is not None:
             run, wanted = run_to_resume(resume, out)
             if (run / "config.toml").is_file():  # not when a job was requeued before it wrote anything
-                file = given["config"] or run / "config.toml"
+                file = None if given["config"] else run / "config.toml"
                 return check(common.resolve_config(context, settings, file=file)), run, wanted
         return check(common.resolve_config(context, settings)), None, None
 

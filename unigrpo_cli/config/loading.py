@@ -53,6 +53,7 @@ def load_config(
     overrides: list[str] | None = None,
     named: dict[str, Any] | None = None,
     model_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
+    whole: bool = False,
 ) -> Config:
     """The resolved configuration.
 
@@ -63,6 +64,8 @@ def load_config(
         named: values by dotted key; None means "not given".
         model_defaults: gives the model's own defaults, a preset and values on top of it. Given values take precedence;
             another preset drops them.
+        whole: `file` is a run's own, which has every setting of its version. Settings that are newer have their
+            defaults, not the preset's: the run did not have them.
     """
     from_file = _read_toml(file) if file else {}
     given: dict[str, Any] = {}
@@ -82,7 +85,8 @@ def load_config(
     chosen = preset or from_file.get("preset") or own.get("preset") or "embedded"
     if chosen not in PRESETS:
         raise UsageError(f"unknown preset {chosen!r}: {suggest(str(chosen), PRESETS)}")
-    values = tomllib.loads((files("unigrpo_cli") / "config" / "presets" / f"{chosen}.toml").read_text("utf-8"))
+    text = (files("unigrpo_cli") / "config" / "presets" / f"{chosen}.toml").read_text("utf-8")
+    values = {} if whole else tomllib.loads(text)
     own = own if own.get("preset") == chosen else {}
     _merge(values, _of_program(values.pop("program", {}), own.get("sampling", {}), given.get("sampling")))
     _merge(values, own)

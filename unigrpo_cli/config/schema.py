@@ -210,8 +210,8 @@ class TrainConfig(Section):
     warmup: Count = Field(0, description="optimizer steps of linear learning-rate warm-up")
     lr_decay: Count = Field(
         0,
-        description="optimizer steps n after which learning rates are half, after 2 n a third, and so on: "
-        "1 / (1 + step / n); 0: constant [paper: constant]",
+        description="learning rates are divided by 1 + step / n, with this n and optimizer steps counted after the "
+        "warm-up; 0: constant [paper: constant]",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, slower"

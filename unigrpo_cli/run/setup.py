@@ -108,7 +108,7 @@ def model_defaults(given: dict[str, Any]) -> dict[str, Any]:
     for path in [Path(p) for p in (adapter, model) if isinstance(p, str)]:
         for directory in (path, *path.absolute().parents[1:2]):
             if os.path.isdir(directory / "checkpoints") and os.path.isfile(directory / "config.toml"):
-                own = load_config(file=directory / "config.toml")
+                own = load_config(file=directory / "config.toml", whole=True)
                 drawn = own.sampling.model_dump(exclude={"batch_size", "compile"})  # those are the machine's
                 found = {"preset": own.preset, "dtype": own.dtype, "sampling": drawn}
                 if own.sampling.guidance_text > 1:

@@ -111,15 +111,15 @@ def read_header(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(start - 8))
+        header.pop("__metadata__", None)
+        return {
+            name: Stored(path, entry["dtype"], tuple(entry["shape"]), *(start + x for x in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
     except OSError as error:
         raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, struct.error) as error:
         raise WeightsError(f"{path}: damaged or truncated; fetch or save it again ({_what(error)})") from error
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), *(start + x for x in entry["data_offsets"]))
-        for name, entry in header.items()
-    }
 
 
 def _ends(tensor: Stored) -> bytes:
