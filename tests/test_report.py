@@ -134,6 +134,16 @@ def test_seeds_of_one_setting_belong_together(tmp_path: Path) -> None:
     assert a.same_setting == b.same_setting != c.same_setting
 
 
+def test_a_setting_that_is_newer_than_a_run_has_its_default_there(tmp_path: Path) -> None:
+    """Equal to a run that sets the default, unequal to one that sets another value."""
+    for name, own in (("a", ()), ("b", ("train.lr_decay=0",)), ("c", ("train.lr_decay=7",))):
+        made_run(tmp_path / name, settings=own, traced=())
+    file = tmp_path / "a" / "config.toml"
+    file.write_text(re.sub(r"lr_decay = .*\n", "", file.read_text()))
+    a, b, c = read_runs([tmp_path])
+    assert a.same_setting == b.same_setting != c.same_setting
+
+
 def test_names_of_runs_are_different(tmp_path: Path) -> None:
     paths = [made_run(tmp_path / folder / "run", traced=()) for folder in ("x", "y")]
     assert [run.name for run in read_runs([*paths, paths[0]])] == ["x/run", "y/run"]

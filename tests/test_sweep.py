@@ -18,7 +18,7 @@ from tools.toy_model import build_model
 from unigrpo_cli.config import Config, load_config, to_toml
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.atomic import locked
-from unigrpo_cli.run.sweep import CLAIMS, cells_of, row_of, runs_of
+from unigrpo_cli.run.sweep import CLAIMS, cells_of, row_of, runs_of, sweep_directory
 
 KILLER = """
     import os, signal
@@ -181,3 +181,11 @@ def test_a_run_that_fails_or_is_claimed_stops_no_other(place: Path, tmp_path: Pa
     other = unigrpo(*_sweep(place, out), *vary, "--set", "train.group_size=3")
     assert other.exit_code == 2
     assert "train.group_size: 2 -> 3" in other.stderr
+
+
+def test_a_setting_that_is_newer_than_a_sweep_is_not_taken_from_the_preset(tmp_path: Path) -> None:
+    base = load_config(overrides=["train.lr_decay=40"])
+    (tmp_path / "sweep.toml").write_text(re.sub(r"lr_decay = .*\n", "", to_toml(base)))
+    (tmp_path / "cell_seed=0").mkdir()
+    with pytest.raises(UsageError, match=r"other settings \(train.lr_decay: 0 -> 40"):
+        sweep_directory(tmp_path, base)

@@ -244,26 +244,25 @@ def _section(table: Table) -> Iterator[str]:
 # ----- figures
 
 
-def draw(table: Table, path: Path) -> None:
-    """The table's figure: its curves over seconds of training, or each run's score over one of its columns."""
+def figure_of(table: Table) -> Figure:
+    """A line per run: its curve over seconds of training, or a point, its score over one of the columns."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name, cell in read(table).items():
-        color = None
+    axes, curves = figure.subplots(), table.figure == "curve"
+    for k, (name, cell) in enumerate(read(table).items()):
         for row in cell.rows:
-            if table.figure == "curve":
-                points = [[float(v) for v in point.split(":")[1:]] for point in row["curve"].split()]
-                x, y = zip((0.0, float(row[f"before/{table.judged}"])), *points, strict=True)
-            else:
-                x, y = (float(row[f"after/{table.figure}"]),), (float(row[f"after/{table.judged}"]),)
-            style = "-" if table.figure == "curve" else "o"
-            (line,) = axes.plot(x, y, style, color=color, markersize=5, label=None if color else name)
-            color = line.get_color()
-    axes.set_xlabel("seconds of training" if table.figure == "curve" else table.figure)
+            x, y = [0.0], [float(row[f"before/{table.judged}"])]
+            for point in row.get("curve", "").split():
+                _, seconds, score = point.split(":")
+                x, y = [*x, float(seconds)], [*y, float(score)]
+            if not curves:
+                x, y = [float(row[f"after/{table.figure}"])], [float(row[f"after/{table.judged}"])]
+            label = None if row is not cell.rows[0] else name
+            axes.plot(x, y, "-" if curves else "o", color=f"C{k}", markersize=5, label=label)
+    axes.set_xlabel("seconds of training" if curves else table.figure)
     axes.set_ylabel(f"held-out {table.judged}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 def main(arguments: list[str]) -> None:
@@ -271,7 +270,7 @@ def main(arguments: list[str]) -> None:
         case []:
             for table in tables():
                 if table.figure and table.path.is_file():
-                    draw(table, table.path.with_suffix(".png"))
+                    figure_of(table).savefig(table.path.with_suffix(".png"), dpi=110, metadata={"Software": None})
             (RESULTS / "README.md").write_text(page())
         case ["commands", *names]:
             for table in tables():

@@ -126,6 +126,11 @@ class ProgramRegistry:
     programs: dict[str, Program] = field(default_factory=dict)
 
     def add(self, program: Program) -> None:
+        """Add a program; for `unigrpo_register_programs`.
+
+        Raises:
+            UsageError: when another program has its name.
+        """
         other = self.programs.get(program.name)
         if other is not None and _origin(other) != _origin(program):
             raise UsageError(f"two programs are named {program.name!r}; rename one")

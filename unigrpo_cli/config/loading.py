@@ -64,8 +64,8 @@ def load_config(
         named: values by dotted key; None means "not given".
         model_defaults: gives the model's own defaults, a preset and values on top of it. Given values take precedence;
             another preset drops them.
-        whole: `file` is a run's own, which has every setting of its version. Settings that are newer have their
-            defaults, not the preset's: the run did not have them.
+        whole: `file` was written by a run or a sweep, with every setting of its version. Newer settings get their
+            own defaults, not the preset's: the run did not have them.
     """
     from_file = _read_toml(file) if file else {}
     given: dict[str, Any] = {}

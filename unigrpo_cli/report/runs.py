@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from unigrpo_cli.config import config_keys
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.report.files import EvalFile, SummaryFile, read_json, read_rows, read_settings
 from unigrpo_cli.run.config_diff import Effect, effect_of
@@ -84,8 +85,12 @@ class ReportRun:
 
     @property
     def same_setting(self) -> str:
-        """Equal for runs that differ by nothing that changes a result but the seed."""
-        kept = {k: v for k, v in self.settings.items() if k != "seed" and effect_of(k) not in NO_RESULT}
+        """Equal for runs that differ by nothing that changes a result but the seed.
+
+        A setting that is newer than a run has its default there.
+        """
+        settings = {key: default for key, (_, default) in config_keys().items()} | self.settings
+        kept = {k: v for k, v in settings.items() if k != "seed" and effect_of(k) not in NO_RESULT}
         return json.dumps([self.kind, kept], sort_keys=True, default=str)
 
 

@@ -73,6 +73,11 @@ def save_episodes(groups: Sequence[Group], directory: Path) -> None:
 
 
 def load_episodes(directory: Path) -> list[Group]:
+    """The groups of a directory that `unigrpo rollout` wrote.
+
+    Raises:
+        UsageError: when the directory holds no episodes, or damaged ones.
+    """
     try:
         data = json.loads(read_text(directory / "episodes.json"))
         refuse_odd_text(data)

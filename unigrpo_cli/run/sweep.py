@@ -152,7 +152,7 @@ def sweep_directory(out: Path | None, base: Config) -> Path:
         write_text(directory / SETTINGS, to_toml(base))
         return directory
     _rows_in(out)
-    before = load_config(file=out / SETTINGS).model_dump(mode="json")
+    before = load_config(file=out / SETTINGS, whole=True).model_dump(mode="json")
     begun = any(path.is_dir() and path.name != CLAIMS for path in out.iterdir())
     harmless = (Effect.NONE, Effect.ROUNDING)
     changed = [str(change) for change in changes(before, base) if change.effect not in harmless]

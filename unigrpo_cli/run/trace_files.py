@@ -73,7 +73,11 @@ def trace_directories(run: Path) -> list[Path]:
 
 
 def load_traces(run: str | Path) -> list[StepTrace]:
-    """What the updates of a run saw, step by step; of a rollout's directory its episodes, as step 0."""
+    """What the updates of a run saw, step by step; of a rollout's directory its episodes, as step 0.
+
+    Raises:
+        UsageError: when the directory is neither, or a file in it is damaged.
+    """
     directory = Path(run)
     if os.path.isfile(directory / "episodes.json"):
         from unigrpo_cli.run.traces import rollout_trace  # loads torch

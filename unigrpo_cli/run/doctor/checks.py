@@ -145,7 +145,7 @@ CHECKS = (
         "gradients",
         update_checks.gradients,
         "some weights that should be trained get no gradient and stay as they are",
-        "check train.experts, train.extra_modules, train.lr_text, train.lr_image and plugins that freeze weights",
+        "check train.experts, train.extra_modules and plugins that freeze weights",
     ),
     DoctorCheck(
         "reference",
