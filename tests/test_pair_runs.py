@@ -37,6 +37,7 @@ SMALL = (
     "sampling.window_size=2",
     "train.prompts_per_step=2",
     "train.minibatches=1",
+    "train.lr_decay=0",
 )
 PROMPTS = [Prompt("a", "a red circle"), Prompt("b", "two stars")]
 
