@@ -48,15 +48,20 @@ def _modules() -> dict[str, Path]:
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def _statements(path: Path) -> list[ast.AST]:
+    """All statements of a file, of functions and classes too; expressions hold no import and no class."""
+    found: list[ast.AST] = [ast.parse(path.read_text())]
+    for node in found:
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            found += getattr(node, name, ())
+    return found
 
 
 @cache
 def _imports(path: Path) -> set[str]:
     """Names that a file imports anywhere: inside functions and under TYPE_CHECKING too."""
     found = set()
-    for node in ast.walk(_tree(path)):
+    for node in _statements(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -160,7 +165,7 @@ def test_names_are_nouns_of_the_field() -> None:
     """House rule: nouns of the field."""
     for path in [*ROOT.glob("unigrpo_cli/**/*.py"), *ROOT.glob("plugins/**/*.py")]:
         assert path.stem not in ("utils", "helpers", "misc", "base")
-        for node in ast.walk(_tree(path)):
+        for node in _statements(path):
             if isinstance(node, ast.ClassDef):
                 assert not node.name.endswith(("Manager", "Processor", "Handler", "Helper", "Base")), node.name
 
@@ -180,7 +185,9 @@ def test_the_calls_to_the_clipped_ratio_are_those_of_the_docs(
         return own(*given)
 
     monkeypatch.setattr(objective, "clipped_surrogate", traced)
-    small = ["train.prompts_per_step=2", "train.group_size=2", "eval.limit=1", "doctor.at_start=off"]
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    small = ["train.prompts_per_step=2", "train.group_size=2", f"eval.suite={tmp_path / 'one.txt'}", "eval.steps=1"]
+    small += ["train.samples_every=0", "train.trace_every=0", "doctor.at_start=off"]
     settings = [part for setting in small for part in ("--set", setting)]
     run = ["--reward", "clean", "--steps", 1, "--model", small_model, "--out", tmp_path / "run"]
     done = unigrpo("train", *run, *settings)

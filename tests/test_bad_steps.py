@@ -227,7 +227,7 @@ def test_only_the_last_bad_steps_are_kept(tmp_path: Path) -> None:
 SMALL = [
     "train",
     "--reward",
-    "clean",
+    "jpeg",
     *("--set", "train.prompts_per_step=1"),
     *("--set", "train.group_size=3"),
     *("--set", "train.minibatches=1"),
@@ -246,13 +246,15 @@ SMALL = [
 ]
 
 
-def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_step_goes_on_and_three_in_a_row_stop(
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """NaN in the loss of step 2, NaN in latents of steps 4, 5 and 6: the run ends with the weights of step 3."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         _spoil_loss(patch, lambda n: n == 2)
         _spoil_latents(patch, lambda n: n in (4, 5, 6))
-        result = unigrpo(*SMALL, "--out", run, "--steps", "9")
+        result = unigrpo(*SMALL, "--model", small_model, "--out", run, "--steps", "9")
     assert result.exit_code == 1, result.output
     said = " ".join(result.stderr.split())
     assert "warning: step 2: this step was skipped: update 1 of 1: the loss is nan" in said
@@ -273,7 +275,7 @@ def test_one_bad_step_goes_on_and_three_in_a_row_stop(tmp_path: Path, monkeypatc
     assert sorted(p.name for p in (run / "bad_steps").iterdir()) == [f"step_00000{k}" for k in (4, 5, 6)]
 
     bad = run / "bad_steps" / "step_000005"
-    opened = unigrpo("rollout", "--from", bad, "--reward", "clean", "--out", tmp_path / "study", "--json")
+    opened = unigrpo("rollout", "--from", bad, "--reward", "jpeg", "--out", tmp_path / "study", "--json")
     assert opened.exit_code == 0, opened.output
     assert json.loads(opened.stdout)["episodes"] == 3
     assert flatten(load_episodes(bad))[2].images[0].after[0, 1, 0].isnan(), "kept as it was"

@@ -223,8 +223,8 @@ def test_the_verdict_is_printed_when_quiet(bagel: Path, unread: Path, gib: int, 
     assert "no reward is chosen: training needs --reward" in result.stdout
 
 
-def test_more_than_there_is_is_a_warning(tmp_path: Path) -> None:
-    small = ["--set", "doctor.at_start=off", "--set", "eval.steps=1", "--set", "eval.limit=1"]
+def test_more_than_there_is_is_a_warning(tmp_path: Path, small_model: Path) -> None:
+    small = ["--model", small_model, "--set", "doctor.at_start=off", "--set", "eval.steps=1", "--set", "eval.limit=1"]
     result = unigrpo("train", "--out", tmp_path / "r", "--steps", "0", "--set", "memory_gb=1000000", *small)
     assert result.exit_code == 0, result.output
     assert "memory_gb=1e+06, but there are only" in result.stderr
@@ -241,11 +241,11 @@ def test_pictures_that_come_with_prompts_take_room_in_the_plan(bagel: Path, unre
     assert edits["train.micro_batch_size"] <= words["train.micro_batch_size"]
 
 
-def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_is_planned_from_its_checkpoint(tmp_path: Path, small_model: Path) -> None:
     """Adapters as they are there; nothing is added to the run, and what cannot change is refused here, too."""
     small = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
     small += ["--set", "doctor.at_start=off", "--set", "eval.steps=1"]
-    small += ["--set", "threads=1"]  # two would share out the batches
+    small += ["--model", small_model, "--set", "threads=1"]  # two would share out the batches
     lora = ["--set", "train.finetune=lora", "--set", "train.lora_rank=3"]
     run = tmp_path / "run"
     left_open = ["--set", "sampling.batch_size=0", "--set", "train.micro_batch_size=0"]

@@ -7,11 +7,8 @@ import http.client
 import io
 import json
 import math
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +24,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from tests.commands import Process, command_line
 from unigrpo_cli import RewardContext, RewardOutput, Sample, reward
 from unigrpo_cli.errors import RewardError, UsageError
 from unigrpo_cli.rewards.batch import RewardResult
@@ -617,25 +615,20 @@ def test_an_address_that_cannot_be_used_says_where_to_find_it() -> None:
 # ----- the command
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_the_command_says_where_and_ends_when_told(number: int) -> None:
-    """The real process: one line, scores, 0 on SIGTERM and on Ctrl-C."""
-    code = "from unigrpo_cli.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "rewards", "serve", "plan"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"UNIGRPO_REWARD_TOKEN": "abc"},
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_says_where_and_ends_when_told(number: signal.Signals, tmp_path: Path) -> None:
+    """A process of its own: one line, scores, 0 on SIGTERM and on Ctrl-C."""
+    said = tmp_path / "said"
+    command = ("rewards", "serve", "plan")
+    process = Process(command_line, *command, stdout=said, UNIGRPO_REWARD_TOKEN="abc")
+    while process.code is None and not (said.is_file() and said.read_text().endswith("\n")):
+        time.sleep(0.01)
+    line = said.read_text()
     assert line.startswith("serving plan (unigrpo-cli/plan "), line
     url = line.split()[-1]
     assert httpx2.get(f"{url}/v1/info", trust_env=False).status_code == 401
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (0, "", "loading torch ...\n")
+    process.send(number)
+    assert process.ended(30) == (0, line, "")
 
 
 @pytest.mark.parametrize("token", ["two words", "a\nb", "schlüssel"])

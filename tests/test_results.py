@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import unigrpo
 from tools.results import (
     RESULTS,
     Cell,
@@ -111,10 +112,13 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     """Two one-step runs by the sweep that is printed, collected and read back."""
     table = replace(tables()[0], name="short", seeds=[0, 1], cells={"joint": []})
     settings = ["train.steps=1", "train.prompts_per_step=1", "train.group_size=2", "train.minibatches=1"]
-    settings += ["eval.limit=2", "eval.every=1", "doctor.at_start=off", "threads=1"]
+    settings += ["eval.limit=2", "eval.every=1", "eval.steps=2", "doctor.at_start=off", "threads=1"]
+    settings += ["sampling.steps=3", "sampling.window_range=[0,2]", "sampling.window_size=1"]
+    settings += ["sampling.max_new_tokens=4", "train.samples_every=0", "train.trace_every=0"]
     table = replace(table, settings=settings)
     command = table.command("joint").replace("--out runs", f"--out {tmp_path}").split()
-    subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
+    done = unigrpo(*command[1:])
+    assert done.exit_code == 0, done.output
     (tmp_path / "short.csv").write_text(collect(table, tmp_path, "abc"))
     cell = read(table, tmp_path / "short.csv")["joint"]
     assert [row["seed"] for row in cell.rows] == ["0", "1"]

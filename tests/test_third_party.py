@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -25,18 +25,22 @@ AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example package, installed by pip into a folder of its own; building leaves the checkout alone."""
+    """The wheel of the example package, unpacked as pip does it; building leaves the checkout alone."""
     source = tmp_path_factory.mktemp("source") / "package"
     shutil.copytree(ROOT / "examples" / "unigrpo-reward-sharpness", source)
     target = tmp_path_factory.mktemp("target")
-    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [sys.executable, *pip, "--disable-pip-version-check", "--target", str(target), str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    code, _, errors = Process(_build, source, target).ended()
+    assert code == 0, errors
+    (wheel,) = target.glob("*.whl")
+    shutil.unpack_archive(wheel, target, "zip")
     return target
+
+
+def _build(source: Path, target: Path) -> None:
+    from setuptools import build_meta
+
+    os.chdir(source)
+    build_meta.build_wheel(str(target))
 
 
 def test_the_example_package_is_found_tested_and_trained_on(
@@ -47,7 +51,9 @@ def test_the_example_package_is_found_tested_and_trained_on(
     assert [(p.group, p.name) for p in found.entry_points] == [("unigrpo.rewards", "sharpness")]
     monkeypatch.syspath_prepend(installed)
     monkeypatch.delenv(AUTOLOAD)
-    small = ["train.prompts_per_step=2", "train.group_size=4", "eval.limit=1", "doctor.at_start=off"]
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    small = ["train.prompts_per_step=2", "train.group_size=4", f"eval.suite={tmp_path / 'one.txt'}", "eval.steps=2"]
+    small += ["train.trace_every=0", "doctor.at_start=off"]
     settings = [word for setting in small for word in ("--set", setting)]
     run = tmp_path / "run"
     commands = [

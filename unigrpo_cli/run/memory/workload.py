@@ -148,6 +148,19 @@ def _shapes(model: MoTConfig) -> Shapes:
 
 
 @cache
+def _numbers(model: MoTConfig) -> dict[str, int]:
+    """Of each tensor."""
+    return {name: prod(shape) for name, shape in _shapes(model).items()}
+
+
+@cache
+def _in_full(model: MoTConfig, experts: str, extra_modules: tuple[str, ...]) -> frozenset[str]:
+    """Names of the tensors that full fine-tuning trains."""
+    wanted = (LAYERS, *(prefix for key in extra_modules for prefix in ALSO[key]))
+    return frozenset(n for n in _shapes(model) if n.startswith(wanted) and experts in ("both", expert_of(n)))
+
+
+@cache
 def _first_layer(model: MoTConfig) -> Shapes:
     """Its matrices. Sizes are searched for with hundreds of looks at them."""
     return {name: s for name, s in _shapes(model).items() if name.startswith(f"{LAYERS}0.") and len(s) == 2}
@@ -222,7 +235,7 @@ class Workload:
 
     def elements(self, chosen: Callable[[str], bool] = lambda name: True) -> int:
         """Numbers in the network's tensors of the chosen names."""
-        return sum(prod(shape) for name, shape in _shapes(self.model).items() if chosen(name))
+        return sum(count for name, count in _numbers(self.model).items() if chosen(name))
 
     def stored(self, chosen: Callable[[str], bool] = lambda name: True) -> int:
         """Bytes of those tensors in a network that is not trained."""
@@ -271,10 +284,14 @@ class Workload:
     def trains(self, expert: str) -> bool:
         return self.config.train.experts in ("both", expert)
 
+    @cached_property
+    def trained_names(self) -> frozenset[str]:
+        t = self.config.train
+        return frozenset() if self.lora else _in_full(self.model, t.experts, tuple(t.extra_modules))
+
     def is_trained(self, name: str) -> bool:
         """Whether full fine-tuning trains the tensor of that name."""
-        wanted = (LAYERS, *(prefix for key in self.config.train.extra_modules for prefix in ALSO[key]))
-        return not self.lora and name.startswith(wanted) and self.trains(expert_of(name))
+        return name in self.trained_names
 
     def adapter_elements(self, expert: str) -> int:
         """Numbers in an expert's adapters: rank x (rows + columns) of each matrix."""
