@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from unigrpo_cli.io.entry_points import entry_points
 
 
 def rewards(incomplete: str) -> list[str]:

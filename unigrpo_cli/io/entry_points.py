@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib import metadata
+from importlib.metadata import Distribution, EntryPoint, EntryPoints
 
 OURS = "unigrpo-cli"
 NO_AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
+
+
+def entry_points(group: str) -> EntryPoints:
+    """Entry points of a group, of every installed package."""
+    return _found(group, tuple(sys.path))
+
+
+@cache
+def _found(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """Read once for each import path: a file of every installed package."""
+    return metadata.entry_points(group=group)
 
 
 def only_ours() -> bool:

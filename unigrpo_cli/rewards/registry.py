@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import pluggy
 
 from unigrpo_cli.errors import RewardError, UnigrpoError, UsageError, one_line, suggest
-from unigrpo_cli.io.entry_points import OURS, distribution, only_ours
+from unigrpo_cli.io.entry_points import OURS, distribution, entry_points, only_ours
 from unigrpo_cli.io.secrets import redacted
 from unigrpo_cli.models.family import MODELS
 from unigrpo_cli.programs import PROGRAMS

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,8 +96,9 @@ def scratch_directory(checkpoint_names: Sequence[str]) -> Iterator[Path]:
         yield Path(name)
 
 
+@cache
 def environment() -> dict[str, Any]:
-    """Versions that decide numbers."""
+    """Versions that decide numbers; read once, for each is parsed from a file."""
     found = {}
     for name in PACKAGES:
         try:
