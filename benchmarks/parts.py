@@ -154,7 +154,7 @@ def measure_ceilings(bench: Benchmark) -> None:
     """The best rates of the card at dense products and at moving bytes."""
     clock, network = bench.clock, bench.size.network
     large = clock.device.type == "cuda" and network.hidden_size > 256  # the smallest shape is for tests
-    dtype, side, size = bench.policy.network.dtype, 8192 if large else 1024, (4 if large else 1 / 8) * clocks.GIB
+    dtype, side, size = bench.policy.network.dtype, 8192 if large else 1024, (4 if large else 1 / 32) * clocks.GIB
     squares = clocks.matmul_tflops(clock, side, dtype, bench.share_s)
     bench.report.add(CEILINGS, "square product", squares, f"side {side}")
     bench.report.add(CEILINGS, "copy", clocks.copy_gbs(clock, int(size), bench.share_s), "read and written")

@@ -6,6 +6,7 @@ Examples are derived from the tests' own code, so every run sees the same ones. 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,7 +25,8 @@ from unigrpo_cli.algo.objective import Actions, ImageSteps, Objective, Scores, s
 from unigrpo_cli.algo.surrogate import clipped_surrogate, k3
 from unigrpo_cli.algo.text import token
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+EXAMPLES = 100 if os.environ.get("UNIGRPO_LONG_TESTS") else 15
+PROPERTY = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31)
 SDES = st.sampled_from(flow.SDES)
 TIMES = st.tuples(st.floats(0.01, 0.999), st.floats(0.05, 0.95)).map(lambda p: (p[0], p[0] * p[1]))
@@ -413,7 +415,7 @@ def test_dance_and_euler_keep_the_marginals_from_any_start(start: float, noise_l
     assert 3.4 < coarse[1] / fine[1] < 4.6
 
 
-@pytest.mark.parametrize("noise_level", [0.3, 0.7])
+@pytest.mark.parametrize("noise_level", [pytest.param(0.3, marks=pytest.mark.long), 0.7])
 def test_flow_at_t_1_adds_more_noise_than_it_takes(noise_level: float) -> None:
     """With the second point's sigma, the first step keeps (1 - a^2/2)^2 of a variance of 1 and adds a^2: a^4/4 up.
 

@@ -171,7 +171,7 @@ def test_names_are_nouns_of_the_field() -> None:
 
 
 def test_the_calls_to_the_clipped_ratio_are_those_of_the_docs(
-    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_model: Path, one_prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the command to `clipped_surrogate`, on the stack of a real run: at most eight calls, no closure."""
     page = (ROOT / "docs" / "algorithm.md").read_text().split("<!-- calls -->")[1].split("\n\n")[0]
@@ -185,8 +185,7 @@ def test_the_calls_to_the_clipped_ratio_are_those_of_the_docs(
         return own(*given)
 
     monkeypatch.setattr(objective, "clipped_surrogate", traced)
-    (tmp_path / "one.txt").write_text("a red circle\n")
-    small = ["train.prompts_per_step=2", "train.group_size=2", f"eval.suite={tmp_path / 'one.txt'}", "eval.steps=1"]
+    small = ["train.prompts_per_step=2", "train.group_size=2", one_prompt, "eval.steps=1"]
     small += ["train.samples_every=0", "train.trace_every=0", "doctor.at_start=off"]
     settings = [part for setting in small for part in ("--set", setting)]
     run = ["--reward", "clean", "--steps", 1, "--model", small_model, "--out", tmp_path / "run"]

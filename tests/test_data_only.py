@@ -187,10 +187,10 @@ def _seal(checkpoint: Path) -> None:
 
 
 def test_planted_files_beside_a_model_a_run_and_an_adapter_are_not_read(
-    tmp_path: Path, marker: Path, small_model: Path
+    tmp_path: Path, marker: Path, small_model: Path, one_prompt: str
 ) -> None:
     run = tmp_path / "run"
-    more = ["--steps", 0, "--set", "train.finetune=lora", "--model", small_model, *QUICK]
+    more = ["--steps", 0, "--set", "train.finetune=lora", "--set", one_prompt, "--model", small_model, *QUICK]
     assert unigrpo("train", "--reward", "geneval", *more, "--out", run).exit_code == 0
     checkpoint = run / "checkpoints" / "step_000000"
     model = Path(shutil.copytree(small_model, tmp_path / "m"))
@@ -376,13 +376,24 @@ def keyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_run_writes_no_secret(tmp_path: Path, keyed: Path, small_model: Path) -> None:
+def test_a_run_writes_no_secret(tmp_path: Path, keyed: Path, small_model: Path, one_prompt: str) -> None:
     """By option, by variable, to an endpoint with a cache: no byte of it in the run, the cache or the streams."""
     server = JudgeServer().start()
     out = tmp_path / "work" / "run"
     try:
         rewards = f"keyed@api_key=env:MY_API_KEY,vlm:0@url={server.url}@cache=on"
-        more = ["--plugin", keyed, "--set", "train.checkpoint_every=1", *QUICK, "--model", small_model, "--json"]
+        more = [
+            "--plugin",
+            keyed,
+            "--set",
+            "train.checkpoint_every=1",
+            "--set",
+            one_prompt,
+            *QUICK,
+            "--model",
+            small_model,
+            "--json",
+        ]
         done = unigrpo("train", "--reward", rewards, "--steps", 1, *more, "--out", out)
         assert done.exit_code == 0, done.output
         again = unigrpo("train", "--resume", out, "--steps", 2, "--plugin", keyed, "--json")

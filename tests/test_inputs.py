@@ -14,6 +14,8 @@ from unigrpo_cli.config import load_config
 from unigrpo_cli.models.mot.config import BAGEL
 from unigrpo_cli.run.inputs import with_suite
 from unigrpo_cli.suites import SuiteRegistry, as_prompts, split, training_prompts
+from unigrpo_cli.suites.prompts import TRAINING
+from unigrpo_cli.toy.edits import train_edits
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
 TEXTS = [f"a {color} {shape}" for color in COLORS for shape in ("circle", "square", "heart", "star", "triangle")]
@@ -62,7 +64,8 @@ def test_what_auto_stands_for(tmp_path: Path) -> None:
     assert len(training_prompts(chosen.prompts, chosen.eval.suite)) == 30
 
 
-def test_built_in_prompts_have_a_suite_of_their_own() -> None:
+def test_built_in_prompts_have_a_suite_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRAINING, "shapes-edit", lambda: train_edits(30))
     done = _run("train", "--reward", "edit", "--dry-run", sets=("sampling.program=edit",))
     assert done.exit_code == 0, done.output
     assert "too few prompts" not in done.output

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,14 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _load(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PairPolicy:
-    own = PairOptions(**options)
-    return PairFamily().load(
-        directory, None, device=torch.device("cpu"), dtype=dtype, vae_tile_rows=0, options=own
-    )  # fmt: skip
+    return copy.deepcopy(_read(directory, dtype, tuple(options.items())))
+
+
+@cache
+def _read(directory: Path, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> PairPolicy:
+    """The libraries take a tenth of a second for each of three networks."""
+    own = PairOptions(**dict(options))
+    return PairFamily().load(directory, None, device=torch.device("cpu"), dtype=dtype, vae_tile_rows=0, options=own)
 
 
 def _pipeline(kind: str, directory: Path) -> Any:

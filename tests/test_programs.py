@@ -44,7 +44,8 @@ from unigrpo_cli.rollout import Sampling, UnconditionalContexts, read_given, rea
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.run.memory.flops import step_seconds
 from unigrpo_cli.run.memory.workload import Workload
-from unigrpo_cli.suites import training_prompts
+from unigrpo_cli.suites import as_prompts
+from unigrpo_cli.suites.prompts import TRAINING
 from unigrpo_cli.training.metrics import drift
 
 ROOT = Path(__file__).parents[1]
@@ -472,7 +473,7 @@ def test_a_program_has_prompts_that_fit(program: str, prompts: str) -> None:
     assert load_config(overrides=[chosen]).prompts == prompts
     assert load_config(overrides=[chosen]).sampling.max_new_tokens == 48
     assert load_config(overrides=[chosen, "prompts=mine.jsonl"]).prompts == "mine.jsonl"
-    assert all(prompt.image is not None for prompt in training_prompts(prompts)[:20])
+    assert all(prompt.image is not None for prompt in as_prompts(TRAINING[prompts](20)))
 
 
 def test_rounds_alone_reflect_with_the_presets_budgets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from tools.toy_rows import Mistakes, Mix, Row, Rows
 from unigrpo_cli.models.mot.checkpoint import load_model
+from unigrpo_cli.models.mot.policy import MoTPolicy
 from unigrpo_cli.suites import SuiteRegistry, training_prompts
 from unigrpo_cli.toy import restores
 from unigrpo_cli.toy.edits import (
@@ -32,6 +34,11 @@ from unigrpo_plugins.colors import name_color
 from unigrpo_plugins.detector_shapes import ShapesDetector
 
 WEIGHTS = Path(__file__).parent.parent / "unigrpo_cli/toy/weights/model"
+
+
+@cache
+def shipped() -> MoTPolicy:
+    return load_model(WEIGHTS)
 
 
 def seen_in(image: np.ndarray) -> Scene:
@@ -240,7 +247,7 @@ def test_training_prompts_with_pictures(source: str) -> None:
 def test_the_shipped_weights_are_one_small_file_that_knows_the_words() -> None:
     assert [path.name for path in WEIGHTS.glob("*.safetensors")] == ["ema.safetensors"]
     assert (WEIGHTS / "ema.safetensors").stat().st_size <= 10_000_000
-    policy = load_model(WEIGHTS)
+    policy = shipped()
     for row in [*held_out_edits(), *train_edits()]:
         said = reflection_text(scene_of(row["source"]), edit_target(row))
         assert not policy.unknown_words(row["prompt"] + " " + said + " correct")
@@ -250,7 +257,7 @@ def test_the_shipped_weights_are_one_small_file_that_knows_the_words() -> None:
 
 def test_rows_of_pre_training_are_what_an_episode_reads() -> None:
     """Token for token: the prompt and each text in the policy's own format; texts are in the grammar."""
-    policy = load_model(WEIGHTS)
+    policy = shipped()
     step = next(iter(Rows(policy.tokenizer, 0, Mix(one=0, two=12, edits=6, restores=6), Mistakes())))
     prompted, pictured = step
     assert prompted.source is None and pictured.source is not None
@@ -272,7 +279,7 @@ def test_rows_of_pre_training_are_what_an_episode_reads() -> None:
 
 def taught(mistakes: Mistakes, rounds: int, count: int = 40) -> list[tuple[Row, list[str]]]:
     """Rows that begin with a prompt, and the texts of each."""
-    policy, rng = load_model(WEIGHTS), np.random.default_rng(0)
+    policy, rng = shipped(), np.random.default_rng(0)
     rows = Rows(policy.tokenizer, 0, Mix(one=0, two=1), mistakes)
     found = [rows.prompted(rng, rounds) for _ in range(count)]
     found = [row for row in found if row.rounds[-1].ids]  # those with a reflection

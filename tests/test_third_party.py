@@ -44,15 +44,14 @@ def _build(source: Path, target: Path) -> None:
 
 
 def test_the_example_package_is_found_tested_and_trained_on(
-    installed: Path, tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    installed: Path, tmp_path: Path, small_model: Path, one_prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its installation alone."""
     (found,) = distributions(path=[str(installed)])
     assert [(p.group, p.name) for p in found.entry_points] == [("unigrpo.rewards", "sharpness")]
     monkeypatch.syspath_prepend(installed)
     monkeypatch.delenv(AUTOLOAD)
-    (tmp_path / "one.txt").write_text("a red circle\n")
-    small = ["train.prompts_per_step=2", "train.group_size=4", f"eval.suite={tmp_path / 'one.txt'}", "eval.steps=2"]
+    small = ["train.prompts_per_step=2", "train.group_size=4", one_prompt, "eval.steps=2"]
     small += ["train.trace_every=0", "doctor.at_start=off"]
     settings = [word for setting in small for word in ("--set", setting)]
     run = tmp_path / "run"
