@@ -32,6 +32,7 @@ SETTINGS = [
     "sampling.window_size=2",
     "objective.penalty_weight=0",
     "objective.image_clip=1e-4",
+    "sampling.batch_size=96",
     "train.steps=24",
     "train.prompts_per_step=4",
     "train.group_size=24",
@@ -106,7 +107,7 @@ def test_one_advantage_teaches_words_and_pixels() -> None:
 
 
 def test_the_text_expert_alone_learns_words_only() -> None:
-    steps, policy = _train("train.experts=text", "train.steps=16")
+    steps, policy = _train("train.experts=text", "train.steps=12")
     words, brightness = _course(steps)
     assert _gain(words) > WORDS, words
     assert abs(_gain(brightness)) < STILL_LIGHT, brightness
@@ -139,10 +140,11 @@ def test_without_a_learning_rate_nothing_moves() -> None:
     assert len(latents) == 3, "every step has noise of its own"
 
 
-@pytest.mark.parametrize("seeds", [(1,), pytest.param((1, 2, 3), marks=pytest.mark.long)])
-def test_shuffled_advantages_teach_nothing(seeds: tuple[int, ...]) -> None:
-    """A random walk; the median of several."""
-    courses = [_course(_train("advantage.shuffle=true", f"seed={seed}")[0]) for seed in seeds]
+@pytest.mark.parametrize(("seeds", "steps"), [((0,), 12), pytest.param((1, 2, 3), 24, marks=pytest.mark.long)])
+def test_shuffled_advantages_teach_nothing(seeds: tuple[int, ...], steps: int) -> None:
+    """A random walk; the median of several. True ones teach the words in twelve steps."""
+    own = ("advantage.shuffle=true", f"train.steps={steps}")
+    courses = [_course(_train(*own, f"seed={seed}")[0]) for seed in seeds]
     words, brightness = np.median([[_gain(own) for own in course] for course in courses], axis=0)
     assert words < STILL_WORDS
     assert brightness < STILL_LIGHT
