@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -78,19 +79,20 @@ def test_the_product_is_that_of_the_whole_matrix_and_autograd_keeps_none(kind: s
 def test_a_quantized_mixture_keeps_the_contract(kind: str = "nf4") -> None:
     load = partial(MoTFamily().load, embedded_directory(), None, device=CPU, dtype=torch.float32, vae_tile_rows=0)
     policy = load(options=BaseOptions(quantize=kind))
+    fresh = copy.deepcopy(policy)
     matrices = [m for m in policy.network.modules() if isinstance(m, QuantizedLinear)]
     assert len(matrices) == 14 * policy.network.config.num_hidden_layers  # seven of each expert
-    assert_policy_contract(lambda: load(options=BaseOptions(quantize=kind)), max_new_tokens=3)
+    assert_policy_contract(lambda: copy.deepcopy(fresh), max_new_tokens=3)
 
 
 def test_a_quantized_pair_keeps_the_contract(tmp_path: Path, kind: str = "int8") -> None:
     model = tiny_pair.write("z-image", tmp_path / "model")
     load = partial(PairFamily().load, model, None, device=CPU, dtype=torch.float32, vae_tile_rows=0)
-    own = PairOptions(quantize=kind)
-    assert_policy_contract(lambda: load(options=own), height=16, width=16, trained=False)
+    policy = load(options=PairOptions(quantize=kind))
+    assert_policy_contract(lambda: copy.deepcopy(policy), height=8, width=8, steps=2, max_new_tokens=3, trained=False)
     config = load_config(overrides=["train.finetune=lora", f"model_options.quantize={kind}", "dtype=float32"])
     found = {i.name: i.bytes for i in training_memory(workload(MODELS.sizes(str(model))[1], config)).always}
-    networks = load(options=own).networks
+    networks = policy.networks
     kept = sum(b.nbytes for m in networks.modules() if isinstance(m, QuantizedLinear) for b in m.buffers())
     assert kept <= found["quantized weights"] <= 1.2 * kept  # narrow matrices have many scales
     assert found["frozen weights"] == sum(p.nbytes for p in networks.parameters())

@@ -125,19 +125,19 @@ def test_numbers_of_a_token_and_of_a_step(opened: Any) -> None:
     assert own.number("#recomputed") == pytest.approx(float(image.loss_K[1]), rel=1e-4)
 
 
-def test_the_page_equals_the_weights_of_the_checkpoint(browser: Any, tmp_path: Path) -> None:
+def test_the_page_equals_the_weights_of_the_checkpoint(browser: Any, small_model: Path, tmp_path: Path) -> None:
     """One training step by the command; then its episodes drawn again and scored by the weights that it saved."""
     small = ["train.prompts_per_step=2", "train.group_size=3", "train.minibatches=1", "eval.limit=1", "threads=1"]
-    small += ["doctor.at_start=off", "train.trace_every=1", "train.lr_image=1e-3", "reward.names=['clean']"]
+    small += ["doctor.at_start=off", "train.trace_every=1", "train.lr_image=1e-3", "reward.names=['jpeg']"]
     small += ["eval.steps=1", "eval.rewards=[]", "sampling.steps=4", "sampling.window_range=[0, 3]"]
     settings = [part for setting in small for part in ("--set", setting)]
-    trained = unigrpo("train", "--steps", 1, *settings, "--out", tmp_path / "run")
+    trained = unigrpo("train", "--steps", 1, "--model", small_model, *settings, "--out", tmp_path / "run")
     assert trained.exit_code == 0, trained.output
     assert f"unigrpo report {tmp_path / 'run'}" in trained.output
     assert unigrpo("report", tmp_path / "run", "--out", tmp_path / "r.html").exit_code == 0
 
     config = load_config(overrides=small)
-    before, after = load_policy("embedded", None, config), load_policy(str(tmp_path / "run"), None, config)
+    before, after = load_policy(str(small_model), None, config), load_policy(str(tmp_path / "run"), None, config)
     prompts = prompts_for(training_prompts(config.prompts), config, 0)
     seed, window = derive(config.seed, "step", 0), window_of(config, 0)
     groups = rollout(before, prompts, 3, train_sampling(config), window, seed)
@@ -258,7 +258,10 @@ def test_a_served_page_says_why_it_cannot_be_drawn_and_recovers(browser: Any, tm
         own.close()
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1280, "dark"), (390, "light")])
+@pytest.mark.parametrize(
+    ("width", "theme"),
+    [(390, "dark"), *(pytest.param(*own, marks=pytest.mark.long) for own in ((1280, "dark"), (390, "light")))],
+)
 def test_every_level_fits_and_every_picture_has_words(opened: Any, width: int, theme: str) -> None:
     place = "#run=a&step=3&group=0&member=1&segment=2&action=1"
     own = opened(place, width=width, theme=theme)

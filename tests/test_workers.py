@@ -246,7 +246,14 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
 # ----- a training step
 
 
-@pytest.mark.parametrize("settings", [(), ("train.finetune=lora", "train.lora_rank=2"), ("objective.text_kl=0.1",)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("train.finetune=lora", "train.lora_rank=2"),
+        pytest.param(("objective.text_kl=0.1",), marks=pytest.mark.long),
+    ],
+)
 def test_a_step_is_the_same_to_the_bit_on_any_number_of_cores(settings: tuple[str, ...]) -> None:
     """Episodes, scores, metrics and weights after two updates; adapters are off for the reference alone."""
     own = ("train.minibatches=2", "train.micro_batch_size=2", "sampling.batch_size=4", "seed=5", *settings)
