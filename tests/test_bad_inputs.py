@@ -7,6 +7,7 @@ the line must have, what was given first and a remedy last.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.commands import unigrpo
+from tests.commands import Process, command_line, unigrpo
 from unigrpo_cli.models.hub import embedded_directory
 
 QUICK = ["--set", "train.prompts_per_step=2", "--set", "train.group_size=2", "--set", "eval.limit=1"]
@@ -42,6 +43,7 @@ ROLLOUT = ["rollout", "--reward", "geneval", "--limit", 1, "--group-size", 2, "-
 EVAL = ["eval", "--limit", 1, "--out", "out"]
 DOCTOR = ["doctor", "--reward", "geneval", *QUICK]
 SCORE = ["rewards", "score", "jpeg"]
+CLONE_NEWUSER, CLONE_NEWNS = 0x1000_0000, 0x0002_0000  # of sched.h; Python 3.12 has them
 DEEP = "[" * 100_000
 LONG = "9" * 5_000
 
@@ -777,7 +779,12 @@ def failing(name: str, body: str, *says: str, more: list[Any] | None = None) -> 
     """A reward whose function has that body, in a training run."""
     source = f'{HEADING}@reward("mine")\ndef mine(images):\n    {body}\n'
     command = ["train", "--reward", "mine", "--out", "out", "--plugin", "mine.py", *QUICK, "--quiet", *(more or [])]
-    return Bad(name, command, 3, ("'mine'", *says), text("mine.py", source))
+
+    def make(here: Path, made: Made) -> None:
+        (here / "mine.py").write_text(source)
+        (here / "m").symlink_to(made.small)
+
+    return Bad(name, [*command, "--model", "m"], 3, ("'mine'", *says), make)
 
 
 def rewards(name: str, given: str, code: int, *says: str) -> Bad:
@@ -1144,19 +1151,28 @@ def _command(*arguments: object, prefix: tuple[str, ...] = (), **how: Any) -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **how)
 
 
+def _on_a_small_disk(place: Path, *arguments: object) -> None:
+    """The command, with a tmpfs of 64 KiB at a place that this process alone sees: as `unshare -rm` begins one."""
+    user, group = os.getuid(), os.getgid()
+    assert ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(place)], check=True)
+    command_line(*arguments)
+
+
 def test_a_full_disk(tmp_path: Path, small_model: Path) -> None:
     """A small tmpfs fills while files are written: one line that says where and what to do."""
-    prefix = ("unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=64k none {tmp_path} && exec "$@"', "sh")
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs user namespaces")
     more = ["--model", small_model, *QUICK, "--quiet", "--json"]
-    done = _command(*ROLLOUT[:-1], tmp_path / "out", *more, prefix=prefix)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    code, output, errors = Process(_on_a_small_disk, tmp_path, *ROLLOUT[:-1], tmp_path / "out", *more).ended()
+    assert (code, output) == (1, ""), errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert "No space left on device" in line
     assert "choose another --out" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

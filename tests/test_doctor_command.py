@@ -20,7 +20,7 @@ FEW = [
     *("--set", "sampling.window_size=2"),
 ]
 TINY_RUN = [
-    *("--reward", "clean"),
+    *("--reward", "jpeg"),
     *("--steps", "1"),
     *FEW,
     *("--set", "eval.rewards=[]"),
@@ -53,9 +53,9 @@ def _flip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "advantages", lambda *given: -own(*given))
 
 
-def test_a_fault_is_explained_and_exits_with_six(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_explained_and_exits_with_six(monkeypatch: pytest.MonkeyPatch, small_model: Path) -> None:
     _flip(monkeypatch)
-    done = unigrpo("doctor", "--reward", "clean", *FEW)
+    done = unigrpo("doctor", "--reward", "jpeg", "--model", small_model, *FEW)
     assert done.exit_code == 6
     assert "error: the doctor found 1 fault: advantages" in done.stderr
     assert "advantages: FAULT" in done.stdout
@@ -63,16 +63,19 @@ def test_a_fault_is_explained_and_exits_with_six(monkeypatch: pytest.MonkeyPatch
         assert word in done.stdout
 
 
-def test_a_fault_stops_a_run_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_stops_a_run_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_model: Path
+) -> None:
     """One line for the fault, one for the stop; --out can be used again; `warn` trains all the same."""
     _flip(monkeypatch)
     out = tmp_path / "run"
-    done = unigrpo("train", *TINY_RUN, "--out", out)
+    begin = ["train", *TINY_RUN, "--model", small_model, "--out", out]
+    done = unigrpo(*begin)
     assert done.exit_code == 6
     assert "warning: doctor: advantages:" in done.stderr
     assert "nothing was trained: advantages; `unigrpo doctor`" in done.stderr
     assert not out.exists()
-    done = unigrpo("train", *TINY_RUN, "--out", out, "--set", "doctor.at_start=warn")
+    done = unigrpo(*begin, "--set", "doctor.at_start=warn")
     assert done.exit_code == 0, done.output
     assert "warning: doctor: advantages:" in done.stderr
     assert json.loads((out / "doctor.json").read_text())["faults"] == 1

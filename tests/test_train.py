@@ -1,4 +1,4 @@
-"""A whole run on the embedded model: its report, its files, resuming, interrupting, adapters, every variant."""
+"""Whole runs of the embedded model and of a small one: report, files, resuming, interrupting, adapters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = [
 ]
 
 
-def _train(out: Path, *more: str, reward: str = "clip") -> dict:
+def _train(out: Path, *more: str | Path, reward: str = "clip") -> dict:
     result = unigrpo(*SMALL, "--reward", reward, "--out", out, "--json", *more)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -97,14 +97,15 @@ def _metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(of_the_machine)} for row in rows]
 
 
-def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+def test_a_reward_that_fails_in_the_middle_loses_nothing(tmp_path: Path, small_model: Path) -> None:
     plugin = tmp_path / "fickle.py"
     body = '    if split == "train" and step == 1 and {broken}:\n        raise OSError("judge is down")\n'
     head = 'from unigrpo_cli import reward\n\n@reward("fickle")\ndef fickle(prompts, step, split):\n'
     tail = "    return [float(len(p) % 3 + k % 2) for k, p in enumerate(prompts)]\n"
     plugin.write_text(head + body.format(broken=True) + tail)
     run = tmp_path / "run"
-    result = unigrpo(*SMALL, "--reward", "fickle", "--plugin", plugin, "--steps", "2", "--out", run)
+    more = ["--plugin", plugin, "--model", small_model, "--steps", "2", "--out", run]
+    result = unigrpo(*SMALL, "--reward", "fickle", *more)
     assert result.exit_code == 3
     assert "judge is down" in result.stderr
     assert (run / "checkpoints" / "step_000001").is_dir()
@@ -199,19 +200,23 @@ def test_adapters_of_a_model_directory(tmp_path: Path, recwarn: pytest.WarningsR
         pytest.param(["sampling.think=false", "eval.rewards=[]", "train.finetune=lora"], marks=pytest.mark.long),
     ],
 )
-def test_a_run_that_leaves_weights_untouched_can_be_resumed(tmp_path: Path, settings: list[str]) -> None:
+def test_a_run_that_leaves_weights_untouched_can_be_resumed(
+    tmp_path: Path, settings: list[str], small_model: Path
+) -> None:
     more = [word for setting in settings for word in ("--set", setting)]
-    _train(tmp_path / "run", "--steps", "1", *more)
+    _train(tmp_path / "run", "--model", small_model, "--steps", "1", *more)
     resumed = unigrpo("train", "--resume", tmp_path / "run", "--steps", "2", "--json")
     assert resumed.exit_code == 0, resumed.output
 
 
 @pytest.mark.parametrize(("updates", "stop"), [(2, 3), pytest.param(1, 4, marks=pytest.mark.long)])
-def test_divergence_stops_after_three_bad_steps_with_finite_weights(tmp_path: Path, updates: int, stop: int) -> None:
+def test_divergence_stops_after_three_bad_steps_with_finite_weights(
+    tmp_path: Path, updates: int, stop: int, small_model: Path
+) -> None:
     """The first update is finite and huge; what follows is refused, whether in the same step or in the next."""
     rates = ["--set", "train.lr_text=1e18", "--set", "train.lr_image=1e18", "--set", f"train.minibatches={updates}"]
     run = tmp_path / "run"
-    result = unigrpo(*SMALL, "--reward", "clip", "--out", run, "--steps", "9", *rates)
+    result = unigrpo(*SMALL, "--reward", "clip", "--model", small_model, "--out", run, "--steps", "9", *rates)
     assert result.exit_code == 1
     said = " ".join(result.stderr.split())
     assert "3 steps in a row were skipped" in said
@@ -276,10 +281,10 @@ def test_each_expert_has_its_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("setting", ["sampling.think=false", "train.experts=text", "train.experts=image"])
-def test_a_run_of_one_kind_says_so(tmp_path: Path, setting: str) -> None:
+def test_a_run_of_one_kind_says_so(tmp_path: Path, setting: str, small_model: Path) -> None:
     """What the command reports of first ratios, where one kind of action is not drawn or not trained."""
     more = ["--set", "eval.rewards=[]"] if "think=false" in setting else []
-    summary = _train(tmp_path / "run", "--steps", "1", "--set", setting, *more)
+    summary = _train(tmp_path / "run", "--model", small_model, "--steps", "1", "--set", setting, *more)
     row = _metrics(tmp_path / "run")[0]
     assert all(value == value for value in row.values())
     kinds = {"sampling.think=false": {"image"}, "train.experts=text": {"text"}, "train.experts=image": {"image"}}

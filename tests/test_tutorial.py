@@ -18,14 +18,18 @@ def _less(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
+FEW = _less("sampling.steps=4", "sampling.window_range=[0, 3]", "sampling.window_size=2")
 LESS = {
+    "generate": ["-n", "1", *_less("eval.steps=2")],
     "eval": ["--limit", "1", *_less("eval.steps=2")],
-    "rollout": ["--group-size", "2"],
+    "rollout": ["--limit", "1", "--group-size", "2", *FEW],
     "train": [
         "--steps=1",
         *_less("eval.limit=1", "eval.steps=2", "train.prompts_per_step=2", "train.group_size=2", "doctor.at_start=off"),
+        *_less("sampling.max_new_tokens=12"),
+        *FEW,
     ],
-    "doctor": _less("sampling.steps=4", "sampling.window_range=[0, 3]", "sampling.window_size=2"),
+    "doctor": FEW,
 }
 """What follows the options of a command here, so that it is short."""
 
