@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it; read when torch loads
@@ -14,10 +15,27 @@ import torch
 import typer.testing
 
 from tools.toy_model import build_model
+from unigrpo_cli.models.mot import checkpoint
+from unigrpo_cli.models.mot.codec import Autoencoder
+from unigrpo_cli.models.mot.config import AutoencoderConfig
 from unigrpo_cli.models.mot.policy import MoTPolicy
 
 torch.set_num_threads(1)  # the tensors are small: a second thread mostly waits
 typer.testing._get_command = cache(typer.testing._get_command)  # the tree of commands is made once, not at each call
+
+
+_READ: dict[tuple[object, ...], Autoencoder] = {}
+
+
+def _autoencoder_once(path: Path, config: AutoencoderConfig, device: torch.device | str, rows: int) -> Autoencoder:
+    """The frozen autoencoder of a file whose bytes were read before; diffusers takes a tenth of a second for any."""
+    key = (sha256(path.read_bytes()).digest(), config, str(device), rows)
+    if key not in _READ:
+        _READ[key] = Autoencoder(path, config, device, rows)
+    return _READ[key]
+
+
+checkpoint.Autoencoder = _autoencoder_once  # type: ignore[assignment,misc]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,17 +14,17 @@ from unigrpo_cli.config import load_config
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-SMALL = ["train.prompts_per_step=2", "train.group_size=2", "eval.limit=1", "doctor.at_start=off"]
+SMALL = ["train.prompts_per_step=2", "train.group_size=2", "eval.steps=2", "doctor.at_start=off"]
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
 
 
-def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path, small_model: Path) -> None:
+def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path, small_model: Path, one_prompt: str) -> None:
     path = EXAMPLES / "custom_reward" / "redness.py"
     code = path.read_text().split('"""')[2]
     assert len([line for line in code.splitlines() if line.strip()]) == 4
     tested = unigrpo("rewards", "test", "redness", "--plugin", path)
     assert tested.exit_code == 0, tested.output
-    run = ["--steps", 1, "--out", tmp_path / "run", "--model", small_model, "--json"]
+    run = ["--steps", 1, "--out", tmp_path / "run", "--model", small_model, "--set", one_prompt, "--json"]
     trained = unigrpo("train", "--reward", "redness", "--plugin", path, *run, *SETTINGS)
     assert trained.exit_code == 0, trained.output
     summary = json.loads(trained.stdout)
@@ -34,12 +34,12 @@ def test_the_custom_reward_is_four_lines_and_trains(tmp_path: Path, small_model:
 
 
 def test_the_plugin_that_writes_csv_is_ten_lines_and_writes_a_line_per_step(
-    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_model: Path, one_prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = EXAMPLES / "metrics_csv" / "metrics_csv.py"
     assert len([line for line in path.read_text().split('"""')[2].splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
-    run = ["--steps", 2, "--out", "run", "--model", small_model]
+    run = ["--steps", 2, "--out", "run", "--model", small_model, "--set", one_prompt]
     done = unigrpo("train", "--reward", "clean", "--plugin", path, *run, *SETTINGS)
     assert done.exit_code == 0, done.output
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
