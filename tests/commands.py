@@ -8,16 +8,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import typer.testing
 from typer.testing import CliRunner, Result
 
 from unigrpo_cli.cli import app, main
-
-typer.testing._get_command = cache(typer.testing._get_command)  # else each call builds all commands, in 35 ms
 
 
 def unigrpo(*arguments: object) -> Result:

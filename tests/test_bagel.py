@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ import unigrpo_cli.rollout as rollout_module
 from unigrpo_cli.algo import flow
 from unigrpo_cli.algo.guidance import Guidance
 from unigrpo_cli.algo.objective import Objective, unigrpo_loss
-from unigrpo_cli.config import load_config
+from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.models.lora import load_adapters, save_adapters
@@ -309,13 +310,16 @@ def test_guidance_compares_with_the_contexts_of_the_official_sampler(
 # ----- training
 
 
-def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPTS) -> tuple[MoTPolicy, dict]:
-    """A few optimizer steps on one rollout with made-up advantages; the policy and the first step's facts."""
-    dtype = torch.bfloat16 if "dtype=bfloat16" in settings else torch.float32
-    config = load_config(overrides=["train.micro_batch_size=3", "train.minibatches=1", *settings])
-    policy = load_model(str(TINY), dtype=dtype)
+def _prepared(config: Config) -> MoTPolicy:
+    policy = load_model(str(TINY), dtype=getattr(torch, config.dtype if config.dtype == "bfloat16" else "float32"))
     policy.network.requires_grad_(False)
-    policy = prepare_policy(policy, config)
+    return prepare_policy(policy, config)
+
+
+def _trained(settings: list[str], prompts: list[Prompt] = PROMPTS) -> tuple[MoTPolicy, dict]:
+    """Two optimizer steps on one rollout with made-up advantages; the policy and the first step's facts."""
+    config = load_config(overrides=["train.micro_batch_size=3", "train.minibatches=1", *settings])
+    policy = _prepared(config)
     optimizer = make_optimizer(policy, config)
     episodes = flatten(rollout(policy, prompts, 3, SAMPLING, WINDOW, seed=0))
     objective = Objective(1.0, 1.0, 0.2, 1e-3, 0.0, "ratio-norm", "velocity-mse", 0.01)
@@ -324,7 +328,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
         score_old_and_reference(policy, episodes, config, objective), advantage_B[:, None].expand(-1, 2)
     )
     facts: dict = {"drift": drift([(m.batch, m.old) for m in share])}
-    for step in range(steps):
+    for step in range(2):
         for m in share:
             new = replay(policy, m.batch, grad_through_images=config.objective.grad_through_images)
             loss = unigrpo_loss(
@@ -340,6 +344,17 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
     return policy, facts
 
 
+def _fast(finetune: str, dtype: str, checkpointing: str = "true") -> list[str]:
+    settings = [f"train.finetune={finetune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}"]
+    return [*settings, "train.lr_text=1e-2", "train.lr_image=1e-2", "train.lora_rank=2"]
+
+
+@cache
+def _learned(finetune: str, dtype: str, checkpointing: str) -> tuple[MoTPolicy, dict]:
+    """Trained once for all tests that look at it."""
+    return _trained(_fast(finetune, dtype, checkpointing))
+
+
 @pytest.mark.parametrize(
     ("finetune", "dtype", "checkpointing"),
     [
@@ -351,9 +366,7 @@ def _trained(settings: list[str], steps: int = 2, prompts: list[Prompt] = PROMPT
 )
 def test_the_first_ratio_is_exactly_one_and_both_experts_move(finetune: str, dtype: str, checkpointing: str) -> None:
     """In either dtype: ratio exactly 1, reference equal to the policy at first, what is trained kept in fp32."""
-    settings = [f"train.finetune={finetune}", f"dtype={dtype}", f"train.activation_checkpointing={checkpointing}"]
-    settings += ["train.lr_text=1e-2", "train.lr_image=1e-2", "train.lora_rank=2"]
-    policy, facts = _trained(settings)
+    policy, facts = _learned(finetune, dtype, checkpointing)
     for found in facts["first"]:
         assert found["text/max_abs_log_ratio"] == 0.0
         assert found["image/max_abs_log_ratio"] == 0.0
@@ -391,8 +404,7 @@ def test_updates_below_bf16s_rounding_are_kept() -> None:
 
 def test_gradients_of_a_bf16_base_reach_its_adapters_in_fp32() -> None:
     """Adapters compute in bf16 and are kept in fp32; their update is near the one of an fp32 base."""
-    settings = ["train.finetune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
-    policy, _ = _trained([*settings, "dtype=bfloat16"])
+    policy, _ = _learned("lora", "bfloat16", "true")
     matrices = [m for n, m in policy.network.named_modules() if n.endswith("lora_A.default")]
     assert matrices
     assert all(isinstance(m, Linear) and m.weight.dtype == torch.float32 for m in matrices)
@@ -418,8 +430,8 @@ def test_logits_and_velocities_of_a_bf16_network_are_not_rounded_to_it() -> None
 
 def test_the_reference_on_the_host_is_the_same_reference() -> None:
     """Streamed layer by layer it gives the same velocities, and its weights go home after each layer."""
-    settings = ["train.finetune=full", "train.lr_text=1e-2", "train.lr_image=1e-2"]
-    (near, here), (far, there) = (_trained([*settings, f"train.reference_device={w}"]) for w in ("device", "host"))
+    near, here = _learned("full", "float32", "true")
+    far, there = _trained([*_fast("full", "float32"), "train.reference_device=host"])
     assert here["first"] == there["first"]
     ids = near.given("prompt", "a red cube").ids[None]
     with torch.no_grad(), near.reference() as a, far.reference() as b:
@@ -536,8 +548,7 @@ def test_an_adapter_opens_in_peft_and_gives_identical_outputs(tmp_path: Path, mo
 
     monkeypatch.setattr(layers, "onednn_is_faster", lambda: False)  # peft's matrices are multiplied by torch's choice
 
-    settings = ["train.finetune=lora", "train.lora_rank=2", "train.lr_text=1e-2", "train.lr_image=1e-2"]
-    policy, _ = _trained(settings)
+    policy, _ = _trained(_fast("lora", "float32"))
     save_adapters(policy.network, tmp_path, str(TINY))
     bare = load_model(str(TINY))
     wrapped = PeftModel.from_pretrained(bare.network, str(tmp_path))
@@ -552,7 +563,7 @@ def test_an_adapter_opens_in_peft_and_gives_identical_outputs(tmp_path: Path, mo
     assert torch.equal(outs[0], outs[1])
     assert torch.allclose(outs[0], outs[2], atol=1e-6)
     assert not torch.allclose(outs[0], plain, atol=1e-3)
-    low, _ = _trained([*settings, "dtype=bfloat16"])
+    low, _ = _learned("lora", "bfloat16", "true")
     save_adapters(low.network, tmp_path / "low", str(TINY))
     again = load_model(str(TINY), dtype=torch.bfloat16)
     load_adapters(again.network, tmp_path / "low")
@@ -563,7 +574,7 @@ def test_an_adapter_opens_in_peft_and_gives_identical_outputs(tmp_path: Path, mo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Path, dtype: str) -> None:
     """Masters in fp32 within a complete release; loaded again it computes the same, restored it is the same."""
-    policy, _ = _trained(["train.finetune=full", f"dtype={dtype}", "train.lr_text=1e-2", "train.lr_image=1e-2"])
+    policy, _ = _learned("full", dtype, "true")
     policy.save(tmp_path, "")
     with safe_open(tmp_path / "ema.safetensors", "pt") as file:
         assert set(file.keys()) == set(_state(TINY))
@@ -571,7 +582,7 @@ def test_full_weights_are_saved_in_the_official_names_and_come_back(tmp_path: Pa
     ids = policy.given("prompt", "a red cube").ids[None]
     with torch.no_grad():
         assert torch.equal(*(m.forward(m.empty_context(1), ids).hidden_BLC for m in (policy, again)))
-    fresh, _ = _trained(["train.finetune=full", f"dtype={dtype}"], steps=0)
+    fresh = _prepared(load_config(overrides=["train.finetune=full", f"dtype={dtype}"]))
     fresh.restore(tmp_path)
     for name, value in policy.network.state_dict().items():
         assert torch.equal(value, fresh.network.state_dict()[name])

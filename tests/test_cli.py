@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -65,8 +64,9 @@ def test_generate_is_repeatable_and_seeds_differ(tmp_path: Path) -> None:
         result = unigrpo("generate", "a red heart", "--out", tmp_path / name, "--json", *more)
         return Image.open(json.loads(result.stdout)["images"][0]["path"]).tobytes()
 
-    assert pixels("a") == pixels("b") == pixels("c", "--set", "sampling.batch_size=1")
-    assert pixels("d", "--seed", "5") != pixels("a2")
+    first = pixels("a")
+    assert first == pixels("b") == pixels("c", "--set", "sampling.batch_size=1")
+    assert first != pixels("d", "--seed", "5")
 
 
 @pytest.mark.parametrize("option", ["--no-think", "--set=sampling.think=false"])
@@ -125,8 +125,9 @@ def test_eval_reports_means_intervals_and_tasks(tmp_path: Path, small_model: Pat
 
 
 def test_eval_gate(tmp_path: Path) -> None:
-    assert unigrpo("eval", "--limit", 1, "--fail-under", "geneval=0", "--out", tmp_path / "a").exit_code == 0
-    failed = unigrpo("eval", "--limit", 1, "--fail-under", "geneval=1.01", "--out", tmp_path / "b")
+    short = ("--limit", 1, "--set", "eval.steps=2")
+    assert unigrpo("eval", *short, "--fail-under", "geneval=0", "--out", tmp_path / "a").exit_code == 0
+    failed = unigrpo("eval", *short, "--fail-under", "geneval=1.01", "--out", tmp_path / "b")
     _refused(failed, 4, "under --fail-under geneval=1.01")
 
 
@@ -252,19 +253,30 @@ def test_a_plugin_cannot_spoil_stdout_or_the_working_directory(tmp_path: Path, s
     """It prints by every way, changes directory, and leaves a child running that inherits what can be inherited."""
     plugin = tmp_path / "rude.py"
     plugin.write_text(RUDE)
-    flags = (
-        f"rollout --model {small_model} --limit 1 --group-size 2 --out kept/run --json --reward rude --plugin rude.py"
-    )
-    code = f"import sys; sys.argv[1:] = {flags.split()}; from unigrpo_cli.cli import main; main()"
+    flags = "rollout --limit 1 --group-size 2 --out kept/run --json --reward rude --plugin rude.py --set threads=1"
+    arguments = [*flags.split(), "--model", str(small_model)]
     began = time.monotonic()
-    with (tmp_path / "stderr").open("w") as stderr:  # a file, which nobody waits for
-        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path)
-    said = (tmp_path / "stderr").read_text()
-    assert done.returncode == 0, said
+    reading, writing = os.pipe()
+    rude = Process(_into_a_pipe, tmp_path, writing, arguments)
+    os.close(writing)
+    with open(reading) as output:
+        printed = output.read()
     assert time.monotonic() - began < 80, "stdout ends although the child lives on"
-    assert json.loads(done.stdout)["episodes"] == 2
+    while rude.code is None:  # to join it would be to join its child, too
+        time.sleep(0.01)
+    said = rude.files[1].read_text()
+    assert rude.code == 0, said
+    assert json.loads(printed)["episodes"] == 2
     assert all(f"{where} {how}" in said for where in ("import", "setup", "score") for how in WAYS)
     assert (tmp_path / "kept" / "run" / "rewards.json").is_file()
+
+
+def _into_a_pipe(folder: Path, pipe: int, arguments: list[str]) -> None:
+    """A command in a directory, with a pipe as its stdout."""
+    os.chdir(folder)
+    os.dup2(pipe, 1)
+    os.close(pipe)
+    command_line(*arguments)
 
 
 WAYS = ("print", "write", "child", "shell")
