@@ -244,13 +244,14 @@ def test_batches_sizes_and_floor_change_nothing(rtdetr: Path) -> None:
     tall = [np.ascontiguousarray(p.transpose(1, 0, 2)) for p in _pictures(2)]
     pictures = [tall[0], *_pictures(3), tall[1]]
     together = _open("boxes", rtdetr, batch_size=2).detect(pictures)
-    for alone, batched in zip((_open("boxes", rtdetr).detect([p])[0] for p in pictures), together, strict=True):
+    opened = _open("boxes", rtdetr)
+    for alone, batched in zip((opened.detect([p])[0] for p in pictures), together, strict=True):
         assert [d.label for d in alone] == [d.label for d in batched]
         assert (_corners(alone) - _corners(batched)).abs().max() <= 1e-3
     floor = together[1][3].score
-    cut = _open("boxes", rtdetr).detect(pictures[1:2], floor)[0]
+    cut = opened.detect(pictures[1:2], floor)[0]
     assert [d.score for d in cut] == pytest.approx([d.score for d in together[1] if d.score > floor], abs=1e-5)
-    assert _open("boxes", rtdetr).detect([]) == []
+    assert opened.detect([]) == []
 
 
 def _mask_logits(*inside: tuple[slice, slice], value: float = 4.0) -> torch.Tensor:

@@ -104,8 +104,16 @@ def test_the_release_counted() -> None:
     assert {e: work.adapter_elements(e) for e in adapters} == adapters
 
 
-@pytest.mark.parametrize("experts", ["both", "text", "image"])
-@pytest.mark.parametrize("also", [None, (), tuple(ALSO)])
+ALL = tuple(ALSO)
+
+
+@pytest.mark.parametrize(
+    ("experts", "also"),
+    [
+        *(("both", None), ("text", None), ("both", ()), ("image", ()), ("both", ALL), ("text", ALL)),
+        *(pytest.param(*own, marks=pytest.mark.long) for own in (("image", None), ("text", ()), ("image", ALL))),
+    ],
+)
 def test_what_is_trained_is_what_tuning_trains(experts: str, also: tuple[str, ...] | None) -> None:
     """Adapters (None), all weights of the layers, and everything that can be trained beside them."""
     finetune = "lora" if also is None else "full"
@@ -348,7 +356,10 @@ def test_a_batch_that_gets_smaller_is_counted() -> None:
     assert items["KV cache"] + items["smaller batches"] <= seen < 1.2 * sum(items.values())  # and a pass
 
 
-@pytest.mark.parametrize(("tile_rows", "side", "tolerance"), [(0, 64, 0.06), (8, 128, 0.06), (16, 256, 0.06)])
+@pytest.mark.parametrize(
+    ("tile_rows", "side", "tolerance"),
+    [(0, 64, 0.06), (8, 128, 0.06), pytest.param(16, 256, 0.06, marks=pytest.mark.long)],
+)
 def test_decoding_a_picture_takes_some_of_its_widest_maps(tile_rows: int, side: int, tolerance: float) -> None:
     model, alive = load_model(str(TINY), vae_tile_rows=tile_rows), Alive()
     sizes = (f"sampling.height={side}", f"sampling.width={side // 2}", f"sampling.vae_tile_rows={tile_rows}")

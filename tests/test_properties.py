@@ -6,6 +6,7 @@ What the configuration accepts must give finite numbers: one test here looks for
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from contextlib import suppress
 from itertools import pairwise
@@ -14,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -30,7 +31,8 @@ from unigrpo_cli.evaluate import train_sampling
 from unigrpo_cli.run.episode_files import load_episodes, save_episodes
 from unigrpo_cli.training.schedule import objective_of, prompts_for, window_of
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+EXAMPLES = 100 if os.environ.get("UNIGRPO_LONG_TESTS") else 15
+PROPERTY = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 
 # ----- the configuration
@@ -136,10 +138,13 @@ def _samplings(draw: st.DrawFn) -> Config:
         raise
 
 
-@settings(PROPERTY, max_examples=40)
+@settings(PROPERTY, max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
 @given(_samplings())
 def test_accepted_settings_give_finite_numbers(config: Config) -> None:
-    """Walk the whole schedule in fp32, as rollout does, and score every stochastic step as replay does."""
+    """Walk the whole schedule in fp32, as rollout does, and score every stochastic step as replay does.
+
+    Most wild numbers are refused; which are drawn depends on the modules that are loaded.
+    """
     s, window = config.sampling, window_of(config, 3)
     times = flow.time_grid(s.steps, s.shift)
     assert (times.diff() < 0).all()
