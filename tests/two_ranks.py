@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from tests import small
 from tests.tiny_pair import SMALL
-from tools.toy_answers import write_answers
 from tools.toy_model import build_model
 from unigrpo_cli import RewardContext, train
 from unigrpo_cli.config import Config, load_config
@@ -96,7 +95,7 @@ def rewards(**more: Any) -> Scorer:
 
 
 def state_of(config: Config, ranks: Ranks, model: TrainablePolicy | None = None) -> TrainState:
-    model = model or build_model(seed=3, width=32, layers=2)
+    model = model or build_model(seed=3, width=32, layers=1)
     if config.dtype == "bfloat16":
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if computes_wide(name) else torch.bfloat16)
@@ -217,8 +216,9 @@ def pair(ranks: Ranks, out: Path) -> Found:
     return trained(ranks, "train.finetune=lora", model=load_pair(out / "z-image"))
 
 
-def judged_on_first(ranks: Ranks, _out: Path) -> Found:
-    return trained(ranks, "train.finetune=lora", "reward.scoring_rank=first", steps=STEPS)
+def judged_on_first(ranks: Ranks, out: Path) -> Found:
+    settings = ("train.finetune=lora", "reward.scoring_rank=first")
+    return trained(ranks, *settings, steps=STEPS, model=_model(out, "lora"))
 
 
 BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfloat16")
@@ -226,12 +226,12 @@ BF16 = ("train.activation_checkpointing=true", "train.experts=image", "dtype=bfl
 
 def checkpointed(ranks: Ranks, _out: Path) -> Found:
     """Layers kept in parts: activation checkpointing, one expert, bf16 computation."""
-    return trained(ranks, *BF16)
+    return trained(ranks, *BF16, model=build_model(seed=3, width=32, layers=2))
 
 
 def whole_control(ranks: Ranks, _out: Path) -> Found:
     """The same with whole weights."""
-    return trained(ranks, *BF16, "ranks.weights=whole")
+    return trained(ranks, *BF16, "ranks.weights=whole", model=build_model(seed=3, width=32, layers=2))
 
 
 def refused(ranks: Ranks, _out: Path) -> Found:
@@ -338,7 +338,7 @@ def uneven_texts(ranks: Ranks, _out: Path) -> Found:
 
 def imitated(ranks: Ranks, out: Path) -> Found:
     """Two steps on given answers, some of which are dropped."""
-    answers = write_answers(out / f"answers.{ranks.world}.{ranks.rank}", 8)
+    answers = out / "answers" / "answers.jsonl"
     more = ("train.finetune=full", "ranks.weights=whole", "sft.drop=0.3", "sampling.max_new_tokens=20", "sft.times=2")
     config = load_config(overrides=[*SETTINGS, *more], named={"sft.data": (str(answers),)})
     state = state_of(config, ranks)
