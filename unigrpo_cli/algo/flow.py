@@ -3,8 +3,8 @@
 One function, `step`, both draws and scores: given noise it draws the next latent, given the next latent it
 scores it, through the same lines in the same dtype.
 
-**A reduction is a unit.** Log-probabilities here are *means* over the latent's elements, as in Flow-GRPO;
-the "ratio" is therefore the D-th root of the true one, and clip ranges of 1e-6 to 1e-4 only make sense so.
+Log-probabilities here are *means* over the latent's elements, as in Flow-GRPO;
+their ratio is therefore the D-th root of the true one, and clip ranges of 1e-6 to 1e-4 only make sense so.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="Default settings: embedded, paper (for BAGEL), or bagel-one-gpu.",
+        help="Default settings: embedded, paper or bagel-one-gpu; by default the model's.",
         autocompletion=completion.presets,
     ),
 ]
@@ -77,7 +77,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors an
 Prompts = Annotated[
     str | None,
     typer.Option(
-        "--prompts", help="`shapes`, a .txt, .jsonl, .csv, .tsv or .parquet file, or hf:ORG/NAME[:split[:column]]."
+        "--prompts",
+        help="`shapes`, `shapes-edit`, `shapes-restore`, a .txt, .jsonl, .csv, .tsv or .parquet file, or "
+        "hf:ORG/NAME[:split[:column]].",
     ),
 ]
 

@@ -21,10 +21,10 @@ def inspect(
     plugins_dir: common.PluginsDir = None,
     json: common.Json = False,
 ) -> None:
-    """Audit a model: what it is, what is missing, how much memory it needs. Reads headers, no weights.
+    """Audit a model: what it is, what is missing, how much memory it needs. Loads no weights.
 
-    Of a run's checkpoint the checksums are verified, which reads its files. A hub id that is not in the cache is
-    fetched first. Exit 5 when the model cannot be loaded, with every reason.
+    Reads headers, and whole files only to verify the checksums of a run's checkpoint. A hub id that is not in the
+    cache is fetched first. Exit 5 when the model cannot be loaded, with every reason.
     """
     from unigrpo_cli.models.family import MODELS
     from unigrpo_cli.run.console import Display

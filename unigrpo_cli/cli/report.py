@@ -40,7 +40,7 @@ def report(
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """Show runs: curves, and what each update did to every token and denoising step.
+    """Show runs: curves, and what the traced steps did to every token and denoising step.
 
     Writes one HTML file that opens from disk and fetches nothing. Several runs are overlaid; seeds of one setting
     become their mean and a band. Traces come from train.trace_every. --serve runs until Ctrl-C.

@@ -28,7 +28,9 @@ def sft(
     ] = None,
     keep: Annotated[
         str | None,
-        typer.Option("--keep", help="Episodes of each group of a rollout: best:N, or above:X by the sum of rewards."),
+        typer.Option(
+            "--keep", help="Episodes of each group of a rollout: best:N, or above:X by the weighted sum of rewards."
+        ),
     ] = None,
     reward: common.Reward = None,
     reward_opt: common.RewardOpt = None,

@@ -44,7 +44,7 @@ def sweep(
     """Train a run for each combination of settings and each seed, and compare their held-out scores.
 
     Writes to --out: a run directory for each, sweep.toml, sweep.json and sweep.csv. The same command with the same
-    --out resumes a sweep, and adds runs for new values and seeds. Runs follow one another, each on all processes of a
+    --out resumes a sweep, and adds runs for new values and seeds. Runs execute in sequence, each on all ranks of a
     launcher; commands started side by side with one --out divide the runs.
     """
     from unigrpo_cli.config import load_config

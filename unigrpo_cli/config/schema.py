@@ -101,7 +101,7 @@ class ObjectiveConfig(Section):
     )
     draws: Few = Field(
         8,
-        description="with image=fpo or nft: times, each with noise of its own, to which a final latent is noised "
+        description="with image=fpo or nft: timesteps, each with noise of its own, to which a final latent is noised "
         "[FPO: 8]",
     )
     fpo_clip: AboveZero = Field(0.05, description="clip range of FPO's ratio, one per picture [FPO: 0.05]")
@@ -251,7 +251,7 @@ class SftConfig(Section):
     )
     text_weight: NonNegative = Field(1.0, description="weight of the reasoning's cross-entropy, mean over tokens, nats")
     image_weight: NonNegative = Field(1.0, description="weight of the image's flow-matching loss, mean over latents")
-    times: Few = Field(1, description="times to which each image is noised in a step, all in one pass")
+    times: Few = Field(1, description="timesteps drawn for each image in a step, all in one pass")
     drop: Share = Field(
         0.0, description="share of answers that are learnt without prompt and reasoning, for guidance [usual: 0.1]"
     )

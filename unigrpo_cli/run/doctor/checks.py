@@ -169,7 +169,7 @@ CHECKS = (
         "reward-abstains",
         reward_checks.reward_abstains,
         "episodes without a score teach nothing",
-        "read its notes with `unigrpo rollout`; choose other prompts, or raise reward.max_abstain",
+        "read `info` in rewards.json of `unigrpo rollout`; choose other prompts, or raise reward.max_abstain",
     ),
 )
 

@@ -275,6 +275,6 @@ RULES = (
         PERSISTENT,
         "`abstained` is above `monitor.abstained` and above twice its share at the start",
         "samples have become unreadable for the reward, or its server fails more often",
-        "read the notes in rewards.json of `unigrpo rollout`; reward.max_abstain sets when a run stops",
+        "read `info` in rewards.json of `unigrpo rollout`; reward.max_abstain sets when a run stops",
     ),
 )
