@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.commands import unigrpo
 from tools.results import (
     RESULTS,
     Cell,
+    Claim,
     Table,
-    _by_seed,
+    _judged,
+    _values,
+    _written,
     collect,
     figure_of,
     goal,
@@ -32,8 +36,8 @@ from unigrpo_cli.evaluate import load_report
 TABLES = [table for table in tables() if table.path.is_file()]
 
 
-def _cell(verdicts_SP: np.ndarray) -> Cell:
-    return Cell([{} for _ in verdicts_SP], verdicts_SP.astype(float))
+def _cell(values_SP: np.ndarray) -> Cell:
+    return Cell([{"seed": str(k)} for k in range(len(values_SP))], values_SP.astype(float))
 
 
 def test_the_page_is_made_from_the_files() -> None:
@@ -44,19 +48,23 @@ def test_the_page_is_made_from_the_files() -> None:
 def test_every_cell_has_valid_settings_and_every_claim_its_cells(table: Table) -> None:
     for cell in table.cells:
         load_config(preset="embedded", overrides=table.texts(cell))
-    assert {name for claim in table.claims for name in claim[:2]} <= set(table.cells)
+    assert {name for claim in table.claims for name in claim.above} <= set(table.cells)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_a_row_is_a_run_and_its_verdicts_have_its_score(table: Table) -> None:
+def test_a_row_is_a_run_and_its_values_have_its_score(table: Table) -> None:
     for name, cell in read(table).items():
         train = load_config(preset="embedded", overrides=table.texts(name)).train
         samples = str(train.steps * train.prompts_per_step * train.group_size)
         assert {row["samples"] for row in cell.rows} == {samples}, name
         assert len({row["seed"] for row in cell.rows}) == len(cell.rows), name
         assert {row["seed"] for row in cell.rows} <= set(map(str, table.seeds)), name
-        for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
-            assert own.mean() == pytest.approx(float(row[f"after/{table.judged}"]), abs=1e-4), (name, row["seed"])
+        for row, own in zip(cell.rows, cell.values_SP, strict=True):
+            before, after = (float(row[f"{when}/{table.judged}"]) for when in ("before", "after"))
+            mean, low, high = map(float, row["rise"].split(":"))
+            assert own.mean() == pytest.approx(after, abs=6e-4), (name, row["seed"])
+            assert mean == pytest.approx(after - before, abs=2e-4), (name, row["seed"])
+            assert low <= mean <= high, (name, row["seed"])
 
 
 def test_the_interval_of_equal_seeds_is_that_of_their_prompts() -> None:
@@ -92,12 +100,47 @@ def test_the_goal_is_reached_at_the_first_score_of_1_4_times_the_start() -> None
 
 def test_a_claim_on_a_mean_holds_when_each_seed_is_above_each() -> None:
     cells = {
-        name: Cell([{"after/clean": v} for v in values], np.zeros((len(values), 1)))
-        for name, values in (("a", ("0.93", "0.95")), ("b", ("0.90", "0.92")), ("c", ("0.91", "0.94")))
+        name: Cell([{"seed": str(k), "after/clean": v} for k, v in enumerate(values)], np.zeros((len(values), 1)))
+        for name, values in (
+            ("a", ("0.93", "0.94", "0.95")),
+            ("b", ("0.90", "0.91", "0.92")),
+            ("c", ("0.91", "0.93", "0.94")),
+        )
     }
-    assert _by_seed("a", "b", cells, "clean") == "* a above b in clean: holds (0.930 to 0.950 against 0.900 to 0.920)."
-    assert "does not hold" in _by_seed("b", "a", cells, "clean")
-    assert "cannot be told" in _by_seed("a", "c", cells, "clean")
+    cells |= {"few": Cell(cells["a"].rows[:1], cells["a"].values_SP)}
+    found = {pair: _judged(Claim("", (pair[0], pair[1:]), "clean"), cells)[0] for pair in ("ab", "ba", "ac", "afew")}
+    assert found == {"ab": "holds", "ba": "does not hold", "ac": "cannot be told", "afew": "fewer than 3 seeds"}
+
+
+def test_claims_are_judged_over_the_seeds_that_both_cells_have() -> None:
+    """A fourth seed of the first cell, with every prompt wrong, does not count."""
+    right = np.repeat([[1], [1], [1], [0]], 50, axis=1)
+    cells = {"a": _cell(right), "b": _cell(np.zeros((3, 50)))}
+    assert _judged(Claim("", ("a", "b")), cells) == ("holds", "+1.000 [+1.000, +1.000], 3 seeds")
+
+
+def test_paired_seeds_cancel() -> None:
+    """Seeds differ in every prompt, and both cells alike: paired there is no spread, else that of both."""
+    cell = _cell(np.repeat([[0], [0], [1], [1]], 50, axis=1))
+    assert interval(cell, cell, paired=True) == (0.0, 0.0, 0.0)
+    _, low, high = interval(cell, cell)
+    assert high - low > 1
+
+
+@pytest.mark.parametrize("text", ["0110", "0.500", "0.500 1.000"])
+def test_values_are_read_as_they_are_written(text: str) -> None:
+    assert _written(_values(text)) == text
+
+
+def test_every_file_of_data_has_its_table() -> None:
+    assert {path.stem for path in RESULTS.glob("*.csv")} <= {table.name for table in tables()}
+
+
+def test_commands_survive_a_shell() -> None:
+    for table in tables():
+        for cell in table.cells:
+            words = shlex.split(table.command(cell))
+            assert [b for a, b in pairwise(words) if a == "--set"] == table.texts(cell)
 
 
 @pytest.mark.parametrize("table", [table for table in TABLES if table.figure], ids=lambda table: table.name)
@@ -112,13 +155,11 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     """Two one-step runs by the sweep that is printed, collected and read back."""
     table = replace(tables()[0], name="short", seeds=[0, 1], cells={"joint": []})
     settings = ["train.steps=1", "train.prompts_per_step=1", "train.group_size=2", "train.minibatches=1"]
-    settings += ["eval.limit=2", "eval.every=1", "eval.steps=2", "doctor.at_start=off", "threads=1"]
-    settings += ["sampling.steps=3", "sampling.window_range=[0,2]", "sampling.window_size=1"]
-    settings += ["sampling.max_new_tokens=4", "train.samples_every=0", "train.trace_every=0"]
+    settings += ["eval.limit=2", "eval.every=1", "doctor.at_start=off", "threads=1"]
     table = replace(table, settings=settings)
-    command = table.command("joint").replace("--out runs", f"--out {tmp_path}").split()
-    done = unigrpo(*command[1:])
-    assert done.exit_code == 0, done.output
+    command = table.command("joint").replace("--out runs", f"--out {tmp_path}")
+    command = shlex.split(command)
+    subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
     (tmp_path / "short.csv").write_text(collect(table, tmp_path, "abc"))
     cell = read(table, tmp_path / "short.csv")["joint"]
     assert [row["seed"] for row in cell.rows] == ["0", "1"]
@@ -127,7 +168,7 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
         step, seconds, score = row["curve"].split(":")
         assert (step, score) == ("1", row["after/geneval"])
         assert 0 < float(seconds) <= float(row["train_seconds"])
-    for row, own in zip(cell.rows, cell.verdicts_SP, strict=True):
+    for row, own in zip(cell.rows, cell.values_SP, strict=True):
         run = next((tmp_path / "short" / "joint").glob(f"*seed={row['seed']}*"))
         assert own.tolist() == load_report(run / "eval_after.json").values["geneval"].tolist()
 
@@ -138,8 +179,9 @@ def test_three_runs_picked_at_random_score_the_same_again(tmp_path: Path) -> Non
     rows = [(table, row) for table in TABLES for cell in read(table).values() for row in cell.rows]
     for table, row in random.sample(rows, 3):
         one = replace(table, seeds=[int(row["seed"])])
-        command = one.command(row["cell"]).replace("--out runs", f"--out {tmp_path}").split()
-        subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
+        for command in (*(table.before if "model=" in one.command(row["cell"]) else ()), one.command(row["cell"])):
+            words = shlex.split(command.replace("runs/", f"{tmp_path}/"))
+            subprocess.run([sys.executable, "-m", "unigrpo_cli", *words[1:]], check=True, capture_output=True)
         (tmp_path / "again.csv").write_text(collect(one, tmp_path, "abc"))
         (again,) = read(one, tmp_path / "again.csv")[row["cell"]].rows
         found, before = (float(r[f"after/{table.judged}"]) for r in (again, row))

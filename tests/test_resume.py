@@ -505,6 +505,7 @@ def test_one_command_line_begins_and_goes_on(tmp_path: Path, plugin: Path, alone
     (run / ".lock").touch()
     (run / "config.toml.partial").write_text("half")
     _done(unigrpo(*_command(run, plugin, ("train.steps=0",))))
+    assert (run / "summary.json").is_file() and not (run / "config.toml.partial").exists()
     for path in (copy / "checkpoints", copy / "summary.json", copy / "eval_after.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     _done(unigrpo("train", "--resume", copy, "--plugin", plugin))

@@ -15,6 +15,7 @@ import pytest
 
 from tests.commands import Process, unigrpo
 from unigrpo_cli.cli.common import load_plugins
+from unigrpo_cli.io.entry_points import entry_points
 from unigrpo_cli.rewards.conformance import check_reward
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.run.console import Display
@@ -145,3 +146,13 @@ def test_new_files_of_every_kind_pass_their_own_tests(tmp_path: Path) -> None:
     code, output, _ = tests.ended()
     assert code == 0, output
     assert "5 passed" in output
+
+
+def test_a_package_that_is_installed_meanwhile_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not entry_points("unigrpo.tried")
+    package = tmp_path / "later-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: later\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[unigrpo.tried]\nthing = json:dumps\n")
+    assert [point.name for point in entry_points("unigrpo.tried")] == ["thing"]

@@ -1,7 +1,8 @@
 """The tables of results/README.md: `python -m tools.results` writes the page from results/*.csv. A test compares them.
 
 `python -m tools.results commands [TABLE]` prints one `unigrpo sweep` command per cell; `python -m tools.results collect
-DIR COMMIT` copies what its runs measured from DIR/TABLE/CELL into results/TABLE.csv; COMMIT is that of their code.
+DIR COMMIT` copies what its runs measured from DIR/TABLE/CELL into results/TABLE.csv; COMMIT is that of their code, and
+rows that are there already with the same scores keep theirs.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,24 @@ GOAL = 1.4
 """A leaderboard's goal: this many times the score before training."""
 FEWEST = 3
 """Seeds without which a claim gets no verdict."""
-FIRST = ("cell", "seed", "steps", "samples", "train_seconds", "commit", "torch")
-"""First columns of a table's CSV; scores before and after, and the verdicts of each prompt, follow."""
+CONTROL = "shuffled"
+"""The cell whose advantages are permuted over episodes: it is not to rise."""
+FIRST = ("cell", "seed", "steps", "samples", "train_seconds", "commit", "torch", "rise")
+"""First columns of a table's CSV; scores before and after, and those of each prompt, follow."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that holds when the first cell is above the second, in the judged score or in the column `by`.
+
+    Args:
+        paired: runs of one seed have the same weights in both cells, so their seeds are drawn together.
+    """
+
+    says: str
+    above: tuple[str, str]
+    by: str = ""
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,10 +54,10 @@ class Table:
     """Cells that are compared.
 
     Args:
-        reward: the trained rewards; the held-out verdicts of 0 or 1 of the last one are compared prompt by prompt.
+        reward: the trained rewards; the held-out scores of the last one are compared prompt by prompt.
         settings: `--set` texts of all cells; `cells` has those of each.
+        before: commands that make what cells start from.
         figure: what is drawn: `curve`, the score over seconds of training, or a column, the score over it.
-        claims: pairs of cells: the first scores above the second, or is above it in the column that is named third.
     """
 
     name: str
@@ -47,8 +65,9 @@ class Table:
     reward: str
     seeds: list[int]
     settings: list[str]
-    claims: list[list[str]]
     cells: dict[str, list[str]]
+    claims: list[Claim] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
     figure: str = ""
 
     def texts(self, cell: str) -> list[str]:
@@ -57,7 +76,7 @@ class Table:
 
     def command(self, cell: str) -> str:
         seeds = ",".join(map(str, self.seeds))
-        sets = " ".join(f"--set {text}" for text in self.texts(cell))
+        sets = " ".join(f"--set {shlex.quote(text)}" for text in self.texts(cell))
         return f"unigrpo sweep --reward {self.reward} --seeds {seeds} {sets} --out {RUNS}/{self.name}/{cell}"
 
     @property
@@ -70,7 +89,8 @@ class Table:
 
 
 def tables() -> list[Table]:
-    return [Table(**table) for table in tomllib.loads((RESULTS / "tables.toml").read_text())["table"]]
+    found = tomllib.loads((RESULTS / "tables.toml").read_text())["table"]
+    return [Table(**table | {"claims": [Claim(**claim) for claim in table.get("claims", ())]}) for table in found]
 
 
 # ----- from runs to CSV
@@ -83,7 +103,12 @@ def collect(table: Table, runs: Path, commit: str) -> str:
         for cell in table.cells
         for path in sorted((runs / table.name / cell).glob("*/eval_after.json"))
     ]
-    columns = list(FIRST) + sorted({key for row in rows for key in row} - {*FIRST, "verdicts"}) + ["verdicts"]
+    known = read(table) if table.path.is_file() else {}
+    for row in rows:
+        for before in known[row["cell"]].rows if row["cell"] in known else ():
+            if before["seed"] == str(row["seed"]) and before["values"] == row["values"]:
+                row["commit"] = before["commit"]
+    columns = list(FIRST) + sorted({key for row in rows for key in row} - {*FIRST, "values"}) + ["values"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -96,7 +121,8 @@ def _row(table: Table, cell: str, run: Path, commit: str) -> dict[str, object]:
     config = tomllib.loads((run / "config.toml").read_text())
     before, after = (json.loads((run / f"eval_{when}.json").read_text()) for when in ("before", "after"))
     train, values = config["train"], after["values"][table.judged]
-    assert set(values) <= {0.0, 1.0}, f"{run}: {table.judged} gives more than verdicts of 0 and 1"
+    rise = summary["difference"][table.judged]
+    low, high = rise["ci95"]
     row: dict[str, object] = {
         "cell": cell,
         "seed": config["seed"],
@@ -105,12 +131,24 @@ def _row(table: Table, cell: str, run: Path, commit: str) -> dict[str, object]:
         "train_seconds": round(summary["train_seconds"], 1),
         "commit": commit,
         "torch": json.loads((run / "environment.json").read_text())["torch"].split("+")[0],
+        "rise": f"{rise['mean']:.4f}:{low:.4f}:{high:.4f}",
     }
     for when, report in (("before", before), ("after", after)):
         row |= {f"{when}/{name}": round(score["mean"], 4) for name, score in report["scores"].items()}
     if config["eval"]["every"]:
         row["curve"] = " ".join(_curve(run, f"eval/{table.judged}"))
-    return row | {"verdicts": "".join(str(int(value)) for value in values)}
+    return row | {"values": _written(values)}
+
+
+def _written(values: list[float]) -> str:
+    """A digit per prompt where all are verdicts of 0 and 1, else a decimal."""
+    if set(values) <= {0.0, 1.0}:
+        return "".join(str(int(value)) for value in values)
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def _values(text: str) -> list[float]:
+    return [float(value) for value in (text.split() if "." in text else text)]
 
 
 def _curve(run: Path, metric: str) -> Iterator[str]:
@@ -128,10 +166,15 @@ def _curve(run: Path, metric: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of a cell: `verdicts_SP` by seed and prompt, and the columns of its rows."""
+    """The runs of a cell: `values_SP` by seed and prompt, and the columns of its rows."""
 
     rows: list[dict[str, str]]
-    verdicts_SP: NDArray[np.float64]
+    values_SP: NDArray[np.float64]
+
+    def of_seeds(self, seeds: set[str]) -> Cell:
+        """The runs of these seeds."""
+        kept = [k for k, row in enumerate(self.rows) if row["seed"] in seeds]
+        return Cell([self.rows[k] for k in kept], self.values_SP[kept])
 
     def mean(self, column: str) -> float:
         return float(np.mean([float(row[column]) for row in self.rows]))
@@ -145,29 +188,28 @@ def read(table: Table, path: Path | None = None) -> dict[str, Cell]:
     for name in table.cells:
         own = [row for row in rows if row["cell"] == name]
         if own:
-            found[name] = Cell(own, np.array([[float(v) for v in row["verdicts"]] for row in own]))
+            found[name] = Cell(own, np.array([_values(row["values"]) for row in own]))
     return found
 
 
-def interval(first: Cell, second: Cell | None = None) -> tuple[float, float, float]:
+def interval(first: Cell, second: Cell | None = None, paired: bool = False) -> tuple[float, float, float]:
     """Mean of a cell, or of first - second, and its 95 % interval.
 
-    Seeds are drawn with replacement, in each cell its own, and prompts, the same for both cells.
+    Seeds are drawn with replacement, in each cell its own unless paired, and prompts, the same for both cells.
     """
     rng = np.random.default_rng(0)
-    prompts = first.verdicts_SP.shape[1]
-    means = np.empty(RESAMPLES)
+    prompts, means = first.values_SP.shape[1], np.empty(RESAMPLES)
     for k in range(RESAMPLES):
         chosen = rng.integers(prompts, size=prompts)
-        means[k] = _drawn(first, chosen, rng) - (0.0 if second is None else _drawn(second, chosen, rng))
-    mean = first.verdicts_SP.mean() - (0.0 if second is None else second.verdicts_SP.mean())
+        seeds = rng.integers(len(first.values_SP), size=len(first.values_SP))
+        means[k] = first.values_SP[seeds].mean(axis=0)[chosen].mean()
+        if second is not None:
+            if not paired:
+                seeds = rng.integers(len(second.values_SP), size=len(second.values_SP))
+            means[k] -= second.values_SP[seeds].mean(axis=0)[chosen].mean()
+    mean = first.values_SP.mean() - (0.0 if second is None else second.values_SP.mean())
     low, high = np.percentile(means, [2.5, 97.5])
     return float(mean), float(low), float(high)
-
-
-def _drawn(cell: Cell, prompts: NDArray[np.int64], rng: np.random.Generator) -> float:
-    seeds = rng.integers(len(cell.verdicts_SP), size=len(cell.verdicts_SP))
-    return float(cell.verdicts_SP[seeds][:, prompts].mean())
 
 
 def goal(row: dict[str, str], judged: str) -> tuple[str, str]:
@@ -184,22 +226,54 @@ def verdict(low: float, high: float) -> str:
     return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
 
 
-def _by_seed(first: str, second: str, cells: dict[str, Cell], column: str) -> str:
-    """A claim on a mean without verdicts: it holds when each seed of the first cell is above each of the second."""
-    ours, theirs = (sorted(float(row[f"after/{column}"]) for row in cells[name].rows) for name in (first, second))
-    found = verdict(ours[0] - theirs[-1], ours[-1] - theirs[0])
-    return (
-        f"* {first} above {second} in {column}: {found} "
-        f"({ours[0]:.3f} to {ours[-1]:.3f} against {theirs[0]:.3f} to {theirs[-1]:.3f})."
-    )
+def _judged(claim: Claim, cells: dict[str, Cell]) -> tuple[str, str]:
+    """The verdict on a claim over the seeds that both cells have, and by how much.
+
+    On a column without values of each prompt it holds when each seed of the first cell is above each of the second.
+    """
+    found = [cells[name] for name in claim.above if name in cells]
+    common = set.intersection(*({row["seed"] for row in cell.rows} for cell in found)) if len(found) == 2 else set()
+    if len(common) < FEWEST:
+        return f"fewer than {FEWEST} seeds", ""
+    first, second = (cell.of_seeds(common) for cell in found)
+    if claim.by:
+        ours, theirs = (sorted(float(row[f"after/{claim.by}"]) for row in cell.rows) for cell in (first, second))
+        ranges = f"{claim.by} {ours[0]:.3f} to {ours[-1]:.3f} against {theirs[0]:.3f} to {theirs[-1]:.3f}"
+        return verdict(ours[0] - theirs[-1], ours[-1] - theirs[0]), f"{ranges}, {len(common)} seeds"
+    mean, low, high = interval(first, second, claim.paired)
+    return verdict(low, high), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(common)} seeds"
 
 
 def page() -> str:
+    done = [table for table in tables() if table.path.is_file()]
     parts = [(RESULTS / "head.md").read_text().rstrip()]
-    for table in tables():
-        if table.path.is_file():
-            parts.append("\n".join(_section(table)))
+    parts += ["\n".join(_section(table)) for table in done]
+    parts.append(
+        "\n".join(
+            ["## What does not hold, or cannot be told\n", *(line for table in done for line in _failures(table))]
+        )
+    )
     return "\n\n".join(parts) + "\n"
+
+
+def _failures(table: Table) -> Iterator[str]:
+    """Claims that do not hold or cannot be told, cells in which not every run rises, a control in which one does."""
+    cells = read(table)
+    for claim in table.claims:
+        found, amount = _judged(claim, cells)
+        if amount and found != "holds":
+            yield f"* {table.title}. {claim.says}: {found} ({amount})."
+    for name, cell in cells.items():
+        clear = _rising(cell)
+        if clear > 0 if name == CONTROL else clear < len(cell.rows):
+            mean, low, high = interval(cell)
+            change = f"{cell.mean(f'before/{table.judged}'):.3f} to {mean:.3f} [{low:.3f}, {high:.3f}]"
+            yield f"* {table.title}. `{name}` rises clearly in {clear} of {len(cell.rows)} runs: {change}."
+
+
+def _rising(cell: Cell) -> int:
+    """Runs whose own rise has an interval over prompts above 0."""
+    return sum(float(row["rise"].split(":")[1]) > 0 for row in cell.rows)
 
 
 def _section(table: Table) -> Iterator[str]:
@@ -210,7 +284,7 @@ def _section(table: Table) -> Iterator[str]:
     others = [name for name in others if name != table.judged and "/" not in name]
     yield f"## {table.title}\n"
     yield f"`results/{table.path.name}`; intervals (95 %) over seeds and prompts.\n"
-    heads = ["cell", "runs", "steps", "samples", "minutes", "start", table.judged, *others]
+    heads = ["cell", "runs", "steps", "samples", "minutes", "start", table.judged, "rises clearly", *others]
     timed = any(cell.rows[0].get("curve") for cell in cells.values())
     heads += [f"step of {GOAL} x start", "seconds until then"] if timed else []
     yield "| " + " | ".join(heads) + " |"
@@ -218,26 +292,22 @@ def _section(table: Table) -> Iterator[str]:
     for name, cell in cells.items():
         mean, low, high = interval(cell)
         counts = [str(len(cell.rows)), f"{cell.mean('steps'):.0f}", f"{cell.mean('samples'):,.0f}"]
-        minutes = f"{cell.mean('train_seconds') / 60:.2f}"
+        minutes = f"{np.median([float(row['train_seconds']) for row in cell.rows]) / 60:.2f}"
         scores = [f"{cell.mean(f'before/{table.judged}'):.3f}", f"{mean:.3f} [{low:.3f}, {high:.3f}]"]
-        more = [f"{cell.mean(f'after/{other}'):.3f}" for other in others]
+        scores += [f"{_rising(cell)} of {len(cell.rows)}"]
+        more = [f"{cell.mean(f'after/{other}'):.3f}" if cell.rows[0].get(f"after/{other}") else "" for other in others]
         goals = [", ".join(column) for column in zip(*(goal(row, table.judged) for row in cell.rows), strict=True)]
         yield "| " + " | ".join([name, *counts, minutes, *scores, *more, *(goals if timed else [])]) + " |"
     yield ""
-    for first, second, *column in table.claims:
-        if min(len(cells[name].rows) if name in cells else 0 for name in (first, second)) < FEWEST:
-            yield f"* {first} above {second}: fewer than {FEWEST} seeds."
-        elif column:
-            yield _by_seed(first, second, cells, column[0])
-        else:
-            mean, low, high = interval(cells[first], cells[second])
-            yield f"* {first} above {second}: {verdict(low, high)} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])."
+    for claim in table.claims:
+        found, amount = _judged(claim, cells)
+        yield f"* {claim.says}: **{found}**. {' - '.join(claim.above)}{amount and f': {amount}'}"
     if missing := [name for name in table.cells if name not in cells]:
         yield f"* Not run yet: {', '.join(missing)}."
     if table.figure:
         yield f"\n![{table.title}]({table.name}.png)"
     yield "\n```"
-    yield from (table.command(name) for name in cells)
+    yield from [*table.before, *(table.command(name) for name in cells)]
     yield "```"
 
 
@@ -275,7 +345,7 @@ def main(arguments: list[str]) -> None:
         case ["commands", *names]:
             for table in tables():
                 if not names or table.name in names:
-                    print(*(table.command(cell) for cell in table.cells), sep="\n")
+                    print(*table.before, *(table.command(cell) for cell in table.cells), sep="\n")
         case ["collect", runs, commit]:
             for table in tables():
                 if any((Path(runs) / table.name).glob("*/*/eval_after.json")):

@@ -15,12 +15,20 @@ NO_AUTOLOAD = "UNIGRPO_DISABLE_PLUGIN_AUTOLOAD"
 
 def entry_points(group: str) -> EntryPoints:
     """Entry points of a group, of every installed package."""
-    return _found(group, tuple(sys.path))
+    return _found(group, tuple((os.path.abspath(path), _changed(path)) for path in sys.path))
+
+
+def _changed(path: str) -> int:
+    """When something was last installed there, in nanoseconds; 0 where nothing is."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 @cache
-def _found(group: str, path: tuple[str, ...]) -> EntryPoints:
-    """Read once for each import path: a file of every installed package."""
+def _found(group: str, state: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """Read once for each state of the import path: a file of every installed package."""
     return metadata.entry_points(group=group)
 
 

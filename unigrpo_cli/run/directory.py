@@ -96,16 +96,19 @@ def scratch_directory(checkpoint_names: Sequence[str]) -> Iterator[Path]:
         yield Path(name)
 
 
-@cache
 def environment() -> dict[str, Any]:
-    """Versions that decide numbers; read once, for each is parsed from a file."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    """Versions that decide numbers."""
+    found = {name: _version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "machine": platform.machine()} | found
+
+
+@cache
+def _version(name: str) -> str:
+    """Read once: it is parsed from a file."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 class Run:
