@@ -60,7 +60,7 @@ def test_train_resume_eval_and_generate_work(tmp_path: Path, small_model: Path) 
     lines = [
         line,
         [*line, "--steps", "2"],
-        ["generate", "a red circle", "--model", str(run), "--out", str(tmp_path / "g")],
+        ["generate", "a red circle", "--model", str(run), "--set", "threads=1", "--out", str(tmp_path / "g")],
         ["eval", "--model", str(run), "--set", "eval.limit=1", "--set", "threads=1", "--out", str(tmp_path / "e")],
     ]
     import_everything()

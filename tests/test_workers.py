@@ -121,7 +121,7 @@ def work(part):
     for _ in range(30):
         x @ x
 try:
-    list(parallel_map(work, range(50), 2))
+    list(parallel_map(work, range(5000), 2))
 except KeyboardInterrupt:
     sys.exit(130)
 """
