@@ -101,6 +101,13 @@ PLACE_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_RO
 """What to do about a file that the system refuses, by error number."""
 
 
+def options(context: typer.Context) -> dict[str, Any]:
+    """Values of a command's options. Before typer 0.29 the context has paths as text."""
+    return context.params | {
+        name: Path(context.params[name]) for name in ("out", "config", "plugins_dir") if context.params.get(name)
+    }
+
+
 def one_error_line(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn errors into one line on stderr and an exit code; a traceback only with --debug."""
 
@@ -184,7 +191,7 @@ def resolve_config(
     from unigrpo_cli.config import load_config
     from unigrpo_cli.run.setup import model_defaults
 
-    given = context.params
+    given = options(context)
     named = {key: given[option] for option, key in {**SETTINGS, **(settings or {})}.items() if option in given}
     named = {key: value for key, value in named.items() if value not in ((), [])}  # lists that were not given
     if given.get("reward_opt"):

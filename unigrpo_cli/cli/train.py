@@ -95,7 +95,7 @@ def opened(
     """
     from unigrpo_cli.run.console import Display
 
-    given = context.params
+    given = common.options(context)
     out, resume = given["out"], given["resume"]
     rank, _, _ = launched()
     display = Display(json=given["json"], quiet=given["quiet"], rank=rank)
