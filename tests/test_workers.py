@@ -110,7 +110,8 @@ def test_results_are_not_kept() -> None:
 
 
 INTERRUPTED = """
-import sys, time, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from unigrpo_cli.parallel.out_of_memory import halve_until_it_fits, is_out_of_memory, out_of_memory_hint
 from unigrpo_cli.parallel.workers import parallel_map
 torch.set_num_threads(2)
@@ -121,7 +122,7 @@ def work(part):
     for _ in range(30):
         x @ x
 try:
-    list(parallel_map(work, range(5000), 2))
+    list(parallel_map(work, range(1000), 2))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -133,7 +134,10 @@ def test_a_process_that_is_interrupted_amid_batches_ends_as_it_says() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"begun\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, errors) == (130, b"")
 
 
