@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -327,22 +328,32 @@ def test_too_many_abstentions_stop() -> None:
         _score(_faulty([1.0, None, None, 3.0]))
 
 
-def test_a_reward_that_hangs_is_left_behind() -> None:
+def test_a_reward_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And when it returns after all, the working directory of the process stays."""
+    wake, threads = threading.Event(), []
+
     class Hanging(Gained):
         name = "hanging"
         needs = frozenset()
 
         def score(self, batch: RewardBatch) -> list[float]:
-            time.sleep(60)
+            threads.append(threading.current_thread())
+            wake.wait(60)
             return []
 
         def teardown(self) -> None:
-            time.sleep(60)
+            wake.wait(60)
 
     began = time.perf_counter()
     with pytest.raises(RewardError, match=r"no answer in score within 0.2 s.*reward.timeout_s"):
         _score(Hanging, policy=RewardLimits(timeout_s=0.2))
     assert time.perf_counter() - began < 5
+    monkeypatch.chdir(tmp_path)
+    wake.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert threads and Path.cwd() == tmp_path
 
 
 def test_a_failing_teardown_does_not_hide_what_failed_before() -> None:

@@ -202,6 +202,7 @@ class LoadedReward:
         return call.result() if error is None else error
 
     def close(self) -> None:
+        self._directory.release()
         self.worker.close()
 
     def _start(self, function: Callable[..., Any], *arguments: Any) -> Future:

@@ -249,11 +249,16 @@ class WorkingDirectory:
     """The working directory of one plugin.
 
     A process has one working directory, and the paths that a user typed are relative to the one at start. A plugin
-    that changes it keeps its own for its later calls; the rest of the process keeps the other.
+    that changes it keeps its own for its later calls; the rest of the process keeps the other. After `release` a call
+    that is still in flight leaves the directory of the process as it is.
     """
 
     def __init__(self) -> None:
         self._own: str | None = None
+        self._released = False
+
+    def release(self) -> None:
+        self._released = True
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -266,7 +271,7 @@ class WorkingDirectory:
             yield
         finally:
             after = _current_directory()
-            if before is not None and after != before:
+            if before is not None and after != before and not self._released:
                 self._own = after
                 os.chdir(before)
 
