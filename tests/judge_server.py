@@ -72,7 +72,7 @@ class JudgeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def start(self) -> JudgeServer:
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True, name="stand-in judge").start()
+        threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True, name="stand-in judge").start()
         return self
 
     def stop(self) -> None:

@@ -244,7 +244,7 @@ def test_commands_in_messages_quote_paths(tmp_path: Path) -> None:
 def test_a_reward_that_hangs_lets_the_process_end(tmp_path: Path, small_model: Path) -> None:
     plugin = _reward(tmp_path, "time.sleep(600)")
     more = ["--plugin", plugin, "--model", small_model, "--out", tmp_path / "run", "--set", "threads=1"]
-    hung = Process(command_line, "train", "--reward", "mine", *more, *FAST, "--set", "reward.timeout_s=1")
+    hung = Process(command_line, "train", "--reward", "mine", *more, *FAST, "--set", "reward.timeout_s=0.2")
     code, _, errors = hung.ended(60)
     assert code == 3, errors
 

@@ -18,7 +18,7 @@ from unigrpo_plugins.remote import RemoteReward
 from unigrpo_plugins.vlm import VlmOptions, VlmReward
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=False, offline=True)
-DEADLINE_S, LATEST_S = 0.4, 3.0  # the latest that a request may end on a busy machine
+DEADLINE_S, LATEST_S = 0.15, 3.0  # the latest that a request may end on a busy machine
 LIMITS = Limits(deadline_s=20, connect_s=20, read_s=20, max_bytes=100)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 

@@ -100,27 +100,21 @@ def test_what_wants_the_whole_rollout_gets_it_in_one_call() -> None:
 
 
 def test_waiting_is_hidden_behind_sampling() -> None:
-    """Four batches, a tenth of a second each to sample and to judge: the judging of three is hidden."""
+    """Four batches, 50 ms each to sample and to judge: the judging of three is hidden."""
 
     def seconds(overlap: str) -> float:
-        with opened(concurrency=1, wait_s=0.1) as (rewards, _):
+        with opened(concurrency=1, batch_size=1, wait_s=0.05) as (rewards, _):
             began = time.perf_counter()
             scoring = rewards.start(step=0, overlap=overlap)
             for k in range(4):
-                time.sleep(0.1)
+                time.sleep(0.05)
                 scoring.add(samples(k))
             scoring.submit(["0", "1", "2", "3"])
             scoring.finish()
             return time.perf_counter() - began
 
-    together = min(seconds("auto") for _ in range(3))
-    with opened(concurrency=1, wait_s=0.4) as (rewards, _):
-        began = time.perf_counter()
-        time.sleep(0.4)
-        rewards.score(samples(0))
-        apart = time.perf_counter() - began
-    assert apart > 0.8
-    assert together < 0.7
+    assert seconds("none") > 0.39
+    assert any(seconds("auto") < 0.35 for _ in range(5)), "a busy machine may need several tries"
 
 
 @pytest.mark.parametrize("overlap", ["auto", "all"])

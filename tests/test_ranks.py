@@ -180,12 +180,12 @@ def test_waiting_for_ranks_that_do_not_come_is_said_and_ends(rank: int, missing:
     port = str(free_port())
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "RANK": str(rank)}
     began = time.monotonic()
-    waiting = Process(command_line, "train", "--reward", "geneval", UNIGRPO_JOIN_TIMEOUT="3", **address)
+    waiting = Process(command_line, "train", "--reward", "geneval", UNIGRPO_JOIN_TIMEOUT="0.5", **address)
     code, _, errors = waiting.ended()
     assert time.monotonic() - began < 100
     lines = [line for line in errors.splitlines() if "waiting" in line]
-    assert lines[0] == f"rank {rank} is waiting for {missing} at 127.0.0.1:{port}, for up to 3 s"
-    assert f"error: rank {rank} gave up after 3 s of waiting for {missing}" in lines[1]
+    assert lines[0] == f"rank {rank} is waiting for {missing} at 127.0.0.1:{port}, for up to 0.5 s"
+    assert f"error: rank {rank} gave up after 0.5 s of waiting for {missing}" in lines[1]
     assert (code, len(lines)) == (2, 2)
 
 

@@ -34,10 +34,16 @@ from unigrpo_cli.rewards.loaded import RewardLimits
 from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import parse_rewards
+from unigrpo_plugins import remote
 
 CONTEXT = RewardContext(device="cpu", seed=0, embedded=False, offline=True)
 LENIENT = RewardLimits(max_abstain=1.0)
 ABSTAIN = RewardLimits(on_error="abstain", max_abstain=1.0)
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.02)
 
 
 def _plugins(*factories: object) -> Plugins:
@@ -54,7 +60,7 @@ def _served(text: str, *factories: object, policy: RewardLimits = LENIENT, **how
     server = RewardServer("127.0.0.1", how.pop("port", 0), **how)
     with Scorer(parse_rewards([text]), _plugins(*factories), CONTEXT, policy) as rewards:
         server.listen(rewards, "1.0")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True)
         thread.start()
         try:
             yield server
@@ -396,11 +402,11 @@ def test_one_scoring_at_a_time_and_waiting_for_it_is_no_timeout() -> None:
     def slow(prompts):
         busy.append(1)
         most.append(len(busy))
-        time.sleep(0.15)
+        time.sleep(0.08)
         busy.pop()
         return [float(len(p)) for p in prompts]
 
-    with _served("slow", slow, policy=RewardLimits(timeout_s=0.6)) as server:
+    with _served("slow", slow, policy=RewardLimits(timeout_s=0.4)) as server:
         found: dict[int, Any] = {}
 
         def post(k: int) -> None:
@@ -425,7 +431,7 @@ def test_a_server_that_goes_and_comes_back() -> None:
         before = _ask(rewards, samples)
 
     def return_later() -> None:
-        time.sleep(0.7)
+        time.sleep(0.15)
         with _served("geneval", port=port):
             done.wait(20)
 
@@ -463,14 +469,14 @@ def test_what_passes_is_tried_again(status: int) -> None:
 def test_a_dead_server_stops_the_run_or_abstains_and_is_never_zero() -> None:
     for policy in (RewardLimits(), ABSTAIN):
         with _served("geneval") as server:
-            opened = _remote(server.url, policy, deadline_s=0.5)
+            opened = _remote(server.url, policy, deadline_s=0.3)
             rewards = opened.__enter__()
         if policy is ABSTAIN:
             scored = _ask(rewards, example_samples(4))
             assert not scored.valid.any()
             assert np.isnan(scored.scores).all()
         else:
-            with pytest.raises(RewardError, match=r"gave no answer in \d+ tries and 0.5 s.*rewards serve"):
+            with pytest.raises(RewardError, match=r"gave no answer in \d+ tries and 0.3 s.*rewards serve"):
                 _ask(rewards, example_samples(4))
         opened.__exit__(None, None, None)
 
@@ -528,7 +534,7 @@ def _answering(answer: Any) -> Iterator[str]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Told)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

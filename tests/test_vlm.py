@@ -147,7 +147,7 @@ def test_equal_questions_are_asked_and_paid_once(judge: Callable[..., VlmReward]
 # ----- faults
 
 
-QUICK = {"read_timeout_s": 1.0}
+QUICK = {"read_timeout_s": 0.5}
 
 
 @pytest.mark.parametrize("kind", [*FAULTS, "all"])

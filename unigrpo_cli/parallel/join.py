@@ -27,7 +27,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 JOIN_TIMEOUT = 300.0
 """Seconds that a rank waits for the others to start; UNIGRPO_JOIN_TIMEOUT changes it."""
 SAY_AFTER = 2.0
-"""Seconds of waiting after which it is said."""
+"""Seconds of waiting after which it is said, or half of a shorter limit."""
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _meet_or_give_up(rank: int, world: int, host: str, port: int) -> Heartbeat:
                 raise
         waited, who = time.monotonic() - began, ", ".join(map(str, sorted(missing))) or "the group"
         who = f"rank{'s' if len(missing) > 1 else ''} {who} of {world} at {host}:{port}"
-        if waited > SAY_AFTER and not said:
+        if waited > min(SAY_AFTER, limit / 2) and not said:
             said = True
             print(f"rank {rank} is waiting for {who}, for up to {limit:g} s", file=sys.stderr, flush=True)
         if waited > limit:
