@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,6 @@ class Coloured:
 
     image: Image
     detection: Detection
-
-
-class ColorJudge(Protocol):
-    def likeness(self, things: Sequence[Coloured]) -> list[dict[str, float]]: ...
 
 
 def named(likeness: Mapping[str, float]) -> str:

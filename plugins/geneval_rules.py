@@ -125,11 +125,6 @@ def component(a: DetectedObject, relation: str, b: DetectedObject) -> float:
     return x * along_x + y * along_y
 
 
-def relations(a: DetectedObject, b: DetectedObject) -> set[str]:
-    """The relations of `a` to `b`: a diagonal can be two or none."""
-    return {relation for relation in DIRECTIONS if component(a, relation, b) > HOLDS}
-
-
 def judge(objects: Mapping[str, Sequence[DetectedObject]], metadata: Mapping) -> Verdict:
     """Apply all clauses of a prompt's metadata to the confident objects of one picture."""
     reasons: list[str] = []

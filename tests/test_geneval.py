@@ -22,7 +22,7 @@ from unigrpo_plugins.colors import ClipColors, Coloured, cielab, closeness, name
 from unigrpo_plugins.detectors import Detection
 from unigrpo_plugins.encoders import shared_encoder
 from unigrpo_plugins.geneval import GenEvalOptions, GenEvalReward
-from unigrpo_plugins.geneval_rules import KINDS, DetectedObject, judge, keep_confident, relations
+from unigrpo_plugins.geneval_rules import DIRECTIONS, HOLDS, KINDS, DetectedObject, component, judge, keep_confident
 
 
 def _at(x: float, y: float, size: float = 10.0, score: float = 0.95, color: str | None = None) -> DetectedObject:
@@ -43,7 +43,8 @@ def _at(x: float, y: float, size: float = 10.0, score: float = 0.95, color: str 
     ],
 )
 def test_relations(dx: float, dy: float, expected: set[str]) -> None:
-    assert relations(_at(100 + dx, 100 + dy), _at(100, 100)) == expected
+    a, b = _at(100 + dx, 100 + dy), _at(100, 100)
+    assert {relation for relation in DIRECTIONS if component(a, relation, b) > HOLDS} == expected
 
 
 def test_thresholds_are_strict_and_counting_has_its_own() -> None:

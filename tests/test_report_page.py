@@ -99,7 +99,7 @@ def test_numbers_of_a_token_and_of_a_step(opened: Any) -> None:
     episode = made_trace(3).groups[0].episodes[1]
     text, image = episode.segments[1], episode.segments[2]
     own = opened("#run=a&step=3&group=0&member=1&segment=1&action=2")
-    assert own.number('[data-number="ratio"]') == pytest.approx(float(text.ratio_L[2]), rel=1e-6)
+    assert own.number('[data-number="ratio"]') == pytest.approx(math.exp(text.log_ratio_L[2]), rel=1e-6)
     assert own.number('[data-number="change"]') == pytest.approx(float(text.change_L[2]), rel=1e-5)
     assert own.number('[data-number="push"]') == pytest.approx(float(text.change_L[2]) * episode.advantage, rel=1e-5)
     (cut,) = np.flatnonzero(text.clipped_L)

@@ -13,13 +13,13 @@ import pytest
 
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.suites import SuiteRegistry, as_prompts, read_prompts
-from unigrpo_cli.suites.geneval import OFFICIAL_SHA256, geneval_file, geneval_rows
+from unigrpo_cli.suites.geneval import geneval_rows
 
 
 def test_geneval_is_regenerated_byte_for_byte() -> None:
-    text = geneval_file()
-    assert len(text.encode()) == 85_209
-    assert hashlib.sha256(text.encode()).hexdigest() == OFFICIAL_SHA256
+    text = "".join(json.dumps(row) + "\n" for row in geneval_rows())
+    official = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    assert hashlib.sha256(text.encode()).hexdigest() == official
 
 
 def test_geneval_tasks() -> None:

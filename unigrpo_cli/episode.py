@@ -51,11 +51,6 @@ class Prompt:
         return tuple(picture for picture in self.pictures if isinstance(picture, str))
 
 
-def all_have_pictures(prompts: Sequence[Prompt]) -> bool:
-    """Whether every prompt has a picture, so that an episode can start from it."""
-    return all(prompt.image is not None for prompt in prompts)
-
-
 @dataclass(frozen=True)
 class GivenText:
     """Text that was read, not sampled. `ids` [L] are all its tokens, boundary tokens included."""

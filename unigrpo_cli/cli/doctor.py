@@ -59,21 +59,15 @@ def doctor(
 
 def _findings(settings: Config, plugins: Plugins, display: Display) -> list[Finding]:
     """All checks, on the state that training with these settings would start from."""
-    from unigrpo_cli.episode import all_have_pictures
     from unigrpo_cli.run.doctor import examine
     from unigrpo_cli.run.inputs import read_inputs
     from unigrpo_cli.run.prepare import prepare, with_sizes
-    from unigrpo_cli.run.setup import is_embedded, open_rewards
+    from unigrpo_cli.run.setup import check_prompts, is_embedded, open_rewards
 
     inputs = read_inputs(settings, plugins, display.say)
     prompts = inputs.prompts
     settings = with_sizes(inputs.config, None, prompts, display.say)
     state, _ = prepare(settings, None, None, display.warn)
     with open_rewards(inputs.rewards, plugins, settings, embedded=is_embedded(state.policy)) as rewards:
-        rewards.check_needs(
-            [p.metadata for p in prompts],
-            has_source=all_have_pictures(prompts),
-            has_reasoning=settings.sampling.think,
-            split="train",
-        )
+        check_prompts(rewards, prompts, settings.sampling.think, "train")
         return examine(state, prompts, rewards, settings, thorough=True)

@@ -115,10 +115,9 @@ def _report(
 
     One model is in memory at a time.
     """
-    from unigrpo_cli.episode import all_have_pictures
     from unigrpo_cli.evaluate import compare, limited
     from unigrpo_cli.run.directory import Run, fresh_directory
-    from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
+    from unigrpo_cli.run.setup import check_prompts, is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import SuiteRegistry
 
     suites = SuiteRegistry()
@@ -129,12 +128,7 @@ def _report(
         policy = load_policy(model_of(settings), settings.adapter, settings, display.warn)
     with open_rewards(choices, plugins, settings, embedded=is_embedded(policy), ranks=ranks) as rewards:
         with ranks.together():
-            rewards.check_needs(
-                [p.metadata for p in prompts],
-                has_source=all_have_pictures(prompts),
-                has_reasoning=settings.sampling.think,
-                split="eval",
-            )
+            check_prompts(rewards, prompts, settings.sampling.think, "eval")
             place = fresh_directory(out, "eval") if ranks.first else None
         run = Run(Path(ranks.from_first(str(place))))
         report: dict[str, Any] = {"run": str(run.directory), "model": settings.model, "suite": settings.eval.suite}

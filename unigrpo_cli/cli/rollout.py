@@ -100,7 +100,7 @@ def _sample_and_score(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Score whole groups, sampled or saved, split over the ranks; rank 0 writes them and returns the summary."""
-    from unigrpo_cli.episode import all_have_pictures, flatten
+    from unigrpo_cli.episode import flatten
     from unigrpo_cli.errors import RewardError, quoted
     from unigrpo_cli.evaluate import samples_of
     from unigrpo_cli.rewards.spec import parse_rewards
@@ -109,7 +109,7 @@ def _sample_and_score(
     from unigrpo_cli.run.inputs import with_suite
     from unigrpo_cli.run.memory.plan import with_batch_size
     from unigrpo_cli.run.records import groups_of_all
-    from unigrpo_cli.run.setup import is_embedded, load_policy, model_of, open_rewards
+    from unigrpo_cli.run.setup import check_prompts, is_embedded, load_policy, model_of, open_rewards
     from unigrpo_cli.suites import training_prompts
     from unigrpo_cli.training.maps import advantage_maps, check_map
 
@@ -127,9 +127,7 @@ def _sample_and_score(
             embedded, thinks = is_embedded(policy), settings.sampling.think
     with open_rewards(choices, plugins, settings, embedded=embedded, ranks=ranks) as rewards, ExitStack() as held:
         with ranks.together():
-            rewards.check_needs(
-                [p.metadata for p in chosen], has_source=all_have_pictures(chosen), has_reasoning=thinks, split="train"
-            )
+            check_prompts(rewards, chosen, thinks, "train")
             run = Run(held.enter_context(new_directory(out, "rollout"))) if ranks.first else None
         if source is not None:
             groups, own = saved, ranks.stretch(saved)

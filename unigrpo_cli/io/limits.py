@@ -90,19 +90,19 @@ def refuse_special(path: str | Path) -> None:
         raise OSError(None, "it is not a regular file but a pipe or device; save the content to a file", str(path))
 
 
-def read_ends(path: Path, begin: int, end: int, count: int) -> bytes:
-    """The first and the last `count` bytes of a stretch of a file; all of one shorter than both.
+def read_ends(path: Path, begin: int, end: int) -> bytes:
+    """The first and the last ENDS bytes of a stretch of a file; all of one shorter than both.
 
     Raises:
         OSError: when the file cannot be read.
     """
     with path.open("rb") as file:
         file.seek(begin)
-        if end - begin <= 2 * count:
+        if end - begin <= 2 * ENDS:
             return file.read(end - begin)
-        first = file.read(count)
-        file.seek(end - count)
-        return first + file.read(count)
+        first = file.read(ENDS)
+        file.seek(end - ENDS)
+        return first + file.read(ENDS)
 
 
 def decoded(content: bytes) -> str:

@@ -238,10 +238,6 @@ class TrainablePolicy(Policy, Protocol):
 
     def reference(self) -> AbstractContextManager[Self]: ...
 
-    def widened(self) -> Self:
-        """A copy that computes in fp32."""
-        ...
-
     def gathered(self) -> AbstractContextManager[Self]:
         """The policy with whole weights where they are sharded over ranks, for sampling."""
         ...

@@ -191,14 +191,10 @@ class LoadedReward:
         answers = [(self._wait(call, "score", names), names) for names, call in calls]
         return RewardResult.join([self._checked(answer, names) for answer, names in answers])
 
-    def raw_score(self, batch: RewardBatch, timeout_s: float | None = None) -> Any:
-        """The unchecked answer of `score`, or its exception, returned.
-
-        Raises:
-            TimeoutError: when it does not return in time.
-        """
+    def raw_score(self, batch: RewardBatch) -> Any:
+        """The unchecked answer of `score`, or its exception, returned."""
         call = self._start(self.reward.score, batch)
-        error = self.worker.wait(call, timeout_s)
+        error = call.exception()
         return call.result() if error is None else error
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Episode, ImageActions, Segment, TextActions, flatten
 from unigrpo_cli.errors import UsageError
 from unigrpo_cli.io.limits import (
-    ENDS,
     parse_json,
     read_ends,
     read_lines,
@@ -216,7 +215,7 @@ def _digest(answer: Answer) -> str:
     """sha256 of the image: of a file's size and both ends, or of all latents."""
     if answer.picture is not None:
         size = os.path.getsize(answer.picture)
-        content = f"{size}\n".encode() + read_ends(Path(answer.picture), 0, size, ENDS)
+        content = f"{size}\n".encode() + read_ends(Path(answer.picture), 0, size)
     else:
         assert answer.episode is not None
         content = b"".join(image.latent.numpy().tobytes() for image in answer.episode.images)

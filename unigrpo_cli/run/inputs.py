@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unigrpo_cli.config import Config, load_config, with_values
-from unigrpo_cli.episode import Prompt, all_have_pictures
+from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import UsageError, suggest
 from unigrpo_cli.evaluate import limited
 from unigrpo_cli.models.hub import EMBEDDED
@@ -17,7 +17,7 @@ from unigrpo_cli.rewards.registry import Plugins
 from unigrpo_cli.rewards.scorer import Scorer
 from unigrpo_cli.rewards.spec import RewardSpec
 from unigrpo_cli.run.answers import Answer, read_answers
-from unigrpo_cli.run.setup import reward_choices
+from unigrpo_cli.run.setup import check_prompts, reward_choices
 from unigrpo_cli.run.trackers import refuse_missing
 from unigrpo_cli.suites import SHAPES, SuiteRegistry, default_suite, training_prompts
 from unigrpo_cli.suites.prompts import TRAINING
@@ -120,11 +120,5 @@ def _check_rewards(
     context = RewardContext(device="cpu", seed=config.seed, embedded=embedded, offline=True)
     with Scorer(rewards, plugins, context, local=False) as scorer:
         for split, asked in (("train", prompts), ("eval", suite)):
-            rows = [p.metadata for p in asked]
-            scorer.check_needs(
-                rows,
-                has_source=all_have_pictures(asked),
-                has_reasoning=config.sampling.think,
-                split=split,
-            )
-            scorer.check_options(rows, split)
+            check_prompts(scorer, asked, config.sampling.think, split)
+            scorer.check_options([prompt.metadata for prompt in asked], split)

@@ -28,8 +28,6 @@ from unigrpo_cli.rewards.spec import RewardSpec, parse_rewards
 from unigrpo_cli.run.checkpoint import MOMENTS, STATE, missing_part, newest_checkpoint, read_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 DEVICES = ("cpu", "cuda")
 
 
@@ -241,6 +239,12 @@ def watched_choices(config: Config, taken: set[str]) -> list[RewardSpec]:
     """Rewards of `eval.rewards` that are not chosen already."""
     watched = parse_rewards(config.eval.rewards) if config.eval.rewards else []
     return [RewardSpec(c.alias, c.name, 0.0, c.options, eval_only=True) for c in watched if c.alias not in taken]
+
+
+def check_prompts(rewards: Scorer, prompts: Sequence[Prompt], thinks: bool, split: str) -> None:
+    """Refuse prompts that lack what a reward of the split needs; `thinks`: the policy writes reasoning."""
+    rows, given = [p.metadata for p in prompts], all(p.image is not None for p in prompts)
+    rewards.check_needs(rows, has_source=given, has_reasoning=thinks, split=split)
 
 
 def open_rewards(

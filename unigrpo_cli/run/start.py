@@ -11,7 +11,7 @@ from typing import Any
 
 from unigrpo_cli.algo.rng import derive
 from unigrpo_cli.config import Config, with_values
-from unigrpo_cli.episode import Prompt, all_have_pictures
+from unigrpo_cli.episode import Prompt
 from unigrpo_cli.errors import DiskError, UsageError, quoted
 from unigrpo_cli.io.atomic import locked
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
@@ -33,7 +33,7 @@ from unigrpo_cli.run.resume import (
     refuse_changes,
     with_kept_sizes,
 )
-from unigrpo_cli.run.setup import is_embedded, open_rewards, warn_of_unknown_words
+from unigrpo_cli.run.setup import check_prompts, is_embedded, open_rewards, warn_of_unknown_words
 from unigrpo_cli.run.signals import Interrupts
 from unigrpo_cli.run.trackers import open_trackers
 from unigrpo_cli.run.trainer import Trainer
@@ -79,64 +79,34 @@ def opened_run(
     directory: Path | None,
     wanted: Path | None,
     interrupts: Interrupts,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> Iterator[Trainer | FinishedRun]:
-    """The trainer of a new run in `out`, or of the one that is resumed in `directory`."""
-    if directory is None:
-        opened: Any = new_run(config, plugins, display, out, interrupts, ranks)
-    else:
-        opened = resumed_run(config, plugins, display, directory, wanted, interrupts, ranks)
-    with opened as trainer:
-        yield trainer
+    """The trainer of a new run in `out`, or of the one that is resumed in `directory`.
 
-
-@contextmanager
-def new_run(
-    config: Config,
-    plugins: Plugins,
-    display: Display,
-    out: Path | None,
-    interrupts: Interrupts,
-    ranks: Ranks = ALONE,
-) -> Iterator[Trainer]:
-    """The trainer of a new run. Everything that can be refused is refused before its directory is made."""
-    with ExitStack() as held, _prepared(config, plugins, display, interrupts, ranks, held, Place(out)) as trainer:
-        yield trainer
-
-
-@contextmanager
-def resumed_run(
-    config: Config,
-    plugins: Plugins,
-    display: Display,
-    directory: Path,
-    wanted: Path | None,
-    interrupts: Interrupts,
-    ranks: Ranks = ALONE,
-) -> Iterator[Trainer | FinishedRun]:
-    """The trainer of a run in its directory: from `wanted`, or its newest intact checkpoint, or else from the start.
-
-    A run that is finished stays as it is.
+    All that can be refused is refused before a new directory is made. A run is resumed from `wanted`, or its newest
+    intact checkpoint, or else from the start; one that is finished stays as it is.
     """
     with ExitStack() as held:
-        found: dict[str, Any] = {}
-        with ranks.together():
-            if ranks.first:
-                held.enter_context(locked(directory))
-                for path in Run(directory).remove_partial():
-                    display.warn(f"removed {path}, which a killed process left half written")
-                chosen = choose_checkpoint(directory, wanted, display.warn)
-                finished = None if chosen is None else _finished(directory, chosen, config, display)
-                names = [path.name for path in checkpoints(directory)]
-                found = {"checkpoint": chosen and str(chosen), "names": names, "finished": finished}
-        found = ranks.from_first(found)
-        if found["finished"] is not None:
-            yield FinishedRun(found["finished"])
-            return
-        checkpoint = None if found["checkpoint"] is None else Path(found["checkpoint"])
-        content = None if checkpoint is None else read_state(checkpoint)
-        directory = directory if ranks.first else held.enter_context(scratch_directory(found["names"]))
-        place = Place(None, Run(directory), checkpoint, content, wanted is not None)
+        place = Place(out)
+        if directory is not None:
+            found: dict[str, Any] = {}
+            with ranks.together():
+                if ranks.first:
+                    held.enter_context(locked(directory))
+                    for path in Run(directory).remove_partial():
+                        display.warn(f"removed {path}, which a killed process left half written")
+                    chosen = choose_checkpoint(directory, wanted, display.warn)
+                    finished = None if chosen is None else _finished(directory, chosen, config, display)
+                    names = [path.name for path in checkpoints(directory)]
+                    found = {"checkpoint": chosen and str(chosen), "names": names, "finished": finished}
+            found = ranks.from_first(found)
+            if found["finished"] is not None:
+                yield FinishedRun(found["finished"])
+                return
+            checkpoint = None if found["checkpoint"] is None else Path(found["checkpoint"])
+            content = None if checkpoint is None else read_state(checkpoint)
+            directory = directory if ranks.first else held.enter_context(scratch_directory(found["names"]))
+            place = Place(None, Run(directory), checkpoint, content, wanted is not None)
         with _prepared(config, plugins, display, interrupts, ranks, held, place) as trainer:
             yield trainer
 
@@ -195,12 +165,8 @@ def _prepared(
     embedded, thinks = is_embedded(state.policy), config.sampling.think
     rewards = held.enter_context(open_rewards(inputs.rewards, plugins, config, embedded=embedded, ranks=ranks))
     with ranks.together():
-        rewards.check_needs(
-            [p.metadata for p in prompts], has_source=all_have_pictures(prompts), has_reasoning=thinks, split="train"
-        )
-        rewards.check_needs(
-            [p.metadata for p in suite], has_source=all_have_pictures(suite), has_reasoning=thinks, split="eval"
-        )
+        check_prompts(rewards, prompts, thinks, "train")
+        check_prompts(rewards, suite, thinks, "eval")
     rewards.restore_abstentions(state.record.abstained)
     state.origin = Origin(config, reference, prompt_list(prompts), rewards.identities())
     for line in [] if content is None else not_comparable(content, state.origin):

@@ -110,10 +110,6 @@ class TextTrace(_Checked):
         return {} if self.tokens is None else {"L": len(self.tokens)}
 
     @property
-    def ratio_L(self) -> NDArray[np.float32] | None:  # noqa: N802
-        return None if self.log_ratio_L is None else np.exp(self.log_ratio_L)
-
-    @property
     def change_L(self) -> NDArray[np.float32] | None:  # noqa: N802
         """What the step did to each token's log-probability."""
         if self.log_prob_after_L is None or self.log_prob_old_L is None:

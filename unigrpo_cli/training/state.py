@@ -18,7 +18,7 @@ import torch
 
 from unigrpo_cli.config import Config
 from unigrpo_cli.episode import Prompt
-from unigrpo_cli.io.limits import ENDS, read_ends
+from unigrpo_cli.io.limits import read_ends
 from unigrpo_cli.models.policy import TrainablePolicy
 from unigrpo_cli.parallel.ranks import ALONE, Ranks
 from unigrpo_cli.rewards.loaded import RewardIdentity
@@ -150,7 +150,7 @@ def prompt_list(prompts: Sequence[Prompt]) -> PromptList:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         for path in paths:
             size = Path(path).stat().st_size
-            digest.update(f"{size}\n".encode() + read_ends(Path(path), 0, size, ENDS))
+            digest.update(f"{size}\n".encode() + read_ends(Path(path), 0, size))
         if isinstance(prompt.image, np.ndarray):
             digest.update(f"{prompt.image.shape}\n".encode() + prompt.image.tobytes())
     return PromptList(len(prompts), digest.hexdigest())

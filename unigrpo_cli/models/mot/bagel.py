@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from unigrpo_cli.errors import WeightsError, quoted
-from unigrpo_cli.io.limits import ENDS, read_ends, read_text, refuse_odd_text
+from unigrpo_cli.io.limits import read_ends, read_text, refuse_odd_text
 from unigrpo_cli.models.mot.config import (
     LATENT_POSITIONS,
     TABLES,
@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def _ends(tensor: Stored) -> bytes:
     try:
-        return read_ends(tensor.path, tensor.begin, tensor.end, ENDS)
+        return read_ends(tensor.path, tensor.begin, tensor.end)
     except OSError as error:
         raise WeightsError(f"{tensor.path} cannot be read ({error.strerror or error})") from error
 

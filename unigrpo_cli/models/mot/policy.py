@@ -396,10 +396,6 @@ class MoTPolicy:
         with lora.adapters_off(self.network):
             yield self
 
-    def widened(self) -> MoTPolicy:
-        """A copy that computes in fp32, without a reference."""
-        return replace(self, network=copy.deepcopy(self.network).float(), frozen=None)
-
     @contextmanager
     def gathered(self) -> Iterator[MoTPolicy]:
         """The policy with whole weights, to sample with: no pass waits for other ranks, whatever each one writes.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.io.limits import ENDS, parse_json, read_ends, read_text
+from unigrpo_cli.io.limits import parse_json, read_ends, read_text
 from unigrpo_cli.models.files import refuse_odd_files
 from unigrpo_cli.models.mot.bagel import Stored, read_header
 from unigrpo_cli.models.pair.facts import (
@@ -103,7 +103,7 @@ class Pipeline:
         for part, network in self.networks.items():
             for name, t in sorted(network.tensors.items()):
                 digest.update(f"{part} {name} {t.dtype} {list(t.shape)}\n".encode())
-                digest.update(read_ends(t.path, t.begin, t.end, ENDS))
+                digest.update(read_ends(t.path, t.begin, t.end))
         return digest.hexdigest()
 
 

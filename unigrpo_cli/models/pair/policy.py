@@ -318,10 +318,6 @@ class PairPolicy:
         with lora.adapters_off(self.networks):
             yield self
 
-    def widened(self) -> PairPolicy:
-        """A copy that computes in fp32, without a reference."""
-        return self._with(copy.deepcopy(self.networks).float())
-
     @contextmanager
     def gathered(self) -> Iterator[PairPolicy]:
         """The policy with whole weights in the dtype that the networks compute in, gone afterwards."""
