@@ -22,9 +22,10 @@ from unigrpo_cli.algo.objective import Objective, unigrpo_loss
 from unigrpo_cli.config import Config, load_config
 from unigrpo_cli.episode import GivenImage, GivenText, Prompt, flatten
 from unigrpo_cli.errors import UsageError
+from unigrpo_cli.models.files import read_header
 from unigrpo_cli.models.lora import load_adapters, save_adapters
 from unigrpo_cli.models.mot import layers
-from unigrpo_cli.models.mot.bagel import read_header, read_release
+from unigrpo_cli.models.mot.bagel import read_release
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.config import (
     AutoencoderConfig,

@@ -161,7 +161,7 @@ BROKEN = {
     "index": (_text("model_index.json", "{"), r"model_index.json is damaged"),
     "folder": (_remove("vae"), "is not a complete model: vae/ is missing"),
     "config": (_remove("transformer/config.json"), "is not a complete model: config.json is missing"),
-    "list": (_text("text_encoder/config.json", "[]"), "is damaged .it holds no object"),
+    "list": (_text("text_encoder/config.json", "[]"), "is damaged .a JSON object is needed"),
     "weights": (_remove(PAINTER), r"transformer has no .safetensors file"),
     "truncated": (_cut(PAINTER), "truncated"),
     "pointer": (_text(PAINTER, "version https://git-lfs.github.com/spec/v1\n"), "is a git-lfs pointer"),

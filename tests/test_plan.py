@@ -496,8 +496,8 @@ def test_inspect_names_every_problem(bagel: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("config.json", "{", "config.json: invalid JSON"),
-        ("llm_config.json", "", "llm_config.json: invalid JSON"),
+        ("config.json", "{", "config.json is damaged (not JSON"),
+        ("llm_config.json", "", "llm_config.json is damaged (not JSON"),
         ("ema.safetensors", "short", "ema.safetensors: damaged or truncated"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "points to b.safetensors"),
     ],

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from unigrpo_cli.config import load_config
 from unigrpo_cli.errors import WeightsError
+from unigrpo_cli.models.files import read_header
 from unigrpo_cli.models.hub import locate
 from unigrpo_cli.models.lora import load_adapters
-from unigrpo_cli.models.mot.bagel import HUB_FILES, read_header, read_release, tokenizer_problems
+from unigrpo_cli.models.mot.bagel import HUB_FILES, read_release, tokenizer_problems
 from unigrpo_cli.models.mot.checkpoint import load_model
 from unigrpo_cli.models.mot.config import BAGEL
 from unigrpo_cli.run.memory.plan import plan_of
@@ -89,8 +90,8 @@ BROKEN = {
         _weights("ema.safetensors", lambda s: s.update({LAYER: s[LAYER].int()})),
         f"1 tensor not of floating-point numbers (e.g. {LAYER}: I32)",
     ),
-    "invalid config.json": (_text("config.json", '{"latent_patch_size": 2'), "config.json: invalid JSON"),
-    "config.json of another kind": (_text("config.json", "[1]"), "config.json: a JSON object is needed"),
+    "invalid config.json": (_text("config.json", '{"latent_patch_size": 2'), "config.json is damaged (not JSON"),
+    "config.json of another kind": (_text("config.json", "[1]"), "config.json is damaged (a JSON object is needed"),
     "no llm_config.json": (_without("llm_config.json"), "llm_config.json is missing"),
     "empty llm_config.json": (
         _text("llm_config.json", "{}"),

@@ -38,7 +38,7 @@ from unigrpo_cli.io.atomic import (
     verify_checksums,
     write_text,
 )
-from unigrpo_cli.models.mot.bagel import read_release, weights_digest
+from unigrpo_cli.models.mot.bagel import read_release
 from unigrpo_cli.run import summary
 from unigrpo_cli.run.checkpoint import (
     checkpoints,
@@ -695,7 +695,7 @@ def test_the_reference_must_be_what_it_was(tmp_path: Path, plugin: Path) -> None
     run = tmp_path / "run"
     small = [*_command(run, plugin, ("train.steps=1", "eval.every=0", "eval.best=''")), "--model", base]
     _done(unigrpo(*small))
-    before = weights_digest(read_release(base))
+    before = read_release(base).digest()
     base.rename(tmp_path / "moved")
     moved = unigrpo("train", "--resume", run, "--plugin", plugin, "--model", tmp_path / "moved", "--steps", "2")
     assert json.loads((run / "checkpoints" / "last" / "state.json").read_text())["reference"] == before

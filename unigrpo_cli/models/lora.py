@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.io.limits import parse_json, read_text
-from unigrpo_cli.models.files import refuse_non_finite, refuse_odd_files
+from unigrpo_cli.models.files import read_object, refuse_non_finite, refuse_odd_files
 from unigrpo_cli.models.hub import first_line
 from unigrpo_cli.models.mot.layers import Linear, widen
 from unigrpo_cli.models.policy import Adapter
@@ -72,12 +71,8 @@ def _adapted(network: nn.Module) -> dict[str, BaseTunerLayer]:
 
 def _kept_wide(matrix: nn.Linear) -> Linear:
     """The same matrix in fp32 or wider, in a layer that computes in its input's dtype."""
-    with torch.device("meta"):
-        own = Linear(matrix.in_features, matrix.out_features, bias=matrix.bias is not None)
-    own.weight = nn.Parameter(widen(matrix.weight.data))
-    if matrix.bias is not None:
-        own.bias = nn.Parameter(widen(matrix.bias.data))
-    return own
+    bias = None if matrix.bias is None else nn.Parameter(widen(matrix.bias.data))
+    return Linear.of(nn.Parameter(widen(matrix.weight.data)), bias)
 
 
 def adapter_of(network: nn.Module) -> Adapter | None:
@@ -142,12 +137,7 @@ def load_adapters(network: nn.Module, directory: Path) -> None:
 
 def _facts(path: Path) -> dict[str, Any]:
     """An adapter's configuration, without what would name a module to be imported."""
-    try:
-        facts = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged ({first_line(error)}); fetch or save it again") from error
-    if not isinstance(facts, dict):
-        raise WeightsError(f"{path} is damaged (it holds no object); fetch or save it again")
+    facts = read_object(path)
     if facts.get("megatron_config") is not None:
         raise WeightsError(f"{path} names a module of megatron, and data files run no code here; leave it out")
     return facts

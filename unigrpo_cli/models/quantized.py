@@ -84,10 +84,7 @@ class QuantizedLinear(nn.Linear):
 
     def plain(self) -> Linear:
         """The layer with its matrix whole."""
-        with torch.device("meta"):
-            own = Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        own.weight, own.bias = nn.Parameter(self.weight, requires_grad=False), self.bias
-        return own
+        return Linear.of(nn.Parameter(self.weight, requires_grad=False), self.bias)
 
 
 def _product(x: Tensor, layer: QuantizedLinear) -> Tensor:

@@ -29,7 +29,7 @@ Job = Literal["eval", "samples"]
 
 @dataclass(frozen=True)
 class Reference:
-    """The model that a run starts from: its name, and a digest of its weights (`bagel.weights_digest`)."""
+    """The model that a run starts from: its name, and a digest of its weights."""
 
     base: str
     digest: str

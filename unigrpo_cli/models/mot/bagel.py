@@ -10,21 +10,17 @@ widths are read from the tensors; the official code has them as constants.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from unigrpo_cli.errors import WeightsError, quoted
-from unigrpo_cli.io.limits import read_ends, read_text, refuse_odd_text
+from unigrpo_cli.io.limits import refuse_odd_text
+from unigrpo_cli.models.files import Described, Stored, read_header, read_object, what
 from unigrpo_cli.models.mot.config import (
     LATENT_POSITIONS,
     TABLES,
@@ -58,18 +54,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: bytes `begin` to `end` of a file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Release:
+class Release(Described):
     """What a directory holds, and what is wrong with it.
 
     Args:
@@ -95,48 +80,9 @@ class Release:
         shapes = network_shapes(self.config)
         return {name: shape for name, shape in shapes.items() if name in self.tensors or name not in TABLES}
 
-    def refuse_problems(self) -> Release:
-        """Itself, when nothing is wrong."""
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more: unigrpo inspect)" if len(self.problems) > 1 else ""
-            raise WeightsError(f"{self.directory}: {self.problems[0]}{more}")
-        return self
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """Tensors of a safetensors file, from its header alone, which safetensors finds whole."""
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            start = 8 + struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        return {
-            name: Stored(path, entry["dtype"], tuple(entry["shape"]), *(start + x for x in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from error
-    except (SafetensorError, ValueError, TypeError, KeyError, struct.error) as error:
-        raise WeightsError(f"{path}: damaged or truncated; fetch or save it again ({_what(error)})") from error
-
-
-def _ends(tensor: Stored) -> bytes:
-    try:
-        return read_ends(tensor.path, tensor.begin, tensor.end)
-    except OSError as error:
-        raise WeightsError(f"{tensor.path} cannot be read ({error.strerror or error})") from error
-
-
-def weights_digest(release: Release) -> str:
-    """sha256 over name, dtype, shape and both ends of every tensor: identifies weights without reading them whole."""
-    digest = hashlib.sha256()
-    for kind, tensors in (("network", release.tensors), ("autoencoder", release.autoencoder_tensors)):
-        for name, t in sorted(tensors.items()):
-            digest.update(f"{kind} {name} {t.dtype} {list(t.shape)}\n".encode())
-            digest.update(_ends(t))
-    return digest.hexdigest()
+    @property
+    def parts(self) -> dict[str, dict[str, Stored]]:
+        return {"network": self.tensors, "autoencoder": self.autoencoder_tensors}
 
 
 def read_release(directory: Path, weights_file: str | None = None) -> Release:
@@ -149,7 +95,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
     if not directory.is_dir():
         raise WeightsError(f"no model directory {directory}")
     notes: list[str] = []
-    llm = _need_json(directory / "llm_config.json")
+    llm = read_object(directory / "llm_config.json")
     own = _optional_config(directory / "config.json", notes)
     files = _weight_files(directory, weights_file)
     tensors: dict[str, Stored] = {}
@@ -167,7 +113,7 @@ def read_release(directory: Path, weights_file: str | None = None) -> Release:
             "decoder.conv_in.weight or a table of positions)"
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{directory}: unreadable configuration ({_what(error)})") from error
+        raise WeightsError(f"{directory}: unreadable configuration ({what(error)})") from error
     for layers in (config.num_hidden_layers, config.vision.num_hidden_layers if config.vision else 0):
         if layers > max(1_000, len(tensors)):  # a count of billions must not be counted up to
             raise WeightsError(
@@ -248,29 +194,6 @@ def config_files(config: MoTConfig, system_prompt: str) -> dict[str, dict]:
     }
 
 
-def _what(error: Exception) -> str:
-    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-
-
-def _need_json(path: Path) -> dict[str, Any]:
-    try:
-        return _as_object(path, read_text(path))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path.parent} is not a complete model: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); fetch it again") from error
-
-
-def _as_object(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: invalid JSON ({error}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: a JSON object is needed, it holds a {type(found).__name__}")
-    return found
-
-
 def _optional_config(path: Path, notes: list[str]) -> dict[str, Any]:
     """`config.json`, or nothing: for BAGEL all of it can be read from other files.
 
@@ -280,15 +203,9 @@ def _optional_config(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = read_text(path)
-        return _as_object(path, text)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); fetch it again") from error
+        return read_object(path)
     except WeightsError:
-        repaired = re.sub(r",(\s*\})\s*\Z", r"\1", text)
-        if repaired == text.rstrip() or repaired == text:
-            raise
-        found = _as_object(path, repaired)
+        found = read_object(path, lambda text: re.sub(r",(\s*\})\s*\Z", r"\1", text))
         notes.append("config.json has a superfluous comma, as in early snapshots of the release; read without it")
         return found
 
@@ -303,7 +220,7 @@ def _weight_files(directory: Path, weights_file: str | None) -> list[Path]:
     index = directory / INDEX
     names = [WEIGHTS]
     if index.is_file():
-        table = _need_json(index).get("weight_map")
+        table = read_object(index).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
             raise WeightsError(f"{index}: weight_map is missing or no table of file names; fetch it again")
         names = sorted({v for v in table.values() if v != AUTOENCODER}) or [WEIGHTS]
@@ -374,7 +291,7 @@ def _vision(directory: Path, tensors: dict[str, Stored]) -> VisionConfig | None:
     """The tower, when the files hold one. Their `vit_config.json` counts one layer more than they have."""
     if not any(name.startswith(VISION_PREFIXES) for name in tensors):
         return None
-    vit = _need_json(directory / "vit_config.json")
+    vit = read_object(directory / "vit_config.json")
     table = _rows(tensors, "vit_model.vision_model.embeddings.position_embedding.weight")
     patch = vit["patch_size"]
     return VisionConfig(

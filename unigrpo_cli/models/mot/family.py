@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unigrpo_cli.models.base_options import BaseOptions
 from unigrpo_cli.models.family import Audit
 from unigrpo_cli.models.mot.audit import audit
-from unigrpo_cli.models.mot.bagel import HUB_FILES, read_release, reject, tokenizer_problems, weights_digest
+from unigrpo_cli.models.mot.bagel import HUB_FILES, read_release, reject, tokenizer_problems
 from unigrpo_cli.models.mot.config import BAGEL_AUTOENCODER, BAGEL_NETWORK, AutoencoderConfig, MoTConfig
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class MoTFamily:
         return audit(release, MoTSizes(release.config, release.autoencoder))
 
     def digest(self, directory: Path, weights_file: str | None) -> str:
-        return weights_digest(read_release(directory, weights_file))
+        return read_release(directory, weights_file).digest()
 
     def sizes(self, directory: Path, weights_file: str | None, options: BaseOptions | None = None) -> MoTSizes:
         release = read_release(directory, weights_file).refuse_problems()

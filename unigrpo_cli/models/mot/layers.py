@@ -33,6 +33,14 @@ class Linear(nn.Linear):
     So a bf16 network trains fp32 masters: the cast is part of the graph, and gradients come back in fp32.
     """
 
+    @classmethod
+    def of(cls, weight_OI: Tensor, bias: nn.Parameter | None) -> Linear:
+        """A layer with these parameters themselves."""
+        own = cls(weight_OI.shape[1], weight_OI.shape[0], bias=bias is not None, device="meta")
+        own.weight = weight_OI
+        own.register_parameter("bias", bias)
+        return own
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else cast(self.bias, x.dtype)
         return linear(x, cast(self.weight, x.dtype), bias)

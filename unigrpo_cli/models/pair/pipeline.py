@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from math import prod
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.io.limits import parse_json, read_ends, read_text
-from unigrpo_cli.models.files import refuse_odd_files
-from unigrpo_cli.models.mot.bagel import Stored, read_header
+from unigrpo_cli.models.files import Described, Stored, read_header, read_object, refuse_odd_files
 from unigrpo_cli.models.pair.facts import (
     AUTOENCODER,
     INDEX,
@@ -64,7 +61,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Pipeline(Described):
     """What a directory holds, and what is wrong with it.
 
     Args:
@@ -82,29 +79,13 @@ class Pipeline:
     distilled: bool
     problems: tuple[str, ...]
 
-    def refuse_problems(self) -> Pipeline:
-        """Itself, when nothing is wrong.
-
-        Raises:
-            WeightsError: naming the first problem and how many there are.
-        """
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more: unigrpo inspect)" if len(self.problems) > 1 else ""
-            raise WeightsError(f"{self.directory}: {self.problems[0]}{more}")
-        return self
-
     @property
     def networks(self) -> dict[str, Network]:
         return {REASONER: self.reasoner, PAINTER: self.painter, AUTOENCODER: self.autoencoder}
 
-    def digest(self) -> str:
-        """sha256 over name, dtype, shape and both ends of every tensor: reads no weights whole."""
-        digest = hashlib.sha256()
-        for part, network in self.networks.items():
-            for name, t in sorted(network.tensors.items()):
-                digest.update(f"{part} {name} {t.dtype} {list(t.shape)}\n".encode())
-                digest.update(read_ends(t.path, t.begin, t.end))
-        return digest.hexdigest()
+    @property
+    def parts(self) -> dict[str, dict[str, Stored]]:
+        return {part: network.tensors for part, network in self.networks.items()}
 
 
 def reject(directory: Path) -> str | None:
@@ -113,7 +94,7 @@ def reject(directory: Path) -> str | None:
     if not path.is_file():
         return f"it has no {INDEX}"
     try:
-        name = _object(path).get("_class_name")
+        name = read_object(path).get("_class_name")
     except WeightsError:
         return None
     return None if name in PAINTERS else f"{INDEX} names {name}; known are {' and '.join(PAINTERS)}"
@@ -128,7 +109,7 @@ def read_pipeline(directory: Path, reasoner: str = "") -> Pipeline:
     Raises:
         WeightsError: when a file that all others depend on is missing or damaged.
     """
-    index = _object(directory / INDEX)
+    index = read_object(directory / INDEX)
     facts = PAINTERS.get(str(index.get("_class_name")))
     if facts is None:
         raise WeightsError(f"{directory / INDEX} names {index.get('_class_name')}; known are {' and '.join(PAINTERS)}")
@@ -158,23 +139,6 @@ def read_pipeline(directory: Path, reasoner: str = "") -> Pipeline:
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        WeightsError: when it is missing or damaged.
-    """
-    try:
-        found = parse_json(read_text(path))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path.parent} is not a complete model: {path.name} is missing; fetch it again") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is damaged ({type(error).__name__}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} is damaged (it holds no object); fetch it again")
-    return found
-
-
 def _network(directory: Path) -> Network:
     """Configuration and headers of one folder.
 
@@ -183,7 +147,7 @@ def _network(directory: Path) -> Network:
     """
     if not directory.is_dir():
         raise WeightsError(f"{directory.parent} is not a complete model: {directory.name}/ is missing; fetch it again")
-    config = _object(directory / "config.json")
+    config = read_object(directory / "config.json")
     tensors: dict[str, Stored] = {}
     for path in _weight_files(directory):
         tensors |= read_header(path)
@@ -194,7 +158,7 @@ def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a folder: those of its index, or the one that is there."""
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:
-        names = _object(indices[0]).get("weight_map")
+        names = read_object(indices[0]).get("weight_map")
         if not isinstance(names, dict) or not all(Path(str(n)).name == n for n in names.values()):
             raise WeightsError(f"{indices[0]} is damaged (no weight_map of file names); fetch it again")
         files = [directory / str(name) for name in sorted(set(names.values()))]
@@ -245,7 +209,7 @@ def _unfit(facts: PainterFacts, networks: dict[str, Network]) -> list[str]:
 
 def _schedule(directory: Path, facts: PainterFacts) -> tuple[Schedule, list[str]]:
     """The scheduler's time shift, and settings that make other times."""
-    own = _object(directory / SCHEDULER / "scheduler_config.json")
+    own = read_object(directory / SCHEDULER / "scheduler_config.json")
     name = own.get("_class_name")
     if name not in SCHEDULERS:
         return Schedule(), [f"{SCHEDULER} is a {name}; known is {SCHEDULERS[0]}"]

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from unigrpo_cli.errors import WeightsError
-from unigrpo_cli.io.limits import parse_json, read_text
 from unigrpo_cli.models import lora
 from unigrpo_cli.models.base_options import PLAIN
-from unigrpo_cli.models.files import refuse_non_finite
+from unigrpo_cli.models.files import read_object, refuse_non_finite
 from unigrpo_cli.models.hub import first_line
 from unigrpo_cli.models.mot.layers import Linear
 from unigrpo_cli.models.mot.weights import read_tensors
@@ -99,10 +98,7 @@ def matrices(network: nn.Module, targets: str) -> dict[str, nn.Linear]:
 def make_trainable(network: nn.Module, targets: str) -> None:
     """Give the matrices that `targets` matches gradients, in layers that compute in their input's dtype."""
     for name, module in matrices(network, targets).items():
-        with torch.device("meta"):
-            own = Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        own.weight, own.bias = module.weight, module.bias
-        network.set_submodule(name, own.requires_grad_(True))
+        network.set_submodule(name, Linear.of(module.weight, module.bias).requires_grad_(True))
 
 
 # ----- files
@@ -115,15 +111,7 @@ def options_of(directory: Path) -> dict[str, Any]:
         WeightsError: when the file is damaged.
     """
     path = directory / OPTIONS
-    if not path.is_file():
-        return {}
-    try:
-        found = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged ({type(error).__name__}); fetch or save it again") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} is damaged (it holds no object); fetch or save it again")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def save(networks: nn.ModuleDict, source: Pipeline, options: Mapping[str, Any], directory: Path, base: str) -> None:
