@@ -79,11 +79,11 @@ def test_reflections_and_pairs_of_scenes_are_inverse() -> None:
         "<think> </think>",
         "<think> correct",
         "<think> red circle c2 </think>",
-        "<think> red circle c2 wrong red </think>",
-        "<think> correct , red circle c2 keep </think>",
-        "<think> red circle c2 keep , missing red star c2 </think>",
-        "<think> missing red star c2 , red circle c1 keep </think>",
-        "<think> red circle c2 keep , blue star c2 extra </think>",
+        "<think> red circle wrong red c2 </think>",
+        "<think> correct , red circle keep c2 </think>",
+        "<think> red circle keep c2 , missing red star c2 </think>",
+        "<think> missing red star c2 , red circle keep c1 </think>",
+        "<think> red circle keep c2 , blue star extra c2 </think>",
         "<think> missing red star </think>",
     ],
 )
@@ -94,9 +94,9 @@ def test_what_is_no_reflection(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "target", "correct"),
     [
-        ("red circle c2 extra , correct", (), True),
-        ("red circle c2 wrong red circle", (Thing("red", "circle", "c2"),), False),
-        ("red circle c2 keep", (Thing("red", "circle", "c2"),), False),
+        ("red circle extra c2 , correct", (), True),
+        ("red circle wrong red circle c2", (Thing("red", "circle", "c2"),), False),
+        ("red circle keep c2", (Thing("red", "circle", "c2"),), False),
     ],
 )
 def test_a_contradiction_is_read_as_it_stands(text: str, target: Scene, correct: bool) -> None:
@@ -109,7 +109,7 @@ def test_the_order_of_a_reflection_is_that_of_the_cells() -> None:
     seen = (Thing("red", "circle", "c2"), Thing("white", "square", "b1"), Thing("blue", "heart", "a3"))
     target = (Thing("green", "star", "b3"), Thing("yellow", "square", "b1"), Thing("red", "circle", "c2"))
     assert reflection_text(seen, target) == (
-        "<think> white square b1 wrong yellow square , red circle c2 keep , blue heart a3 extra , "
+        "<think> white square wrong yellow square b1 , red circle keep c2 , blue heart extra a3 , "
         "missing green star b3 </think>"
     )
 
@@ -213,9 +213,9 @@ def test_critiques_and_texts_are_inverse_and_faults_hide_things() -> None:
         "",
         "<think> noise ,",
         "<think> red circle c2 </think>",
-        "<think> fog , red circle c2 keep </think>",
-        "<think> red circle c2 keep , noise </think>",
-        "<think> red circle c2 keep , blue star c2 lost </think>",
+        "<think> fog , red circle keep c2 </think>",
+        "<think> red circle keep c2 , noise </think>",
+        "<think> red circle keep c2 , blue star lost c2 </think>",
     ],
 )
 def test_what_is_no_critique(text: str) -> None:
@@ -275,6 +275,38 @@ def test_rows_of_pre_training_are_what_an_episode_reads() -> None:
     for ids, length in list(zip(pictured.rounds[0].ids, pictured.rounds[0].lengths, strict=True))[6:]:
         text = policy.decode_text(ids[:length])
         assert length == 0 or restores.parse_critique(text) is not None
+
+
+def test_drills_predict_the_verdicts_of_an_edit_plan_without_pictures() -> None:
+    """One verdict for each thing of the source, of which one does not stay."""
+    policy = load_model(WEIGHTS)
+    ((drills,),) = (part.rounds for part in next(iter(Rows(policy.tokenizer, 0, Mix(drills=40), Mistakes()))))
+    assert drills.picture is None
+    for ids, length, mask in zip(drills.ids, drills.lengths, drills.mask, strict=True):
+        said = ids[:length].tolist()
+        plan = parse_reflection(policy.decode_text(ids[said.index(policy.stop_id) + 1 : length]))
+        assert plan is not None
+        assert int(mask.sum()) == len(plan.seen)
+        assert len(set(plan.seen) - set(plan.target)) == 1
+
+
+def test_strokes_paint_the_cells_of_an_edit_plan() -> None:
+    """No word is predicted, half have no instruction; four patches of each thing before or after are painted."""
+    policy = load_model(WEIGHTS)
+    (rows,) = next(iter(Rows(policy.tokenizer, 0, Mix(strokes=40), Mistakes())))
+    (strokes,) = rows.rounds
+    assert rows.source is not None and strokes.stroke is not None and not strokes.mask.any()
+    instructed = 0
+    for ids, length, painted in zip(strokes.ids, strokes.lengths, strokes.stroke, strict=True):
+        *instruction, text = policy.decode_text(ids[:length]).split("<think>")
+        instructed += bool(instruction[0].strip())
+        plan = parse_reflection(f"<think>{text}")
+        assert plan is not None
+        cells = {thing.cell for thing in (*plan.seen, *plan.target)}
+        patches = painted.view(3, 2, 3, 2)
+        assert {CELLS[3 * row + column] for row, _, column, _ in patches.nonzero().tolist()} == cells
+        assert int(painted.sum()) == 4 * len(cells)
+    assert 10 < instructed < 30
 
 
 def taught(mistakes: Mistakes, rounds: int, count: int = 40) -> list[tuple[Row, list[str]]]:

@@ -1,11 +1,13 @@
-"""Pre-train the embedded model: `python -m tools.toy_model --out DIR`, two hours on one core.
+"""Pre-train the embedded model: `python -m tools.toy_model --out DIR`, two and a half hours on one core.
 
 A supervised warm-up on the shapes world: next-token loss on texts, flow matching on pictures, one network. First it
 learns to plan and paint; then, with words appended, to look at pictures, its own and given ones, to say what is wrong
-with them, and to paint again. Until then all that it is taught is true. Last it is taught mistakes: plans that do not
-answer the prompt, pictures that leave things out, verdicts that overlook. So it is imperfect in modes that it can
-sample around, which GRPO then sharpens. Leaving things out is one habit, whatever the plan, and the gradient of a
-hundred episodes shows it; recoloured or misplaced things are many habits (docs/log.md).
+with them, and to paint again. Drills teach what such rows did not: which thing of a source an instruction means (texts
+alone), and to follow an edit plan cell by cell (pictures from noise alone). Until then all that it is taught is true,
+but for a chapter of mistakes that the last one repeats: plans that do not answer the prompt, pictures that leave things
+out, verdicts that overlook. So it is imperfect in modes that it can sample around, which GRPO then sharpens. Leaving
+things out is one habit, whatever the plan, and the gradient of a hundred episodes shows it; recoloured or misplaced
+things are many habits (docs/log.md).
 
 `curve.jsonl` beside the weights is the training curve. `--start DIR` continues from a model that can paint.
 """
@@ -53,7 +55,7 @@ from unigrpo_cli.toy.world import (
 
 PATCH = 8
 COPIES = 2  # noisy copies of a picture in one pass, of rows with one round
-KINDS = {"first": (0.2, 0.4), "again": (0.6, 0.3), "edit": (0.6, 0.3)}
+KINDS = {"first": (0.2, 0.4), "again": (0.6, 0.3), "edit": (0.6, 0.3), "drill": (0.6, 0.0), "stroke": (0.0, 0.5)}
 """Rounds, and the weights of their cross-entropies and velocity errors. Verdicts are learnt last (docs/log.md)."""
 SHOWN_NOISE = 0.03  # largest deviation of the latents that a context shows
 WIDTH = 128
@@ -142,23 +144,33 @@ def losses(model: MoTPolicy, step: list[RowBatch], generator: torch.Generator) -
         if rows.source is not None:
             context = shown(model, context, rows.source, generator)
         for k, one in enumerate(rows.rounds):
-            sums = found["again" if k else "first" if rows.source is None else "edit"]
-            x_0 = model.encode_pixels(one.picture)[:, None]
-            if len(rows.rounds) == 1:
-                x_0 = x_0.expand(-1, COPIES, -1, -1)
-            # Logit-normal around sigmoid(1) = 0.73: the layout is decided at high noise, and without this shift the
-            # plan's cells are learnt last. Shifted further, to 0.88, it learnt more slowly (docs/log.md).
-            t_BK = torch.sigmoid(1 + torch.randn(x_0.shape[:2], generator=generator)).clamp(0.02, 1)
-            noise = torch.randn(x_0.shape, generator=generator)
-            t = t_BK[..., None, None]
-            image = NoisyImage(flow.noised(x_0, noise, t), t_BK, model.grid(*one.picture.shape[1:3]))
+            if one.picture is None:
+                sums, image = found["drill"], None
+            else:
+                kind = "again" if k else "first" if rows.source is None else "edit"
+                sums = found[kind if one.stroke is None else "stroke"]
+                x_0 = model.encode_pixels(one.picture)[:, None]
+                if len(rows.rounds) == 1 and one.stroke is None:
+                    x_0 = x_0.expand(-1, COPIES, -1, -1)
+                # Logit-normal around sigmoid(1) = 0.73: the layout is decided at high noise, and without this shift the
+                # plan's cells are learnt last. Shifted further, to 0.88, it learnt more slowly (docs/log.md).
+                t_BK = torch.sigmoid(1 + torch.randn(x_0.shape[:2], generator=generator)).clamp(0.02, 1)
+                if one.stroke is not None:
+                    t_BK = torch.ones_like(t_BK)
+                noise = torch.randn(x_0.shape, generator=generator)
+                noised = flow.noised(x_0, noise, t_BK[..., None, None])
+                image = NoisyImage(noised, t_BK, model.grid(*one.picture.shape[1:3]))
             out = model.forward(context, one.ids, one.lengths, image)
-            assert out.hidden_BLC is not None and out.velocity_BKND is not None
-            logits = model.logits(out.hidden_BLC[:, :-1][one.mask])
-            sums.ce = sums.ce + F.cross_entropy(logits, one.ids[:, 1:][one.mask], reduction="sum")
-            sums.tokens += int(one.mask.sum())
-            sums.error = sums.error + F.mse_loss(out.velocity_BKND, flow.path_velocity(x_0, noise), reduction="sum")
-            sums.elements += x_0.numel()
+            assert out.hidden_BLC is not None
+            if one.mask.any():
+                logits = model.logits(out.hidden_BLC[:, :-1][one.mask])
+                sums.ce = sums.ce + F.cross_entropy(logits, one.ids[:, 1:][one.mask], reduction="sum")
+                sums.tokens += int(one.mask.sum())
+            if out.velocity_BKND is not None:
+                error = (out.velocity_BKND - flow.path_velocity(x_0, noise)).square()
+                if one.stroke is not None:
+                    error = error[one.stroke[:, None].expand(error.shape[:3])]
+                sums.error, sums.elements = sums.error + error.sum(), sums.elements + error.numel()
             if one.kept is not None:
                 context = shown(model, out.context, one.kept, generator)
     return found
@@ -220,10 +232,11 @@ def train(model: MoTPolicy, chapter: Chapter, seed: int, out: Path, report_every
     for step, batch in zip(range(chapter.steps), data, strict=False):
         figures, loss = {}, torch.zeros(())
         for kind, sums in losses(model, batch, generator).items():
-            if sums.elements:
-                ce, error = sums.ce / max(1, sums.tokens), sums.error / sums.elements
+            if sums.tokens or sums.elements:
+                ce, error = sums.ce / max(1, sums.tokens), sums.error / max(1, sums.elements)
                 loss = loss + KINDS[kind][0] * ce + KINDS[kind][1] * error
-                figures |= {f"{kind}_ce": float(ce.detach()), f"{kind}_velocity_mse": float(error.detach())}
+                found = {"ce": (ce, sums.tokens), "velocity_mse": (error, sums.elements)}
+                figures |= {f"{kind}_{what}": float(value.detach()) for what, (value, n) in found.items() if n}
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optim, rate in zip(optims, rates, strict=True):
@@ -283,13 +296,44 @@ BALANCE = Chapter(
     decay=0.6,
 )
 
+DRILL = Chapter("drills", 260, 3e-3, Mix(drills=128), Mistakes(), decay=0.2)
+STROKE = Chapter("strokes", 300, 3e-3, Mix(strokes=64, drills=32), Mistakes(), decay=0.2)
+EDIT = Chapter(
+    "edits", 420, 2e-3, Mix(one=8, two=12, edits=22, restores=8, drills=16, strokes=32), Mistakes(), decay=0.7
+)
+POLISH = Chapter(
+    "polish", 420, 2e-3, Mix(one=24, two=10, edits=16, restores=8, drills=8, strokes=8), Mistakes(), decay=0.8
+)
+HABITS = Chapter(
+    "habits",
+    690,
+    1.2e-3,
+    Mix(one=14, two=18, edits=18, restores=8, strokes=4),
+    replace(
+        SLIP.mistakes,
+        wrong_plans=0.5,
+        left_out=0.2,
+        wrong_edits=0.2,
+        ignored=0.05,
+        lost=0.06,
+        misdiagnosed=0.25,
+        unrestored=0.25,
+    ),
+    ema=0.99,
+    decay=0.6,
+)
+CHAPTERS = (PAINT, LEARN, READ, SLIP, BALANCE, DRILL, STROKE, EDIT, POLISH, HABITS)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", help="a model directory to continue from: it can paint already")
     parser.add_argument(
-        "--only", nargs="*", default=[c.name for c in (PAINT, LEARN, READ, SLIP, BALANCE)], metavar="CHAPTER"
+        "--only",
+        nargs="*",
+        default=[chapter.name for chapter in CHAPTERS],
+        metavar="CHAPTER",
     )
     parser.add_argument("--steps", type=int, help="of every chapter, for a trial")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,8 +348,8 @@ def main() -> None:
         model = load_model(args.start)
     else:
         model = build_model(args.seed, args.width, args.layers)
-    for k, chapter in enumerate((PAINT, LEARN, READ, SLIP, BALANCE)):
-        if chapter is LEARN:
+    for k, chapter in enumerate(CHAPTERS):
+        if chapter is LEARN and "rounds" in args.only:
             model = extended(model)
         if chapter.name in args.only and not (chapter is PAINT and args.start):
             steps = args.steps or chapter.steps

@@ -1,12 +1,12 @@
 """Reflections and edit plans: what a picture shows, thing by thing, and what becomes of each.
 
-    <think> white square b1 wrong yellow square , red circle c2 keep , missing green star b3 </think>
-    <think> red circle c2 keep , blue heart a3 extra </think>
-    <think> red circle c2 keep , correct </think>
+    <think> white square wrong yellow square b1 , red circle keep c2 , missing green star b3 </think>
+    <think> red circle keep c2 , blue heart extra a3 </think>
+    <think> red circle keep c2 , correct </think>
 
 First the things that are seen, in the order of the cells, each with its verdict; then the things that are missing. When
-all are kept, the last word is `correct`. The edit plan of an instruction has the same form: what is seen in the source,
-and what becomes of it.
+all are kept, the last word is `correct`. A cell comes after all that concerns it, as in a plan. The edit plan of an
+instruction has the same form: what is seen in the source, and what becomes of it.
 """
 
 from __future__ import annotations
@@ -43,13 +43,9 @@ def reflection_text(seen: Scene, target: Scene) -> str:
     wanted = {thing.cell: thing for thing in target}
     parts = []
     for thing in by_cell(seen):
-        said, to = f"{thing.color} {thing.shape} {thing.cell}", wanted.get(thing.cell)
-        if to is None:
-            parts.append(f"{said} {EXTRA}")
-        elif to == thing:
-            parts.append(f"{said} {KEEP}")
-        else:
-            parts.append(f"{said} {WRONG} {to.color} {to.shape}")
+        to = wanted.get(thing.cell)
+        said = EXTRA if to is None else KEEP if to == thing else f"{WRONG} {to.color} {to.shape}"
+        parts.append(f"{thing.color} {thing.shape} {said} {thing.cell}")
     taken = {thing.cell for thing in seen}
     parts += [f"{MISSING} {t.color} {t.shape} {t.cell}" for t in by_cell(target) if t.cell not in taken]
     if by_cell(seen) == by_cell(target):
@@ -69,10 +65,10 @@ def parse_reflection(text: str) -> Reflection | None:
         if verdict:
             return None  # `correct` is the last word
         match part.split():
-            case [color, shape, cell, *rest] if not missing and _is_thing(color, shape, cell):
+            case [color, shape, *said, cell] if not missing and _is_thing(color, shape, cell):
                 thing = Thing(color, shape, cell)
                 seen.append(thing)
-                match rest:
+                match said:
                     case ["keep"]:
                         target.append(thing)
                     case ["wrong", to_color, to_shape] if _is_thing(to_color, to_shape, cell):

@@ -1,7 +1,7 @@
 """Restores of the shapes world: a degraded picture, its diagnosis in words, and the picture as it was.
 
-    <think> noise , red circle c2 keep </think>
-    <think> blue star a1 lost , red circle c2 keep </think>
+    <think> noise , red circle keep c2 </think>
+    <think> blue star lost a1 , red circle keep c2 </think>
 
 A critique names the fault of the whole picture, then every thing in the order of the cells. A lost thing has faded
 until a detector no longer finds it; its trace still shows what it was. The split is by a hash of the scene. Metadata is
@@ -48,7 +48,7 @@ def critique_text(critique: Critique) -> str:
     parts = [critique.fault] if critique.fault else []
     for thing in by_cell(critique.scene):
         verdict = LOST if thing.cell in critique.lost else KEEP
-        parts.append(f"{thing.color} {thing.shape} {thing.cell} {verdict}")
+        parts.append(f"{thing.color} {thing.shape} {verdict} {thing.cell}")
     return f"{THINK_OPEN} {' , '.join(parts)} {THINK_CLOSE}"
 
 
@@ -61,7 +61,7 @@ def parse_critique(text: str) -> Critique | None:
     things, lost = [], []
     for part in parts:
         match part.split():
-            case [color, shape, cell, "keep" | "lost" as verdict] if (
+            case [color, shape, "keep" | "lost" as verdict, cell] if (
                 color in COLORS and shape in SHAPES and cell in CELLS
             ):
                 things.append(Thing(color, shape, cell))
