@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import unigrpo
 from tools.results import (
     RESULTS,
     Cell,
@@ -157,9 +159,8 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
     settings = ["train.steps=1", "train.prompts_per_step=1", "train.group_size=2", "train.minibatches=1"]
     settings += ["eval.limit=2", "eval.every=1", "doctor.at_start=off", "threads=1"]
     table = replace(table, settings=settings)
-    command = table.command("joint").replace("--out runs", f"--out {tmp_path}")
-    command = shlex.split(command)
-    subprocess.run([sys.executable, "-m", "unigrpo_cli", *command[1:]], check=True, capture_output=True)
+    command = shlex.split(table.command("joint").replace("--out runs", f"--out {tmp_path}"))
+    assert unigrpo(*command[1:]).exit_code == 0
     (tmp_path / "short.csv").write_text(collect(table, tmp_path, "abc"))
     cell = read(table, tmp_path / "short.csv")["joint"]
     assert [row["seed"] for row in cell.rows] == ["0", "1"]
@@ -173,15 +174,42 @@ def test_collected_rows_are_those_of_the_runs(tmp_path: Path) -> None:
         assert own.tolist() == load_report(run / "eval_after.json").values["geneval"].tolist()
 
 
+def _files_of(commit: str, folder: Path) -> Path:
+    """The files of a commit in a folder, with its plugins as they are installed."""
+    if not folder.exists():
+        folder.mkdir()
+        archive = subprocess.run(["git", "archive", commit], check=True, capture_output=True, cwd=RESULTS.parent)
+        subprocess.run(["tar", "-x", "-C", folder], check=True, input=archive.stdout)
+        (folder / "unigrpo_plugins").symlink_to("plugins")
+    return folder
+
+
+def test_rows_of_a_table_have_one_toy_model() -> None:
+    def model(commit: str) -> str:
+        weights = f"{commit}:unigrpo_cli/toy/weights/model/ema.safetensors"
+        found = subprocess.run(["git", "rev-parse", weights], capture_output=True, text=True, cwd=RESULTS)
+        if found.returncode:
+            pytest.skip(f"{commit} is not in this clone")
+        return found.stdout
+
+    for table in TABLES:
+        commits = {row["commit"] for cell in read(table).values() for row in cell.rows}
+        assert len({model(commit) for commit in commits}) == 1, table.name
+
+
 @pytest.mark.long
 def test_three_runs_picked_at_random_score_the_same_again(tmp_path: Path) -> None:
-    """To the digit with the same torch; another one rounds differently, so there within what seeds differ by."""
+    """With the code of their commits, to the digit with the same torch; another one rounds differently, so there within
+    what seeds differ by.
+    """
     rows = [(table, row) for table in TABLES for cell in read(table).values() for row in cell.rows]
     for table, row in random.sample(rows, 3):
         one = replace(table, seeds=[int(row["seed"])])
         for command in (*(table.before if "model=" in one.command(row["cell"]) else ()), one.command(row["cell"])):
             words = shlex.split(command.replace("runs/", f"{tmp_path}/"))
-            subprocess.run([sys.executable, "-m", "unigrpo_cli", *words[1:]], check=True, capture_output=True)
+            code = _files_of(row["commit"], tmp_path / row["commit"])
+            run = [sys.executable, "-m", "unigrpo_cli", *words[1:]]
+            subprocess.run(run, check=True, capture_output=True, cwd=code, env=os.environ | {"PYTHONPATH": str(code)})
         (tmp_path / "again.csv").write_text(collect(one, tmp_path, "abc"))
         (again,) = read(one, tmp_path / "again.csv")[row["cell"]].rows
         found, before = (float(r[f"after/{table.judged}"]) for r in (again, row))

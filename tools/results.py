@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -197,19 +198,22 @@ def interval(first: Cell, second: Cell | None = None, paired: bool = False) -> t
 
     Seeds are drawn with replacement, in each cell its own unless paired, and prompts, the same for both cells.
     """
-    rng = np.random.default_rng(0)
-    prompts, means = first.values_SP.shape[1], np.empty(RESAMPLES)
-    for k in range(RESAMPLES):
-        chosen = rng.integers(prompts, size=prompts)
-        seeds = rng.integers(len(first.values_SP), size=len(first.values_SP))
-        means[k] = first.values_SP[seeds].mean(axis=0)[chosen].mean()
-        if second is not None:
-            if not paired:
-                seeds = rng.integers(len(second.values_SP), size=len(second.values_SP))
-            means[k] -= second.values_SP[seeds].mean(axis=0)[chosen].mean()
+    prompts_RP, seeds_RS = _drawn(0, first.values_SP.shape[1]), _drawn(1, len(first.values_SP))
+    means_R = ((seeds_RS @ first.values_SP) * prompts_RP).sum(axis=1)
+    if second is not None:
+        if not paired:
+            seeds_RS = _drawn(2, len(second.values_SP))
+        means_R -= ((seeds_RS @ second.values_SP) * prompts_RP).sum(axis=1)
     mean = first.values_SP.mean() - (0.0 if second is None else second.values_SP.mean())
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(means_R, [2.5, 97.5])
     return float(mean), float(low), float(high)
+
+
+@cache
+def _drawn(stream: int, count: int) -> NDArray[np.floating]:
+    """Shares of `count` things in RESAMPLES draws of as many with replacement."""
+    rng = np.random.default_rng(stream)
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
 
 
 def goal(row: dict[str, str], judged: str) -> tuple[str, str]:
@@ -283,7 +287,8 @@ def _section(table: Table) -> Iterator[str]:
     )
     others = [name for name in others if name != table.judged and "/" not in name]
     yield f"## {table.title}\n"
-    yield f"`results/{table.path.name}`; intervals (95 %) over seeds and prompts.\n"
+    commits = ", ".join(sorted({row["commit"] for cell in cells.values() for row in cell.rows}))
+    yield f"`results/{table.path.name}`, of {commits}; intervals (95 %) over seeds and prompts.\n"
     heads = ["cell", "runs", "steps", "samples", "minutes", "start", table.judged, "rises clearly", *others]
     timed = any(cell.rows[0].get("curve") for cell in cells.values())
     heads += [f"step of {GOAL} x start", "seconds until then"] if timed else []
