@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -106,6 +106,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 # ----- who draws what
 
 
+@settings(deadline=None)
 @given(world=st.integers(1, 6), parts=st.integers(1, 4), each=st.integers(1, 4), rows=st.integers(1, 3))
 def test_groups_are_shared_out_whole_and_come_back_in_order(world: int, parts: int, each: int, rows: int) -> None:
     """Every item in exactly one share; each part of a step the same set whatever the number of ranks."""
@@ -123,6 +124,7 @@ def test_groups_are_shared_out_whole_and_come_back_in_order(world: int, parts: i
     assert ranks[0].joined(own, parts) == episodes
 
 
+@settings(deadline=None)
 @given(count=st.integers(0, 20), world=st.integers(1, 6))
 def test_stretches_follow_each_other(count: int, world: int) -> None:
     stretches = [Ranks(rank, world).stretch(range(count)) for rank in range(world)]
@@ -130,6 +132,7 @@ def test_stretches_follow_each_other(count: int, world: int) -> None:
     assert max(map(len, stretches)) - min(map(len, stretches)) <= 1
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 8), min_size=1, max_size=5), more=st.integers(0, 6))
 def test_parts_are_split_up_without_losing_an_episode(sizes: list[int], more: int) -> None:
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
